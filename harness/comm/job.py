@@ -1,0 +1,58 @@
+"""What a rank knows of the job it belongs to: its place, its groups, and how to say what it is doing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from harness.topology import Topology
+
+
+class Job:
+    """One rank's view of a running job. Every rank builds it, at the same point, after init_process_group.
+
+    Groups are made once: the world, for every level the ranks inside one unit (``inner``), and for every level
+    the ranks with equal coordinates elsewhere (``rail``). Each is a communicator of its own, so that collectives
+    of different levels progress independently.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        device: torch.device | str = "cpu",
+        report_phase: Callable[[str], None] | None = None,
+        counters: Callable[[], list[int]] | None = None,
+        shared_clock: bool = True,
+    ):
+        self.topology = topology
+        self.device = torch.device(device)
+        self.rank = dist.get_rank()
+        self.num_ranks = dist.get_world_size()
+        if self.num_ranks != topology.num_ranks:
+            raise ValueError(f"{self.num_ranks} ranks run but the topology {topology.shape} has {topology.num_ranks}")
+        #: names what this rank does now; the supervisor quotes it when a rank dies or hangs
+        self.phase: Callable[[str], None] = report_phase or (lambda text: None)
+        #: bytes sent so far over each link level's interfaces, summed over the cluster; None where not countable
+        self.counters = counters
+        #: True if perf_counter is one clock for all ranks (one kernel)
+        self.shared_clock = shared_clock
+        self.world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(self.num_ranks)): self.world}
+        for level in range(topology.num_levels):
+            for members in (topology.inner_group, topology.rail):
+                for rank in range(self.num_ranks):
+                    self._make(members(rank, level))
+
+    def _make(self, ranks: list[int]) -> None:
+        if tuple(ranks) not in self._groups and len(ranks) > 1:
+            self._groups[tuple(ranks)] = dist.new_group(ranks)  # type: ignore[assignment]
+
+    def inner(self, level: int = 0) -> dist.ProcessGroup | None:
+        """The ranks of this rank's unit at ``level`` (its node for 0); None if it is alone."""
+        return self._groups.get(tuple(self.topology.inner_group(self.rank, level)))
+
+    def rail(self, level: int = 0) -> dist.ProcessGroup | None:
+        """The ranks like this one in the other units of ``level``; None if there are none."""
+        return self._groups.get(tuple(self.topology.rail(self.rank, level)))

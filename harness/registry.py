@@ -1,0 +1,40 @@
+"""Finds systems by listing ``baselines`` and ``methods``: a file there is the registration."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+
+from harness.errors import bad
+from harness.system import System
+
+FOLDERS = ("baselines", "methods")
+
+
+@functools.cache
+def systems() -> dict[str, type[System]]:
+    """Every concrete ``System`` class by name, sorted; baselines and methods alike."""
+    found: dict[str, type[System]] = {}
+    for folder in FOLDERS:
+        package = importlib.import_module(folder)
+        for info in pkgutil.iter_modules(package.__path__, prefix=f"{folder}."):
+            module = importlib.import_module(info.name)
+            for member in vars(module).values():
+                if inspect.isclass(member) and issubclass(member, System) and not inspect.isabstract(member):
+                    other = found.setdefault(member.name, member)
+                    if other is not member:
+                        raise RuntimeError(f"two systems are named {member.name}: {other} and {member}")
+    return dict(sorted(found.items()))
+
+
+def system(name: str) -> type[System]:
+    """The system called ``name``, or an error with the nearest known names."""
+    known = systems()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise bad("system", name, f"unknown; {hint}known systems are {', '.join(known)}")
+    return known[name]

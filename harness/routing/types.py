@@ -1,0 +1,54 @@
+"""Expert ids of every token of the job, for one layer and step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+
+from harness.errors import bad
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Routing:
+    """``ids`` int32 [T, k]: distinct experts of each token, best first; tokens of rank 0 first.
+
+    ``tokens``: tokens of each rank, summing to T.
+    """
+
+    ids: np.ndarray
+    tokens: tuple[int, ...]
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or len(self.ids) != sum(self.tokens):
+            raise bad("routing.ids", self.ids.shape, f"must be [T, k] with T = {sum(self.tokens)} tokens")
+        if self.ids.size and not 0 <= self.ids.min() <= self.ids.max() < self.num_experts:
+            raise bad("routing.ids", int(self.ids.max()), f"expert ids must lie in 0..{self.num_experts - 1}")
+
+    @property
+    def top_k(self) -> int:
+        return int(self.ids.shape[1])
+
+    @functools.cached_property
+    def offsets(self) -> np.ndarray:
+        """First token of every rank, and the total, int [num_ranks + 1]."""
+        return np.concatenate([[0], np.cumsum(self.tokens)]).astype(np.int64)
+
+    @functools.cached_property
+    def source(self) -> np.ndarray:
+        """Rank of every token, int [T]."""
+        return np.repeat(np.arange(len(self.tokens)), self.tokens)
+
+    def of_rank(self, rank: int) -> np.ndarray:
+        """int32 [T_rank, k]."""
+        return self.ids[self.offsets[rank] : self.offsets[rank + 1]]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 over ids (as a set per token), tokens per rank and E."""
+        h = hashlib.sha256(np.sort(self.ids.astype("<i4"), axis=1).tobytes())
+        h.update(repr((tuple(map(int, self.tokens)), self.num_experts, self.top_k)).encode())
+        return h.hexdigest()[:16]

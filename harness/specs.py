@@ -1,0 +1,212 @@
+"""Model, cluster, workload, experiment: frozen, validated, hashable.
+
+The hash of a resolved experiment is its identity: the store keys rows by it and ``run`` resumes by it.
+Sizes are counts of elements unless a name says otherwise (``_s`` seconds, ``_bytes`` bytes).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from harness.errors import UserError, bad
+
+Phase = Literal["exchange", "layer", "train_step"]
+Dtype = Literal["float64", "float32", "bfloat16"]
+DTYPE_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
+
+
+class Spec(BaseModel):
+    """Base of all specs: immutable, no unknown fields, hash of the resolved content."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @classmethod
+    def parse(cls, data: Any, where: str) -> Any:
+        """Validate ``data``; raise one ``UserError`` naming the first bad field under ``where``."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join([where, *(str(part) for part in first["loc"])])
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(cls.model_fields)
+                raise bad(field, first["input"], f"unknown field; known fields are {known}") from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise bad(field, first.get("input"), message) from None
+
+
+class Model(Spec):
+    """Shapes only. ``E`` experts of FFN size ``H`` over hidden size ``M``, each token to ``k`` of them."""
+
+    name: Name
+    num_layers: Count
+    hidden: Count  # M
+    ffn: Count  # H, of one expert
+    num_experts: Count  # E
+    top_k: Count  # k
+    num_heads: Count = 8
+    num_kv_heads: Count | None = None  # None: as many as num_heads
+    seq: Count = 1024  # L, tokens of one sample
+    vocab: Count = 32000
+    ffn_type: Literal["gpt", "swiglu"] = "gpt"  # gpt: 2 GEMMs with GELU; swiglu: 3 GEMMs
+    gate: Literal["gshard", "softmax_topk", "sigmoid"] = "gshard"
+    num_groups: Count = 1  # expert groups of the sigmoid gate's group limit (DeepSeek-V3)
+    topk_groups: Count | None = None  # groups a token may use; None: all
+    routed_scale: float = 1.0  # factor on the sigmoid gate's weights (DeepSeek-V3)
+    num_shared_experts: Annotated[int, Field(ge=0)] = 0
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: nothing is dropped
+    source: str = ""  # where the numbers come from
+    interpretation: str = ""  # what the source leaves open and what was chosen
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k = {self.top_k} is larger than num_experts = {self.num_experts}; lower top_k")
+        if self.num_experts % self.num_groups:
+            raise ValueError(f"num_groups = {self.num_groups} does not divide num_experts = {self.num_experts}")
+        if self.topk_groups is not None:
+            if self.topk_groups > self.num_groups:
+                raise ValueError(f"topk_groups = {self.topk_groups} is larger than num_groups = {self.num_groups}")
+            if self.top_k > self.topk_groups * (self.num_experts // self.num_groups):
+                raise ValueError(f"top_k = {self.top_k} does not fit into topk_groups = {self.topk_groups} groups")
+        kv = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv:
+            raise ValueError(f"num_kv_heads = {kv} does not divide num_heads = {self.num_heads}")
+        return self
+
+
+class Level(Spec):
+    """One link level. ``size`` units of the next level inside; ``alpha_s``/``beta_s_per_byte`` of the link
+    that joins them (per unit and direction), ``latency_s`` the one-way delay that an emulated link adds."""
+
+    name: Name  # "node", "socket", "rank", ...
+    size: Count
+    bandwidth_bytes_per_s: Annotated[float, Field(gt=0)] | None = None  # of one unit's port, one direction
+    latency_s: Annotated[float, Field(ge=0)] = 0.0
+    burst_bytes: Count | None = None  # token bucket of an emulated link; None: chosen from the rate
+
+
+class Collective(Spec):
+    """Start-up time and time per unit of one collective as a paper or a profile states it."""
+
+    alpha_s: Annotated[float, Field(ge=0)]
+    beta_s_per_byte: Annotated[float, Field(ge=0)]
+    r2: float | None = None
+
+
+class Cluster(Spec):
+    """Nodes, ranks, link levels (outermost first) and devices.
+
+    ``kind``: ``local`` = ranks of this machine over unshaped loopback; ``emulated`` = ranks of this machine in
+    network namespaces with shaped links; ``physical`` = a real cluster, whose preset holds published numbers.
+    """
+
+    name: Name
+    kind: Literal["local", "emulated", "physical"]
+    levels: Annotated[tuple[Level, ...], Field(min_length=1)]
+    collectives: dict[str, Collective] = {}  # published or profiled, by operation and level, "a2a.inter1"
+    gemm: Collective | None = None  # seconds and seconds per multiply-add pair's "byte" as its source defines
+    device: str = "cpu"
+    device_flops_per_s: Annotated[float, Field(gt=0)] | None = None
+    device_bytes_per_s: Annotated[float, Field(gt=0)] | None = None
+    device_memory_bytes: Count | None = None
+    source: str = ""
+    interpretation: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Units per level, outermost first; their product is the number of ranks."""
+        return tuple(level.size for level in self.levels)
+
+    @property
+    def num_ranks(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_nodes(self) -> int:
+        """Units of the outermost levels that own a network port: all but the innermost level."""
+        return math.prod(self.shape[:-1])
+
+
+class Workload(Spec):
+    """Tokens per rank and where they go: a generator with a seed, or a recorded trace.
+
+    ``params`` are the generator's own (``harness.routing.generators`` names them and their ranges).
+    """
+
+    name: Name
+    tokens_per_rank: Count | tuple[Annotated[int, Field(ge=0)], ...] = 1024  # one number, or one per rank
+    generator: str = "balanced"  # a name of harness.routing.generators, or "trace", or "natural"
+    params: dict[str, float | int | str] = {}
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def tokens(self, num_ranks: int) -> tuple[int, ...]:
+        """Tokens of each rank; an error if the workload lists another number of ranks."""
+        if isinstance(self.tokens_per_rank, int):
+            return (self.tokens_per_rank,) * num_ranks
+        if len(self.tokens_per_rank) != num_ranks:
+            raise bad(
+                f"workload {self.name}.tokens_per_rank",
+                self.tokens_per_rank,
+                f"lists {len(self.tokens_per_rank)} ranks but the cluster has {num_ranks}",
+            )
+        return self.tokens_per_rank
+
+
+class Experiment(Spec):
+    """model x cluster x workload x system x phase; ``digest`` is its identity in the store."""
+
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    system: Name
+    phase: Phase
+    dtype: Dtype = "bfloat16"
+    backward: bool = True
+    wire: Literal["recv_first", "gloo"] = "recv_first"  # whose all-to-all runs under torch.distributed
+    options: dict[str, bool | int | float | str] = {}  # the system's own (pipeline chunks, 2DH, ...)
+
+    @property
+    def race(self) -> str:
+        """Identity of what the systems race over: everything but the system, its options and its drop rule."""
+        fields = self.model_dump(mode="json", exclude={"system", "options"})
+        fields["model"].pop("capacity_factor")
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def with_levels(name: str, levels: Iterable[dict[str, Any]], **fields: Any) -> Cluster:
+    """Build a cluster from plain dictionaries (tests and one-off clusters)."""
+    return Cluster.parse({"name": name, "levels": list(levels), **fields}, f"cluster {name}")
+
+
+__all__ = [
+    "DTYPE_BYTES",
+    "Cluster",
+    "Collective",
+    "Dtype",
+    "Experiment",
+    "Level",
+    "Model",
+    "Phase",
+    "Spec",
+    "UserError",
+    "Workload",
+    "with_levels",
+]

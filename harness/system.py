@@ -1,0 +1,143 @@
+"""The face that every system wears, native or real package.
+
+A system is a class in a file of ``baselines/`` or a folder of ``methods/``; that is its registration. Modules there
+must import cheaply: the package itself is imported inside ``missing``, ``version`` and ``build``.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from harness.dtypes import TORCH_DTYPE
+from harness.placement import Placement
+from harness.routing.types import Routing
+from harness.specs import Dtype, Model
+from harness.topology import Topology
+
+if TYPE_CHECKING:
+    from harness.comm.job import Job
+    from harness.layer.weights import Weights
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """One layer to build: shapes, where the experts live, and the routing that its tokens will take.
+
+    ``routing`` is for planning (``planned_bytes``, ``refuse``); a layer routes by its own gate all the same.
+    ``identity_experts``: phase ``exchange``; experts return their input, so that only dispatch and combine remain.
+    """
+
+    model: Model
+    dtype: Dtype
+    topology: Topology
+    placement: Placement
+    routing: Routing
+    device: str = "cpu"
+    identity_experts: bool = False
+    options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPE[self.dtype]
+
+    @property
+    def ragged(self) -> bool:
+        return len(set(self.routing.tokens)) > 1
+
+
+@dataclasses.dataclass
+class Gradients:
+    """Weight gradients in the oracle's layout, after ``backward`` on this rank.
+
+    ``router`` [M, E]: this rank's own contribution (its tokens only; the harness sums over ranks).
+    ``experts``: for every local expert its w1 [M, H], w2 [H, M] (and w3 [M, H] for swiglu): already summed over
+    the tokens of all ranks, because they came through the exchange.
+    """
+
+    router: torch.Tensor | None
+    experts: dict[int, dict[str, torch.Tensor]]
+
+
+class MoELayer(nn.Module, abc.ABC):
+    """One MoE layer on this rank.
+
+    ``forward`` is the whole layer. For the ``exchange`` phase the harness calls ``prepare`` untimed (gate, where the
+    system can do it apart) and times ``exchange``. ``gate_in_exchange`` says that the gate could not be taken out.
+    """
+
+    gate_in_exchange: bool = True
+
+    @abc.abstractmethod
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T_rank, M] -> y [T_rank, M], both in the case's dtype."""
+
+    def prepare(self, x: torch.Tensor) -> Any:
+        """Everything before dispatch that the exchange need not repeat; detached from ``x``."""
+        return None
+
+    def exchange(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+        """Dispatch, (identity) experts, combine: x [T_rank, M] -> y [T_rank, M]."""
+        return self.forward(x)
+
+    @abc.abstractmethod
+    def gradients(self) -> Gradients: ...
+
+    @abc.abstractmethod
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Parameters replicated on every rank (the router): their gradients the harness sums over all ranks.
+        All others are this rank's experts."""
+
+
+class System(abc.ABC):
+    """A choice of gate, placement, exchange, schedule and expert state, or a real package behind the same face."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]  # one line for tables and --help
+    kind: ClassVar[Literal["package", "native"]]
+    source: ClassVar[str]  # paper, section, or where the package comes from
+    options: ClassVar[dict[str, str]] = {}  # option -> one-line meaning with its default
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """None if it can be imported; else what is missing, why, and the exact command that brings it."""
+        return None
+
+    @classmethod
+    def version(cls) -> str | None:
+        """Version of the real package; None for native systems (provenance holds the commit)."""
+        return None
+
+    @classmethod
+    def refuse(cls, case: Case) -> str | None:
+        """Why this system cannot run this case, as data; None if it can."""
+        return None
+
+    @classmethod
+    @abc.abstractmethod
+    def tolerance(cls, dtype: Dtype) -> float:
+        """Largest relative error (max norm) against the float64 oracle that its own arithmetic allows."""
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
+        """Collective over the job: make the layer with ``weights``."""
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
+        """Payload bytes that each rank sends to each rank, float64 [num_ranks, num_ranks] (diagonal 0), by part:
+        ``metadata``, ``dispatch``, ``combine`` (forward) and ``dispatch_grad``, ``combine_grad`` (backward).
+        None where it cannot be planned."""
+        return None
+
+    @classmethod
+    def kept(cls, case: Case, probabilities: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """For a system that drops: which assignments survive, by its own documented rule and not its code.
+        ``probabilities``: float64 softmax over all experts of each rank's tokens, [T_r, E] per rank.
+        Returns bool [T_r, E] per rank; None if nothing is ever dropped."""
+        return None
