@@ -23,6 +23,19 @@ DTYPE_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
+# operation.scope, or operation.scope@ranks where it was found on another number of ranks: a2a.inter1, ar.inter@16
+CollectiveKey = Annotated[str, Field(pattern=r"^[a-z0-9]+\.[a-z0-9]+(@[1-9][0-9]*)?$")]
+PROSE = ("source", "interpretation")  # rewording a note makes no other experiment
+
+
+def _hash(fields: dict[str, Any]) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON, without the notes."""
+
+    def without_prose(value: Any) -> Any:
+        return {k: without_prose(v) for k, v in value.items() if k not in PROSE} if isinstance(value, dict) else value
+
+    text = json.dumps(without_prose(fields), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Spec(BaseModel):
@@ -32,9 +45,8 @@ class Spec(BaseModel):
 
     @functools.cached_property
     def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical JSON."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """First 16 hex digits of the SHA-256 of the canonical JSON, without ``source`` and ``interpretation``."""
+        return _hash(self.model_dump(mode="json"))
 
     @classmethod
     def parse(cls, data: Any, where: str) -> Any:
@@ -103,10 +115,18 @@ class Level(Spec):
 
 
 class Collective(Spec):
-    """Start-up time and time per unit of one collective as a paper or a profile states it."""
+    """Start-up time, and time per byte of one rank's buffer, of one collective as a paper or a profile states it."""
 
     alpha_s: Annotated[float, Field(ge=0)]
     beta_s_per_byte: Annotated[float, Field(ge=0)]
+    r2: float | None = None
+
+
+class Gemm(Spec):
+    """Start-up time and time per multiply-add (m n k of them) of a matrix product as a paper or a profile states it."""
+
+    alpha_s: Annotated[float, Field(ge=0)]
+    beta_s_per_mac: Annotated[float, Field(ge=0)]
     r2: float | None = None
 
 
@@ -120,8 +140,8 @@ class Cluster(Spec):
     name: Name
     kind: Literal["local", "emulated", "physical"]
     levels: Annotated[tuple[Level, ...], Field(min_length=1)]
-    collectives: dict[str, Collective] = {}  # published or profiled, by operation and level, "a2a.inter1"
-    gemm: Collective | None = None  # seconds and seconds per multiply-add pair's "byte" as its source defines
+    collectives: dict[CollectiveKey, Collective] = {}  # published or profiled
+    gemm: Gemm | None = None
     device: str = "cpu"
     device_flops_per_s: Annotated[float, Field(gt=0)] | None = None
     device_bytes_per_s: Annotated[float, Field(gt=0)] | None = None
@@ -155,6 +175,8 @@ class Workload(Spec):
     generator: str = "balanced"  # a name of harness.routing.generators, or "trace", or "natural"
     params: dict[str, float | int | str] = {}
     seed: Annotated[int, Field(ge=0)] = 0
+    source: str = ""
+    interpretation: str = ""
 
     def tokens(self, num_ranks: int) -> tuple[int, ...]:
         """Tokens of each rank; an error if the workload lists another number of ranks."""
@@ -187,8 +209,7 @@ class Experiment(Spec):
         """Identity of what the systems race over: everything but the system, its options and its drop rule."""
         fields = self.model_dump(mode="json", exclude={"system", "options"})
         fields["model"].pop("capacity_factor")
-        text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash(fields)
 
 
 def with_levels(name: str, levels: Iterable[dict[str, Any]], **fields: Any) -> Cluster:
@@ -202,6 +223,7 @@ __all__ = [
     "Collective",
     "Dtype",
     "Experiment",
+    "Gemm",
     "Level",
     "Model",
     "Phase",
