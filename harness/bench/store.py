@@ -1,0 +1,201 @@
+"""The results store: a folder of Parquet parts with one value a row, and JSON records beside them.
+
+A part is written whole or not at all and never changed afterwards, so a run that is killed keeps every race that it
+had finished, and several writers cannot harm each other. Raw samples are kept; nothing is aggregated here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from harness.errors import UserError, bad
+
+SCHEMA_VERSION = 1
+_VERSION_KEY = b"moebench_schema_version"
+
+#: One value a row. ``rep`` -1: not of one repetition; ``rank`` -1: of the whole job.
+SCHEMA = pa.schema(
+    [
+        ("run", pa.string()),
+        ("launch", pa.int32()),
+        ("race", pa.string()),  # Experiment.race
+        ("cell", pa.string()),  # Experiment.digest
+        ("system", pa.string()),
+        ("phase", pa.string()),
+        ("model", pa.string()),
+        ("cluster", pa.string()),
+        ("workload", pa.string()),
+        ("dtype", pa.string()),
+        ("wire", pa.string()),
+        ("evidence", pa.string()),  # emulated | measured | simulated | reported
+        ("network", pa.string()),  # shaped | unshaped | physical
+        ("compute", pa.string()),  # real | stand-in
+        ("metric", pa.string()),
+        ("direction", pa.string()),  # forward | backward | total | ""
+        ("level", pa.string()),  # a link level, or expert | rank | node | link, or ""
+        ("value", pa.float64()),
+        ("unit", pa.string()),
+        ("rep", pa.int32()),
+        ("rank", pa.int32()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("time_utc", pa.string()),  # the same for all rows of one attempt at a race
+        ("schema_version", pa.int32()),
+    ],
+    metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
+)
+COLUMNS: tuple[str, ...] = tuple(SCHEMA.names)
+STATUSES = ("ok", "refused", "failed", "hung", "oom", "nonconforming", "unphysical", "cpu_bound")
+
+
+class Store:
+    """Rows and records of one run, in the folder ``path`` (which a reader never creates or changes)."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+
+    # ------------------------------------------------------------------ writing
+
+    def prepare(self) -> None:
+        """Make the folder and prove that it can be written, before any work starts; ``UserError`` if not."""
+        with _clear_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{uuid.uuid4().hex}"
+            try:
+                with probe.open("wb") as file:
+                    file.write(b"\0" * 65536)
+                    file.flush()
+                    os.fsync(file.fileno())
+            finally:
+                probe.unlink(missing_ok=True)
+
+    def append(self, rows: pd.DataFrame) -> Path:
+        """Store ``rows`` (the columns of ``SCHEMA``, all of one launch) as one new part."""
+        if set(rows.columns) != set(COLUMNS):
+            raise ValueError(f"columns differ from the schema: {sorted(set(rows.columns) ^ set(COLUMNS))}")
+        launches = rows["launch"].unique()
+        if len(launches) != 1:
+            raise ValueError(f"a part holds one launch, not {list(launches)}")
+        if unknown := set(rows["status"]) - set(STATUSES):
+            raise ValueError(f"unknown status {sorted(unknown)}; known are {', '.join(STATUSES)}")
+        table = pa.Table.from_pandas(rows[list(COLUMNS)], schema=SCHEMA, preserve_index=False)
+        path = self.path / f"rows-{launches[0]}-{uuid.uuid4().hex}.parquet"
+        self._write_whole(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
+        return path
+
+    def write_record(self, name: str, record: dict[str, Any]) -> None:
+        """Store ``record`` as ``record-<name>.json``, replacing an older one of that name."""
+        text = json.dumps(record, indent=1, sort_keys=True, default=str)
+        self._write_whole(self.path / f"record-{name}.json", lambda file: file.write(text.encode()))
+
+    def _write_whole(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
+        """Write beside ``path``, make it durable, then rename: readers see the whole file or none."""
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        with _clear_errors(self.path):
+            try:
+                with partial.open("wb") as file:
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+                raise
+            folder = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    # ------------------------------------------------------------------ reading
+
+    def read(self, damaged: Literal["warn", "raise", "skip"] = "warn") -> pd.DataFrame:
+        """All rows; where a race ran again in the same launch, those of the latest attempt only.
+
+        A part that cannot be read never hides the others: it is named in a warning, raised as ``UserError``, or
+        skipped (``damaged()`` names it all the same). A part of a newer schema is always a ``UserError``.
+        """
+        tables, problems = self._load()
+        for problem in problems:
+            if damaged == "raise":
+                raise UserError(problem)
+            if damaged == "warn":
+                warnings.warn(problem, stacklevel=2)
+        rows = pa.concat_tables([SCHEMA.empty_table(), *tables]).to_pandas()
+        latest = rows.groupby(["cell", "launch"])["time_utc"].transform("max")
+        return rows[rows["time_utc"] == latest].reset_index(drop=True)
+
+    def damaged(self) -> list[str]:
+        """One line for every part that cannot be read, with its remedy."""
+        return self._load()[1]
+
+    def finished(self) -> set[tuple[str, int]]:
+        """(cell, launch) pairs that need not run again: timed, or refused. What failed, hung or did not conform
+        runs again, and so does what a damaged part held."""
+        rows = self.read(damaged="skip")
+        done = rows[(rows["metric"] == "time_s") | (rows["status"] == "refused")]
+        return {(str(cell), int(launch)) for cell, launch in zip(done["cell"], done["launch"], strict=True)}
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Every record by name; one that cannot be read is left out with a warning."""
+        found: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.path.glob("record-*.json")):
+            try:
+                found[path.stem.removeprefix("record-")] = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{path}: cannot be read ({_one_line(error)}); its launch has no record", stacklevel=2)
+        return found
+
+    def _load(self) -> tuple[list[pa.Table], list[str]]:
+        tables, problems = [], []
+        for path in sorted(self.path.glob("rows-*.parquet")):
+            try:
+                # one handle for schema and data; the version is judged before any column is decoded
+                with pq.ParquetFile(path, page_checksum_verification=True) as part:
+                    _check_version(path, part.schema_arrow)
+                    tables.append(part.read().cast(SCHEMA))
+            except UserError:
+                raise
+            except (pa.ArrowException, OSError, ValueError) as error:
+                remedy = "delete it; `moebench run` then runs its cells again"
+                problems.append(f"{path}: damaged or not a moebench part ({_one_line(error)}): {remedy}")
+        return tables, problems
+
+
+def _check_version(path: Path, schema: pa.Schema) -> None:
+    version = (schema.metadata or {}).get(_VERSION_KEY)
+    if version is None:
+        raise ValueError("it states no schema version")
+    if int(version) > SCHEMA_VERSION:
+        raise bad(
+            str(path),
+            f"schema version {int(version)}",
+            f"this moebench reads up to version {SCHEMA_VERSION}; upgrade moebench",
+        )
+
+
+@contextlib.contextmanager
+def _clear_errors(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses into one line that names the folder and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = "choose a folder that you may write, with free space (option --out)"
+        raise UserError(f"results folder {path}: {reason}: {remedy}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
