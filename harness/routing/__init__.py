@@ -1,0 +1,43 @@
+"""Where tokens go: generators, recorded traces, certificates."""
+
+from __future__ import annotations
+
+from harness.errors import bad
+from harness.routing.certificate import Certificate, certify
+from harness.routing.generators import GENERATORS, generate
+from harness.routing.types import Routing
+from harness.specs import Model, Workload
+from harness.topology import Topology
+
+#: every value of ``Workload.generator``
+KNOWN_GENERATORS = (*GENERATORS, "trace", "natural")
+
+
+def make_routing(
+    workload: Workload, model: Model, topology: Topology, *, step: int = 0, layer: int = 0
+) -> Routing | None:
+    """The routing of one layer at one step, the same on whatever machine it is made.
+
+    None for the generator ``natural``: the router's own choice, which only a model that runs can make (phase
+    ``train_step``). For ``trace``: layer ``params.layer + layer``, the ``step``-th recorded step from
+    ``params.step`` on, and the first tokens of the trace in order, rank after rank.
+
+    Errors (``UserError``): unknown generator, unknown or impossible params, a trace that does not fit.
+    """
+    if workload.generator == "natural":
+        if workload.params:
+            raise bad(f"workload {workload.name} (natural).params", workload.params, "natural routing has no params")
+        return None
+    if workload.generator == "trace":
+        from harness.routing.trace import from_trace  # pyarrow only where a trace is read
+
+        ids = from_trace(workload, model, topology, step, layer)
+    elif workload.generator in GENERATORS:
+        ids = generate(workload, model, topology, step, layer)
+    else:
+        known = ", ".join(KNOWN_GENERATORS)
+        raise bad(f"workload {workload.name}.generator", workload.generator, f"unknown; known generators are {known}")
+    return Routing(ids, workload.tokens(topology.num_ranks), model.num_experts)
+
+
+__all__ = ["KNOWN_GENERATORS", "Certificate", "Routing", "certify", "make_routing"]

@@ -1,0 +1,346 @@
+"""Skewed routings from (generator, params, seed, step, layer) alone; vectorised, k distinct experts per token.
+
+Most generators state how often a token uses each expert (``use``, float [E], summing to k, each at most 1) and leave
+the rest to ``_deal``, which gives every rank exactly that load (rounded) and is random in everything else: so a target
+skew is met on every rank and not only on average. Who is popular depends on (seed, layer); which token goes
+where on the step and the rank too. The order among a token's k experts is random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+from scipy.optimize import brentq
+
+from harness.errors import bad
+from harness.specs import Count, Model, Spec, Workload
+from harness.topology import Topology
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+# Random trades that every token takes part in: enough that a pair of experts meets as often as chance has it.
+NUM_TRADES = 24
+CHUNK_ELEMENTS = 1 << 22  # of a [tokens, E] work array
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """What a generator may depend on."""
+
+    where: str  # names the workload in errors
+    num_experts: int
+    top_k: int
+    tokens: tuple[int, ...]  # of each rank
+    topology: Topology
+    generator: str
+    seed: int
+    step: int
+    layer: int
+
+    @classmethod
+    def of(cls, workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> Draw:
+        where = f"workload {workload.name} ({workload.generator}).params"
+        tokens = workload.tokens(topology.num_ranks)
+        name = workload.generator
+        return cls(where, model.num_experts, model.top_k, tokens, topology, name, workload.seed, step, layer)
+
+    def _rng(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([zlib.crc32(self.generator.encode()), self.seed, self.layer, *stream])
+
+    def popularity_rng(self) -> np.random.Generator:
+        """The same at every step and rank: who is hot."""
+        return self._rng(0)
+
+    def step_rng(self) -> np.random.Generator:
+        """The same on every rank of a step."""
+        return self._rng(1, self.step)
+
+    def rank_rng(self, rank: int) -> np.random.Generator:
+        return self._rng(2, self.step, rank)
+
+    def bad(self, param: str, value: object, remedy: str) -> Exception:
+        return bad(f"{self.where}.{param}", value, remedy)
+
+
+# ---- from loads to tokens ----------------------------------------------------------------------------------------
+
+
+def _wrap(counts: np.ndarray, num_tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
+    """ids [T, k] with expert e exactly counts[e] <= T times and k distinct experts per token.
+
+    McNaughton's wrap-around rule: lay the experts out one after another over k rounds of T tokens; a run of at most T
+    never meets a token twice. Then ``_trade`` makes it random.
+    """
+    order = rng.permutation(len(counts))
+    ids = np.repeat(order, counts[order]).reshape(top_k, num_tokens).T  # [T, k]
+    ids = ids[rng.permutation(num_tokens)]
+    for _ in range(NUM_TRADES):
+        ids = _trade(ids, rng)
+    return rng.permuted(ids, axis=1)
+
+
+def _trade(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pair the tokens at random; each pair deals the experts that only one of them has out anew.
+
+    Keeps every load and every token's k; repeated, all such routings become equally likely (the "curveball"
+    chain: Strona et al., Nature Communications 5, 2014).
+    """
+    num_tokens, top_k = ids.shape
+    half = num_tokens // 2
+    tokens = rng.permutation(num_tokens)[: 2 * half]
+    hands = ids[tokens].reshape(half, 2 * top_k)  # two tokens a row
+    same = hands[:, :top_k, None] == hands[:, None, top_k:]  # [P, k, k]
+    keys = rng.random(hands.shape)
+    keys[:, :top_k][same.any(2)] = -1  # what both have stays where it is
+    keys[:, top_k:][same.any(1)] = 2
+    dealt = np.take_along_axis(hands, keys.argsort(1), 1)
+    ids = ids.copy()
+    ids[tokens] = dealt.reshape(2 * half, top_k)
+    return ids
+
+
+def _deal(draw: Draw, use: np.ndarray) -> np.ndarray:
+    """ids [T, k] in which every rank uses expert e ``T_rank * use[e]`` times, rounded up or down."""
+    assert np.isclose(use.sum(), draw.top_k)
+    assert use.max() <= 1 + 1e-9
+    rng = draw.step_rng()
+    order, phase = rng.permutation(draw.num_experts), rng.random()
+    golden = (5**0.5 - 1) / 2  # spreads the ranks' phases, so that their roundings cancel in the sum
+    parts = []
+    for rank, num_tokens in enumerate(draw.tokens):
+        wanted = num_tokens * use
+        counts = np.floor(wanted + 1e-9).astype(np.int64)
+        missing = num_tokens * draw.top_k - counts.sum()
+        if missing:  # systematic rounding of the fractions
+            edges = np.cumsum(np.maximum(wanted - counts, 0)[order])
+            edges = np.floor(edges * (missing / edges[-1]) * (1 - 1e-12) + (phase + rank * golden) % 1)
+            edges[-1] = missing
+            counts[order] += np.diff(edges, prepend=0).astype(np.int64)
+        parts.append(_wrap(counts, num_tokens, draw.top_k, draw.rank_rng(rank)))
+    return np.concatenate(parts)
+
+
+def _top(keys: np.ndarray, top_k: int) -> np.ndarray:
+    """Columns of the k largest keys of each row, largest first."""
+    best = np.argpartition(-keys, top_k - 1, axis=1)[:, :top_k]
+    order = np.take_along_axis(-keys, best, 1).argsort(1)
+    return np.take_along_axis(best, order, 1)
+
+
+def _chunks(num_tokens: int, num_experts: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // num_experts)
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+# ---- generators --------------------------------------------------------------------------------------------------
+
+
+class NoParams(Spec):
+    """The generator has no parameters."""
+
+
+def balanced(p: NoParams, draw: Draw) -> np.ndarray:
+    """Every expert gets the same number of *each rank's* assignments, one more or less where it does not divide.
+
+    The experts that get one more are a run of an order in which nodes alternate fastest, then ranks, and each rank
+    goes on where the one before it stopped: so every pair of ranks, every pair of nodes and the sum over all ranks
+    are balanced to one assignment too (experts placed contiguously).
+    """
+    rng = draw.step_rng()
+    ranks = draw.topology.shape if draw.num_experts % draw.topology.num_ranks == 0 else ()
+    grid = np.arange(draw.num_experts).reshape(*ranks, -1)
+    for axis, size in enumerate(grid.shape):
+        grid = grid.take(rng.permutation(size), axis)
+    order = grid.T.ravel()
+    parts, start = [], 0
+    for rank, num_tokens in enumerate(draw.tokens):
+        each, more = divmod(num_tokens * draw.top_k, draw.num_experts)
+        counts = np.full(draw.num_experts, each)
+        counts[order[(start + np.arange(more)) % draw.num_experts]] += 1
+        start += more
+        parts.append(_wrap(counts, num_tokens, draw.top_k, draw.rank_rng(rank)))
+    return np.concatenate(parts)
+
+
+def uniform(p: NoParams, draw: Draw) -> np.ndarray:
+    """Every set of k experts equally likely, token by token: balanced only on average."""
+    parts = []
+    for rank, num_tokens in enumerate(draw.tokens):
+        rng = draw.rank_rng(rank)
+        for part in _chunks(num_tokens, draw.num_experts):
+            parts.append(_top(rng.random((part.stop - part.start, draw.num_experts)), draw.top_k))
+    return np.concatenate([np.empty((0, draw.top_k), np.int64), *parts])
+
+
+class Zipf(Spec):
+    """``target``: load of the most used expert over the mean load, 1 to E / k."""
+
+    target: Annotated[float, Field(ge=1)] = 2.0
+
+
+def zipf(p: Zipf, draw: Draw) -> np.ndarray:
+    """The i-th most used expert has a load in proportion to i^-s, with s such that max/mean is ``target``."""
+    exponent = zipf_exponent(p.target, draw)
+    load = np.arange(1, draw.num_experts + 1) ** -exponent
+    return _deal(draw, draw.top_k * (load / load.sum())[draw.popularity_rng().permutation(draw.num_experts)])
+
+
+def zipf_exponent(target: float, draw: Draw) -> float:
+    """s with E / sum_i i^-s = target."""
+    limit = draw.num_experts / draw.top_k
+    if target > limit * (1 + 1e-9):
+        text = f"{draw.top_k} distinct of {draw.num_experts} experts allow at most E / k = {limit:g}"
+        raise draw.bad("target", target, f"unreachable: {text}")
+    index = np.arange(1, draw.num_experts + 1, dtype=np.float64)
+
+    def excess(exponent: float) -> float:
+        return draw.num_experts / float((index**-exponent).sum()) - target
+
+    return 0.0 if excess(0.0) >= 0 else 64.0 if excess(64.0) <= 0 else float(brentq(excess, 0.0, 64.0))
+
+
+class HotExperts(Spec):
+    """``share`` of all assignments goes to ``hot_experts`` experts: from their even share up to hot_experts / k."""
+
+    hot_experts: Count = 8
+    share: Share = 0.5
+
+
+def _hot(draw: Draw, experts: np.ndarray, share: float) -> np.ndarray:
+    """use [E] with ``share`` of the assignments on ``experts``, evenly, and the rest evenly on the others."""
+    num_experts, num_hot, top_k = draw.num_experts, len(experts), draw.top_k
+    low = max(num_hot / num_experts, 1 - (num_experts - num_hot) / top_k)
+    high = min(1.0, num_hot / top_k) if num_hot < num_experts else 1.0
+    if not low - 1e-9 <= share <= high + 1e-9:
+        text = f"{num_hot} hot of {num_experts} experts and k = {top_k} allow shares from {low:.6g} to {high:.6g}"
+        raise draw.bad("share", share, f"out of range: {text}")
+    cold = num_experts - num_hot
+    use = np.full(num_experts, top_k * (1 - share) / cold if cold else 0.0)
+    use[experts] = top_k * share / num_hot
+    return use
+
+
+def _hot_set(draw: Draw, num_hot: int, shift: int = 0) -> np.ndarray:
+    """``num_hot`` experts of a random order, ``shift`` sets further on."""
+    if num_hot > draw.num_experts:
+        raise draw.bad("hot_experts", num_hot, f"the model has {draw.num_experts} experts")
+    order = draw.popularity_rng().permutation(draw.num_experts)
+    return order[(shift * num_hot + np.arange(num_hot)) % draw.num_experts]
+
+
+def hot_experts(p: HotExperts, draw: Draw) -> np.ndarray:
+    """One hot set, the same at every step."""
+    return _deal(draw, _hot(draw, _hot_set(draw, p.hot_experts), p.share))
+
+
+class HotRank(Spec):
+    """``share`` of all assignments goes to the experts that rank ``rank`` holds (contiguous placement)."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    share: Share = 0.25
+
+
+def hot_rank(p: HotRank, draw: Draw) -> np.ndarray:
+    """One hot rank."""
+    num_ranks = draw.topology.num_ranks
+    if p.rank >= num_ranks:
+        raise draw.bad("rank", p.rank, f"the cluster has ranks 0 to {num_ranks - 1}")
+    if draw.num_experts % num_ranks:
+        raise draw.bad("rank", p.rank, f"{draw.num_experts} experts do not divide over {num_ranks} ranks")
+    each = draw.num_experts // num_ranks
+    return _deal(draw, _hot(draw, p.rank * each + np.arange(each), p.share))
+
+
+class Rotating(HotExperts):
+    """The hot set moves on every ``period`` steps."""
+
+    period: Count = 10
+
+
+def rotating(p: Rotating, draw: Draw) -> np.ndarray:
+    """A hot set that moves through the experts as steps go by."""
+    return _deal(draw, _hot(draw, _hot_set(draw, p.hot_experts, draw.step // p.period), p.share))
+
+
+class Burst(HotExperts):
+    """Hot in the first ``length`` of every ``period`` steps, balanced in the others."""
+
+    period: Count = 10
+    length: Count = 2
+
+
+def burst(p: Burst, draw: Draw) -> np.ndarray:
+    """Bursts of a hot set between balanced steps."""
+    if p.length > p.period:
+        raise draw.bad("length", p.length, f"is longer than period = {p.period}")
+    use = _hot(draw, _hot_set(draw, p.hot_experts), p.share)  # checked at quiet steps too
+    return _deal(draw, use) if draw.step % p.period < p.length else balanced(NoParams(), draw)
+
+
+class Empty(Spec):
+    """``num_empty`` experts get no token at all, at most E - k of them; the others share evenly."""
+
+    num_empty: Count = 1
+
+
+def empty(p: Empty, draw: Draw) -> np.ndarray:
+    """Experts without tokens."""
+    used = draw.num_experts - p.num_empty
+    if used < draw.top_k:
+        text = f"k = {draw.top_k} of {draw.num_experts} experts leave at most {draw.num_experts - draw.top_k} empty"
+        raise draw.bad("num_empty", p.num_empty, text)
+    use = np.zeros(draw.num_experts)
+    use[draw.popularity_rng().permutation(draw.num_experts)[:used]] = draw.top_k / used
+    return _deal(draw, use)
+
+
+class Markov(Spec):
+    """Each expert of a token at layer l brings its successor at layer l + 1 with probability ``strength``."""
+
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+def markov(p: Markov, draw: Draw) -> np.ndarray:
+    """Inter-layer dependence (what MoETuner exploits): layer 0 is uniform; every layer has one random permutation
+    of the experts that names each expert's successor. Experts that no predecessor brings are uniform."""
+    first = dataclasses.replace(draw, layer=0)
+    ids = uniform(NoParams(), first)
+    starts = np.concatenate([[0], np.cumsum(draw.tokens)])
+    for layer in range(1, draw.layer + 1):
+        here = dataclasses.replace(draw, layer=layer)
+        successor = here.popularity_rng().permutation(draw.num_experts)
+        for rank, num_tokens in enumerate(draw.tokens):
+            rng, of_rank = here.rank_rng(rank), ids[starts[rank] : starts[rank + 1]]
+            for part in _chunks(num_tokens, draw.num_experts):
+                brought = successor[of_rank[part]]  # [T, k], distinct
+                kept = rng.random(brought.shape) < p.strength
+                keys = rng.random((len(brought), draw.num_experts))
+                bonus = np.take_along_axis(keys, brought, 1) + kept  # kept ones beat all others
+                np.put_along_axis(keys, brought, bonus, 1)
+                of_rank[part] = _top(keys, draw.top_k)
+    return ids
+
+
+GENERATORS: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
+    "balanced": (NoParams, balanced),
+    "uniform": (NoParams, uniform),
+    "zipf": (Zipf, zipf),
+    "hot_experts": (HotExperts, hot_experts),
+    "hot_rank": (HotRank, hot_rank),
+    "rotating": (Rotating, rotating),
+    "burst": (Burst, burst),
+    "empty": (Empty, empty),
+    "markov": (Markov, markov),
+}
+
+
+def generate(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray:
+    """ids int32 [T, k] of a workload whose generator is one of ``GENERATORS``."""
+    draw = Draw.of(workload, model, topology, step, layer)
+    params, function = GENERATORS[workload.generator]
+    return np.asarray(function(params.parse(workload.params, draw.where), draw), dtype=np.int32)
