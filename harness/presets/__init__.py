@@ -43,7 +43,7 @@ def names(kind: Kind) -> list[str]:
 def parse_yaml(text: str, where: str) -> Any:
     """Safe YAML that also refuses a key written twice; ``UserError`` names ``where`` and the line."""
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a subclass of the safe loader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -51,7 +51,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise bad(f"{where}{line}", problem, "is not valid YAML; correct that line") from None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _preset(kind: Kind, name: str) -> Any:
     known = _file(kind)
     singular = kind.removesuffix("s")

@@ -1,0 +1,181 @@
+"""What this machine can do: every finding names what was found and, where something lacks, what brings it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+MIN_FREE_BYTES = 2 * 1024**3
+IPROUTE = "apt-get install iproute2"
+NAMESPACES = ("unshare", "--user", "--map-root-user", "--net", "--mount")
+SHAPED_LINK = (
+    "ip link add name left type veth peer name right"
+    " && tc qdisc add dev left root tbf rate 400mbit burst 72kb latency 50ms"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """``state``: ok; missing = something optional is not there; broken = something required is not."""
+
+    name: str
+    state: Literal["ok", "missing", "broken"]
+    found: str
+    remedy: str = ""
+
+
+def examine(results: Path = Path("results")) -> list[Finding]:
+    """All findings, required things first. ``results``: folder whose disk must have room for a run."""
+    findings = [_python(), _dependencies(), _torch(), _accelerator(), *_packages(), _huggingface()]
+    findings += [_tool("ip", IPROUTE), _tool("tc", IPROUTE), _tool("unshare", "apt-get install util-linux")]
+    findings += [_namespaces(), _shaping(), _latency()]
+    findings += [_disk(results), _slurm(), _tool("git", "apt-get install git", "no commit in the provenance of a run")]
+    return findings
+
+
+def _python() -> Finding:
+    return Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")
+
+
+def _dependencies() -> Finding:
+    """Every core dependency that the installed distribution declares."""
+    try:
+        declared = importlib.metadata.requires("moebench") or []
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("dependencies", "broken", "moebench itself is not installed", "make setup")
+    wanted = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in declared if "extra ==" not in line]
+    absent = [name for name in wanted if not _version(name)]
+    if absent:
+        return Finding("dependencies", "broken", f"not installed: {', '.join(absent)}", "make setup")
+    return Finding("dependencies", "ok", f"all {len(wanted)}; submitit {_version('submitit')}")
+
+
+def _torch() -> Finding:
+    try:
+        import torch
+    except Exception as error:  # a broken install fails in many ways
+        return Finding("torch", "broken", f"{type(error).__name__}: {error}", "make clean setup")
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        return Finding("torch", "broken", f"{torch.__version__} without gloo", "pip install torch==2.13.0")
+    return Finding("torch", "ok", f"{torch.__version__}, gloo, {torch.get_num_threads()} threads")
+
+
+def _accelerator() -> Finding:
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            return Finding("gpu", "ok", f"CUDA {torch.version.cuda}: {len(names)} x {names[0]}")
+        why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+    return Finding("gpu", "missing", why, "none needed: emulated and simulated experiments run on CPU")
+
+
+def _packages() -> list[Finding]:
+    """Every real package that a system file wraps."""
+    try:
+        from harness.registry import systems
+
+        packages = [member for member in systems().values() if member.kind == "package"]
+    except Exception as error:
+        return [Finding("systems", "broken", f"{type(error).__name__}: {error}", "make setup")]
+    findings = []
+    for package in packages:
+        try:
+            missing = package.missing()
+        except Exception as error:  # a half-installed package may raise anything on import
+            missing = f"{type(error).__name__}: {error}"
+        if missing is None:
+            findings.append(Finding(f"system {package.name}", "ok", package.version() or "installed"))
+        else:
+            what, _, remedy = missing.partition("; ")
+            findings.append(Finding(f"system {package.name}", "missing", what, remedy))
+    return findings
+
+
+def _huggingface() -> Finding:
+    version = _version("transformers")
+    if version:
+        return Finding("transformers", "ok", version)
+    remedy = "pip install 'moebench[huggingface]', to record routing from a checkpoint"
+    return Finding("transformers", "missing", "not installed", remedy)
+
+
+def _tool(name: str, remedy: str, without: str = "no emulated cluster: ranks run unshaped") -> Finding:
+    path = shutil.which(name)
+    return Finding(name, "ok", path) if path else Finding(name, "missing", f"not found; {without}", remedy)
+
+
+def _namespaces() -> Finding:
+    remedy = "sysctl kernel.unprivileged_userns_clone=1, or a container with --security-opt seccomp=unconfined"
+    return _try("namespaces", "true", "user, network and mount", remedy)
+
+
+def _shaping() -> Finding:
+    return _try("shaped link", SHAPED_LINK, "veth and tbf", f"{IPROUTE}; a kernel with veth and sch_tbf")
+
+
+def _latency() -> Finding:
+    remedy = "mknod /dev/net/tun c 10 200, and a kernel with tun; needed for latency on links only"
+    return _try("latency device", "test -c /dev/net/tun && ip tuntap add dev t0 mode tap", "/dev/net/tun", remedy)
+
+
+def _try(name: str, script: str, found: str, remedy: str) -> Finding:
+    """Run ``script`` inside namespaces of its own, which vanish with it."""
+    try:
+        done = subprocess.run(
+            [*NAMESPACES, "sh", "-c", script], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        return Finding(name, "missing", "unshare is not installed", "apt-get install util-linux")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(name, "missing", str(error), remedy)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        return Finding(name, "missing", said[-1] if said else f"refused (exit {done.returncode})", remedy)
+    return Finding(name, "ok", f"{found} works")
+
+
+def _disk(results: Path) -> Finding:
+    """Room and permission where runs are stored."""
+    folder = results.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "broken", f"{folder} is not writable", "run from a folder that you may write to")
+    free = shutil.disk_usage(folder).free
+    text = f"{free / 1024**3:.1f} GiB free at {folder}"
+    if free < MIN_FREE_BYTES:
+        return Finding("disk", "broken", text, f"free at least {MIN_FREE_BYTES // 1024**3} GiB")
+    return Finding("disk", "ok", text)
+
+
+def _slurm() -> Finding:
+    absent = [name for name in ("sbatch", "srun", "sacct", "scancel") if not shutil.which(name)]
+    if absent:
+        return Finding("slurm", "missing", f"not found: {', '.join(absent)}", "none needed on one machine")
+    return Finding("slurm", "ok", _output(["sbatch", "--version"]))
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
