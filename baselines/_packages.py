@@ -1,0 +1,56 @@
+"""What the adapters of real packages share: are they there, and how many rows the routing sends where."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import numpy as np
+import torch
+from torch import nn
+
+from harness.placement import Placement
+from harness.system import Case
+
+
+def missing(module: str, distribution: str, remedy: str) -> str | None:
+    """None if ``distribution`` is installed and top-level ``module`` can be found; else what to do about it."""
+    if importlib.util.find_spec(module) is None:
+        return f"{distribution} is not installed; {remedy}"
+    return None
+
+
+def version(distribution: str) -> str | None:
+    """Installed version, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def refuse_placement(case: Case, package: str) -> str | None:
+    """The packages can only hold E / num_ranks consecutive experts a rank."""
+    num_experts, num_ranks = case.model.num_experts, case.topology.num_ranks
+    if num_experts % num_ranks:
+        return f"{package} needs num_experts divisible by the ranks: {num_experts} % {num_ranks} != 0"
+    if not np.array_equal(case.placement.hosts, Placement.contiguous(num_experts, num_ranks).hosts):
+        return f"{package} places E / num_ranks consecutive experts on a rank and cannot follow another placement"
+    return None
+
+
+def rows_per_expert(case: Case) -> np.ndarray:
+    """Assignments from each rank to each expert, int64 [num_ranks, E]."""
+    routing = case.routing
+    rows = np.zeros((case.topology.num_ranks, case.model.num_experts), dtype=np.int64)
+    np.add.at(rows, (routing.source[:, None], routing.ids), 1)
+    return rows
+
+
+def off_diagonal(matrix: np.ndarray) -> np.ndarray:
+    """``matrix`` [num_ranks, num_ranks] as float64 without what a rank sends to itself."""
+    return np.where(np.eye(len(matrix), dtype=bool), 0.0, matrix.astype(np.float64))
+
+
+def grad(parameter: nn.Parameter) -> torch.Tensor:
+    """Its gradient; zeros where backward did not reach it (an expert without tokens)."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
