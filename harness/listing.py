@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from harness import presets
@@ -100,4 +101,4 @@ def _workloads() -> list[dict[str, Any]]:
 
 def _paper(source: str) -> str:
     """The paper alone, without section and table."""
-    return source.split(",")[0].split(" and ")[0]
+    return re.split(r"[,;]| and ", source)[0]
