@@ -19,6 +19,7 @@ Interpretation: the paper leaves the wire format of the metadata open. Here each
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import torch
@@ -104,7 +105,7 @@ class HierExchange(Exchange):
         weight = weights.flatten()[choice].to(accumulator(weights.dtype))
         entries = Entries(choice // k, ids.flatten()[choice], weight)
         bounds = [num_tokens * c // self.num_chunks for c in range(self.num_chunks + 1)]
-        chunk_items = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        chunk_items = [b - a for a, b in itertools.pairwise(bounds)]
 
         stages, items = [], chunk_items
         for hop in self.hops:

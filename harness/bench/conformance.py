@@ -1,0 +1,254 @@
+"""Truth before speed: every system against the dense float64 oracle, on the cases that break MoE code.
+
+Runs on all ranks of a session. Errors are relative to the largest entry of the oracle's tensor (max norm), and the
+worst rank counts. A system's ``tolerance`` is what its own arithmetic allows; it is stated beside every error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from harness import registry
+from harness.comm.job import Job
+from harness.dtypes import TORCH_DTYPE
+from harness.layer.gates import steer
+from harness.layer.oracle import Oracle
+from harness.layer.weights import Weights
+from harness.placement import Placement
+from harness.routing import make_routing
+from harness.routing.types import Routing
+from harness.specs import Dtype, Experiment, Model, Workload
+from harness.system import Case, System
+
+BASE = Model(name="conformance", num_layers=1, hidden=48, ffn=24, num_experts=16, top_k=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One conformance case: changes to ``BASE``, the tokens of each rank, and who gets them."""
+
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tokens: tuple[int, ...] = (24,)  # repeated over the ranks
+    generator: str = "uniform"
+    params: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
+    identity_experts: bool = False
+    dtypes: tuple[Dtype, ...] = ("float64", "float32", "bfloat16")
+
+
+TRIALS: dict[str, Trial] = {
+    "uniform": Trial(),
+    "swiglu": Trial({"ffn_type": "swiglu"}),
+    "ragged": Trial(tokens=(24, 7, 13, 1, 19)),
+    "rank-without-tokens": Trial(tokens=(16, 0, 9)),
+    "experts-without-tokens": Trial(generator="empty", params={"num_empty": 5}),
+    "k1": Trial({"top_k": 1}),
+    "kE": Trial({"top_k": 16}),
+    "mixtral-gate": Trial({"gate": "softmax_topk"}),
+    "mixtral-gate-k1": Trial({"gate": "softmax_topk", "top_k": 1}),
+    "deepseek-gate": Trial(
+        {"gate": "sigmoid", "top_k": 4, "num_groups": 4, "topk_groups": 2, "routed_scale": 2.5}, generator="groups"
+    ),
+    "drops": Trial({"capacity_factor": 1.0}, generator="zipf", params={"target": 3.0}),
+    "exchange": Trial({"top_k": 4}, identity_experts=True),
+}
+
+
+def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """Collective. ``payload``: ``systems`` (names), optionally ``trials`` and ``dtypes`` -> one row per
+    system x trial x dtype: system, trial, dtype, ranks, status (ok, nonconforming, refused, failed), errors,
+    tolerance, reason."""
+    rows = []
+    for name in payload["systems"]:
+        for trial in payload.get("trials") or TRIALS:
+            for dtype in payload.get("dtypes") or TRIALS[trial].dtypes:
+                job.phase(f"check {name} {trial} {dtype}")
+                rows.append({"system": name, "trial": trial, "dtype": dtype, **check_one(job, name, trial, dtype)})
+    return rows
+
+
+def check_one(job: Job, name: str, trial: str, dtype: Dtype) -> dict[str, Any]:
+    """One system on one trial and dtype."""
+    spec = TRIALS[trial]
+    model = BASE.model_copy(update=spec.model)
+    tokens = tuple(np.resize(spec.tokens, job.num_ranks).tolist())
+    if spec.generator == "groups":
+        routing = group_limited_routing(model, tokens)
+    else:
+        params = dict(spec.params)
+        workload = Workload(name=trial, tokens_per_rank=tokens, generator=spec.generator, params=params, seed=7)
+        made = make_routing(workload, model, job.topology)
+        assert made is not None
+        routing = made
+    return compare(job, registry.system(name), model, dtype, routing, identity_experts=spec.identity_experts)
+
+
+def gate_case(job: Job, system: type[System], experiment: Experiment) -> dict[str, Any]:
+    """The check that stands before a cell's timing: the experiment's own E, k, gate, FFN type, drop rule, dtype,
+    options and ranks, at reduced M, H and tokens."""
+    model = experiment.model
+    small = model.model_copy(
+        update={"hidden": max(32, math.ceil(1.5 * model.num_experts / 16) * 16), "ffn": 32, "num_layers": 1}
+    )
+    tokens = tuple(min(count, 16) for count in experiment.workload.tokens(job.num_ranks))
+    workload = Workload(name="gate", tokens_per_rank=tokens, generator="uniform", seed=experiment.workload.seed)
+    routing = make_routing(workload, small, job.topology)
+    assert routing is not None
+    return compare(job, system, small, experiment.dtype, routing, options=dict(experiment.options))
+
+
+def compare(
+    job: Job,
+    system: type[System],
+    model: Model,
+    dtype: Dtype,
+    routing: Routing,
+    *,
+    identity_experts: bool = False,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Collective: forward and backward of ``system`` against the oracle -> status, errors, tolerance, reason."""
+    if model.num_experts % job.num_ranks:
+        return _row("refused", f"num_experts = {model.num_experts} is not divisible by {job.num_ranks} ranks")
+    case = Case(
+        model,
+        dtype,
+        job.topology,
+        Placement.contiguous(model.num_experts, job.num_ranks),
+        routing,
+        str(job.device),
+        identity_experts,
+        options or {},
+    )
+    reason = system.missing() or system.refuse(case)
+    if reason:
+        return _row("refused", reason)
+    weights = Weights(model, dtype, seed=11)
+    xs, dys = draw_tokens(weights, routing)
+    try:
+        found = _run(job, system, case, weights, xs[job.rank], dys[job.rank])
+    except Exception as error:  # a system's own failure is a result; if one rank alone fails, the session times out
+        return _row("failed", f"{type(error).__name__}: {error}")
+    expected = _oracle(system, case, weights, xs, dys)
+    errors = _errors(job, found, expected, routing)
+    tolerance = system.tolerance(dtype)
+    wrong = {name: value for name, value in errors.items() if not value <= tolerance}
+    reason = ", ".join(f"{name} off by {value:.1e}, allowed {tolerance:.0e}" for name, value in wrong.items())
+    return _row("nonconforming" if wrong else "ok", reason, errors, tolerance)
+
+
+def draw_tokens(weights: Weights, routing: Routing) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Inputs that the gate routes as ``routing`` says, and gradients of the outputs, for every rank [T_r, M].
+
+    Drawn from a seed, so that every rank can draw all of them; values already rounded to the weights' dtype."""
+    model, dtype = weights.model, TORCH_DTYPE[weights.dtype]
+    xs, dys = [], []
+    for rank, count in enumerate(routing.tokens):
+        generator = torch.Generator().manual_seed(1000 + rank)
+        z, dy = torch.randn(2, count, model.hidden, generator=generator, dtype=torch.float64)
+        ids = torch.as_tensor(routing.of_rank(rank).astype(np.int64))
+        xs.append(steer(z, weights.router.double(), ids).to(dtype))
+        dys.append(dy.to(dtype))
+    return xs, dys
+
+
+def group_limited_routing(model: Model, tokens: tuple[int, ...]) -> Routing:
+    """Uniform routing that stays within ``topk_groups`` expert groups per token, as the DeepSeek gate demands."""
+    rng = np.random.default_rng(7)
+    per_group = model.num_experts // model.num_groups
+    groups = rng.random((sum(tokens), model.num_groups)).argsort(1)[:, : model.topk_groups]
+    experts = (groups[:, :, None] * per_group + np.arange(per_group)).reshape(sum(tokens), -1)
+    # One expert of every chosen group first, so that each of them is among the best groups.
+    order = np.argsort(rng.random((len(groups), groups.shape[1], per_group)), axis=2)
+    experts = (
+        np.take_along_axis(experts.reshape(order.shape), order, axis=2).transpose(0, 2, 1).reshape(len(groups), -1)
+    )
+    return Routing(experts[:, : model.top_k].astype(np.int32), tokens, model.num_experts)
+
+
+def _row(status: str, reason: str, errors: dict[str, float] | None = None, tolerance: float | None = None) -> dict:
+    return {"status": status, "reason": reason, "errors": errors or {}, "tolerance": tolerance}
+
+
+def _run(
+    job: Job, system: type[System], case: Case, weights: Weights, x: torch.Tensor, dy: torch.Tensor
+) -> dict[str, Any]:
+    layer = system.build(case, job, weights)
+    x = x.to(job.device, copy=True).requires_grad_()
+    y = layer.exchange(x, layer.prepare(x)) if case.identity_experts else layer(x)
+    y.backward(dy.to(job.device))
+    grad = torch.zeros_like(x) if x.grad is None else x.grad
+    gradients = layer.gradients()
+    return {
+        "y": y.detach().double().cpu(),
+        "dx": grad.double().cpu(),
+        "gate_in_exchange": layer.gate_in_exchange,
+        "router": None if gradients.router is None else gradients.router.double().cpu(),
+        "experts": {e: {n: g.double().cpu() for n, g in w.items()} for e, w in gradients.experts.items()},
+    }
+
+
+def _oracle(
+    system: type[System], case: Case, weights: Weights, xs: list[torch.Tensor], dys: list[torch.Tensor]
+) -> dict[str, Any]:
+    """The same step of the whole job, dense, in float64, on this rank alone."""
+    oracle = _cached_oracle(weights, case.identity_experts)
+    oracle.zero_grad()
+    x = torch.cat(xs).double().requires_grad_()
+    probabilities = [(part.double() @ oracle.router).softmax(-1).detach() for part in xs]
+    kept = system.kept(case, probabilities)
+    y = oracle(x, None if kept is None else torch.cat(kept))
+    dy = torch.cat(dys).double()
+    y.backward(dy)
+    assert x.grad is not None
+    named = {name: parameter.grad for name, parameter in oracle.named_parameters()}
+    gates = oracle.gates((x @ oracle.router).detach(), None if kept is None else torch.cat(kept))
+    return {"y": y.detach(), "dx": x.grad, "dy": dy, "weights": named, "gate_sum": gates.sum(-1, keepdim=True)}
+
+
+@functools.lru_cache(maxsize=4)
+def _cached_oracle(weights: Weights, identity_experts: bool) -> Oracle:
+    return Oracle(weights, identity_experts)
+
+
+def _errors(job: Job, found: dict[str, Any], expected: dict[str, Any], routing: Routing) -> dict[str, float]:
+    """Largest relative errors over all ranks: output, input_grad, weight_grad."""
+    start, stop = routing.offsets[job.rank], routing.offsets[job.rank + 1]
+    errors = {"output": _relative(found["y"], expected["y"], slice(start, stop))}
+    named = expected["weights"]
+    if "w1" in named:
+        errors["input_grad"] = _relative(found["dx"], expected["dx"], slice(start, stop))
+        router = found["router"] if found["router"] is not None else torch.zeros_like(named["router"])
+        dist.all_reduce(router)
+        weight_errors = [_relative(router, named["router"], slice(None))]
+        for e, gradients in found["experts"].items():
+            weight_errors += [_relative(gradients[name], named[name], e) for name in gradients]
+        errors["weight_grad"] = max(weight_errors)
+    else:
+        # Identity experts. With the gate taken out, its weights are constants of the exchange.
+        dx = expected["dx"]
+        if not found["gate_in_exchange"]:
+            dx = expected["gate_sum"] * expected["dy"]
+        errors["input_grad"] = _relative(found["dx"], dx, slice(start, stop))
+    worst = torch.tensor(list(errors.values()), dtype=torch.float64)
+    worst = torch.nan_to_num(worst, nan=math.inf)
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+    return dict(zip(errors, worst.tolist(), strict=True))
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor, part: Any) -> float:
+    """max |found - expected[part]| over max |expected|; absolute where the tensor is zero in exact arithmetic
+    (the router's gradient when softmax over one chosen logit is 1)."""
+    wanted = expected[part]
+    if found.shape != wanted.shape:
+        return math.inf
+    if not wanted.numel():
+        return 0.0
+    scale = float(expected.abs().max())
+    return float((found - wanted).abs().max()) / (scale if scale > 1e-12 else 1.0)
