@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ class Job:
         report_phase: Callable[[str], None] | None = None,
         counters: Callable[[], list[int]] | None = None,
         shared_clock: bool = True,
+        progress: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.topology = topology
         self.device = torch.device(device)
@@ -36,6 +38,8 @@ class Job:
         self.phase: Callable[[str], None] = report_phase or (lambda text: None)
         #: bytes sent so far over each link level's interfaces, summed over the cluster; None where not countable
         self.counters = counters
+        #: hands a small plain message to whoever waits for this call
+        self.progress: Callable[[dict[str, Any]], None] = progress or (lambda message: None)
         #: True if perf_counter is one clock for all ranks (one kernel)
         self.shared_clock = shared_clock
         self.world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]

@@ -1,0 +1,264 @@
+"""The emulated cluster's network: a namespace per node, links shaped per level, byte counters at the interfaces.
+
+Runs inside a user, network, mount and pid namespace of its own (``launcher`` is its pid 1), so it needs no root and
+the kernel removes all of it with that process. A unit of every level but the innermost owns a port at that level's
+bandwidth, full duplex; units above the nodes are switches. Ranks of one node talk over its unshaped loopback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.launch import switch
+from harness.launch.kernel import inside_network
+from harness.specs import Cluster, Level
+from harness.topology import Topology
+
+INTERFACE = "eth0"
+QUEUE_BYTES = 64 << 20  # lossless: more than all TCP windows that can meet at one port
+SLOW_BITS_PER_S = 1e9
+#: the kernel hands over packets of 64 KiB data, 68 KB with the headers of their segments; a smaller bucket makes tbf
+#: cut each into 45 pieces, at 10 to 20 times the CPU
+BURST_BYTES = {"slow": 72 << 10, "fast": 128 << 10}
+BACK_PRESSURE = 1.025  # a tbf this much above the switch's rate keeps each socket from filling the switch's queue
+
+
+class NoNetwork(RuntimeError):
+    """The emulated network cannot be made here; the message is one line with the remedy."""
+
+
+def burst_bytes(level: Level) -> int:
+    """Token bucket of a link at ``level``."""
+    if level.burst_bytes is not None:
+        return level.burst_bytes
+    assert level.bandwidth_bytes_per_s is not None
+    return BURST_BYTES["slow" if level.bandwidth_bytes_per_s * 8 <= SLOW_BITS_PER_S else "fast"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One unit of one level of the cluster above the ranks; ``level`` -1 is the whole cluster's switch."""
+
+    level: int
+    index: int
+
+    @property
+    def namespace(self) -> str:
+        return f"l{self.level}u{self.index}" if self.level >= 0 else "root"
+
+
+@dataclasses.dataclass
+class Network:
+    """A network that stands: each node's namespace, counters, the switch process if there is one, provenance."""
+
+    node_namespaces: list[str]
+    counters: Counters
+    switch_pid: int | None
+    facts: dict[str, Any]
+
+
+class Counters:
+    """Bytes sent per link level, read from files that were opened inside each namespace."""
+
+    def __init__(self, num_levels: int):
+        self._files: list[tuple[int, int, bytes]] = []  # level, fd of its /proc/net/dev, interface
+        #: int64 [num_levels - 1] in memory shared with the switch process; its entries count where no interface can
+        self.switched = np.frombuffer(mmap.mmap(-1, 8 * num_levels), np.int64)[: num_levels - 1]
+
+    def add(self, level: int, fd: int, interface: str) -> None:
+        self._files.append((level, fd, interface.encode() + b":"))
+
+    def __call__(self) -> list[int]:
+        """Cumulative bytes on the wire between ranks whose first differing coordinate is the entry's index.
+
+        What passes a port of level i is everything that leaves that unit, so a level's own traffic is its ports'
+        load less the load of the level above; loopback carries only its node's.
+        """
+        load = [*self.switched.tolist(), 0]
+        for level, fd, interface in self._files:
+            text = os.pread(fd, 1 << 14, 0)
+            load[level] += int(text[text.index(interface) + len(interface) :].split(None, 9)[8])
+        nic = load[:-1]
+        return [bytes_ - (nic[i - 1] if i else 0) for i, bytes_ in enumerate(nic)] + load[-1:]
+
+
+def build(cluster: Cluster) -> Network:
+    """Make the network of ``cluster``. Raises ``NoNetwork``."""
+    try:
+        return _build(cluster)
+    except FileNotFoundError as error:
+        raise NoNetwork(f"{error.filename} is missing; install iproute2 or ask for a local cluster") from None
+    except PermissionError as error:
+        raise NoNetwork(f"{error.filename}: {error.strerror}; give this user access to it") from None
+
+
+def _build(cluster: Cluster) -> Network:
+    levels = cluster.levels[:-1]
+    delayed = any(level.latency_s for level in levels)
+    for level in levels:
+        if level.bandwidth_bytes_per_s is None and (delayed or level.burst_bytes):
+            raise NoNetwork(f"level {level.name} has no bandwidth_bytes_per_s; state it")
+    topology = Topology(cluster.shape[:-1] or (1,))  # of nodes
+    units = [Unit(i, u) for i in range(len(levels)) for u in range(topology.num_units(i))] or [Unit(0, 0)]
+    nodes = [unit for unit in units if unit.level == topology.num_levels - 1]
+
+    Path("/run/netns").mkdir(parents=True, exist_ok=True)
+    spaces = [unit.namespace for unit in ([*nodes] if delayed else [Unit(-1, 0), *units])]
+    _batch("ip", [], [f"netns add {name}" for name in spaces])
+    settings = _prepare_namespaces(spaces)
+    counters, switch_pid = Counters(len(cluster.levels)), None
+    if delayed:
+        switch_pid = _join_by_switch(nodes, cluster, counters.switched)
+    elif levels:
+        _join_by_veth(units, nodes, cluster)
+    _address(nodes)
+
+    for unit in units:
+        if delayed and unit not in nodes:
+            continue  # its port exists only in the switch process
+        fd = _within(unit.namespace, lambda: os.open("/proc/thread-self/net/dev", os.O_RDONLY))
+        if levels and not delayed:
+            counters.add(unit.level, fd, INTERFACE)
+        if unit in nodes:
+            counters.add(len(cluster.levels) - 1, fd, "lo")
+    facts = {
+        **settings,
+        "shaper": "delay line and tbf" if delayed else "tbf",
+        "mtu": switch.MTU if delayed else 1500,
+        "levels": [
+            {
+                "name": level.name,
+                "bandwidth_bytes_per_s": level.bandwidth_bytes_per_s,
+                "latency_s": level.latency_s,
+                "burst_bytes": burst_bytes(level) if level.bandwidth_bytes_per_s else None,
+            }
+            for level in levels
+        ]
+        + [{"name": cluster.levels[-1].name, "bandwidth_bytes_per_s": None, "latency_s": 0.0, "burst_bytes": None}],
+    }
+    return Network([unit.namespace for unit in nodes], counters, switch_pid, facts)
+
+
+def _parent(unit: Unit, shape: tuple[int, ...]) -> Unit:
+    return Unit(unit.level - 1, unit.index // shape[unit.level] if unit.level else 0)
+
+
+def _join_by_veth(units: list[Unit], nodes: list[Unit], cluster: Cluster) -> None:
+    """A cable from every unit to the bridge in its parent, a token bucket at each end."""
+    links: list[str] = []
+    inside: dict[str, list[str]] = {}
+    shaping: dict[str, list[str]] = {}
+    for name in {_parent(unit, cluster.shape).namespace for unit in units}:
+        inside[name] = ["link add name bridge type bridge", "link set dev bridge up"]
+    for unit in units:
+        level, here = cluster.levels[unit.level], unit.namespace
+        parent, port = _parent(unit, cluster.shape).namespace, f"port{unit.index}"
+        links.append(f"link add name {INTERFACE} netns {here} type veth peer name {port} netns {parent}")
+        joined = [] if unit in nodes else [f"link set dev {INTERFACE} master bridge"]
+        inside.setdefault(here, []).extend([*joined, f"link set dev {INTERFACE} up"])
+        inside[parent].extend([f"link set dev {port} master bridge", f"link set dev {port} up"])
+        if level.bandwidth_bytes_per_s is not None:
+            for name, interface in ((here, INTERFACE), (parent, port)):
+                shaping.setdefault(name, []).append(_tbf(interface, level, level.bandwidth_bytes_per_s))
+    _batch("ip", [], links)
+    for name, commands in inside.items():
+        _batch("ip", ["-n", name], commands)
+    for name, commands in shaping.items():
+        _batch("tc", ["-n", name], commands)
+
+
+def _join_by_switch(nodes: list[Unit], cluster: Cluster, sent_bytes: np.ndarray) -> int:
+    """A tap device in every node; a process of ours carries frames between them, in time."""
+    level = cluster.levels[-2]
+    assert level.bandwidth_bytes_per_s is not None
+    taps = []
+    for node in nodes:
+        taps.append(_within(node.namespace, lambda: switch.open_tap(INTERFACE)))
+        _batch(
+            "ip", ["-n", node.namespace], [f"link set dev {INTERFACE} mtu {switch.MTU}", f"link set dev {INTERFACE} up"]
+        )
+        _batch("tc", ["-n", node.namespace], [_tbf(INTERFACE, level, level.bandwidth_bytes_per_s * BACK_PRESSURE)])
+    pid = os.fork()
+    if pid == 0:
+        try:
+            switch.run(taps, cluster, sent_bytes)
+        finally:
+            os._exit(1)
+    for tap in taps:
+        os.close(tap)
+    return pid
+
+
+def _tbf(interface: str, level: Level, rate_bytes_per_s: float) -> str:
+    bits = round(rate_bytes_per_s * 8)
+    return f"qdisc add dev {interface} root tbf rate {bits}bit burst {burst_bytes(level)} limit {QUEUE_BYTES}"
+
+
+def _address(nodes: list[Unit]) -> None:
+    """Addresses, loopback, and every neighbour by heart, so that no address query runs through the links."""
+    macs = {node: switch.mac(node.index).hex(":") for node in nodes}
+    for node in nodes:
+        commands = ["link set lo up"]
+        if len(nodes) > 1:
+            commands += [
+                f"link set dev {INTERFACE} address {macs[node]}",
+                f"addr add {_ip(node.index)}/16 dev {INTERFACE}",
+            ]
+            commands += [
+                f"neigh replace {_ip(other.index)} lladdr {macs[other]} nud permanent dev {INTERFACE}"
+                for other in nodes
+                if other != node
+            ]
+        _batch("ip", ["-n", node.namespace], commands)
+
+
+def _ip(index: int) -> str:
+    return f"10.77.{index // 250}.{index % 250 + 1}"
+
+
+def _prepare_namespaces(names: list[str]) -> dict[str, Any]:
+    """Kernel settings of every namespace; returns what came out of it."""
+
+    def prepare() -> str:
+        net = Path("/proc/sys/net")
+        _set(net / "ipv6/conf/all/disable_ipv6", "1")
+        _set(net / "ipv6/conf/default/disable_ipv6", "1")
+        _set(net / "ipv4/tcp_slow_start_after_idle", "0")
+        _set(net / "ipv4/tcp_no_metrics_save", "1")
+        _set(net / "ipv4/tcp_rmem", f"4096 {1 << 20} {16 << 20}")
+        _set(net / "ipv4/tcp_wmem", f"4096 {1 << 18} {16 << 20}")
+        control = net / "ipv4/tcp_congestion_control"
+        # BBR paces below a token bucket's rate; cubic needs the administrator's leave, reno never does
+        return "cubic" if _set(control, "cubic") else "reno" if _set(control, "reno") else control.read_text().strip()
+
+    return {"congestion_control": {_within(name, prepare) for name in names}.pop(), "tcp_slow_start_after_idle": 0}
+
+
+def _set(path: Path, value: str) -> bool:
+    try:
+        path.write_text(value)
+    except OSError:
+        return False
+    return True
+
+
+def _within(namespace: str, function: Callable[[], Any]) -> Any:
+    """Call ``function`` in ``namespace`` and come back."""
+    with inside_network(f"/run/netns/{namespace}"):
+        return function()
+
+
+def _batch(program: str, options: list[str], commands: list[str]) -> None:
+    done = subprocess.run(
+        [program, *options, "-batch", "-"], input="\n".join(commands) + "\n", capture_output=True, text=True
+    )
+    if done.returncode:
+        raise NoNetwork(f"{program} failed: {' '.join(done.stderr.split())}")

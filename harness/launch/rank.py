@@ -1,0 +1,180 @@
+"""One rank: joins the job, then serves calls until the session ends.
+
+Forked by ``harness.launch.launcher`` (CPU), or started afresh as ``python -m harness.launch.rank`` (CUDA, which does
+not survive a fork).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import faulthandler
+import importlib
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from harness.errors import UserError
+from harness.launch.kernel import die_with_parent, enter_network
+from harness.launch.network import INTERFACE, Counters
+from harness.launch.phases import PhaseBoard
+from harness.specs import Cluster
+from harness.topology import Topology
+
+Kind = Literal["raised", "died", "hung", "out_of_memory"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the session decides before any rank runs."""
+
+    cluster: Cluster
+    private: Path  # directory of this session: phases, rendezvous
+    log_dir: Path
+    wire: str
+    rendezvous: str | None  # None: a file in ``private``
+    use_cuda: bool
+    emulate: bool
+    preload: tuple[str, ...]  # modules that every rank needs, imported once before the fork
+    path: list[str]  # sys.path of the caller
+    fds: tuple[int, ...]  # each rank's end of its control connection
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.cluster.num_ranks if self.use_cuda else self.cluster.shape[-1]
+
+    def log_path(self, rank: int) -> Path:
+        return self.log_dir / f"rank-{rank}.log"
+
+
+@dataclasses.dataclass(frozen=True)
+class Raised:
+    """What a rank sends instead of a result."""
+
+    rank: int
+    kind: Kind
+    message: str  # one line
+    user_error: bool
+    at_s: float  # time.monotonic()
+
+
+def main(setup: Setup, rank: int, namespace: str | None = None, counters: Counters | None = None) -> None:
+    """Run ``rank`` until its control connection closes."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides when a rank ends
+    with setup.log_path(rank).open("ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    Path("/proc/self/oom_score_adj").write_text("500")  # when memory runs out, a rank goes before its supervisor
+    for fd in setup.fds:
+        if fd != setup.fds[rank]:
+            os.close(fd)
+    control = Connection(setup.fds[rank])
+    phase = PhaseBoard(setup.private / "phases", setup.cluster.num_ranks).writer(rank)
+    try:
+        phase("joining the job")
+        if namespace is not None:
+            enter_network(f"/run/netns/{namespace}")
+        job = _join(setup, rank, phase, counters, control)
+    except BaseException as error:
+        control.send(_raised(rank, error))
+        return
+    phase("idle")
+    control.send(("result", None))
+    _serve(job, control, phase)
+
+
+def _join(setup: Setup, rank: int, phase: Any, counters: Counters | None, control: Connection) -> Any:
+    local, node = rank % setup.ranks_per_node, rank // setup.ranks_per_node
+    world = setup.cluster.num_ranks
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(local),
+        LOCAL_WORLD_SIZE=str(setup.ranks_per_node),
+        LOCAL_SIZE=str(setup.ranks_per_node),
+        GROUP_RANK=str(node),
+        GLOO_SOCKET_IFNAME=INTERFACE if setup.emulate and setup.cluster.num_nodes > 1 else "lo",
+    )
+    import torch
+    import torch.distributed as dist
+
+    from harness.comm.job import Job
+
+    torch.set_num_threads(1)
+    device = torch.device("cuda", local) if setup.use_cuda else torch.device("cpu")
+    if setup.use_cuda:
+        torch.cuda.set_device(device)
+    if setup.rendezvous is None:
+        where: dict[str, Any] = {"store": dist.FileStore(str(setup.private / "rendezvous"), world)}
+    else:
+        where = {"init_method": setup.rendezvous}
+    dist.init_process_group(
+        "nccl" if setup.use_cuda else "gloo",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(hours=6),  # the session's own limits end a call, and name the rank
+        device_id=device if setup.use_cuda else None,
+        **where,
+    )
+    if not setup.use_cuda:
+        from harness.comm import wire
+
+        wire.install(setup.wire)  # type: ignore[arg-type]
+    return Job(
+        Topology(setup.cluster.shape),
+        device,
+        report_phase=phase,
+        counters=counters,
+        progress=lambda message: control.send(("progress", message)),
+    )
+
+
+def _serve(job: Any, control: Connection, phase: Any) -> None:
+    while True:
+        try:
+            data = control.recv_bytes()
+        except EOFError:
+            return
+        try:
+            target, payload = pickle.loads(data)
+            module, name = target.split(":")
+            phase(f"importing {module}")
+            function = getattr(importlib.import_module(module), name)
+            phase(name)
+            answer = pickle.dumps(("result", function(job, payload)), pickle.HIGHEST_PROTOCOL)
+        except BaseException as error:
+            control.send(_raised(job.rank, error))
+        else:
+            phase("idle")
+            control.send_bytes(answer)
+
+
+def _raised(rank: int, error: BaseException) -> Raised:
+    traceback.print_exc()
+    text = " ".join(str(error).split())
+    names = [base.__name__ for base in type(error).__mro__]
+    out_of_memory = "MemoryError" in names or "OutOfMemoryError" in names or "can't allocate memory" in text
+    return Raised(
+        rank,
+        "out_of_memory" if out_of_memory else "raised",
+        f"{type(error).__name__}: {text}",
+        isinstance(error, UserError),
+        time.monotonic(),
+    )
+
+
+if __name__ == "__main__":
+    given, which = pickle.loads(sys.stdin.buffer.read())  # from the launcher
+    sys.path[:] = given.path
+    main(given, which)

@@ -1,0 +1,353 @@
+"""Ranks that start once and serve many calls.
+
+    with open_session(cluster, log_dir=path) as session:
+        results = session.call("package.module:function", payload, timeout_s=60)
+
+``function(job, payload)`` runs on every rank of the cluster; each rank's result comes back, in rank order. Whatever
+ends the session (its ``close``, an exception, Ctrl-C, the death of this process) also ends every rank, namespace
+and link.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from harness.errors import UserError, bad
+from harness.launch.phases import PhaseBoard
+from harness.launch.rank import Kind, Raised, Setup
+from harness.specs import Cluster
+
+log = logging.getLogger("moebench")
+
+NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--mount-proc", "--pid", "--fork"]
+#: what the launcher is started through, with /run its own, because named network namespaces live there
+IN_NAMESPACES = [*NAMESPACES, "--kill-child", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "moebench"]
+GRACE_S = 0.5  # after a first failure, for the message or death that explains it
+
+
+class RankFailure(RuntimeError):
+    """A rank raised, died, hung or ran out of memory; the session is closed.
+
+    ``rank`` is -1 where no single rank is to blame (the launcher or the emulated switch ended).
+    """
+
+    def __init__(self, rank: int, phase: str, kind: Kind, message: str, log_path: Path):
+        super().__init__(f"rank {rank} {kind.replace('_', ' ')} in phase {phase!r}: {message} (log: {log_path})")
+        self.rank, self.phase, self.kind, self.message, self.log_path = rank, phase, kind, message, log_path
+
+
+class _NoNetwork(RuntimeError):
+    pass
+
+
+@contextlib.contextmanager
+def open_session(
+    cluster: Cluster,
+    *,
+    log_dir: Path,
+    wire: Literal["recv_first", "gloo"] = "recv_first",
+    rendezvous: str | None = None,
+    preload: tuple[str, ...] = (),
+    start_timeout_s: float = 120.0,
+) -> Iterator[Session]:
+    """Start the ranks of ``cluster`` on this machine; see ``Session``.
+
+    ``wire``: whose all-to-all runs under torch.distributed (gloo only). ``rendezvous``: ``tcp://host:port``; None uses
+    a file, which no other program can be in the way of. ``preload``: modules imported once, before ranks are forked.
+    Where an emulated cluster's network cannot be made, its ranks run over plain loopback, ``session.network["shaped"]``
+    is False and ``["reason"]`` says why. Raises ``UserError`` and ``RankFailure``.
+    """
+    log_dir = Path(log_dir)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    _check_rendezvous(cluster, rendezvous)
+    use_cuda = _use_cuda(cluster)
+    reason = "" if cluster.kind == "emulated" else f"a {cluster.kind} cluster is not shaped"
+    for emulate in (True, False) if cluster.kind == "emulated" else (False,):
+        try:
+            session = Session(cluster, log_dir, wire, rendezvous, preload, use_cuda, emulate, reason, start_timeout_s)
+        except _NoNetwork as error:
+            reason = str(error)
+            log.warning("cluster %s runs unshaped: %s", cluster.name, reason)
+        else:
+            break
+    with session:
+        yield session
+
+
+class Session:
+    """Running ranks. ``network`` (provenance), ``evidence``, ``call``, ``close``."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        log_dir: Path,
+        wire: str,
+        rendezvous: str | None,
+        preload: tuple[str, ...],
+        use_cuda: bool,
+        emulate: bool,
+        reason: str,
+        start_timeout_s: float,
+    ):
+        self.cluster, self.log_dir = cluster, log_dir
+        self.evidence: Literal["measured", "emulated"] = "measured" if use_cuda else "emulated"
+        self.network: dict[str, Any] = {
+            "network": "shaped" if emulate else "physical" if use_cuda else "unshaped",
+            "shaped": emulate,
+            "reason": reason,
+            "backend": "nccl" if use_cuda else "gloo",
+            "wire": "nccl" if use_cuda else wire,
+        }
+        self._private = _private_directory()
+        self._phases = PhaseBoard(self._private / "phases", cluster.num_ranks, create=True)
+        self._oom_kills = _oom_kills()
+        pairs = [socket.socketpair() for _ in range(cluster.num_ranks)]
+        mine, theirs = socket.socketpair()
+        self._ranks = [Connection(ours.detach()) for ours, _ in pairs]
+        self._launcher = Connection(mine.detach())
+        fds = tuple(rank.fileno() for _, rank in pairs)
+        self._setup = Setup(
+            cluster, self._private, log_dir, wire, rendezvous, use_cuda, emulate, preload, list(sys.path), fds
+        )
+        self._launcher_log = log_dir / "launcher.log"
+        for path in (self._launcher_log, *map(self._setup.log_path, range(cluster.num_ranks))):
+            path.unlink(missing_ok=True)
+        try:
+            self._process = self._start(theirs.fileno())
+        finally:
+            for end in (theirs, *(rank for _, rank in pairs)):
+                end.close()
+        try:
+            self._await_start(start_timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def call(
+        self,
+        target: str,
+        payload: Any = None,
+        *,
+        timeout_s: float = 600.0,
+        on_progress: Callable[[dict[str, Any]], None] | None = None,
+    ) -> list[Any]:
+        """Run ``target``, "package.module:function", as ``function(job, payload)`` on every rank.
+
+        Returns each rank's result; ``on_progress`` gets what ranks hand to ``job.progress`` meanwhile. Payload and
+        results are plain data. Raises ``RankFailure``, and ``UserError`` if a rank did; the session is then closed.
+        """
+        if self.closed:
+            raise RuntimeError("the session is closed")
+        data = pickle.dumps((target, payload), pickle.HIGHEST_PROTOCOL)
+        try:
+            for rank in self._ranks:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dead: its launcher says so
+                    rank.send_bytes(data)
+            return self._collect(timeout_s, on_progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End every rank and, with them, the network. May be called twice."""
+        if self.closed:
+            return
+        self._launcher.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        for rank in self._ranks:
+            rank.close()
+        shutil.rmtree(self._private, ignore_errors=True)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether its ranks have ended."""
+        return self._launcher.closed
+
+    def _start(self, control: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "harness.launch.launcher", str(control)]
+        missing = [name for name in ("unshare", "ip", "tc") if self._setup.emulate and not shutil.which(name)]
+        if missing:
+            raise _NoNetwork(f"{' and '.join(missing)} not found; install util-linux and iproute2")
+        environment = dict(os.environ)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for GPUs must not initialise CUDA before a fork
+        if not self._setup.use_cuda:
+            environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        with self._launcher_log.open("wb") as output:
+            return subprocess.Popen(
+                [*IN_NAMESPACES, *command] if self._setup.emulate else command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(control, *self._setup.fds),
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches this process alone
+            )
+
+    def _await_start(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(BrokenPipeError):
+            self._launcher.send(self._setup)
+        try:
+            if not self._launcher.poll(timeout_s):
+                raise self._failure(-1, "hung", f"no start within {timeout_s:g} s", self._launcher_log)
+            word, fact = self._launcher.recv()
+        except (EOFError, ConnectionResetError):
+            last = self._last_line(self._launcher_log)
+            if self._setup.emulate:
+                raise _NoNetwork(
+                    f"namespaces are forbidden here ({last}); allow unprivileged user namespaces "
+                    "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)"
+                ) from None
+            raise self._failure(-1, "died", f"the launcher ended: {last}", self._launcher_log) from None
+        if word == "no_network":
+            raise _NoNetwork(fact)
+        self.network |= fact
+        self._collect(max(0.0, deadline - time.monotonic()), None, f"no start within {timeout_s:g} s")
+
+    def _collect(
+        self, timeout_s: float, on_progress: Callable[[dict[str, Any]], None] | None, late: str | None = None
+    ) -> list[Any]:
+        """Wait for a result of every rank."""
+        waiting = dict(zip(self._ranks, range(len(self._ranks)), strict=True))
+        results: dict[int, Any] = {}
+        failures: list[Raised] = []
+        deadline = time.monotonic() + timeout_s
+        while len(results) < len(self._ranks):
+            ready = wait([*waiting, self._launcher], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                if failures:
+                    raise self._blame(failures)
+                raise self._hung(sorted(waiting.values()), late or f"no result within {timeout_s:g} s")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                try:
+                    message = connection.recv()
+                except (EOFError, ConnectionResetError):
+                    if waiting.pop(connection, None) is None:
+                        message = ("ended", -1, self._process.wait())
+                    else:
+                        continue  # the launcher tells how it ended
+                if isinstance(message, Raised):
+                    failures.append(message)
+                    waiting.pop(connection, None)
+                elif message[0] == "progress":
+                    if on_progress:
+                        on_progress(message[1])
+                elif message[0] == "result":
+                    results[waiting.pop(connection)] = message[1]
+                else:
+                    failures.append(self._ended(message[1], message[2]))
+            if failures and deadline > time.monotonic() + GRACE_S:
+                deadline = time.monotonic() + GRACE_S
+        return [results[rank] for rank in range(len(self._ranks))]
+
+    def _ended(self, rank: int, code: int) -> Raised:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        memory = code == -signal.SIGKILL and _oom_kills() > self._oom_kills
+        who = "the launcher or the emulated switch " if rank < 0 else ""
+        return Raised(rank, "out_of_memory" if memory else "died", who + how, False, 0.0)
+
+    def _blame(self, failures: list[Raised]) -> Exception:
+        """The failure that explains the others: a death, else the first exception."""
+        first = min(failures, key=lambda failure: (failure.at_s, failure.rank < 0))
+        if first.user_error:
+            return UserError(first.message.removeprefix("UserError: "))
+        path = self._setup.log_path(first.rank) if first.rank >= 0 else self._launcher_log
+        return self._failure(first.rank, first.kind, first.message, path)
+
+    def _hung(self, ranks: list[int], message: str) -> RankFailure:
+        """Name the rank that is furthest behind, and what the others wait in; stacks of all go to the logs."""
+        phases = {rank: self._phases.read(rank) for rank in ranks}
+        behind = min(ranks, key=lambda rank: (phases[rank].num_changes, -phases[rank].age_s))
+        with contextlib.suppress(OSError):
+            self._launcher.send("dump stacks")
+            time.sleep(GRACE_S)
+        others = "; ".join(f"rank {rank} in {phases[rank].text!r}" for rank in ranks if rank != behind)
+        message += f", {phases[behind].age_s:.1f} s in this phase" + (f"; also waiting: {others}" if others else "")
+        return self._failure(behind, "hung", message, self._setup.log_path(behind))
+
+    def _failure(self, rank: int, kind: Kind, message: str, path: Path) -> RankFailure:
+        phase = self._phases.read(rank).text if rank >= 0 else "start"
+        return RankFailure(rank, phase, kind, message, path)
+
+    def _last_line(self, path: Path) -> str:
+        lines = path.read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+
+
+def _private_directory() -> Path:
+    """A directory that only this user reads; not under /run, which the namespaces replace."""
+    default = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="moebench-", dir="/tmp" if default.startswith("/run") else default))
+
+
+def _check_rendezvous(cluster: Cluster, rendezvous: str | None) -> None:
+    if rendezvous is None:
+        return
+    match = re.fullmatch(r"tcp://([^:/]+):(\d+)", rendezvous)
+    if not match:
+        raise bad("rendezvous", rendezvous, "write tcp://host:port, or leave it out to use a file")
+    if cluster.kind == "emulated":
+        raise bad("rendezvous", rendezvous, "an emulated cluster has a network of its own; leave it out")
+    try:
+        with socket.create_server((match[1], int(match[2]))):
+            pass
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise bad("rendezvous", rendezvous, f"{why}; choose another port, or leave it out to use a file") from None
+
+
+def _use_cuda(cluster: Cluster) -> bool:
+    """Whether every rank can have a GPU of its own; without asking CUDA, which would forbid to fork."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [path.name for path in Path("/dev").glob("nvidia[0-9]*")]
+    num_gpus = len(gpus) if visible is None else min(len(gpus), len([v for v in visible.split(",") if v.strip()]))
+    if cluster.kind == "physical" and num_gpus < cluster.num_ranks:
+        raise bad(
+            f"cluster {cluster.name}.kind",
+            "physical",
+            f"needs {cluster.num_ranks} GPUs on this machine, which has {num_gpus}; choose a local or emulated cluster",
+        )
+    if cluster.kind == "emulated" or num_gpus < cluster.num_ranks:
+        return False
+    import torch
+
+    return torch.version.cuda is not None
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed a process for memory."""
+    match = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.MULTILINE)
+    return int(match[1]) if match else 0
+
+
+__all__ = ["RankFailure", "Session", "open_session"]
