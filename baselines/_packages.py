@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from harness.placement import Placement
+from harness.specs import DTYPE_BYTES
 from harness.system import Case
 
 
@@ -38,12 +39,29 @@ def refuse_placement(case: Case, package: str) -> str | None:
     return None
 
 
+def refuse_gate(case: Case, package: str) -> str | None:
+    """DeepSpeed and Tutel take a softmax over all experts, renormalised over the chosen ones when k > 1."""
+    if case.model.gate == "sigmoid":
+        return f"{package} has no sigmoid gate"
+    if case.model.gate == "softmax_topk" and case.model.top_k == 1:
+        return f"{package} weights a single expert by its probability over all experts, not by 1"
+    return None
+
+
 def rows_per_expert(case: Case) -> np.ndarray:
     """Assignments from each rank to each expert, int64 [num_ranks, E]."""
     routing = case.routing
     rows = np.zeros((case.topology.num_ranks, case.model.num_experts), dtype=np.int64)
     np.add.at(rows, (routing.source[:, None], routing.ids), 1)
     return rows
+
+
+def padded_bytes(case: Case, capacity: int) -> dict[str, np.ndarray]:
+    """Parts of an exchange whose every expert buffer holds ``capacity`` rows, on a direct all-to-all."""
+    num_ranks = case.topology.num_ranks
+    rows = case.model.num_experts // num_ranks * capacity
+    part = off_diagonal(np.full((num_ranks, num_ranks), rows * case.model.hidden * DTYPE_BYTES[case.dtype]))
+    return dict.fromkeys(("dispatch", "combine", "combine_grad", "dispatch_grad"), part)
 
 
 def off_diagonal(matrix: np.ndarray) -> np.ndarray:
