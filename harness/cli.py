@@ -8,13 +8,20 @@ answers at once.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
-from typing import Annotated
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from harness import __version__, console
 from harness.errors import UserError, bad
+from harness.specs import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from harness.routing.record import Summary
 
 app = typer.Typer(
     name="moebench",
@@ -26,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+STATUS_COLOURS = {"refused": "yellow", "nonconforming": "bold red", "failed": "bold red", "hung": "bold red"}
+RUNS = Path("results/runs")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead of a table.")]
 
 
@@ -89,3 +98,156 @@ def list_(
         return console.print_json(found[kind] if kind else found)
     for each in kinds:
         console.show(listing(each), each)
+
+
+@app.command()
+def check(
+    systems: Annotated[list[str] | None, typer.Argument(help="Names of systems (moebench list systems).")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Check every system.")] = False,
+    ranks: Annotated[int, typer.Option(help="Local ranks over loopback; 16 experts must divide over them.")] = 4,
+    cluster: Annotated[str, typer.Option(help="A local or emulated cluster preset, instead of --ranks.")] = "",
+    dtype: Annotated[list[str] | None, typer.Option(help="Only these number formats; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Conformance: every system against the dense float64 oracle, forward and backward.
+
+    Ragged tokens, ranks and experts without tokens, k = 1, k = E, drops, every gate. What a system cannot do is
+    refused with its reason; exit status 1 if anything is wrong, or if nothing at all could be checked.
+
+    moebench check flat hiermoe-hd2 --ranks 4
+    moebench check --all --ranks 8 --json
+    moebench check hiermoe-hd2 --cluster emulated-2x4
+    """
+    from harness import checks, presets, registry
+
+    if every == bool(systems):
+        raise bad("systems", systems or [], "name at least one, or give --all (moebench list systems)")
+    _check_words("--dtype", dtype or [], DTYPE_BYTES)
+    names = list(registry.systems()) if every else [registry.system(name).name for name in systems or []]
+    where = presets.cluster(cluster) if cluster else checks.local_cluster(ranks)
+    with console.progress("check") as bar:
+        payload = {"dtypes": dtype} if dtype else {}
+        rows = checks.check_systems(names, where, payload, lambda text: console.say(bar, text))
+    if as_json:
+        console.print_json(rows)
+    else:
+        console.show(checks.summary(rows), f"largest relative errors over all trials and {where.num_ranks} ranks")
+        notes = [row for row in rows if row["status"] != "ok"]
+        shown = [{key: row[key] for key in ("system", "trial", "dtype", "status", "reason")} for row in notes]
+        if shown:
+            console.show(shown, "not ok", STATUS_COLOURS)
+    statuses = {row["status"] for row in rows}
+    if "ok" not in statuses or statuses - {"ok", "refused"}:
+        raise typer.Exit(1)
+
+
+@app.command()
+def record(
+    out: Annotated[Path, typer.Option(help="The trace to write (.parquet).")],
+    model: Annotated[str, typer.Option(help="Model preset to train (moebench list models).")] = "record-e16k2",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    at: Annotated[list[int] | None, typer.Option(help="Record after this many steps; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to record at each step.")] = 16384,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face MoE model to record from.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Record real routing: train a small MoE language model on the text that ships with Python.
+
+    The routing of every layer is kept at 2 %, 25 % and 100 % of training, or where --at says. With --checkpoint
+    nothing is trained: the routing is that of the given model.
+
+    moebench record --model record-e64k8 --out my-trace.parquet
+    moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
+    """
+    from harness import presets
+    from harness.routing.record import Progress
+    from harness.routing.record import record as train_and_record
+
+    command = shlex.join(["moebench", *sys.argv[1:]])
+    spec = presets.model(model)
+    with console.progress(f"reading the text that {spec.name} trains on") as bar:
+
+        def heard(now: Progress) -> None:
+            if bar.console.is_terminal or now.step % max(1, now.num_steps // 20) == 0:
+                console.say(bar, f"step {now.step} of {now.num_steps}, loss {now.loss:.3f} nats per byte")
+
+        made = train_and_record(
+            spec, out, num_steps=steps, steps=at or None, num_tokens=tokens, seed=seed, command=command, progress=heard
+        )
+    _show_recording(made, as_json)
+
+
+@app.command()
+def run(
+    experiments: Annotated[Path | None, typer.Argument(help="A YAML file of experiments.")] = None,
+    suite: Annotated[str, typer.Option(help="A suite that comes with moebench, instead of a file.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the run; by default that of the suite or file.")] = "",
+    launches: Annotated[int | None, typer.Option(min=1, help="How often to start anew, instead of the file's.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; do not resume after finished cells.")] = False,
+    results: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
+) -> None:
+    """Run experiments: every system checked first, then timed, interleaved with the others of its race.
+
+    Rows go to results/runs/NAME; a second call resumes after the finished cells. Prints the run's folder.
+
+    moebench run --suite quick
+    moebench run my-experiments.yaml --name mine --launches 5
+    """
+    if (experiments is None) == (not suite):
+        raise bad("experiments", str(experiments), "give one YAML file, or --suite NAME")
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(help="A notebook (summary), or the name of a run.")] = "summary",
+    run: Annotated[str, typer.Option(help="Run to report on; by default the latest.")] = "",
+    param: Annotated[list[str] | None, typer.Option("-p", "--param", help="KEY=VALUE for the notebook.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
+) -> None:
+    """Render a run as one self-contained HTML page, and print its path.
+
+    moebench report quick
+    moebench report summary --run quick -p baseline=flat
+    """
+    from harness.report import render
+
+    notebook, run_dir = _notebook_and_run(name, run, results)
+    parameters = dict(_key_value(each) for each in param or [])
+    with console.progress(f"report on {run_dir.name}") as bar:
+        page = render(notebook, run_dir, parameters=parameters, progress=lambda text: console.say(bar, text))
+    typer.echo(page)
+
+
+def _notebook_and_run(name: str, run: str, results: Path) -> tuple[str, Path]:
+    """``name`` may be a notebook, or (without --run) a run, which the summary then shows."""
+    stored = sorted((path for path in results.glob("*/") if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    if not run and name in [path.name for path in stored]:
+        return "summary", results / name
+    if not run and not stored:
+        raise bad("run", str(results), "holds no run yet; make one with moebench run --suite quick")
+    return name, results / run if run else stored[-1]
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise bad("--param", text, "write KEY=VALUE")
+    return key, value
+
+
+def _check_words(field: str, words: Iterable[str], known: Iterable[str]) -> None:
+    for word in words:
+        if word not in known:
+            raise bad(field, word, f"must be one of {', '.join(known)}")
+
+
+def _show_recording(made: Summary, as_json: bool) -> None:
+    """What a recording holds: for each step its loss and every layer's max/mean load over experts."""
+    if as_json:
+        return console.print_json(dataclasses.asdict(made))
+    rows = [
+        {"step": step, "loss": made.loss[step]} | {f"max/mean layer {i}": skew for i, skew in enumerate(skews)}
+        for step, skews in made.max_over_mean.items()
+    ]
+    console.show(rows, f"{made.path}: {made.num_tokens} tokens, {made.num_bytes / 1e6:.2f} MB, {made.time_s:.0f} s")
