@@ -10,8 +10,9 @@ import dataclasses
 import functools
 
 import torch
+from torch.nn import functional as F
 
-BLOCK = 256  # items summed at a time on CPU, so that the float32 copies stay in cache
+BLOCK = 32  # items weighted and summed at a time on CPU, so that the float32 copies stay in cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,15 +23,24 @@ class Spread:
     num_items: int
 
     @functools.cached_property
+    def order(self) -> torch.Tensor:
+        """Rows by item, int64 [R]."""
+        return self.item.argsort(stable=True)
+
+    @functools.cached_property
+    def starts(self) -> torch.Tensor:
+        """Place in ``order`` of every item's first row, int64 [num_items]."""
+        counts = torch.bincount(self.item, minlength=self.num_items)
+        return counts.cumsum(0) - counts
+
+    @functools.cached_property
     def copies(self) -> torch.Tensor:
         """Rows of every item, int64 [num_items, most copies], padded with -1."""
         counts = torch.bincount(self.item, minlength=self.num_items)
         width = int(counts.max()) if len(self.item) else 0
-        order = self.item.argsort(stable=True)
-        sorted_item = self.item[order]
-        place = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[sorted_item]
-        copies = torch.full((self.num_items, width), -1, dtype=torch.int64, device=self.item.device)
-        copies[sorted_item, place] = order
+        item = self.item[self.order]
+        copies = self.item.new_full((self.num_items, width), -1)
+        copies[item, torch.arange(len(item), device=item.device) - self.starts[item]] = self.order
         return copies
 
     def spread(self, items: torch.Tensor) -> torch.Tensor:
@@ -39,28 +49,19 @@ class Spread:
 
     def gather(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """sum over an item's rows of weight * row: rows [R, M], weights [R] -> [num_items, M] in rows' format."""
-        out = rows.new_empty(self.num_items, rows.shape[1])
-        if self.copies.shape[1] == 0:
-            return out.zero_()
-        accumulate = accumulator(rows.dtype)
-        padded = bool((self.copies < 0).any())
+        if not len(rows) or not self.num_items:
+            return rows.new_zeros(self.num_items, rows.shape[1])
+        if weights is None:
+            # embedding_bag is torch's fused gather-and-sum; it adds bfloat16 in float32 and rounds once.
+            return F.embedding_bag(self.order, rows, self.starts, mode="sum")
+        factor = weights.to(accumulator(rows.dtype))[self.copies].masked_fill_(self.copies < 0, 0)
         index = self.copies.clamp_min(0)
-        factor = None
-        if weights is not None:
-            factor = weights.to(accumulate)[index]
-        elif padded:
-            factor = torch.ones(index.shape, dtype=accumulate, device=index.device)
-        if padded and factor is not None:
-            factor = factor.masked_fill(self.copies < 0, 0)
-        if factor is None and index.shape[1] == 1:
-            return rows.index_select(0, index[:, 0])
-        block = BLOCK if rows.device.type == "cpu" else max(1, self.num_items)
+        out = rows.new_empty(self.num_items, rows.shape[1])
+        block = BLOCK if rows.device.type == "cpu" else self.num_items
         for start in range(0, self.num_items, block):
             part = index[start : start + block]
-            values = rows.index_select(0, part.flatten()).view(*part.shape, -1).to(accumulate)
-            if factor is not None:
-                values *= factor[start : start + block].unsqueeze(-1)
-            out[start : start + block] = values.sum(1)
+            values = rows.index_select(0, part.flatten()).view(*part.shape, -1).to(factor.dtype)
+            out[start : start + block] = values.mul_(factor[start : start + block].unsqueeze(-1)).sum(1)
         return out
 
 
