@@ -2,7 +2,8 @@
 
 Every expert's buffer is padded to one capacity C, so an exchange moves E / num_ranks * C rows between every two ranks
 whatever the routing. Without drops C is the largest count of any expert on any rank: cost follows the maximum load.
-The gate computes in float32 always. Its random defaults (sampling of the second expert, random token selection) are off.
+The gate computes in float32 always. Its random defaults (sampling of the second expert, random token selection) are
+off.
 """
 
 from __future__ import annotations
