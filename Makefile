@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moebench-installed
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 RUN ?= quick
 ARGS ?=
 
@@ -12,13 +13,15 @@ ARGS ?=
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
+	@:
 
 # torch first and pinned, so that nothing below drags in another build. The real packages come last and one by one: one
 # that cannot be installed costs its own rows only, and `moebench doctor` names it.
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "moebench needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1); try make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
-	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	@$(PY) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+	  $(PYTHON) -c '$(NEW_ENOUGH)' 2>/dev/null || { \
+	    found=$$($(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null); \
+	    echo "moebench needs Python 3.11 or newer, but $(PYTHON) is $${found:-not there}; name another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }; \
 	  echo "==> new environment in $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "==> torch"
 	@$(PY) -m pip install --disable-pip-version-check torch==2.13.0
