@@ -75,8 +75,9 @@ def all_to_all_single(
     size, me = pg.size(), pg.rank()
     if not (output.is_contiguous() and input.is_contiguous()):
         raise ValueError("all_to_all_single needs contiguous tensors")
-    receive = output.split(_splits(output_split_sizes, output, size))
-    send = input.split(_splits(input_split_sizes, input, size))
+    # As torch's own, outside autograd: Tutel hands over tensors that require a gradient and puts its node in after.
+    receive = output.detach().split(_splits(output_split_sizes, output, size))
+    send = input.detach().split(_splits(input_split_sizes, input, size))
     # Ranks of a group make the same calls in the same order, so the count tells concurrent exchanges apart.
     _sequence[pg.group_name] += 1
     tag = _sequence[pg.group_name] % (1 << 30)
