@@ -1,0 +1,300 @@
+"""One race on one rank: every system admitted by conformance, then all of them timed interleaved.
+
+``run_race`` is called on every rank of a session. What a rank returns is raw: samples, errors, reasons; the rows of
+the store are made of all ranks' answers in ``harness.bench.tidy``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from harness import registry
+from harness.bench import conformance, train
+from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
+from harness.comm.job import Job
+from harness.layer import gates
+from harness.layer.oracle import Oracle
+from harness.layer.weights import Weights
+from harness.placement import Placement
+from harness.routing import Routing, make_routing
+from harness.specs import Experiment
+from harness.system import Case, System
+from harness.topology import Topology
+
+#: for how long a rank that failed waits for the others to say that they failed too
+AGREEMENT_S = 60
+_votes = itertools.count()
+
+
+class Contender(Protocol):
+    """A system built at full size, ready to be timed."""
+
+    def check(self) -> dict[str, float]:
+        """Run once, untimed -> errors against what must come out; the largest over ranks."""
+
+    def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
+        """One timed repetition."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one rank knows of one cell. ``status`` is of ``harness.bench.store.STATUSES``."""
+
+    status: str = "ok"
+    reason: str = ""
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)  # output, input_grad, weight_grad, loss
+    samples: list[Sample] = dataclasses.field(default_factory=list)
+
+
+def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """Collective. ``payload``: ``experiments`` (of one race, as plain data), ``repeats``, ``warmup`` ->
+    ``host``, ``num_cores``, ``shared_clock`` and ``cells``: an ``Outcome`` as plain data by experiment digest."""
+    experiments: list[Experiment] = [Experiment.model_validate(data) for data in payload["experiments"]]
+    outcomes = {experiment.digest: Outcome() for experiment in experiments}
+    contenders: list[tuple[Experiment, Contender]] = []
+    for experiment in experiments:
+        contender = admit(job, experiment, outcomes[experiment.digest], payload["warmup"], payload["repeats"])
+        if contender is not None:
+            contenders.append((experiment, contender))
+        tell(job, {"did": "admit", "system": experiment.system})
+    with quiet():
+        watch = Stopwatch(job)
+        for rep, which in interleaved(len(contenders), payload["repeats"]):
+            experiment, contender = contenders[which]
+            name_phase(job, experiment, f"timed repetition {rep}")
+            outcomes[experiment.digest].samples += contender.run(rep, watch)
+            tell(job, {"did": "time", "system": experiment.system})
+    for experiment, contender in contenders:
+        name_phase(job, experiment, "checking after the timing")
+        settle(experiment, outcomes[experiment.digest], contender.check())
+    job.phase("race finished")
+    return {
+        "host": socket.gethostname(),
+        "num_cores": num_cores(),
+        "shared_clock": job.shared_clock,
+        "cells": {cell: dataclasses.asdict(outcome) for cell, outcome in outcomes.items()},
+    }
+
+
+def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int, repeats: int) -> Contender | None:
+    """Refusal, conformance at reduced shapes, build, check at full shape and warm-up; None if it may not race."""
+    system = registry.system(experiment.system)
+    case = make_case(experiment, job.topology, str(job.device))
+    name_phase(job, experiment, "asking whether it can run")
+    if reason := first_said(job, system.missing() or system.refuse(case)):
+        outcome.status, outcome.reason = "refused", reason
+        return None
+
+    name_phase(job, experiment, "conformance before timing")
+    found = conformance.gate_case(job, system, experiment)
+    if found["status"] == "ok" and experiment.phase == "train_step":
+        found = train.gate_case(job, system, experiment, found)
+    outcome.errors = found["errors"]
+    failure = found["reason"] or found["status"] if found["status"] == "failed" else None
+    if reason := first_said(job, failure):
+        outcome.status, outcome.reason = _status_of(reason), reason
+        return None
+    if found["status"] != "ok":
+        outcome.status, outcome.reason = found["status"], found["reason"]
+        return None
+
+    def build() -> Contender:
+        name_phase(job, experiment, "building")
+        if experiment.phase == "train_step":
+            built: Contender = train.Trainer(job, system, experiment, num_steps=1 + warmup + repeats)
+        else:
+            built = LayerContender(job, system, experiment, case)
+        name_phase(job, experiment, "first step at full shape")
+        settle(experiment, outcome, built.check())
+        for _ in range(warmup - 1):  # the check was the first
+            built.check()
+        return built
+
+    contender, error = attempt(build)
+    if reason := first_said(job, error):
+        outcome.status, outcome.reason = _status_of(reason), reason
+        return None
+    return contender if outcome.status == "ok" else None
+
+
+def settle(experiment: Experiment, outcome: Outcome, errors: dict[str, float]) -> None:
+    """Fold the errors of a check at full shape into the outcome; the worst of all checks is kept."""
+    tolerance = registry.system(experiment.system).tolerance(experiment.dtype)
+    wrong = {name: value for name, value in errors.items() if not value <= tolerance}
+    if wrong and outcome.status == "ok":
+        outcome.status = "nonconforming"
+        text = ", ".join(f"{name} off by {value:.1e}" for name, value in wrong.items())
+        outcome.reason = f"at full shape: {text}, allowed {tolerance:.0e}"
+    for name, value in errors.items():
+        outcome.errors[name] = max(value, outcome.errors.get(name, 0.0))
+
+
+class LayerContender:
+    """Phases ``exchange`` and ``layer``: forward and backward of one MoE layer on inputs drawn in advance."""
+
+    def __init__(self, job: Job, system: type[System], experiment: Experiment, case: Case):
+        self.job, self.system, self.experiment, self.case = job, system, experiment, case
+        weights = Weights(case.model, case.dtype, seed=experiment.workload.seed)
+        self.router = weights.router.double()
+        self.layer = system.build(case, job, weights)
+        x, dy = draw_inputs(case.routing, self.router, job.rank, experiment.workload.seed)
+        self.x = x.to(job.device, case.torch_dtype).requires_grad_(experiment.backward)
+        self.dy = dy.to(job.device, case.torch_dtype)
+        self.oracle = Oracle(weights, identity_experts=True)
+        self.y: torch.Tensor | None = None
+
+    def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
+        with torch.set_grad_enabled(self.experiment.backward):
+            forward = self._forward()
+            samples = [watch.measure(rep, "forward", forward)]
+            if self.experiment.backward:
+                samples.append(watch.measure(rep, "backward", self._backward))
+        return samples
+
+    def _forward(self) -> Callable[[], None]:
+        """Clear what the last step left and prepare; the work that remains is to be timed."""
+        self.y = self.x.grad = None
+        self.layer.zero_grad(set_to_none=True)
+        exchange = self.experiment.phase == "exchange"
+        state = self.layer.prepare(self.x) if exchange else None
+
+        def forward() -> None:
+            self.y = self.layer.exchange(self.x, state) if exchange else self.layer(self.x)
+
+        return forward
+
+    def _backward(self) -> None:
+        assert self.y is not None
+        self.y.backward(self.dy)
+
+    def check(self) -> dict[str, float]:
+        """One untimed step. With identity experts every token must come home as the sum of its gate weights times
+        itself, and its gradient likewise: no token lost, none taken twice. Else the result must be finite."""
+        with torch.set_grad_enabled(self.experiment.backward):
+            self._forward()()
+            if self.experiment.backward:
+                self._backward()
+        assert self.y is not None
+        if self.experiment.phase == "layer":
+            parts = [self.y.detach()] + ([] if self.x.grad is None else [self.x.grad])
+            if not all(bool(part.isfinite().all()) for part in parts):
+                raise FloatingPointError("the output or the input gradient is not finite")
+            return {}
+        return worst_of(self.job, self._exchange_errors())
+
+    def _exchange_errors(self) -> dict[str, float]:
+        assert self.y is not None
+        x = self.x.detach().double().cpu().requires_grad_()
+        gate = self.oracle.gates(x @ self.router, self._kept(x.detach())).sum(-1, keepdim=True)  # [T, 1]
+        expected = (gate if self.layer.gate_in_exchange else gate.detach()) * x
+        errors = {"output": relative_error(self.y, expected)}
+        if self.experiment.backward:
+            (dx,) = torch.autograd.grad(expected, x, self.dy.double().cpu())
+            found = torch.zeros_like(self.x) if self.x.grad is None else self.x.grad
+            errors["input_grad"] = relative_error(found, dx)
+        return errors
+
+    def _kept(self, x: torch.Tensor) -> torch.Tensor | None:
+        """bool [T, E] where the system drops by capacity, by its documented rule over all ranks' tokens."""
+        if self.case.model.capacity_factor is None:
+            return None
+        gathered: list[Any] = [None] * self.job.num_ranks
+        dist.all_gather_object(gathered, (x @ self.router).softmax(-1))
+        kept = self.system.kept(self.case, gathered)
+        return None if kept is None else kept[self.job.rank]
+
+
+def make_case(
+    experiment: Experiment, topology: Topology, device: str = "cpu", *, step: int = 0, layer: int = 0
+) -> Case:
+    """The layer that ``experiment`` asks for, experts in index order. A natural routing is planned as uniform."""
+    model, workload = experiment.model, experiment.workload
+    routing = make_routing(workload, model, topology, step=step, layer=layer)
+    if routing is None:
+        routing = make_routing(workload.model_copy(update={"generator": "uniform"}), model, topology)
+    assert routing is not None
+    return Case(
+        model,
+        experiment.dtype,
+        topology,
+        Placement.contiguous(model.num_experts, topology.num_ranks),
+        routing,
+        device,
+        experiment.phase == "exchange",
+        dict(experiment.options),
+    )
+
+
+def draw_inputs(routing: Routing, router: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x that the real gate routes as ``routing`` says, and a gradient of y; float64 [T_rank, M] each."""
+    generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + rank)
+    z, dy = torch.randn((2, routing.tokens[rank], len(router)), generator=generator, dtype=torch.float64)
+    ids = torch.as_tensor(routing.of_rank(rank).astype(np.int64))
+    return gates.steer(z, router, ids), dy
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |found - expected| over max |expected|; 0 for nothing."""
+    if not expected.numel():
+        return 0.0
+    difference = (found.detach().double().cpu() - expected.detach()).abs().max()
+    return float(difference / expected.detach().abs().max())
+
+
+def worst_of(job: Job, errors: dict[str, float]) -> dict[str, float]:
+    """The largest over all ranks; NaN counts as infinite."""
+    worst = torch.tensor(list(errors.values()), dtype=torch.float64, device=job.device).nan_to_num(nan=torch.inf)
+    if job.num_ranks > 1:
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return dict(zip(errors, worst.tolist(), strict=True))
+
+
+def attempt(work: Callable[[], Contender]) -> tuple[Contender | None, str | None]:
+    """``work()``, or the error in words."""
+    try:
+        return work(), None
+    except Exception as error:  # a system's own failure is a result
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def first_said(job: Job, said: str | None) -> str | None:
+    """What the first rank that has something to say says; None if no rank does.
+
+    Goes through the store and not through a collective: a rank that failed inside a system's collective cannot meet
+    the others in another one. Where they are stuck without it, it raises after ``AGREEMENT_S`` and the session ends.
+    """
+    if job.num_ranks == 1:
+        return said
+    store, vote = dist.distributed_c10d._get_default_store(), next(_votes)
+    keys = [f"moebench/said/{vote}/{rank}" for rank in range(job.num_ranks)]
+    store.set(keys[job.rank], said or "")
+    try:
+        store.wait(keys, datetime.timedelta(seconds=AGREEMENT_S if said else 3600))
+    except dist.DistError:
+        raise RuntimeError(said or "the other ranks did not answer") from None
+    answers = [store.get(key).decode() for key in keys]
+    return next((answer for answer in answers if answer), None)
+
+
+def name_phase(job: Job, experiment: Experiment, text: str) -> None:
+    """Say what this rank does now; the digest lets the runner tell which cell a dead rank was in."""
+    job.phase(f"{experiment.system} {experiment.phase}: {text} [{experiment.digest}]")
+
+
+def tell(job: Job, message: dict[str, Any]) -> None:
+    """Progress, once for the whole job."""
+    if job.rank == 0:
+        job.progress(message)
+
+
+def _status_of(reason: str) -> str:
+    return "oom" if "MemoryError" in reason or "allocate memory" in reason else "failed"

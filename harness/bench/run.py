@@ -1,0 +1,303 @@
+"""Runs a suite: one allocation per cluster and wire, one session of ranks per launch, races interleaved inside.
+
+Rows are stored after every race, so whatever ends a run, the next one resumes after the finished races.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from harness.bench import provenance, tidy
+from harness.bench.store import Store
+from harness.bench.suite import Race, Suite, load
+from harness.errors import bad
+from harness.specs import Cluster
+
+#: imported once before the ranks are forked
+PRELOAD = ("harness.bench.race",)
+SESSION_START_S = 6.0
+MIN_TIMEOUT_S = 300.0
+_STATUS_OF_FAILURE = {"raised": "failed", "died": "failed", "hung": "hung", "out_of_memory": "oom"}
+_DIGEST = re.compile(r"\[([0-9a-f]{16})\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is still to be done on one cluster over one wire."""
+
+    cluster: Cluster
+    wire: str
+    tasks: tuple[tuple[int, Race], ...]  # (launch, race), launch by launch
+
+    @property
+    def launches(self) -> list[int]:
+        return sorted({launch for launch, _ in self.tasks})
+
+    @property
+    def estimate_s(self) -> float:
+        cells = ((race, experiment) for _, race in self.tasks for experiment in race.experiments)
+        work = sum(tidy.estimate_s(experiment, race.repeats, race.warmup) for race, experiment in cells)
+        return work + SESSION_START_S * len(self.launches)
+
+    @property
+    def num_units(self) -> int:
+        """Units of progress: admitting a system, and each of its repetitions."""
+        return sum(_units(race) for _, race in self.tasks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to run, the same for all plans of a run."""
+
+    run_dir: Path
+    refuse_cpu_bound: bool = False
+    timeout_s: float | None = None  # of one race; None: from its estimate
+
+
+def run_suite(
+    suite: Suite | Path | str,
+    out_dir: Path | str,
+    *,
+    launches: int | None = None,
+    resume: bool = True,
+    refuse_cpu_bound: bool = False,
+    timeout_s: float | None = None,
+    show_progress: bool = True,
+) -> dict[str, int]:
+    """Run ``suite`` (a ``Suite``, a name or a YAML file) into the folder ``out_dir``; its name is the run's.
+
+    ``launches`` instead of the file's; ``resume=False`` puts an older run of that name aside first;
+    ``refuse_cpu_bound`` keeps no time of a shaped run that its own CPU use limits. Returns the number of cells (times
+    launches) by status. Ctrl-C keeps what was finished. Raises ``UserError`` before any work for anything wrong with
+    the file or the folder.
+    """
+    from harness.launch.allocation import submit  # the one place where the bench looks up to launch
+
+    suite = suite if isinstance(suite, Suite) else load(suite)
+    if launches is not None and launches < 1:
+        raise bad("launches", launches, "must be at least 1")
+    settings = Settings(Path(out_dir).resolve(), refuse_cpu_bound, timeout_s)
+    store = Store(settings.run_dir)
+    if not resume:
+        put_aside(settings.run_dir)
+    store.prepare()
+    plans = plan(suite, launches, store.finished())
+    with _shown(plans, show_progress) as on_progress:
+        for each in plans:
+            submit(
+                run_plan,
+                each,
+                settings,
+                provenance.command_line(),
+                folder=settings.run_dir / "logs",
+                timeout_min=max(60, round(each.estimate_s / 60 * 10)),
+                name=suite.name,
+                on_progress=on_progress,
+            )
+    return summary(store, suite)
+
+
+def plan(suite: Suite, launches: int | None, finished: set[tuple[str, int]]) -> list[Plan]:
+    """Races with an unfinished cell, by cluster and wire. Such a race runs again whole: its pairs stay interleaved."""
+    groups: dict[tuple[str, str], list[tuple[int, Race]]] = collections.defaultdict(list)
+    for launch in range(launches or max(race.launches for race in suite.races)):
+        for race in suite.races:
+            wanted = launch < (launches or race.launches)
+            if wanted and any((experiment.digest, launch) not in finished for experiment in race.experiments):
+                groups[race.first.cluster.digest, race.first.wire].append((launch, race))
+    return [Plan(tasks[0][1].first.cluster, wire, tuple(tasks)) for (_, wire), tasks in groups.items()]
+
+
+def run_plan(each: Plan, settings: Settings, argv: list[str]) -> None:
+    """Inside the allocation: every launch in a session of its own."""
+    from harness.launch.allocation import report
+
+    store = Store(settings.run_dir)
+    for launch in each.launches:
+        races = [race for number, race in each.tasks if number == launch]
+        with Sessions(each, settings, launch, races) as sessions:
+            sessions.write_record(store, argv)
+            for race in races:
+                report({"did": "begin", "text": f"launch {launch}: {describe(race)}"})
+                answers, failed = sessions.run(race, report)
+                rows = tidy.rows_of_race(race, sessions.setting, answers, failed)
+                store.append(rows)
+                report({"did": "race", "units": _units(race)})
+
+
+class Sessions:
+    """One session after another on the same cluster: a failure ends one, and the next goes on without its cause."""
+
+    def __init__(self, each: Plan, settings: Settings, launch: int, races: list[Race]):
+        self.plan, self.settings, self.launch, self.races = each, settings, launch, races
+        self.num_started = 0
+        self._open = contextlib.ExitStack()
+        self._session: Any = None
+
+    def __enter__(self) -> Sessions:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @property
+    def setting(self) -> tidy.Setting:
+        network = self._session.network
+        return tidy.Setting(
+            self.settings.run_dir.name, self.launch, self._session.evidence, network, self.settings.refuse_cpu_bound
+        )
+
+    def run(self, race: Race, report: Callable[[dict[str, Any]], None]) -> tuple[list[Any], dict[str, tuple[str, str]]]:
+        """Ranks' answers, and the cells that ended their session with status and reason."""
+        from harness.launch.session import RankFailure
+
+        failed: dict[str, tuple[str, str]] = {}
+        remaining = list(race.experiments)
+        while remaining:
+            payload = {
+                "experiments": [experiment.model_dump(mode="json") for experiment in remaining],
+                "repeats": race.repeats,
+                "warmup": race.warmup,
+            }
+            try:
+                answers = self._session.call(
+                    "harness.bench.race:run_race", payload, timeout_s=self._timeout_s(race), on_progress=report
+                )
+                return answers, failed
+            except RankFailure as failure:
+                verdict = (
+                    _STATUS_OF_FAILURE[failure.kind],
+                    f"rank {failure.rank} in {failure.phase!r}: {failure.message}",
+                )
+                guilty = _DIGEST.search(failure.phase)
+                blamed = [e for e in remaining if guilty is None or e.digest == guilty[1]] or remaining
+                failed |= {experiment.digest: verdict for experiment in blamed}
+                remaining = [experiment for experiment in remaining if experiment not in blamed]
+                self._start()
+        return [], failed
+
+    def write_record(self, store: Store, argv: list[str]) -> None:
+        """What ran where, beside the rows of this launch."""
+        experiments = [experiment for race in self.races for experiment in race.experiments]
+        certificates = {race.digest: tidy.certificate(race.first) for race in self.races}
+        store.write_record(
+            f"launch-{self.launch}-{self.plan.cluster.name}-{self.plan.wire}-{int(time.time())}",
+            {
+                "launch": self.launch,
+                "date": tidy.now_utc(),
+                "argv": argv,
+                "experiments": {e.digest: e.model_dump(mode="json") for e in experiments},
+                "certificates": {race: found.as_dict() for race, found in certificates.items() if found},
+                "seeds": {race.digest: race.first.workload.seed for race in self.races},
+                "repeats": {race.digest: race.repeats for race in self.races},
+                "cluster": self.plan.cluster.name,
+                "wire": self.plan.wire,
+                "evidence": self._session.evidence,
+                "network": dict(self._session.network),
+                **provenance.collect(e.system for e in experiments),
+            },
+        )
+
+    def _start(self) -> None:
+        from harness.launch.session import open_session
+
+        self._open.close()
+        folder = self.settings.run_dir / "logs" / f"launch-{self.launch}-{self.plan.cluster.name}-{self.plan.wire}"
+        self._session = self._open.enter_context(
+            open_session(
+                self.plan.cluster,
+                log_dir=folder / str(self.num_started),
+                wire=self.plan.wire,  # type: ignore[arg-type]
+                preload=PRELOAD,
+            )
+        )
+        self.num_started += 1
+
+    def _timeout_s(self, race: Race) -> float:
+        if self.settings.timeout_s is not None:
+            return self.settings.timeout_s
+        return MIN_TIMEOUT_S + 10 * sum(tidy.estimate_s(e, race.repeats, race.warmup) for e in race.experiments)
+
+
+def put_aside(run_dir: Path) -> None:
+    """Keep an older run under another name."""
+    if run_dir.exists():
+        run_dir.rename(run_dir.with_name(f"{run_dir.name}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
+
+
+def describe(race: Race) -> str:
+    first = race.first
+    return f"{first.phase} of {first.model.name}, {first.workload.name}, on {first.cluster.name}"
+
+
+def summary(store: Store, suite: Suite) -> dict[str, int]:
+    """Number of (cell, launch) pairs of ``suite`` by status."""
+    rows = store.read(damaged="skip")
+    rows = rows[rows["cell"].isin([experiment.digest for experiment in suite.experiments])]
+    rows = rows[rows["metric"].isin(["time_s", "status"])]
+    statuses = rows.groupby(["cell", "launch"])["status"].first()
+    return {str(status): int(count) for status, count in statuses.value_counts().items()}
+
+
+def _units(race: Race) -> int:
+    return len(race.experiments) * (1 + race.repeats)
+
+
+@contextlib.contextmanager
+def _shown(plans: list[Plan], show: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """A progress bar with the time that remains, on stderr."""
+    console = Console(stderr=True)
+    if not show:
+        yield None
+        return
+    cells = sum(len(race.experiments) for each in plans for _, race in each.tasks)
+    if not cells:
+        console.print("everything in this suite is finished; nothing to run", highlight=False)
+        yield None
+        return
+    seconds = sum(each.estimate_s for each in plans)
+    console.print(f"{cells} cells to run, about {max(1, round(seconds / 60))} min", highlight=False)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting ranks", total=sum(each.num_units for each in plans))
+        finished = 0
+
+        def on_progress(message: dict[str, Any]) -> None:
+            nonlocal finished
+            if message["did"] == "begin":
+                bar.update(task, description=message["text"])
+                if not console.is_terminal:
+                    console.print(message["text"], highlight=False)
+            elif message["did"] == "race":  # exact again, whatever was refused, failed or repeated inside
+                finished += message["units"]
+                bar.update(task, completed=finished)
+            else:
+                bar.advance(task)
+
+        yield on_progress

@@ -1,0 +1,251 @@
+"""Experiment files: a grid of model x cluster x workload x system x phase, checked whole before any work starts.
+
+    name: demo
+    defaults: {dtype: bfloat16, repeats: 5, launches: 3}
+    experiments:
+      - model: local-m1024-e64k8
+        cluster: emulated-2x4
+        workload: [balanced-512, zipf-4-512]
+        system: [megatron, flat, {name: hiermoe-hd2, options: {chunks: 4}}]
+        phase: exchange
+
+Names refer to presets; a mapping in the place of a name is a specification of its own. Lists expand as a grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from harness import presets, registry
+from harness.errors import UserError, bad
+from harness.placement import Placement
+from harness.routing import KNOWN_GENERATORS, make_routing
+from harness.specs import Cluster, Dtype, Experiment, Model, Phase, Workload
+from harness.topology import Topology
+
+_REQUIRED = ("model", "cluster", "workload", "system", "phase")
+_DEFAULTS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "options": {},
+    "backward": True,
+    "wire": "recv_first",
+    "repeats": 5,
+    "warmup": 1,
+    "launches": 3,
+}
+_ENTRY_KEYS = (*_REQUIRED, *_DEFAULTS)
+_SUITE_KEYS = ("name", "defaults", "experiments")
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """Experiments that are equal in all but the system and its options, run interleaved."""
+
+    experiments: tuple[Experiment, ...]  # in the order of the file
+    repeats: int  # timed repetitions (steps, for train_step) of each
+    warmup: int
+    launches: int
+
+    @property
+    def digest(self) -> str:
+        return self.experiments[0].race
+
+    @property
+    def first(self) -> Experiment:
+        """For what all of them share."""
+        return self.experiments[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    name: str
+    races: tuple[Race, ...]
+
+    @property
+    def experiments(self) -> list[Experiment]:
+        return [experiment for race in self.races for experiment in race.experiments]
+
+
+def names() -> list[str]:
+    """Suites that come with moebench."""
+    folder = importlib.resources.files("harness.presets") / "suites"
+    return sorted(Path(str(file)).stem for file in folder.iterdir() if str(file).endswith(".yaml"))
+
+
+def load(source: Path | str) -> Suite:
+    """The suite called ``source`` or in the YAML file ``source``; a ``UserError`` names the file and the field."""
+    if str(source) in names():
+        text = (importlib.resources.files("harness.presets") / "suites" / f"{source}.yaml").read_text("utf-8")
+        return parse(text, f"suites/{source}.yaml")
+    path = Path(source)
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise bad("suite", str(source), f"unknown{_nearest(str(source), names())}; or give a YAML file")
+    try:
+        return parse(path.read_text("utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise bad("experiments file", str(path), f"cannot be read ({error}); give a readable YAML file") from None
+
+
+def parse(text: str, where: str) -> Suite:
+    """``text`` of an experiments file; ``where`` is its name in error messages."""
+    data = presets.parse_yaml(text, where)
+    if not isinstance(data, Mapping):
+        raise bad(where, data, f"must be a mapping with {', '.join(_SUITE_KEYS)}")
+    _check_keys(data, _SUITE_KEYS, where)
+    name = data.get("name")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+        raise bad(f"{where}: name", name, "must be a word of letters, digits, '.', '_' and '-'")
+    entries = data.get("experiments")
+    if not isinstance(entries, list) or not entries:
+        raise bad(f"{where}: experiments", entries, "must be a list of at least one mapping")
+    defaults = data.get("defaults") or {}
+    _check_entry(defaults, f"{where}: defaults")
+    races: dict[str, Race] = {}
+    for index, entry in enumerate(entries):
+        here = f"{where}: experiments[{index}]"
+        _check_entry(entry, here)
+        fields = {**_DEFAULTS, **defaults, **entry}
+        for key in _REQUIRED:
+            if key not in fields:
+                raise bad(here, dict(entry), f"has no {key}; give it here or under defaults")
+        for choice in _grid(fields):
+            _add(races, choice, here)
+    return Suite(name, tuple(races.values()))
+
+
+def _add(races: dict[str, Race], choice: dict[str, Any], here: str) -> None:
+    """Put one resolved cell into its race; what several entries ask of one race, the most demanding decides."""
+    experiment = _experiment(choice, here)
+    counts = {key: _count(choice[key], f"{here}.{key}", 0 if key == "warmup" else 1) for key in _COUNTS}
+    known = races.get(experiment.race)
+    if known is None:
+        _check_case(experiment, here)
+        races[experiment.race] = Race((experiment,), **counts)
+        return
+    experiments = known.experiments if experiment in known.experiments else (*known.experiments, experiment)
+    races[experiment.race] = Race(experiments, **{key: max(counts[key], getattr(known, key)) for key in _COUNTS})
+
+
+_COUNTS = ("repeats", "warmup", "launches")
+
+
+def _grid(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    """Every combination; the last field varies fastest."""
+    lists = [value if isinstance(value, list) else [value] for value in fields.values()]
+    for values in itertools.product(*lists):
+        yield dict(zip(fields, values, strict=True))
+
+
+def _experiment(choice: dict[str, Any], here: str) -> Experiment:
+    system, options = _system(choice, here)
+    with _at(here):
+        known = registry.system(str(system))
+        fields = {
+            "model": _resolve(choice["model"], presets.model, Model, f"{here}.model"),
+            "cluster": _resolve(choice["cluster"], presets.cluster, Cluster, f"{here}.cluster"),
+            "workload": _resolve(choice["workload"], presets.workload, Workload, f"{here}.workload"),
+        }
+    for option in options:
+        if option not in known.options:
+            raise bad(
+                f"{here}.options.{option}",
+                options[option],
+                f"{system} has no such option" + _nearest(option, known.options),
+            )
+    for key, values in (("phase", get_args(Phase)), ("dtype", get_args(Dtype))):
+        if choice[key] not in values:
+            raise bad(f"{here}.{key}", choice[key], f"must be one of {', '.join(values)}")
+    fields |= {key: choice[key] for key in ("phase", "dtype", "backward", "wire")}
+    experiment: Experiment = Experiment.parse({**fields, "system": system, "options": dict(options)}, here)
+    return experiment
+
+
+def _system(choice: dict[str, Any], here: str) -> tuple[Any, dict[str, Any]]:
+    """Name and options; a system's own options come on top of those of the entry."""
+    given = choice["system"]
+    if not isinstance(given, Mapping):
+        given = {"name": given}
+    _check_keys(given, ("name", "options"), f"{here}.system")
+    for options in (choice["options"], given.get("options", {})):
+        if not isinstance(options, Mapping):
+            raise bad(f"{here}.options", options, "must be a mapping from option to value")
+    return given.get("name"), {**choice["options"], **given.get("options", {})}
+
+
+def _resolve(value: Any, preset: Callable[[str], Any], spec: type[Any], here: str) -> Any:
+    if isinstance(value, Mapping):
+        return spec.parse({"name": "inline", **value}, here)
+    if not isinstance(value, str):
+        raise bad(here, value, "must be the name of a preset, or a mapping")
+    return preset(value)
+
+
+def _check_case(experiment: Experiment, here: str) -> None:
+    """What can be told without a rank: the routing exists, and the experts divide."""
+    workload, topology = experiment.workload, Topology(experiment.cluster.shape)
+    with _at(here):
+        if experiment.cluster.kind == "physical":
+            raise bad(
+                "cluster", experiment.cluster.name, "is a published set-up to be simulated; run on local or emulated"
+            )
+        if workload.generator == "natural" and experiment.phase != "train_step":
+            raise bad("workload", workload.name, f"has no prescribed routing; phase {experiment.phase} needs one")
+        if workload.generator not in KNOWN_GENERATORS:
+            raise bad(
+                "workload.generator", workload.generator, "unknown" + _nearest(workload.generator, KNOWN_GENERATORS)
+            )
+        Placement.contiguous(experiment.model.num_experts, experiment.cluster.num_ranks)
+        if experiment.phase == "train_step":
+            for tokens in set(workload.tokens(topology.num_ranks)):
+                if tokens % experiment.model.seq:
+                    raise bad(
+                        "workload.tokens_per_rank", tokens, f"must be a multiple of model.seq = {experiment.model.seq}"
+                    )
+        make_routing(workload, experiment.model, topology)
+
+
+def _check_entry(entry: Any, here: str) -> None:
+    if not isinstance(entry, Mapping):
+        raise bad(here, entry, f"must be a mapping with some of {', '.join(_ENTRY_KEYS)}")
+    _check_keys(entry, _ENTRY_KEYS, here)
+    for key, value in entry.items():
+        if value is None or value == []:
+            raise bad(f"{here}.{key}", value, "is empty; give a value or leave the key out")
+
+
+def _check_keys(data: Mapping[Any, Any], known: Iterable[str], here: str) -> None:
+    for key in data:
+        if key not in known:
+            raise bad(f"{here}.{key}", data[key], "unknown key" + _nearest(str(key), known))
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean ...' with the known words."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return (f"; did you mean {near[0]!r}?" if near else ";") + f" known: {', '.join(known) or 'none'}"
+
+
+def _count(value: Any, here: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise bad(here, value, f"must be a whole number of at least {least}")
+    return value
+
+
+class _at:
+    """Put the file and the field before the message of a ``UserError`` from elsewhere."""
+
+    def __init__(self, here: str):
+        self.here = here
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UserError):
+            raise UserError(f"{self.here}: {error}") from None

@@ -1,0 +1,234 @@
+"""From what the ranks of a race returned to the rows of the store."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness import registry
+from harness.bench import physics
+from harness.bench.race import make_case
+from harness.bench.store import SCHEMA_VERSION
+from harness.bench.suite import Race
+from harness.placement import Placement
+from harness.routing import Certificate, certify, make_routing
+from harness.specs import Experiment
+from harness.system import Case
+from harness.topology import Topology
+
+#: a shaped run that keeps more of its cores busy than this measures the cores and not the link
+MAX_CORES_SHARE = 0.75
+_ERRORS = {
+    "output": "error_output",
+    "input_grad": "error_input_grad",
+    "weight_grad": "error_weight_grad",
+    "loss": "error_loss",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Where a race ran."""
+
+    run: str
+    launch: int
+    evidence: str
+    network: Mapping[str, Any]  # the session's facts
+    refuse_cpu_bound: bool = False
+
+
+def now_utc() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def rows_of_race(
+    race: Race, setting: Setting, answers: list[dict[str, Any]], failed: Mapping[str, tuple[str, str]]
+) -> pd.DataFrame:
+    """``answers``: what ``run_race`` returned on each rank (empty if no rank answered); ``failed``: status and reason
+    of cells that ended their session, by digest."""
+    cells, time_utc = [], now_utc()
+    for experiment in race.experiments:
+        if experiment.digest in failed or not answers:
+            status, reason = failed[experiment.digest]
+            cells.append(_Cell(experiment, setting, time_utc).without_time(status, reason))
+        else:
+            cells.append(_Cell(experiment, setting, time_utc).timed(answers))
+    return pd.DataFrame([row for cell in cells for row in cell])
+
+
+def certificate(experiment: Experiment) -> Certificate | None:
+    """Of the routing at step 0 and layer 0; None for a natural one, which nobody knows before it runs."""
+    topology = Topology(experiment.cluster.shape)
+    routing = make_routing(experiment.workload, experiment.model, topology)
+    if routing is None:
+        return None
+    placement = Placement.contiguous(experiment.model.num_experts, topology.num_ranks)
+    return certify(routing, placement, topology, experiment.model.capacity_factor)
+
+
+def cases_of(experiment: Experiment) -> list[Case]:
+    """One case per MoE layer of a step."""
+    num_layers = experiment.model.num_layers if experiment.phase == "train_step" else 1
+    return [make_case(experiment, Topology(experiment.cluster.shape), layer=layer) for layer in range(num_layers)]
+
+
+class _Cell:
+    """Rows of one cell of one launch."""
+
+    def __init__(self, experiment: Experiment, setting: Setting, time_utc: str):
+        self.experiment, self.setting = experiment, setting
+        self.rows: list[dict[str, Any]] = []
+        self.base = {
+            "run": setting.run,
+            "launch": setting.launch,
+            "race": experiment.race,
+            "cell": experiment.digest,
+            "system": experiment.system,
+            "phase": experiment.phase,
+            "model": experiment.model.name,
+            "cluster": experiment.cluster.name,
+            "workload": experiment.workload.name,
+            "dtype": experiment.dtype,
+            "wire": str(setting.network.get("wire", experiment.wire)),
+            "evidence": setting.evidence,
+            "network": str(setting.network["network"]),
+            "compute": "real",
+            "time_utc": time_utc,
+            "schema_version": SCHEMA_VERSION,
+            "status": "ok",
+            "reason": "",
+        }
+
+    def without_time(self, status: str, reason: str) -> list[dict[str, Any]]:
+        self._add("status", float("nan"), "", status=status, reason=reason)
+        return self.rows
+
+    def timed(self, answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        outcomes = [answer["cells"][self.experiment.digest] for answer in answers]
+        for name in dict.fromkeys(name for outcome in outcomes for name in outcome["errors"]):
+            self._add(_ERRORS[name], max(outcome["errors"].get(name, 0.0) for outcome in outcomes), "relative")
+        worst = next((outcome for outcome in outcomes if outcome["status"] != "ok"), None)
+        if worst is not None:
+            for row in self.rows:
+                row |= {"status": worst["status"], "reason": worst["reason"]}
+            return self.without_time(worst["status"], worst["reason"])
+        self._routing()
+        budgets = physics.budgets(self.experiment, registry.system(self.experiment.system), cases_of(self.experiment))
+        self._plan(budgets)
+        self._times(answers, outcomes, budgets)
+        return self.rows
+
+    def _add(self, metric: str, value: float, unit: str, **fields: Any) -> None:
+        place = {"direction": "", "level": "", "rep": -1, "rank": -1}
+        self.rows.append({**self.base, **place, "metric": metric, "value": float(value), "unit": unit, **fields})
+
+    def _routing(self) -> None:
+        found = certificate(self.experiment)
+        for level, value in (found.max_over_mean if found else {}).items():
+            self._add("max_over_mean", value, "ratio", level=level)
+
+    def _plan(self, budgets: Mapping[str, physics.Budget]) -> None:
+        names = [level.name for level in self.experiment.cluster.levels]
+        for direction, budget in budgets.items():
+            if budget.bytes_by_level is not None and self.experiment.phase != "train_step":
+                for level, value in zip(names, budget.bytes_by_level, strict=True):
+                    self._add("bytes_planned", value, "bytes", direction=direction, level=level)
+            if budget.speed_of_light_s is not None and self.base["network"] != "unshaped":
+                self._add("speed_of_light_s", budget.speed_of_light_s, "s", direction=direction)
+
+    def _times(
+        self, answers: list[dict[str, Any]], outcomes: list[dict[str, Any]], budgets: Mapping[str, physics.Budget]
+    ) -> None:
+        """Every repetition with what it cost; then the judgement over all of them, on every time row."""
+        shared, totals, cores = answers[0]["shared_clock"], dict[int, list[float]](), list[float]()
+        wrong: list[str] = []
+        first = len(self.rows)
+        for samples in zip(*(outcome["samples"] for outcome in outcomes), strict=True):  # [rank]
+            rep, direction = samples[0]["rep"], samples[0]["direction"]
+            where = {"rep": rep, "direction": direction}
+            own_times = [_own_time(sample) for sample in samples]
+            time_s = _span(samples) if shared else max(own_times)
+            self._add("time_s", time_s, "s", **where)
+            for rank, own in enumerate(own_times):
+                self._add("rank_time_s", own, "s", rank=rank, **where)
+            if samples[0]["loss"] is not None:
+                self._add("loss", samples[0]["loss"], "nats", **where)
+            counted = samples[0]["num_bytes"]
+            for level, value in zip(self.experiment.cluster.levels, counted or [], strict=False):
+                self._add("bytes_counted", value, "bytes", level=level.name, **where)
+            own_cores, foreign_cores = _cores(answers, samples, time_s)
+            self._add("own_cores", own_cores, "cores", **where)
+            self._add("foreign_cores", foreign_cores, "cores", **where)
+            totals.setdefault(rep, []).append(time_s)
+            cores.append(own_cores)
+            wrong += physics.violations(
+                self.experiment.cluster,
+                self.setting.network,
+                budgets.get(direction),
+                time_s,
+                counted,
+                exact=self.experiment.phase != "train_step",
+            )
+        for rep, parts in totals.items():
+            if len(parts) > 1:
+                self._add("time_s", sum(parts), "s", rep=rep, direction="total")
+        self._judge(first, wrong, float(np.mean(cores)), answers[0]["num_cores"])
+
+    def _judge(self, first: int, wrong: list[str], own_cores: float, num_cores: int) -> None:
+        timed = [row for row in self.rows[first:] if row["metric"] in ("time_s", "rank_time_s")]
+        if wrong:
+            verdict = {"status": "unphysical", "reason": f"{len(wrong)} violations, the first: {wrong[0]}"}
+        elif self.base["network"] == "shaped" and own_cores > MAX_CORES_SHARE * num_cores:
+            reason = (
+                f"used {own_cores:.2f} of {num_cores} cores, more than {MAX_CORES_SHARE:.0%}: the link is not the limit"
+            )
+            verdict = {"status": "cpu_bound", "reason": reason}
+            if self.setting.refuse_cpu_bound:
+                self.rows = [row for row in self.rows if row["metric"] not in ("time_s", "rank_time_s")]
+                self.without_time(**verdict)
+                return
+        else:
+            return
+        for row in timed:
+            row |= verdict
+
+
+def _span(samples: tuple[dict[str, Any], ...]) -> float:
+    """One clock: from the first rank's start to the last rank's end."""
+    return float(max(sample["end_s"] for sample in samples) - min(sample["start_s"] for sample in samples))
+
+
+def _own_time(sample: Mapping[str, Any]) -> float:
+    return float(sample["device_s"] if sample["device_s"] is not None else sample["end_s"] - sample["start_s"])
+
+
+def _cores(answers: list[dict[str, Any]], samples: tuple[dict[str, Any], ...], time_s: float) -> tuple[float, float]:
+    """Cores that this job's ranks and that others kept busy, on the machine where the ranks kept most busy.
+
+    Ranks with one clock share one machine, whatever their namespaces call it."""
+    machines: dict[str, list[int]] = {}
+    for rank, answer in enumerate(answers):
+        machines.setdefault("" if answer["shared_clock"] else answer["host"], []).append(rank)
+    found = []
+    for ranks in machines.values():
+        own = sum(samples[rank]["own_cpu_s"] for rank in ranks) / time_s
+        window = samples[ranks[0]]
+        others = window["window_busy_s"] - sum(samples[rank]["window_cpu_s"] for rank in ranks)
+        found.append((own, max(0.0, others / window["window_s"])))
+    return max(found)
+
+
+def estimate_s(experiment: Experiment, repeats: int, warmup: int) -> float:
+    """A rough time of one cell in one launch: its bytes at line rate, and what everything around it takes."""
+    if experiment.digest not in _limits:
+        budgets = physics.budgets(experiment, registry.system(experiment.system), cases_of(experiment))
+        _limits[experiment.digest] = next(reversed(budgets.values())).speed_of_light_s or 0.05
+    return (repeats + warmup + 1) * (1.5 * _limits[experiment.digest] + 0.05) + 1.5
+
+
+_limits: dict[str, float] = {}

@@ -1,0 +1,285 @@
+"""Phase ``train_step``: a small GPT whose MoE layers come from the system; forward, backward, gradient sum, AdamW.
+
+Everything but the experts is replicated. The loss is the sum over a rank's tokens divided by the tokens of the job,
+so replicated gradients are all-reduced with SUM, and expert gradients, which came through the exchange, are complete.
+
+A prescribed workload steers what enters each MoE layer so that the layer's own gate takes it, step by step; the
+routers then stay as they were drawn (they are part of the steering). A natural workload trains them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from harness.bench.timing import Sample, Stopwatch
+from harness.comm.job import Job
+from harness.dtypes import TORCH_DTYPE
+from harness.layer import gates
+from harness.layer.gpt import GPT
+from harness.layer.oracle import Oracle
+from harness.layer.weights import Weights
+from harness.placement import Placement
+from harness.routing import Routing, make_routing
+from harness.routing.corpus import python_corpus
+from harness.specs import Dtype, Experiment, Model
+from harness.system import Case, MoELayer, System
+from harness.topology import Topology
+
+LEARNING_RATE = 1e-3
+_GATE_STEPS = 4
+#: how far a loss may be from the oracle's after a few steps: AdamW turns the sign of a gradient that rounding decides
+#: into a whole step of one weight, so losses agree less well than gradients
+LOSS_TOLERANCE: dict[Dtype, float] = {"float64": 1e-7, "float32": 1e-3, "bfloat16": 3e-2}
+
+
+class Steered(nn.Module):
+    """``layer`` behind a prescribed routing: ``ids`` of the current step, or None to let the gate choose."""
+
+    def __init__(self, layer: nn.Module, router: torch.Tensor):
+        super().__init__()
+        self.layer = layer
+        self.router: torch.Tensor
+        self.register_buffer("router", router)  # [M, E], float32 or float64
+        self.ids: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, M] -> y [T, M]."""
+        if self.ids is not None:
+            x = gates.steer(x.to(self.router.dtype), self.router, self.ids).to(x.dtype)
+        return self.layer(x)
+
+
+class OracleLayer(nn.Module):
+    """The dense oracle with the system's documented drop rule, over the tokens of all ranks."""
+
+    def __init__(self, weights: Weights, system: type[System], case: Case):
+        super().__init__()
+        self.oracle, self.system, self.case = Oracle(weights), system, case
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = None
+        if self.case.model.capacity_factor is not None:
+            probabilities = (x @ self.oracle.router).softmax(-1).detach()
+            kept = self.system.kept(self.case, list(probabilities.split(list(self.case.routing.tokens))))
+        return self.oracle(x, None if kept is None else torch.cat(kept))
+
+
+class Training:
+    """A GPT, its optimizer and its data: ``step`` on one rank of a job, or on all ranks' tokens at once."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        topology: Topology,
+        moe: Callable[[int, Weights], nn.Module],
+        *,
+        ranks: list[int],  # whose tokens pass through this copy
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        self.experiment, self.topology, self.ranks, self.device = experiment, topology, ranks, device
+        self.prescribed = experiment.workload.generator != "natural"
+        self.tokens = experiment.workload.tokens(topology.num_ranks)
+        model, seed = experiment.model, experiment.workload.seed
+        steer_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def make(layer: int) -> nn.Module:
+            weights = Weights(model, experiment.dtype, seed=seed, layer=layer)
+            return Steered(moe(layer, weights), weights.router.to(device, steer_dtype))
+
+        self.gpt = GPT(model, make, seed=seed, dtype=dtype, device=device)
+        # Drawn in the experiment's format, so that the oracle starts from the same numbers.
+        with torch.no_grad():
+            for parameter in self.gpt.replicated_parameters():
+                parameter.copy_(parameter.to(TORCH_DTYPE[experiment.dtype]))
+        self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
+        routers = {id(p) for p in self.routers()} if self.prescribed else set()
+        trained = [p for p in self.gpt.parameters() if id(p) not in routers]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+
+    def routers(self) -> Iterator[nn.Parameter]:
+        """Parameters of the MoE layers that all ranks share."""
+        for steered in self.steered:
+            if isinstance(steered.layer, MoELayer):
+                yield from steered.layer.shared_parameters()
+            elif isinstance(steered.layer, OracleLayer):
+                yield steered.layer.oracle.router
+
+    def prepare(self, step: int) -> torch.Tensor:
+        """Untimed: clear gradients, set the step's routing -> tokens int64 [B, L + 1] of this copy's ranks."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.routers():
+            parameter.grad = None
+        if self.prescribed:
+            for layer, steered in enumerate(self.steered):
+                routing = make_routing(
+                    self.experiment.workload, self.experiment.model, self.topology, step=step, layer=layer
+                )
+                assert routing is not None
+                steered.ids = _ids(routing, self.ranks).to(self.device)
+        return _batch(self.experiment.model, self.tokens, self.ranks, step).to(self.device)
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """This copy's share of the job's mean cross-entropy in nats."""
+        logits = self.gpt(tokens[:, :-1]).flatten(0, 1)
+        if logits.dtype == torch.bfloat16:
+            logits = logits.float()
+        return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum") / sum(self.tokens)
+
+
+class Trainer:
+    """A system's training on this rank, as a contender of a race."""
+
+    def __init__(self, job: Job, system: type[System], experiment: Experiment, num_steps: int):
+        self.job, self.num_steps, self.step = job, num_steps, 0
+
+        def moe(layer: int, weights: Weights) -> nn.Module:
+            return system.build(training_case(experiment, job.topology, str(job.device), layer), job, weights)
+
+        self.training = Training(
+            experiment,
+            job.topology,
+            moe,
+            ranks=[job.rank],
+            dtype=TORCH_DTYPE[experiment.dtype],
+            device=job.device,
+        )
+        shared = [*self.training.gpt.replicated_parameters(), *self.training.routers()]
+        self.replicated = list({id(p): p for p in shared}.values())
+
+    def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
+        """One timed step; its loss is that of the whole job."""
+        tokens, share = self.training.prepare(self.step), torch.zeros(())
+
+        def work() -> None:
+            nonlocal share
+            share = self._update(tokens)
+
+        sample = watch.measure(rep, "total", work)
+        sample.loss = self._job_loss(share)
+        self.step += 1
+        return [sample]
+
+    def check(self) -> dict[str, float]:
+        """One untimed step (losses were compared with the oracle's at reduced shape); it must be finite."""
+        loss = self._job_loss(self._update(self.training.prepare(self.step)))
+        self.step += 1
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the loss of step {self.step - 1} is {loss}")
+        return {}
+
+    def _update(self, tokens: torch.Tensor) -> torch.Tensor:
+        loss = self.training.loss(tokens)
+        loss.backward()
+        self._sum_gradients()
+        self.training.optimizer.step()
+        return loss.detach()
+
+    def _sum_gradients(self) -> None:
+        """Replicated gradients in one bucket per format, SUM over ranks."""
+        if self.job.num_ranks == 1:
+            return
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for parameter in self.replicated:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for grads in by_dtype.values():
+            bucket = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(bucket)
+            for grad, part in zip(grads, bucket.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+    def _job_loss(self, share: torch.Tensor) -> float:
+        total = share.double().reshape(1).clone()
+        if self.job.num_ranks > 1:
+            dist.all_reduce(total)
+        return float(total)
+
+
+def gate_case(job: Job, system: type[System], experiment: Experiment, found: dict[str, Any]) -> dict[str, Any]:
+    """Collective: a few steps at reduced shape; the losses must be those of one process that trains the same GPT
+    with the dense oracle in float64. ``found`` is ``conformance.gate_case``'s row; returns it with ``loss`` added."""
+    small = reduced(experiment, job.num_ranks)
+    trainer = Trainer(job, system, small, _GATE_STEPS)
+    losses = []
+    for step in range(_GATE_STEPS):
+        losses.append(trainer._job_loss(trainer._update(trainer.training.prepare(step))))
+    expected = [torch.zeros(_GATE_STEPS, dtype=torch.float64, device=job.device)]
+    if job.rank == 0:
+        expected[0] += torch.tensor(oracle_losses(small, system, job.topology, _GATE_STEPS), dtype=torch.float64).to(
+            job.device
+        )
+    if job.num_ranks > 1:
+        dist.broadcast(expected[0], 0)
+    wanted = expected[0].cpu().numpy()
+    error = float(np.nan_to_num(np.abs(np.array(losses) - wanted) / np.abs(wanted), nan=np.inf).max())
+    row = {**found, "errors": {**found["errors"], "loss": error}}
+    tolerance = LOSS_TOLERANCE[experiment.dtype]
+    if error > tolerance:
+        row["status"] = "nonconforming"
+        row["reason"] = f"loss of {_GATE_STEPS} steps off by {error:.1e} of the oracle's, allowed {tolerance:.0e}"
+    return row
+
+
+def oracle_losses(experiment: Experiment, system: type[System], topology: Topology, num_steps: int) -> list[float]:
+    """Losses of the same training in one process: dense oracle, float64, all ranks' tokens in one batch."""
+
+    def moe(layer: int, weights: Weights) -> nn.Module:
+        return OracleLayer(weights, system, training_case(experiment, topology, "cpu", layer))
+
+    ranks = list(range(topology.num_ranks))
+    training = Training(experiment, topology, moe, ranks=ranks, dtype=torch.float64)
+    losses = []
+    for step in range(num_steps):
+        loss = training.loss(training.prepare(step))
+        loss.backward()
+        training.optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def training_case(experiment: Experiment, topology: Topology, device: str, layer: int) -> Case:
+    """MoE layer ``layer`` of the GPT; a natural routing is planned as a uniform one."""
+    model, workload = experiment.model, experiment.workload
+    routing = make_routing(workload, model, topology, layer=layer)
+    if routing is None:
+        routing = make_routing(workload.model_copy(update={"generator": "uniform"}), model, topology, layer=layer)
+    assert routing is not None
+    placement = Placement.contiguous(model.num_experts, topology.num_ranks)
+    return Case(model, experiment.dtype, topology, placement, routing, device, False, dict(experiment.options))
+
+
+def reduced(experiment: Experiment, num_ranks: int) -> Experiment:
+    """The same training, small enough for the oracle: the same E, k, gate and FFN type, one short sequence a rank."""
+    model = experiment.model
+    hidden = max(32, -(-model.num_experts * 3 // 2 // 16) * 16)
+    small = model.model_copy(
+        update={"num_layers": min(2, model.num_layers), "hidden": hidden, "ffn": 32, "num_heads": 4,
+                "num_kv_heads": None, "seq": 16, "vocab": min(256, model.vocab)}
+    )  # fmt: skip
+    generator = "natural" if experiment.workload.generator == "natural" else "uniform"
+    workload = experiment.workload.model_copy(
+        update={"name": "gate", "generator": generator, "params": {}, "tokens_per_rank": 16}
+    )
+    return experiment.model_copy(update={"model": small, "workload": workload})
+
+
+def _ids(routing: Routing, ranks: list[int]) -> torch.Tensor:
+    return torch.as_tensor(np.concatenate([routing.of_rank(rank) for rank in ranks]).astype(np.int64))
+
+
+def _batch(model: Model, tokens: tuple[int, ...], ranks: list[int], step: int) -> torch.Tensor:
+    """Bytes of the sources that ship with Python, another passage for every rank and step; int64 [B, L + 1]."""
+    windows = [
+        python_corpus().sample(np.random.default_rng([step, rank]), tokens[rank] // model.seq, model.seq + 1)
+        for rank in ranks
+    ]
+    return torch.as_tensor(np.concatenate(windows) % model.vocab)
