@@ -8,11 +8,12 @@ answers at once.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -141,8 +142,8 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def record(
+@app.command(name="record")
+def record_(
     out: Annotated[Path, typer.Option(help="The trace to write (.parquet).")],
     model: Annotated[str, typer.Option(help="Model preset to train (moebench list models).")] = "record-e16k2",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
@@ -161,20 +162,20 @@ def record(
     moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
     """
     from harness import presets
-    from harness.routing.record import Progress
-    from harness.routing.record import record as train_and_record
+    from harness.routing import huggingface, record
 
     command = shlex.join(["moebench", *sys.argv[1:]])
-    spec = presets.model(model)
-    with console.progress(f"reading the text that {spec.name} trains on") as bar:
+    with console.progress("reading the text that ships with Python") as bar:
 
-        def heard(now: Progress) -> None:
+        def heard(now: record.Progress) -> None:
             if bar.console.is_terminal or now.step % max(1, now.num_steps // 20) == 0:
-                console.say(bar, f"step {now.step} of {now.num_steps}, loss {now.loss:.3f} nats per byte")
+                console.say(bar, f"step {now.step} of {now.num_steps}, loss {now.loss:.3f}")
 
-        made = train_and_record(
-            spec, out, num_steps=steps, steps=at or None, num_tokens=tokens, seed=seed, command=command, progress=heard
-        )
+        common: dict[str, Any] = {"num_tokens": tokens, "command": command, "progress": heard}
+        if checkpoint:
+            made = huggingface.record_checkpoint(checkpoint, out, **common)
+        else:
+            made = record.record(presets.model(model), out, num_steps=steps, steps=at or None, seed=seed, **common)
     _show_recording(made, as_json)
 
 
@@ -186,16 +187,32 @@ def run(
     launches: Annotated[int | None, typer.Option(min=1, help="How often to start anew, instead of the file's.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; do not resume after finished cells.")] = False,
     results: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
+    as_json: Json = False,
 ) -> None:
     """Run experiments: every system checked first, then timed, interleaved with the others of its race.
 
-    Rows go to results/runs/NAME; a second call resumes after the finished cells. Prints the run's folder.
+    Rows go to results/runs/NAME; a second call resumes after the finished cells. What is refused or fails is a row
+    with its reason; exit status 1 only if no cell at all has a result.
 
     moebench run --suite quick
     moebench run my-experiments.yaml --name mine --launches 5
     """
     if (experiments is None) == (not suite):
-        raise bad("experiments", str(experiments), "give one YAML file, or --suite NAME")
+        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}|", name):
+        raise bad("--name", name, "must be a word of letters, digits, '.', '_' and '-'")
+    from harness.bench import run as bench
+    from harness.bench import suite as suites
+
+    chosen = suites.load(suite or str(experiments))
+    run_dir = results / (name or chosen.name)
+    counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh)
+    if as_json:
+        console.print_json({"run": str(run_dir), "cells": counts})
+    else:
+        typer.echo(f"{run_dir}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    if not counts.get("ok"):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -212,8 +229,8 @@ def report(
     """
     from harness.report import render
 
-    notebook, run_dir = _notebook_and_run(name, run, results)
     parameters = dict(_key_value(each) for each in param or [])
+    notebook, run_dir = _notebook_and_run(name, run, results)
     with console.progress(f"report on {run_dir.name}") as bar:
         page = render(notebook, run_dir, parameters=parameters, progress=lambda text: console.say(bar, text))
     typer.echo(page)

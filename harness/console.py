@@ -43,7 +43,8 @@ def print_json(value: Any) -> None:
 def progress(title: str) -> Iterator[Progress]:
     """A spinner with one line on stderr, which ``say`` changes."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         bar.add_task(escape(title), total=None)
         yield bar
 

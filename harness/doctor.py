@@ -15,7 +15,6 @@ from typing import Literal
 
 MIN_FREE_BYTES = 2 * 1024**3
 IPROUTE = "apt-get install iproute2"
-NAMESPACES = ("unshare", "--user", "--map-root-user", "--net", "--mount")
 SHAPED_LINK = (
     "ip link add name left type veth peer name right"
     " && tc qdisc add dev left root tbf rate 400mbit burst 72kb latency 50ms"
@@ -118,7 +117,7 @@ def _tool(name: str, remedy: str, without: str = "no emulated cluster: ranks run
 
 def _namespaces() -> Finding:
     remedy = "sysctl kernel.unprivileged_userns_clone=1, or a container with --security-opt seccomp=unconfined"
-    return _try("namespaces", "true", "user, network and mount", remedy)
+    return _try("namespaces", "true", "user, network, mount and process", remedy)
 
 
 def _shaping() -> Finding:
@@ -131,10 +130,12 @@ def _latency() -> Finding:
 
 
 def _try(name: str, script: str, found: str, remedy: str) -> Finding:
-    """Run ``script`` inside namespaces of its own, which vanish with it."""
+    """Run ``script`` inside the namespaces that an emulated cluster lives in, which vanish with it."""
+    from harness.launch.session import IN_NAMESPACES
+
     try:
         done = subprocess.run(
-            [*NAMESPACES, "sh", "-c", script], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL
+            [*IN_NAMESPACES, "sh", "-c", script], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL
         )
     except FileNotFoundError:
         return Finding(name, "missing", "unshare is not installed", "apt-get install util-linux")

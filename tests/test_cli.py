@@ -1,0 +1,140 @@
+"""The command line: JSON alone on stdout, one line and status 2 for bad input, status 1 for a failed check."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from harness import cli, presets
+from harness.registry import systems
+
+
+@pytest.fixture
+def moebench(monkeypatch, capsys):
+    """Run a command line -> exit status, stdout, stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return run
+
+
+def test_help_answers_fast_and_without_torch():
+    script = "import sys, harness.cli; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], stdin=subprocess.DEVNULL).returncode == 0
+
+
+def test_python_m_harness_is_the_same_thing():
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert (done.returncode, done.stdout) == (0, "0.1.0\n")
+
+
+@pytest.mark.parametrize("command", ["doctor", "list", "check", "record", "profile", "run", "report"])
+def test_every_help_teaches_by_example(moebench, command):
+    status, out, _ = moebench(command, "--help")
+    assert status == 0
+    assert f"moebench {command} " in out or f"moebench {command}\n" in out
+
+
+@pytest.mark.parametrize("kind", ["models", "clusters", "workloads"])
+def test_list_presets_as_json(moebench, kind):
+    status, out, err = moebench("list", kind, "--json")
+    rows = json.loads(out)
+    assert status == 0
+    assert err == ""
+    assert [row["name"] for row in rows] == presets.names(kind)
+    assert all(len(row["digest"]) == 16 for row in rows)
+
+
+def test_list_systems_as_json_names_real_and_native_ones(moebench):
+    status, out, err = moebench("list", "systems", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert status == 0
+    assert err == ""
+    assert set(rows) == set(systems())
+    assert {"megatron", "deepspeed", "tutel", "flat", "hiermoe-hd2"} <= set(rows)
+    assert rows["megatron"]["kind"] == "package"
+    assert rows["flat"]["kind"] == "native"
+
+
+def test_list_everything_as_tables(moebench):
+    status, out, _ = moebench("list")
+    assert status == 0
+    assert all(name in out for name in ("hiermoe-hd2", "qwen3-30b-a3b", "emulated-2x2x2", "zipf-8"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["list", "nonsense"], "kind: 'nonsense': unknown; name one of systems, models, clusters, workloads"),
+        (["check", "fla"], "system: 'fla': unknown; did you mean 'flat'?"),
+        (["check"], "name at least one, or give --all"),
+        (["check", "flat", "--all"], "name at least one, or give --all"),
+        (["check", "flat", "--ranks", "0"], "--ranks: 0: must be at least 1"),
+        (["check", "flat", "--dtype", "float8"], "--dtype: 'float8': must be one of float64, float32, bfloat16"),
+        (["check", "flat", "--cluster", "emulated-2x5"], "did you mean 'emulated-2x4'?"),
+        (["check", "flat", "--cluster", "fsmoe-a"], "fsmoe-a"),
+        (["record", "--out", "x.parquet", "--model", "record-e16k3"], "did you mean 'record-e16k2'?"),
+        (["record", "--out", "x.parquet", "--tokens", "7"], "record.num_tokens: 7: "),
+        (["run"], "give one YAML file, or --suite NAME"),
+        (["run", "--suite", "quik"], "did you mean 'quick'?"),
+        (["run", "absent.yaml"], "absent.yaml"),
+        (["run", "--suite", "quick", "--name", "../mine"], "--name: '../mine': must be a word"),
+        (["report", "summary", "--run", "never-made"], "never-made"),
+        (["report", "summary", "-p", "baseline"], "--param: 'baseline': write KEY=VALUE"),
+        (["profile", "emulated-2x5"], "did you mean 'emulated-2x4'?"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(moebench, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = moebench(*words)
+    assert status == 2
+    assert out == ""
+    *progress, last = err.strip().splitlines()
+    assert last.startswith("moebench: ")
+    assert message in last
+    assert not any("Traceback" in line for line in progress)
+    assert not list(tmp_path.glob("*.parquet"))
+
+
+def test_a_bad_experiment_names_the_file_and_the_field(moebench, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "name: mine\nexperiments:\n- {cluster: local-2, workload: balanced-512, system: flat, phase: layer,\n"
+        "   model: {num_layers: 1, hidden: 8, ffn: 8, num_experts: 4, top_k: 5}}\n"
+    )
+    status, _, err = moebench("run", file)
+    assert status == 2
+    assert str(file) in err
+    assert "top_k = 5 is larger than num_experts = 4" in err
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["moebench", "list", "models"])
+    monkeypatch.setattr(presets, "names", lambda kind: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_check_runs_real_ranks_and_prints_json_alone(moebench):
+    status, out, err = moebench("check", "flat", "--ranks", 2, "--dtype", "float64", "--json")
+    rows = json.loads(out)
+    assert status == 0
+    assert {row["status"] for row in rows} == {"ok"}
+    assert all(error <= 1e-10 for row in rows for error in row["errors"].values())
+    assert "checking flat on 2 ranks" in err
+
+
+def test_check_fails_where_nothing_could_be_checked(moebench):
+    status, out, _ = moebench("check", "flat", "--ranks", 3, "--dtype", "float64")
+    assert status == 1
+    assert "not divisible by 3 ranks" in out
