@@ -1,0 +1,135 @@
+"""A run's folder and a notebook -> the executed notebook and one self-contained HTML page beside the run."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError, bad
+from harness.report.run import known_runs, load
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = ROOT / "notebooks"
+TEMPLATES = Path(__file__).resolve().parent / "template"
+CELL_TIMEOUT_S = 300
+
+Progress = Callable[[str], None]
+
+
+def render(
+    name: str, run_dir: Path, *, parameters: dict[str, Any] | None = None, progress: Progress | None = None
+) -> Path:
+    """Execute ``notebooks/NAME.ipynb`` over ``run_dir`` and return the path of ``run_dir/report/NAME.html``.
+
+    ``parameters`` go into the notebook's ``parameters`` cell (``baseline``, ``control``); ``progress`` hears one
+    line per stage. The executed notebook lands beside the page, the tables as CSV in ``run_dir/report/tables``.
+    ``UserError``: no such notebook, no such run, a run without rows, a report folder that cannot be written.
+    """
+    import papermill
+
+    say = progress or (lambda line: None)
+    notebook = _notebook(name)
+    run_dir = Path(run_dir).resolve()
+    load(run_dir)  # before a kernel starts: a user's error is one line, not a traceback inside a notebook
+    out = run_dir / "report"
+    try:
+        out.mkdir(exist_ok=True)
+        executed = out / f"{name}.ipynb"
+        executed.touch()
+    except OSError as error:
+        raise bad(
+            "report folder", str(out), f"cannot be written ({error.strerror}); free space or fix permissions"
+        ) from None
+
+    say(f"executing {notebook.name}")
+    with tempfile.TemporaryDirectory(prefix="moebench-kernel-") as scratch, _own_kernel(Path(scratch)):
+        papermill.execute_notebook(
+            str(notebook),
+            str(executed),
+            parameters={"run_dir": str(run_dir), **(parameters or {})},
+            kernel_name="python3",
+            progress_bar=False,
+            execution_timeout=CELL_TIMEOUT_S,
+            cwd=str(run_dir),
+        )
+    say("writing HTML")
+    page = out / f"{name}.html"
+    part = page.with_suffix(".html.part")
+    part.write_text(to_html(executed, f"moebench: {run_dir.name}"), encoding="utf-8")
+    part.replace(page)
+    return page
+
+
+def to_html(executed: Path, title: str) -> str:
+    """An executed notebook as one HTML document that loads nothing from anywhere."""
+    import nbformat
+    from nbconvert import HTMLExporter
+    from pygments.formatters import HtmlFormatter
+
+    notebook = nbformat.read(executed, as_version=4)
+    sections = [
+        cell.source.splitlines()[0].removeprefix("## ")
+        for cell in notebook.cells
+        if cell.cell_type == "markdown" and cell.source.startswith("## ")
+    ]
+    exporter = HTMLExporter(
+        template_name="page",
+        extra_template_basedirs=[str(TEMPLATES)],
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    code_css = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    page = {"title": title, "sections": sections, "code_css": code_css}
+    html, _ = exporter.from_notebook_node(notebook, resources={"page": page})
+    return html
+
+
+def _notebook(name: str) -> Path:
+    known = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise bad("notebook", name, f"{hint}known notebooks: {', '.join(known) or 'none'}")
+    return NOTEBOOKS / f"{name}.ipynb"
+
+
+@contextlib.contextmanager
+def _own_kernel(scratch: Path) -> Iterator[None]:
+    """Make ``python3`` mean this interpreter, whatever kernels the machine has or lacks, and keep Jupyter's and
+    IPython's files out of the home folder."""
+    folder = scratch / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"],
+        "display_name": "Python 3",
+        "language": "python",
+        "env": {"PYTHONPATH": path},
+    }
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    wanted = {
+        "JUPYTER_PATH": os.pathsep.join(filter(None, [str(scratch), os.environ.get("JUPYTER_PATH", "")])),
+        "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
+        "IPYTHONDIR": str(scratch / "ipython"),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+__all__ = ["UserError", "known_runs", "render", "to_html"]

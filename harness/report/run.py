@@ -1,0 +1,133 @@
+"""A stored run as the report reads it: tidy rows with a label per system, the launches' records, the damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.bench.store import Store
+from harness.errors import bad
+
+#: What a race, its cluster and its evidence share; one panel or table of the report is one such group.
+GROUP = ["phase", "cluster", "model", "dtype", "wire", "evidence", "network", "compute"]
+TIMED = ("ok", "cpu_bound")  # statuses whose times count; cpu_bound ones carry a mark everywhere
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One run. ``rows``: the store's columns plus ``label``, the system with the options that set it apart.
+
+    ``baseline``, ``control``: labels that ratios refer to (the run need not hold them).
+    """
+
+    path: Path
+    rows: pd.DataFrame
+    records: dict[str, dict[str, Any]]
+    damaged: tuple[str, ...]
+    baseline: str
+    control: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @functools.cached_property
+    def labels(self) -> list[str]:
+        """Labels in the order of every figure and table: baseline, control, then by name."""
+        found = set(self.rows["label"])
+        return [
+            *(x for x in (self.baseline, self.control) if x in found),
+            *sorted(found - {self.baseline, self.control}),
+        ]
+
+    @functools.cached_property
+    def experiments(self) -> dict[str, dict[str, Any]]:
+        """Resolved experiment of every cell, from the records."""
+        return merged(self.records, "experiments")
+
+    @functools.cached_property
+    def certificates(self) -> dict[str, dict[str, Any]]:
+        """Routing certificate of every race, from the records."""
+        return merged(self.records, "certificates")
+
+    def metric(self, name: str) -> pd.DataFrame:
+        """Rows of one metric."""
+        return self.rows[self.rows["metric"] == name]
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> None:
+        """Keep ``frame`` as ``report/tables/NAME.csv`` beside the run."""
+        folder = self.path / "report" / "tables"
+        folder.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(folder / f"{name}.csv", index=False)
+
+
+def load(run_dir: Path | str, *, baseline: str = "megatron", control: str = "flat") -> Run:
+    """Read the run in ``run_dir``; ``UserError`` if there is none, or nothing in it, with the known runs."""
+    path = Path(run_dir)
+    if not path.is_dir():
+        raise bad("run", str(run_dir), f"no such folder; {known_runs(path.parent)}")
+    store = Store(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damage is reported in its own section, below
+        rows, records = store.read(damaged="skip"), store.records()
+    damaged = list(store.damaged())
+    damaged += [
+        f"{file}: cannot be read as JSON: what ran where is unknown for its launch"
+        for file in sorted(path.glob("record-*.json"))
+        if file.stem.removeprefix("record-") not in records
+    ]
+    if rows.empty and not damaged:
+        raise bad(
+            "run",
+            str(run_dir),
+            f"holds no rows; fill it with `moebench run`, or choose another; {known_runs(path.parent)}",
+        )
+    rows = rows.assign(label=_labels(rows, merged(records, "experiments")))
+    return Run(path, rows, records, tuple(damaged), baseline, control)
+
+
+def known_runs(folder: Path) -> str:
+    """The runs in ``folder`` as words of an error message."""
+    found = sorted(path.parent.name for path in folder.glob("*/rows-*.parquet")) if folder.is_dir() else []
+    names = list(dict.fromkeys(found))
+    return (
+        f"known runs: {', '.join(names)}" if names else f"no run is stored in {folder} yet (`moebench run` makes one)"
+    )
+
+
+def merged(records: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    """The mapping ``key`` of all records as one."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records.values():
+        value = record.get(key)
+        if isinstance(value, Mapping):
+            found.update({str(k): dict(v) for k, v in value.items() if isinstance(v, Mapping)})
+    return found
+
+
+def _labels(rows: pd.DataFrame, experiments: Mapping[str, Mapping[str, Any]]) -> pd.Series:
+    """Label of every row: the system, its options, and its capacity factor where it drops."""
+
+    def label(system: str, cell: str) -> str:
+        experiment = experiments.get(cell, {})
+        model = experiment.get("model")
+        capacity = model.get("capacity_factor") if isinstance(model, Mapping) else None
+        extras = [f"{k}={v}" for k, v in sorted(dict(experiment.get("options") or {}).items())]
+        extras += [f"capacity {capacity:g}"] if capacity else []
+        return f"{system} ({', '.join(extras)})" if extras else system
+
+    pairs = {pair: label(*pair) for pair in set(zip(rows["system"], rows["cell"], strict=True))}
+    return pd.Series([pairs[p] for p in zip(rows["system"], rows["cell"], strict=True)], index=rows.index, dtype=str)
+
+
+def in_order(values: Iterable[str], first: Iterable[str]) -> list[str]:
+    """Distinct ``values``, those of ``first`` in its order, then the others sorted."""
+    found = set(values)
+    head = [x for x in first if x in found]
+    return [*head, *sorted(found - set(head))]

@@ -1,0 +1,176 @@
+"""The report's sentences, made from the data and never stronger than its intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from harness.bench import stats
+from harness.report import compare
+from harness.report.run import GROUP, Run
+
+PHASES = {
+    "exchange": "Exchange",
+    "layer": "MoE layer",
+    "train_step": "Training step",
+}
+STATUS_WORDS = {
+    "refused": "the system said that it cannot run this case",
+    "failed": "a rank raised an error",
+    "hung": "a rank did not finish in time",
+    "oom": "out of memory",
+    "nonconforming": "its numbers differ from the oracle's, so its time does not count",
+    "unphysical": "its time is shorter than its speed of light or not finite, so it does not count",
+    "cpu_bound": "timed, but the ranks used so much CPU that the cores, not the link, may set the time",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What one group of races shows. ``sure``: a fastest system is shown on every workload, without a mark."""
+
+    title: str
+    evidence: str
+    network: str
+    sentences: tuple[str, ...]
+    sure: bool
+
+
+def findings(run: Run) -> list[Finding]:
+    """One finding for every group that holds times."""
+    times, samples = compare.times(run), compare.samples(run)
+    if times.empty:
+        return []
+    baseline, control = compare.speedups(run, run.baseline), compare.speedups(run, run.control)
+    return [
+        _finding(run, dict(zip(GROUP, key, strict=True)), group, samples, baseline, control)
+        for key, group in times.groupby(GROUP, sort=False)
+    ]
+
+
+def group_title(group: dict[str, Any]) -> str:
+    """Phase, cluster, model and dtype of a group; the wire and stand-in compute only where they are not the default."""
+    what = PHASES.get(group["phase"], group["phase"])
+    extras = [group["model"], group["dtype"]]
+    extras += [f"wire {group['wire']}"] if group["wire"] != "recv_first" else []
+    extras += ["stand-in compute"] if group["compute"] != "real" else []
+    return f"{what} on {group['cluster']} ({', '.join(extras)})"
+
+
+def main_direction(frame: pd.DataFrame) -> str:
+    """``total`` where forward and backward were timed, else the one that was."""
+    found = set(frame["direction"])
+    return next(d for d in ("total", "forward", "backward") if d in found)
+
+
+def _finding(
+    run: Run, key: dict[str, Any], group: pd.DataFrame, samples: pd.DataFrame, *ratios: pd.DataFrame
+) -> Finding:
+    direction = main_direction(group)
+    group = group[group["direction"] == direction]
+    samples = samples[samples["direction"] == direction]
+    sure = True
+    outcomes: dict[tuple[str, tuple[str, ...], bool], list[str]] = defaultdict(list)  # -> races
+    for race, rows in group.groupby("race", sort=False):
+        fastest, level = _fastest(rows, samples[samples["race"] == race])
+        outcomes[fastest, level, len(rows) == 1].append(str(race))
+        sure = sure and not level and len(rows) > 1
+
+    references = dict(zip((run.baseline, run.control), ratios, strict=True))
+    sentences = []
+    for (fastest, level, alone), races in outcomes.items():
+        here = group[group["race"].isin(races)]
+        every = len(outcomes) == 1 and len(races) > 3
+        where = f"on all {len(races)} workloads" if every else "on " + _listed(here["workload"].unique())
+        if alone:
+            sentences.append(f"Only {fastest} has a time {where}: nothing to compare.")
+            continue
+        if level:
+            text = f"{fastest} has the shortest time {where}, but no difference from {_listed(level, 'or')} is shown"
+        else:
+            text = f"{fastest} is the fastest of {_span(here.groupby('race').size())} systems {where}"
+        clauses = [
+            clause
+            for reference, frame in references.items()
+            if reference not in level and (clause := _against(frame, reference, fastest, races, direction))
+        ]
+        sentences.append("; ".join([f"{text}: {clauses[0]}", *clauses[1:]] if clauses else [text]) + ".")
+    own = _against(references[run.baseline], run.baseline, run.control, list(group["race"].unique()), direction)
+    if own:
+        sentences.append(f"The control {run.control}, native code without any paper's idea, is itself {own}.")
+    if run.baseline not in set(group["label"]):
+        sentences.append(_absent(run, key))
+    if (marked := group[group["status"] == "cpu_bound"]["label"].unique()).size:
+        sentences.append(f"Marked cpu_bound, so not a result about the network: {_listed(marked)}.")
+        sure = False
+    sentences.append(_scope(group))
+    return Finding(group_title(key), key["evidence"], key["network"], tuple(sentences), sure)
+
+
+def _fastest(times: pd.DataFrame, samples: pd.DataFrame) -> tuple[str, tuple[str, ...]]:
+    """The label with the least time in a race, and those that it is not shown to beat."""
+    fastest = times.sort_values("point").iloc[0]
+    best = samples[samples["cell"] == fastest["cell"]]
+    level = []
+    for rival in times[times["cell"] != fastest["cell"]].to_dict("records"):
+        estimate = stats.ratio(samples[samples["cell"] == rival["cell"]], best)
+        if compare.verdict(estimate.low, estimate.high) != "faster":
+            level.append(rival["label"])
+    return str(fastest["label"]), tuple(level)
+
+
+def _against(speedups: pd.DataFrame, reference: str, label: str, races: Sequence[str], direction: str) -> str:
+    """``3.30 to 3.62 times as fast as megatron (95 % intervals within 3.21 to 3.70)``; empty without a pair."""
+    rows = speedups[
+        (speedups["label"] == label) & speedups["race"].isin(races) & (speedups["direction"] == direction)
+    ].dropna(subset=["low", "high"])
+    if rows.empty:
+        return ""
+    low, high = rows["point"].min(), rows["point"].max()
+    point = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
+    interval = f"95 % interval{'s within' if len(rows) > 1 else ''} {rows['low'].min():.2f} to {rows['high'].max():.2f}"
+    unshown = int((rows["verdict"] == "no difference shown").sum())
+    tail = f", no difference shown{_share(unshown, len(rows))}" if unshown else ""
+    return f"{point} times as fast as {reference} ({interval}{tail})"
+
+
+def _share(part: int, whole: int) -> str:
+    if whole == 1:
+        return ""
+    return " on any of them" if part == whole else f" on {part} of {whole}"
+
+
+def _absent(run: Run, key: dict[str, Any]) -> str:
+    rows = run.rows[(run.rows["label"] == run.baseline) & (run.rows[list(key)] == pd.Series(key)).all(axis=1)]
+    why = rows[rows["status"] != "ok"][["status", "reason"]].drop_duplicates()
+    if why.empty:
+        return f"{run.baseline} was not run here, so there is no ratio to it."
+    return f"{run.baseline} has no time here ({why.iloc[0]['status']}: {why.iloc[0]['reason']})."
+
+
+def _scope(group: pd.DataFrame) -> str:
+    """What the intervals speak for."""
+    reps = int(group["num_samples"].min())
+    if group["num_launches"].max() == 1:
+        return f"One launch of {_count(reps, 'repetition')}: the intervals say nothing about change between launches."
+    return f"Paired over {_span(group['num_launches'])} launches, at least {reps} repetitions of each system in all."
+
+
+def _span(numbers: pd.Series) -> str:
+    """``4``, or ``3 to 4`` where they differ."""
+    low, high = int(numbers.min()), int(numbers.max())
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _listed(names: Iterable[Any], last: str = "and") -> str:
+    """``a, b and c``."""
+    words = [str(n) for n in names]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
