@@ -1,0 +1,120 @@
+"""A small GPT whose feed-forward network in every block is an MoE layer that the caller provides.
+
+Used where a whole language model is needed: to record routing and for the ``train_step`` phase, where everything but
+the experts is replicated on every rank (data parallel).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from harness.errors import bad
+from harness.specs import Model
+
+INIT_STD = 0.02  # of embeddings and projections, as in GPT-2
+
+
+class Attention(nn.Module):
+    """Causal self-attention; ``num_kv_heads`` < ``num_heads`` shares keys and values (grouped-query attention)."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        if model.hidden % model.num_heads:
+            raise bad("model.num_heads", model.num_heads, f"does not divide hidden = {model.hidden}")
+        self.num_heads = model.num_heads
+        self.num_kv_heads = model.num_kv_heads or model.num_heads
+        self.head = model.hidden // model.num_heads
+        self.qkv = nn.Linear(model.hidden, (self.num_heads + 2 * self.num_kv_heads) * self.head, bias=False)
+        self.out = nn.Linear(model.hidden, model.hidden, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, L, M] -> [B, L, M]."""
+        batch, length, hidden = x.shape
+        heads = self.qkv(x).view(batch, length, -1, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        grouped = self.num_kv_heads != self.num_heads
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return self.out(y.transpose(1, 2).reshape(batch, length, hidden))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then the MoE layer, each added to its input."""
+
+    def __init__(self, model: Model, moe: nn.Module):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(model.hidden)
+        self.attention = Attention(model)
+        self.moe_norm = nn.RMSNorm(model.hidden)
+        self.moe = moe
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, L, M] -> [B, L, M]."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.moe(self.moe_norm(x).flatten(0, 1)).view_as(x)
+
+
+class GPT(nn.Module):
+    """``moe(layer)`` gives block ``layer``'s MoE layer, [T, M] -> [T, M], already in ``dtype`` on ``device``.
+
+    All other parameters are drawn from (seed, parameter name) alone, so that they are the same on every rank and
+    with every MoE layer. ``tied``: the output head is the token embedding.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        moe: Callable[[int], nn.Module],
+        *,
+        seed: int = 0,
+        tied: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__()
+        self.model = model
+        self.token = nn.Embedding(model.vocab, model.hidden)
+        self.position = nn.Embedding(model.seq, model.hidden)
+        self.blocks = nn.ModuleList(Block(model, nn.Identity()) for _ in range(model.num_layers))
+        self.norm = nn.RMSNorm(model.hidden)
+        self.head = nn.Linear(model.hidden, model.vocab, bias=False)
+        if tied:
+            self.head.weight = self.token.weight
+        self._draw(seed)
+        self.to(device, dtype)
+        #: every block's MoE layer, first block first
+        self.moe_layers = [moe(layer) for layer in range(model.num_layers)]
+        for block, layer in zip(self.blocks, self.moe_layers, strict=True):
+            block.moe = layer
+
+    @torch.no_grad()
+    def _draw(self, seed: int) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                continue  # norms start at 1
+            generator = torch.Generator().manual_seed(seed * 4_294_967_311 + zlib.crc32(name.encode()))
+            std = INIT_STD / (2 * self.model.num_layers) ** 0.5 if name.endswith("attention.out.weight") else INIT_STD
+            parameter.copy_(std * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+
+    def replicated_parameters(self) -> list[nn.Parameter]:
+        """Everything that is not in an MoE layer."""
+        inside = {id(parameter) for layer in self.moe_layers for parameter in layer.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in inside]
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens int64 [B, L], L <= seq -> logits [B, L, vocab]."""
+        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]; tokens int64 [B, L + 1]."""
+        logits = self(tokens[:, :-1]).flatten(0, 1)
+        if logits.dtype == torch.bfloat16:
+            logits = logits.float()
+        return F.cross_entropy(logits, tokens[:, 1:].flatten())
