@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def _torch() -> Finding:
     except Exception as error:  # a broken install fails in many ways
         return Finding("torch", "broken", f"{type(error).__name__}: {error}", "make clean setup")
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        return Finding("torch", "broken", f"{torch.__version__} without gloo", "pip install torch==2.13.0")
+        return Finding("torch", "broken", f"{torch.__version__} without gloo", _exact("pip install torch==2.13.0"))
     return Finding("torch", "ok", f"{torch.__version__}, gloo, {torch.get_num_threads()} threads")
 
 
@@ -98,7 +99,7 @@ def _packages() -> list[Finding]:
             findings.append(Finding(f"system {package.name}", "ok", package.version() or "installed"))
         else:
             what, _, remedy = missing.partition("; ")
-            findings.append(Finding(f"system {package.name}", "missing", what, remedy))
+            findings.append(Finding(f"system {package.name}", "missing", what, _exact(remedy)))
     return findings
 
 
@@ -106,8 +107,8 @@ def _huggingface() -> Finding:
     version = _version("transformers")
     if version:
         return Finding("transformers", "ok", version)
-    remedy = "pip install 'moebench[huggingface]', to record routing from a checkpoint"
-    return Finding("transformers", "missing", "not installed", remedy)
+    remedy = "pip install 'transformers>=4.56' safetensors"
+    return Finding("transformers", "missing", "not installed; no routing from checkpoints", _exact(remedy))
 
 
 def _tool(name: str, remedy: str, without: str = "no emulated cluster: ranks run unshaped") -> Finding:
@@ -173,6 +174,14 @@ def _output(command: list[str]) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
+
+
+def _exact(remedy: str) -> str:
+    """The remedy with the pip of the interpreter that runs this, as one may paste it."""
+    python = Path(sys.executable)
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return remedy.replace("pip install", f"{shlex.quote(str(python))} -m pip install")
 
 
 def _version(distribution: str) -> str | None:
