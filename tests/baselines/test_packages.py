@@ -1,0 +1,170 @@
+"""The real packages behind the system face: conformance, bytes on the wire, drops, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from baselines.deepspeed import DeepSpeed, DeepSpeedDrop
+from baselines.megatron import Megatron
+from baselines.tutel import Tutel, Tutel2DH
+from harness import registry
+from harness.errors import UserError
+from harness.launch.session import Session
+from harness.placement import Placement
+from harness.routing.types import Routing
+from harness.system import Case, System
+from harness.topology import Topology
+from tests.baselines.recorded import make_case
+
+Ranks = Callable[[str], Session]
+PACKAGES = [Megatron, DeepSpeed, DeepSpeedDrop, Tutel, Tutel2DH]
+TWO_BY_TWO = Topology((2, 2))
+
+#: conformance trials that a package cannot run, and a word of the reason
+REFUSED = {
+    "megatron": {"rank-without-tokens": "without tokens", "mixtral-gate-k1": "not by 1"},
+    "deepspeed": {"mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid"},
+    "deepspeed-drop": {
+        "ragged": "must agree",
+        "rank-without-tokens": "must agree",
+        "k1": "ties",
+        "mixtral-gate-k1": "not by 1",
+        "deepseek-gate": "sigmoid",
+    },
+    "tutel": {"rank-without-tokens": "without tokens", "mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid"},
+}
+REFUSED["tutel-2dh"] = REFUSED["tutel"]
+
+#: every way in which a plan's bytes depend on a case
+CASES: dict[str, dict[str, Any]] = {
+    "ragged": {"tokens": (16, 5, 9)},
+    "skewed-bfloat16": {"generator": "zipf", "params": {"target": 2.5}, "dtype": "bfloat16"},
+    "exchange-float64": {"identity_experts": True, "dtype": "float64", "model": {"top_k": 3}},
+    "drops": {"generator": "zipf", "params": {"target": 2.5}, "model": {"top_k": 3, "capacity_factor": 0.8}},
+    "k1": {"model": {"top_k": 1, "capacity_factor": 8.0}},
+}
+
+
+def installed(package: type[System]) -> type[System]:
+    if (reason := package.missing()) is not None:
+        pytest.skip(reason)
+    return package
+
+
+@pytest.mark.parametrize("cluster", ["local-2", "local-4"])
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_agrees_with_the_oracle(session: Ranks, package: type[System], cluster: str) -> None:
+    name = installed(package).name
+    rows = session(cluster).call("harness.bench.conformance:check", {"systems": [name]}, timeout_s=240)[0]
+    wrong = [row for row in rows if row["status"] not in ("ok", "refused")]
+    assert not wrong
+    refused = {row["trial"]: row["reason"] for row in rows if row["status"] == "refused"}
+    assert refused.keys() == REFUSED[name].keys()
+    for trial, word in REFUSED[name].items():
+        assert word in refused[trial]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_sends_the_planned_bytes_over_the_wire(session: Ranks, package: type[System], case: str) -> None:
+    planned_case = make_case(TWO_BY_TWO, **CASES[case])
+    if (reason := installed(package).refuse(planned_case)) is not None:
+        pytest.skip(reason)
+    ranks = session("local-4").call(
+        "tests.baselines.recorded:step", {"system": package.name, "case": CASES[case]}, timeout_s=60
+    )
+
+    def sent(which: str, *collectives: str) -> np.ndarray:
+        zero = np.zeros(4)
+        return np.stack([sum((rank["sent"].get((which, c), zero) for c in collectives), zero) for rank in ranks])
+
+    plan = package.planned_bytes(planned_case)
+    assert plan is not None
+    np.testing.assert_array_equal(sent("forward", "all_gather", "all_reduce"), plan["metadata"])
+    np.testing.assert_array_equal(sent("forward", "all_to_all"), plan["dispatch"] + plan["combine"])
+    np.testing.assert_array_equal(sent("backward", "all_to_all"), plan["combine_grad"] + plan["dispatch_grad"])
+    assert not sent("forward", "past the wire").any()
+    assert not sent("backward", "past the wire", "all_gather", "all_reduce").any()
+    assert all(part.any() for part in (plan["dispatch"], plan["dispatch_grad"]))
+    calls = {"megatron": 6, "tutel-2dh": 8}.get(package.name, 4)  # rows and probabilities; two stages
+    assert [rank["wire_calls"] for rank in ranks] == [calls] * 4
+    assert all(rank["untouched"] for rank in ranks)
+
+
+def test_two_stages_keep_rails_and_nodes_apart() -> None:
+    """Eight ranks as 2 x 4: between nodes only like ranks talk, each with half the buffer."""
+    case = make_case(Topology((2, 4)))
+    linear, two_stages = (package.planned_bytes(case)["dispatch"] for package in (Tutel, Tutel2DH))
+    node = np.arange(8) // 4
+    between = node[:, None] != node
+    assert np.count_nonzero(two_stages * between) == 8
+    assert (two_stages * between).sum() == (linear * between).sum()
+    assert (two_stages * ~between).sum() == 2 * (linear * ~between).sum()
+
+
+def one_rank(ids: list[list[int]], num_experts: int, **model: Any) -> tuple[Case, list[torch.Tensor]]:
+    """A case of one rank with these ids, and probabilities that fall along each row and from token to token."""
+    routing = Routing(np.array(ids, dtype=np.int32), (len(ids),), num_experts)
+    fields = {"num_experts": num_experts, "top_k": len(ids[0]), **model}
+    case = make_case(Topology((1,)), model=fields, tokens=len(ids), routing=routing)
+    p = torch.full((len(ids), num_experts), 0.01, dtype=torch.float64)
+    for token, experts in enumerate(ids):
+        for place, expert in enumerate(experts):
+            p[token, expert] = 0.9 - 0.2 * place - 0.01 * token
+    return case, [p]
+
+
+def test_top2_drops_second_choices_first() -> None:
+    # Capacity ceil(1 * 2 * 4 / 4) = 2. Expert 0 is first choice of tokens 1, 2, 3 and second choice of token 0.
+    case, p = one_rank([[1, 0], [0, 2], [0, 2], [0, 3]], num_experts=4, capacity_factor=1.0)
+    kept = DeepSpeedDrop.kept(case, p)[0]
+    assert kept[:, 0].tolist() == [False, True, True, False]
+    assert kept[0, 1]
+    assert kept[:, 2].tolist() == [False, True, True, False]
+    assert DeepSpeed.kept(case, p) is None
+
+
+def test_topk_drops_the_lowest_probabilities() -> None:
+    # Capacity ceil(0.5 * 3 * 4 / 4) = 2. Expert 0: probabilities 0.5 (third choice), 0.89, 0.88, 0.67.
+    case, p = one_rank([[1, 2, 0], [0, 1, 2], [0, 2, 1], [1, 0, 3]], num_experts=4, capacity_factor=0.5)
+    kept = DeepSpeedDrop.kept(case, p)[0]
+    assert kept[:, 0].tolist() == [False, True, True, False]
+    assert kept.sum(0).tolist() == [2, 2, 2, 1]
+
+
+def test_refusals_are_data() -> None:
+    swapped = Placement(Placement.contiguous(8, 4).hosts[::-1])
+    assert "another placement" in Megatron.refuse(make_case(TWO_BY_TWO, placement=swapped))
+    assert "2 best" in Megatron.refuse(
+        make_case(TWO_BY_TWO, model={"gate": "sigmoid", "top_k": 3, "num_groups": 4, "topk_groups": 3})
+    )
+    assert "single expert" in Megatron.refuse(make_case(TWO_BY_TWO, model={"gate": "sigmoid", "top_k": 1}))
+    lopsided = make_case(TWO_BY_TWO, model={"top_k": 1}, tokens=(40, 1))
+    assert "top-1 gate caps the padding" in DeepSpeed.refuse(lopsided)
+    assert "even hidden size" in Tutel.refuse(make_case(TWO_BY_TWO, model={"hidden": 17}))
+
+
+def test_overlap_is_refused_where_tutel_ignores_it() -> None:
+    overlap = {"a2a_ffn_overlap_degree": 4}
+    assert "on CPU" in Tutel.refuse(make_case(TWO_BY_TWO, options=overlap))
+    on_cuda = make_case(TWO_BY_TWO, options=overlap, device="cuda")
+    assert Tutel.refuse(on_cuda) is None
+    assert Tutel.planned_bytes(on_cuda)["dispatch"].max() % 4 == 0
+    with pytest.raises(UserError, match=r"a2a_ffn_overlap_degree: 0: must be in 1\.\.32"):
+        Tutel.refuse(make_case(TWO_BY_TWO, options={"a2a_ffn_overlap_degree": 0}))
+
+
+def test_missing_tutel_names_its_repository_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install" in Tutel.missing()
+    assert "git+https://github.com/microsoft/tutel" in Tutel.missing()
+    assert "megatron-core==0.16.1" in Megatron.missing()
+
+
+def test_a_file_is_the_registration() -> None:
+    assert {package.name for package in PACKAGES} <= registry.systems().keys()
