@@ -96,7 +96,7 @@ def steer(z: torch.Tensor, router: torch.Tensor, ids: torch.Tensor) -> torch.Ten
     router = router.detach().to(z.dtype)
     k = ids.shape[1]
     logits = z @ router
-    target = -2 + 0.5 * torch.tanh(logits.detach())
+    target = -2 + 0.5 * torch.tanh(logits)
     chosen = 3 - torch.arange(k, device=z.device, dtype=z.dtype) / k
     target = target.scatter(-1, ids.to(z.device, torch.int64), chosen.expand(len(z), k))
     return z + (target - logits) @ torch.linalg.pinv(router)

@@ -1,0 +1,65 @@
+"""The check must be able to fail: a system that is wrong in one place is found, and named where."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from baselines.flat import Flat
+from harness import registry
+from harness.bench import conformance
+from harness.comm.job import Job
+from harness.layer.moe import NativeLayer
+
+
+def sabotage(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """On the ranks: flat with one fault, through the real check."""
+    fault = payload["fault"]
+
+    class Broken(Flat):
+        @classmethod
+        def build(cls, case: Any, job: Job, weights: Any) -> NativeLayer:
+            layer = super().build(case, job, weights)
+            if fault == "weights":
+                with torch.no_grad():
+                    layer.experts.w2[-1] *= 1 + 1e-7  # type: ignore[index]
+            elif fault == "gradient":
+                layer.experts.w1.register_hook(lambda grad: grad * (1 + 1e-7))  # type: ignore[union-attr]
+            elif fault == "raises":
+                raise RuntimeError("out of luck")
+            return layer
+
+    registry.systems()["flat"] = Broken
+    try:
+        return conformance.check_one(job, "flat", "uniform", "float64")
+    finally:
+        registry.systems()["flat"] = Flat
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "where"),
+    [
+        ("none", "ok", ""),
+        ("weights", "nonconforming", "output"),
+        ("gradient", "nonconforming", "weight_grad"),
+        ("raises", "failed", "RuntimeError: out of luck"),
+    ],
+)
+def test_a_fault_of_1e_7_is_found(session, fault: str, status: str, where: str) -> None:
+    rows = session("local-2").call("tests.bench.test_conformance:sabotage", {"fault": fault}, timeout_s=60)
+    assert {row["status"] for row in rows} == {status}
+    assert where in rows[0]["reason"]
+
+
+def test_experts_that_do_not_divide_are_refused(session, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = session("local-2").call("tests.bench.test_conformance:odd_experts", {}, timeout_s=60)
+    assert rows[0]["status"] == "refused"
+    assert rows[0]["reason"] == "num_experts = 15 is not divisible by 2 ranks"
+
+
+def odd_experts(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    model = conformance.BASE.model_copy(update={"num_experts": 15})
+    routing = conformance.group_limited_routing(model.model_copy(update={"num_groups": 5, "topk_groups": 2}), (4, 4))
+    return conformance.compare(job, Flat, model, "float64", routing)

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import pytest
+
+from harness.comm import wire
+
+
+@pytest.mark.parametrize("function", ["uneven", "interleaved"])
+def test_exchange(session, function: str) -> None:
+    assert session("local-4").call(f"tests.comm.on_ranks:{function}", {}, timeout_s=60) == [True] * 4
+
+
+def test_wrong_splits_are_named(session) -> None:
+    for message in session("local-4").call("tests.comm.on_ranks:bad_splits", {}, timeout_s=60):
+        assert "do not add up to 4 rows over 4 ranks" in message
+
+
+def test_unknown_wire() -> None:
+    with pytest.raises(ValueError, match="must be recv_first or gloo"):
+        wire.install("nccl")
