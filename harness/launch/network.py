@@ -210,17 +210,18 @@ def _address(nodes: list[Unit]) -> None:
         if len(nodes) > 1:
             commands += [
                 f"link set dev {INTERFACE} address {macs[node]}",
-                f"addr add {_ip(node.index)}/16 dev {INTERFACE}",
+                f"addr add {address(node.index)}/16 dev {INTERFACE}",
             ]
             commands += [
-                f"neigh replace {_ip(other.index)} lladdr {macs[other]} nud permanent dev {INTERFACE}"
+                f"neigh replace {address(other.index)} lladdr {macs[other]} nud permanent dev {INTERFACE}"
                 for other in nodes
                 if other != node
             ]
         _batch("ip", ["-n", node.namespace], commands)
 
 
-def _ip(index: int) -> str:
+def address(index: int) -> str:
+    """Address of node ``index`` in the emulated network."""
     return f"10.77.{index // 250}.{index % 250 + 1}"
 
 

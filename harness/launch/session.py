@@ -10,6 +10,7 @@ and link.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import os
@@ -38,6 +39,8 @@ log = logging.getLogger("moebench")
 NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--mount-proc", "--pid", "--fork"]
 #: what the launcher is started through, with /run its own, because named network namespaces live there
 IN_NAMESPACES = [*NAMESPACES, "--kill-child", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "moebench"]
+COLLECTIVE_CODE = ("/torch/distributed/", "/harness/comm/")  # files of a rank that waits for others
+END_S = 10.0  # for the launcher to end all ranks, before this process kills it
 GRACE_S = 0.5  # after a first failure, for the message or death that explains it
 
 
@@ -50,6 +53,9 @@ class RankFailure(RuntimeError):
     def __init__(self, rank: int, phase: str, kind: Kind, message: str, log_path: Path):
         super().__init__(f"rank {rank} {kind.replace('_', ' ')} in phase {phase!r}: {message} (log: {log_path})")
         self.rank, self.phase, self.kind, self.message, self.log_path = rank, phase, kind, message, log_path
+
+    def __reduce__(self) -> tuple[type[RankFailure], tuple[int, str, Kind, str, Path]]:
+        return RankFailure, (self.rank, self.phase, self.kind, self.message, self.log_path)
 
 
 class _NoNetwork(RuntimeError):
@@ -125,6 +131,7 @@ class Session:
         self._setup = Setup(
             cluster, self._private, log_dir, wire, rendezvous, use_cuda, emulate, preload, list(sys.path), fds
         )
+        self._started = False
         self._launcher_log = log_dir / "launcher.log"
         for path in (self._launcher_log, *map(self._setup.log_path, range(cluster.num_ranks))):
             path.unlink(missing_ok=True)
@@ -170,7 +177,7 @@ class Session:
             return
         self._launcher.close()
         try:
-            self._process.wait(10)
+            self._process.wait(END_S if self._started else 0)  # before the start, it may not be listening yet
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -230,6 +237,7 @@ class Session:
             raise self._failure(-1, "died", f"the launcher ended: {last}", self._launcher_log) from None
         if word == "no_network":
             raise _NoNetwork(fact)
+        self._started = True
         self.network |= fact
         self._collect(max(0.0, deadline - time.monotonic()), None, f"no start within {timeout_s:g} s")
 
@@ -285,15 +293,30 @@ class Session:
         return self._failure(first.rank, first.kind, first.message, path)
 
     def _hung(self, ranks: list[int], message: str) -> RankFailure:
-        """Name the rank that is furthest behind, and what the others wait in; stacks of all go to the logs."""
+        """Name the rank that the others wait for: one that is in no collective, in a phase that few share, and
+        behind; also what the others are in. The stacks of all go to their logs."""
         phases = {rank: self._phases.read(rank) for rank in ranks}
-        behind = min(ranks, key=lambda rank: (phases[rank].num_changes, -phases[rank].age_s))
+        stacks = self._dump_stacks(ranks)
+        shared = collections.Counter((phase.text, phase.num_changes) for phase in phases.values())
+
+        def innocence(rank: int) -> tuple[bool, int, int, float]:
+            phase = phases[rank]
+            in_collective = any(path in stacks.get(rank, "") for path in COLLECTIVE_CODE)
+            return in_collective, shared[phase.text, phase.num_changes], phase.num_changes, -phase.age_s
+
+        culprit = min(ranks, key=innocence)
+        others = "; ".join(f"rank {rank} in {phases[rank].text!r}" for rank in ranks if rank != culprit)
+        message += f", {phases[culprit].age_s:.1f} s in this phase" + (f"; also waiting: {others}" if others else "")
+        return self._failure(culprit, "hung", message, self._setup.log_path(culprit))
+
+    def _dump_stacks(self, ranks: list[int]) -> dict[int, str]:
+        """Have every rank write its stacks to its log; returns what they wrote."""
+        paths = {rank: self._setup.log_path(rank) for rank in ranks}
+        ends = {rank: path.stat().st_size if path.exists() else 0 for rank, path in paths.items()}
         with contextlib.suppress(OSError):
             self._launcher.send("dump stacks")
             time.sleep(GRACE_S)
-        others = "; ".join(f"rank {rank} in {phases[rank].text!r}" for rank in ranks if rank != behind)
-        message += f", {phases[behind].age_s:.1f} s in this phase" + (f"; also waiting: {others}" if others else "")
-        return self._failure(behind, "hung", message, self._setup.log_path(behind))
+        return {rank: path.read_text(errors="replace")[ends[rank] :] for rank, path in paths.items() if path.exists()}
 
     def _failure(self, rank: int, kind: Kind, message: str, path: Path) -> RankFailure:
         phase = self._phases.read(rank).text if rank >= 0 else "start"
@@ -322,15 +345,22 @@ def _check_rendezvous(cluster: Cluster, rendezvous: str | None) -> None:
         with socket.create_server((match[1], int(match[2]))):
             pass
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else error
         raise bad("rendezvous", rendezvous, f"{why}; choose another port, or leave it out to use a file") from None
+
+
+def visible_gpus() -> list[str]:
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without initialising CUDA."""
+    present = sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not present or allowed is None:
+        return present
+    return [name.strip() for name in allowed.split(",") if name.strip()]
 
 
 def _use_cuda(cluster: Cluster) -> bool:
     """Whether every rank can have a GPU of its own; without asking CUDA, which would forbid to fork."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [path.name for path in Path("/dev").glob("nvidia[0-9]*")]
-    num_gpus = len(gpus) if visible is None else min(len(gpus), len([v for v in visible.split(",") if v.strip()]))
+    num_gpus = len(visible_gpus())
     if cluster.kind == "physical" and num_gpus < cluster.num_ranks:
         raise bad(
             f"cluster {cluster.name}.kind",

@@ -2,6 +2,129 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import time
+
+import torch
+import torch.distributed as dist
+
+from harness.errors import UserError
+from harness.launch.allocation import report
+from harness.launch.network import address
+from harness.launch.session import open_session
+
+MIB = 1 << 20
+
 
 def echo(job, payload):
-    return job.rank, job.num_ranks, payload
+    print(f"rank {job.rank} echoes")
+    job.progress({"rank": job.rank})
+    return job.rank, payload, os.sched_getscheduler(0), torch.get_num_threads()
+
+
+def total(job, payload):
+    """A collective over the world, the node and the rail."""
+    sums = []
+    for group in (job.world, job.inner(0), job.rail(0)):
+        value = torch.tensor(float(job.rank))
+        if group is not None:
+            dist.all_reduce(value, group=group)
+        sums.append(value.item())
+    return sums
+
+
+def go_wrong(job, payload):
+    """Rank ``payload["rank"]`` goes wrong in a phase of its own; the others wait for it."""
+    job.phase("before the barrier")
+    if job.rank == payload["rank"]:
+        job.phase("doing mischief")
+        match payload["how"]:
+            case "raise":
+                raise KeyError("no such expert")
+            case "user":
+                raise UserError("model.top_k: 9: larger than num_experts = 8")
+            case "memory":
+                torch.empty(1 << 50, dtype=torch.uint8)
+            case "exit":
+                os._exit(3)
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "hang":
+                time.sleep(1000)
+    dist.barrier()
+    job.phase("after the barrier")
+
+
+def send(job, payload):
+    """Send ``payload["bytes"]`` from one rank to another a few times: (seconds, bytes counted per level) each."""
+    source, target = payload["source"], payload["target"]
+    data = torch.ones(payload["bytes"], dtype=torch.uint8)
+    seen = []
+    for _ in range(payload.get("reps", 1)):
+        dist.barrier()
+        time.sleep(0.05)  # the buckets fill, the barrier's last bytes are gone
+        before, start = job.counters() if job.counters else None, time.perf_counter()
+        if job.rank == source:
+            dist.send(data, target)
+        elif job.rank == target:
+            dist.recv(data, source)
+            seen.append(time.perf_counter() - start)
+        dist.barrier()
+        if job.rank == target and before is not None:
+            seen[-1] = seen[-1], [now - then for now, then in zip(job.counters(), before, strict=True)]
+    return seen
+
+
+def ping(job, payload):
+    """Round trips of one byte over plain TCP between rank 0 and the first rank of the last node: seconds each."""
+    last = job.num_ranks - job.topology.shape[-1]
+    times = []
+    if job.rank == last:
+        with socket.create_server((address(job.topology.num_units(job.topology.num_levels - 2) - 1), 7000)) as server:
+            dist.barrier()
+            connection, _ = server.accept()
+            with connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                while byte := connection.recv(1):
+                    connection.send(byte)
+    else:
+        dist.barrier()
+    if job.rank == 0:
+        nodes = job.topology.num_units(job.topology.num_levels - 2)
+        with socket.create_connection((address(nodes - 1), 7000)) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(payload["reps"]):
+                start = time.perf_counter()
+                connection.send(b"x")
+                connection.recv(1)
+                times.append(time.perf_counter() - start)
+    dist.barrier()
+    return times
+
+
+def time_counters(job, payload):
+    """Seconds for one reading of the counters."""
+    start = time.perf_counter()
+    for _ in range(50):
+        job.counters()
+    return (time.perf_counter() - start) / 50
+
+
+def in_allocation(cluster, log_dir):
+    report({"done": 0})
+    with open_session(cluster, log_dir=log_dir) as ranks:
+        totals = ranks.call("tests.launch.work:total")
+    report({"done": 1})
+    return totals
+
+
+def hang_in_allocation(cluster, log_dir):
+    with open_session(cluster, log_dir=log_dir) as ranks:
+        report({"ready": True})
+        ranks.call("tests.launch.work:go_wrong", {"rank": 1, "how": "hang"})
+
+
+def fail_with(error):
+    raise error

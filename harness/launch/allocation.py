@@ -1,0 +1,147 @@
+"""One allocation, one job: the sweep runs inside it, and this process waits. Today on this machine, through submitit.
+
+    result = submit(run_suite, suite, folder=path, timeout_min=60, name="quick", on_progress=show)
+
+What runs inside may call ``report`` to say how far it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from harness.errors import UserError, bad
+from harness.launch.session import RankFailure, visible_gpus
+
+POLL_S = 0.1
+CANCEL_S = 10.0
+PROGRESS_VARIABLE = "MOEBENCH_PROGRESS"
+
+
+class AllocationFailure(RuntimeError):
+    """The job raised something unforeseen, was cancelled, or ran out of time; the message names its log."""
+
+    def __init__(self, message: str, log_path: Path):
+        super().__init__(f"{message} (log: {log_path})")
+        self.log_path = log_path
+
+
+def report(message: dict[str, Any]) -> None:
+    """Hand a small JSON-able message to whoever waits for this allocation; outside of one, do nothing."""
+    path = os.environ.get(PROGRESS_VARIABLE)
+    if path:
+        with Path(path).open("a") as file:
+            file.write(json.dumps(message) + "\n")
+
+
+def submit(
+    function: Callable[..., Any],
+    *args: Any,
+    folder: Path,
+    timeout_min: float,
+    name: str,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Any:
+    """Run ``function(*args)`` as one job and return its result.
+
+    ``function`` and ``args`` are pickled; logs go to a new directory under ``folder``. Ctrl-C, or the death of this
+    process, ends the job with everything that it started. Raises the job's own ``UserError`` or ``RankFailure``, else
+    ``AllocationFailure``.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        # submitit names files by process id and would return the result of an earlier job of the same id
+        own = Path(tempfile.mkdtemp(prefix=time.strftime(f"{name}-%Y%m%d-%H%M%S-"), dir=folder)).resolve()
+    except OSError as error:
+        raise bad("folder", str(folder), f"{error.strerror}; choose a folder that can be written") from None
+    progress = own / "progress.jsonl"
+    executor = submitit.AutoExecutor(folder=own, cluster="local")
+    gpus = tuple(int(gpu) for gpu in visible_gpus() if gpu.isdecimal())
+    executor.update_parameters(name=name, timeout_min=timeout_min, gpus_per_node=len(gpus))
+    if gpus:
+        executor.update_parameters(local_visible_gpus=gpus)
+    job = executor.submit(_inside, os.getpid(), progress, function, args)
+    try:
+        num_read = 0
+        while True:
+            done = job.done()
+            num_read = _tail(progress, num_read, on_progress)
+            if done:
+                break
+            time.sleep(POLL_S)
+        return _outcome(job)
+    except BaseException:
+        _cancel(job)
+        raise
+
+
+class _Expected:
+    """A failure that the caller knows how to show."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+
+def _inside(caller: int, progress: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """What the job runs."""
+    threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
+    os.environ[PROGRESS_VARIABLE] = str(progress)
+    try:
+        return function(*args)
+    except (UserError, RankFailure) as error:
+        return _Expected(error)
+
+
+def _end_with(caller: int) -> None:
+    """A job of the local executor would survive its caller, and nobody would know of it."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(caller)], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _tail(path: Path, num_read: int, on_progress: Callable[[dict[str, Any]], None] | None) -> int:
+    """Pass on the whole lines after the first ``num_read`` bytes; returns how many bytes are read now."""
+    if on_progress is None or not path.exists():
+        return num_read
+    with path.open("rb") as file:
+        file.seek(num_read)
+        new = file.read()
+    whole = new[: new.rfind(b"\n") + 1]
+    for line in whole.splitlines():
+        on_progress(json.loads(line))
+    return num_read + len(whole)
+
+
+def _outcome(job: submitit.Job[Any]) -> Any:
+    try:
+        result = job.result()
+    except submitit.core.utils.FailedJobError as error:
+        trace = re.search(r"^-+\n(.*?)\s*\n-+$", str(error), re.DOTALL | re.MULTILINE)  # submitit rules it off
+        last = trace[1].splitlines()[-1] if trace else "no exception was recorded"
+        raise AllocationFailure(f"job {job.job_id} failed: {last}", job.paths.stderr) from error
+    except submitit.core.utils.UncompletedJobError as error:
+        raise AllocationFailure(
+            f"job {job.job_id} ended without a result: killed, cancelled or past its time limit", job.paths.stderr
+        ) from error
+    if isinstance(result, _Expected):
+        raise result.error
+    return result
+
+
+def _cancel(job: submitit.Job[Any]) -> None:
+    deadline = time.monotonic() + CANCEL_S
+    while not job.done() and time.monotonic() < deadline:
+        job.cancel()
+        time.sleep(POLL_S)

@@ -1,0 +1,128 @@
+"""The emulated network: rates, latencies and counters per level, measured with real bytes."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from harness.launch import network, switch
+from harness.launch import session as session_module
+from harness.launch.session import open_session
+from harness.specs import with_levels
+from tests.launch.clusters import BYTES_PER_S, DELAYED, EMULATED, LOCAL, NESTED, NESTED_DELAYED
+
+WORK = "tests.launch.work:"
+MIB = 1 << 20
+WIRE_PER_PAYLOAD = 1514 / 1448  # Ethernet, IP and TCP headers with time stamps
+
+
+@pytest.fixture
+def shaped(session):
+    def get(cluster):
+        ranks = session(cluster)
+        if not ranks.network["shaped"]:
+            pytest.skip(ranks.network["reason"])
+        return ranks
+
+    return get
+
+
+def best_time(ranks, target, num_bytes, reps=4):
+    sent = ranks.call(WORK + "send", {"source": 0, "target": target, "bytes": num_bytes, "reps": reps})[target]
+    return min(seconds for seconds, _ in sent)
+
+
+@pytest.mark.parametrize("cluster", [EMULATED, DELAYED], ids=lambda cluster: cluster.name)
+def test_the_link_has_its_rate(shaped, cluster):
+    size = 4 * MIB
+    seconds = best_time(shaped(cluster), cluster.num_ranks - 1, size)
+    credit = 2 * 72 * 1024 if cluster is EMULATED else 0  # the buckets of both ends are full after a pause
+    ideal = (size * WIRE_PER_PAYLOAD - credit) / BYTES_PER_S
+    assert 0.98 * ideal - 2e-3 <= seconds <= 1.10 * ideal
+
+
+def test_loopback_in_a_node_is_fast(shaped):
+    assert best_time(shaped(EMULATED), 1, 4 * MIB) < 4 * MIB / BYTES_PER_S / 4
+
+
+def test_each_level_of_a_nested_network_has_its_rate(shaped):
+    ranks, size = shaped(NESTED), 4 * MIB
+    within, across = best_time(ranks, 2, size), best_time(ranks, 4, size)
+    assert within == pytest.approx(size * WIRE_PER_PAYLOAD / 100e6, rel=0.12)
+    assert across == pytest.approx(size * WIRE_PER_PAYLOAD / BYTES_PER_S, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "target", "level"),
+    [
+        *[(EMULATED, 2, 0), (EMULATED, 1, 1), (NESTED, 6, 0), (NESTED, 2, 1), (NESTED, 1, 2)],
+        *[(DELAYED, 2, 0), (NESTED_DELAYED, 2, 0), (NESTED_DELAYED, 1, 1)],
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_counters_know_the_level(shaped, cluster, target, level):
+    payload = {"source": 0, "target": target, "bytes": 8 * MIB}
+    ((_, counted),) = shaped(cluster).call(WORK + "send", payload)[target]
+    for index, num_bytes in enumerate(counted):
+        expected = 8 * MIB if index == level else 0
+        assert expected <= num_bytes <= expected + 0.02 * 8 * MIB
+
+
+def test_counters_are_cheap_and_absent_on_local_clusters(session, shaped):
+    assert min(shaped(EMULATED).call(WORK + "time_counters")) < 1e-3
+    ranks = session(LOCAL)
+    ((_, *counted),) = [(seen, None) for seen in ranks.call(WORK + "send", {"source": 0, "target": 1, "bytes": 8})[1]]
+    assert counted == [None]
+
+
+@pytest.mark.parametrize(("cluster", "one_way_s"), [(DELAYED, 1e-3), (NESTED_DELAYED, 3e-3)])
+def test_latency_is_added_once_per_level(shaped, cluster, one_way_s):
+    round_trips = sorted(shaped(cluster).call(WORK + "ping", {"reps": 100})[0])
+    assert round_trips[10] / 2 == pytest.approx(one_way_s, rel=0.10)
+
+
+def test_no_namespaces_means_unshaped_with_a_reason(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(session_module, "IN_NAMESPACES", ["sh", "-c", "echo unshare failed: not permitted >&2; exit 1"])
+    with open_session(EMULATED, log_dir=tmp_path) as ranks:
+        assert ranks.network["shaped"] is False
+        assert ranks.network["network"] == "unshaped"
+        assert "unshare failed: not permitted" in ranks.network["reason"]
+        assert "sysctl" in ranks.network["reason"]
+        assert len(ranks.call(WORK + "total")) == 4
+    assert "runs unshaped" in caplog.text
+
+
+def test_no_tc_means_unshaped_with_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    for program in ("unshare", "ip", "sh"):
+        (tmp_path / "bin" / program).symlink_to(shutil.which(program) or program)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with open_session(EMULATED, log_dir=tmp_path) as ranks:
+        assert ranks.network["shaped"] is False
+        assert ranks.network["reason"] == "tc not found; install util-linux and iproute2"
+
+
+def test_a_command_of_the_network_that_fails_is_quoted():
+    with pytest.raises(network.NoNetwork, match=r"^ip failed: .*Command failed"):
+        network._batch("ip", [], ["link set dev no-such-device up"])
+
+
+def test_bucket_follows_the_rate():
+    def level(**fields):
+        return with_levels("c", [{"name": "node", "size": 2, **fields}], kind="emulated").levels[0]
+
+    assert network.burst_bytes(level(bandwidth_bytes_per_s=125e6)) == 72 * 1024
+    assert network.burst_bytes(level(bandwidth_bytes_per_s=126e6)) == 128 * 1024
+    assert network.burst_bytes(level(bandwidth_bytes_per_s=1e6, burst_bytes=9000)) == 9000
+
+
+def test_fabric_is_cut_through_and_fair_to_both_ports():
+    fabric = switch.Fabric(NESTED_DELAYED)
+    frame = 10_000
+    # one frame across racks: the slowest port's time once, both latencies
+    assert fabric.deliver_at(0, 2, frame, 1.0) == pytest.approx(1.0 + frame / BYTES_PER_S + 3e-3)
+    # the next in the same direction queues for the rack's port; one inside the other rack does not
+    assert fabric.deliver_at(0, 2, frame, 1.0) == pytest.approx(1.0 + 2 * frame / BYTES_PER_S + 3e-3)
+    assert fabric.deliver_at(3, 2, frame, 5.0) == pytest.approx(5.0 + frame / 100e6 + 1e-3)
+    assert fabric.sent_bytes == [2 * frame, 3 * frame]

@@ -1,0 +1,148 @@
+"""Sessions: calls, failures named with their phase, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.errors import UserError
+from harness.launch import session as session_module
+from harness.launch.session import RankFailure, open_session
+from tests.launch.clusters import EMULATED, LOCAL
+
+WORK = "tests.launch.work:"
+
+
+@pytest.mark.parametrize("cluster", [LOCAL, EMULATED], ids=lambda cluster: cluster.name)
+def test_ranks_serve_many_calls(session, cluster):
+    ranks, seen = session(cluster), []
+    for payload in ({"a": 1}, b"x" * (3 << 20)):
+        results = ranks.call(WORK + "echo", payload, on_progress=seen.append)
+        assert results == [(rank, payload, os.SCHED_BATCH, 1) for rank in range(4)]
+    assert sorted(message["rank"] for message in seen) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert ranks.call(WORK + "total") == [[6, 1, 2], [6, 1, 4], [6, 5, 2], [6, 5, 4]]
+    assert "rank 3 echoes" in (ranks.log_dir / "rank-3.log").read_text()
+    assert ranks.network["shaped"] == (cluster is EMULATED)
+    assert ranks.evidence == "emulated"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "how", "kind", "text"),
+    [
+        (EMULATED, "raise", "raised", "KeyError: 'no such expert'"),
+        (EMULATED, "kill", "died", "was killed by SIGKILL"),
+        (LOCAL, "exit", "died", "exited with status 3"),
+        (LOCAL, "memory", "out_of_memory", "can't allocate memory"),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_rank_that_fails_is_named(tmp_path, cluster, how, kind, text):
+    with open_session(cluster, log_dir=tmp_path) as ranks:
+        with pytest.raises(RankFailure) as failure:
+            ranks.call(WORK + "go_wrong", {"rank": 2, "how": how}, timeout_s=60)
+        assert ranks.closed
+    error = failure.value
+    assert (error.rank, error.phase, error.kind) == (2, "doing mischief", kind)
+    assert text in error.message
+    assert error.log_path == tmp_path / "rank-2.log"
+    assert "\n" not in str(error)
+
+
+def test_a_rank_that_hangs_is_named_and_its_stack_logged(tmp_path):
+    with open_session(LOCAL, log_dir=tmp_path) as ranks, pytest.raises(RankFailure) as failure:
+        ranks.call(WORK + "go_wrong", {"rank": 1, "how": "hang"}, timeout_s=2)
+    error = failure.value
+    assert (error.rank, error.kind, error.phase) == (1, "hung", "doing mischief")
+    assert "rank 0 in 'before the barrier'" in str(error)
+    assert "in go_wrong" in (tmp_path / "rank-1.log").read_text()
+
+
+def test_a_users_error_stays_one(tmp_path):
+    with open_session(LOCAL, log_dir=tmp_path) as ranks, pytest.raises(UserError, match=r"^model\.top_k: 9: larger"):
+        ranks.call(WORK + "go_wrong", {"rank": 0, "how": "user"}, timeout_s=60)
+
+
+def test_port_in_use_and_rendezvous_by_port(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with (
+            pytest.raises(UserError, match=rf"^rendezvous: 'tcp://127.0.0.1:{port}': Address already in use; choose"),
+            open_session(LOCAL, log_dir=tmp_path, rendezvous=f"tcp://127.0.0.1:{port}"),
+        ):
+            pass
+    with open_session(LOCAL, log_dir=tmp_path, rendezvous=f"tcp://127.0.0.1:{port}") as ranks:
+        assert [result[0] for result in ranks.call(WORK + "total")] == [6.0] * 4
+
+
+@pytest.mark.parametrize("rendezvous", ["localhost:1", "tcp://127.0.0.1:99999", "tcp://no-such-host.invalid:2"])
+def test_bad_rendezvous(tmp_path, rendezvous):
+    with pytest.raises(UserError, match=r"^rendezvous: "), open_session(LOCAL, log_dir=tmp_path, rendezvous=rendezvous):
+        pass
+
+
+def test_physical_clusters_need_their_gpus(tmp_path):
+    cluster = LOCAL.model_copy(update={"kind": "physical"})
+    with pytest.raises(UserError, match="needs 4 GPUs"), open_session(cluster, log_dir=tmp_path):
+        pass
+
+
+def test_start_has_a_time_limit(tmp_path):
+    limit = pytest.raises(RankFailure, match=r"no start within 0\.01 s")
+    with limit, open_session(LOCAL, log_dir=tmp_path, start_timeout_s=0.01):
+        pass
+
+
+def test_a_launcher_that_cannot_run_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module.sys, "executable", "/bin/false")
+    with pytest.raises(RankFailure, match="the launcher ended"), open_session(LOCAL, log_dir=tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("cluster", ["LOCAL", "EMULATED"])
+def test_the_supervisors_end_leaves_nothing(tmp_path, cluster, how):
+    mark = uuid.uuid4().hex
+    program = f"""
+        from pathlib import Path
+        from harness.launch.session import open_session
+        from tests.launch import clusters
+        with open_session(clusters.{cluster}, log_dir=Path({str(tmp_path / "logs")!r})) as ranks:
+            print("ready", flush=True)
+            ranks.call("tests.launch.work:go_wrong", {{"rank": 1, "how": "hang"}})
+    """
+    environment = dict(os.environ, MARK=mark, TMPDIR=str(tmp_path), PYTHONPATH=str(Path.cwd()))
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as supervisor:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == b"ready\n"
+        assert len(marked(mark)) >= 6  # supervisor, launcher, four ranks
+        assert list(tmp_path.glob("moebench-*"))
+        supervisor.send_signal(how)
+        supervisor.wait(30)
+    deadline = time.monotonic() + 10
+    while (marked(mark) or list(tmp_path.glob("moebench-*"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not marked(mark)
+    assert not list(tmp_path.glob("moebench-*"))
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
