@@ -180,6 +180,34 @@ def record_(
 
 
 @app.command()
+def profile(
+    cluster: Annotated[str, typer.Argument(help="A local or emulated cluster preset (moebench list clusters).")],
+    as_json: Json = False,
+) -> None:
+    """Fit start-up time and time per byte of every collective on every link level, and of a matrix product.
+
+    n bytes are one rank's buffer; all groups of a level work at once. The result is kept in results/profiles.
+
+    moebench profile emulated-2x4
+    moebench profile local-4 --json
+    """
+    from harness import presets, profiling
+
+    spec = presets.cluster(cluster)
+    with console.progress(f"profiling {spec.name}") as bar:
+        found = profiling.profile(spec, lambda text: console.say(bar, text))
+    if as_json:
+        return console.print_json(found)
+    fits = [{"operation": key, **fit} for key, fit in {**found["collectives"], "gemm": found["gemm"]}.items()]
+    rows = [
+        {"operation": f["operation"], "alpha_s": f["alpha_s"], "per byte (gemm: per multiply-add)": beta, "r2": f["r2"]}
+        for f in fits
+        for beta in [f.get("beta_s_per_byte", f.get("beta_s_per_mac"))]
+    ]
+    console.show(rows, f"{spec.name}, {found['evidence']}, {found['network']['network']}: {found['path']}")
+
+
+@app.command()
 def run(
     experiments: Annotated[Path | None, typer.Argument(help="A YAML file of experiments.")] = None,
     suite: Annotated[str, typer.Option(help="A suite that comes with moebench, instead of a file.")] = "",

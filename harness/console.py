@@ -25,7 +25,8 @@ def show(rows: Sequence[Mapping[str, Any]], title: str, colours: Mapping[str, st
     if not rows:
         console.print(f"{title}: none")
         return
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    console.print(escape(title), style="italic", soft_wrap=True)
+    table = Table(box=None, header_style="bold", pad_edge=False)
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows:
