@@ -29,6 +29,7 @@ class DeepSpeed(System):
     name: ClassVar[str] = "deepspeed"
     title: ClassVar[str] = "DeepSpeed MoE layer without drops, padded to the largest count (real package)"
     kind = "package"
+    preload: ClassVar[tuple[str, ...]] = ("deepspeed.moe.layer",)
     source: ClassVar[str] = "deepspeed on PyPI: deepspeed.moe; Rajbhandari et al., DeepSpeed-MoE, ICML 2022"
     drops: ClassVar[bool] = False
 

@@ -37,6 +37,7 @@ class Megatron(System):
     title: ClassVar[str] = "Megatron-Core MoE layer, all-to-all dispatcher (real package)"
     kind = "package"
     source: ClassVar[str] = "megatron-core on PyPI: megatron.core.transformer.moe"
+    preload: ClassVar[tuple[str, ...]] = ("megatron.core.transformer.moe.moe_layer",)
 
     @classmethod
     def missing(cls) -> str | None:
