@@ -102,6 +102,7 @@ class System(abc.ABC):
     kind: ClassVar[Literal["package", "native"]]
     source: ClassVar[str]  # paper, section, or where the package comes from
     options: ClassVar[dict[str, str]] = {}  # option -> one-line meaning with its default
+    preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked
 
     @classmethod
     def missing(cls) -> str | None:

@@ -38,8 +38,11 @@ _votes = itertools.count()
 class Contender(Protocol):
     """A system built at full size, ready to be timed."""
 
-    def check(self) -> dict[str, float]:
-        """Run once, untimed -> errors against what must come out; the largest over ranks."""
+    def warm_up(self) -> None:
+        """Run once, untimed."""
+
+    def errors(self) -> dict[str, float]:
+        """Of the last run, timed or not, against what must come out; the largest over ranks."""
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed repetition."""
@@ -62,7 +65,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
     contenders: list[tuple[Experiment, Contender]] = []
     for experiment in experiments:
-        contender = admit(job, experiment, outcomes[experiment.digest], payload["warmup"], payload["repeats"])
+        contender = admit(job, experiment, outcomes[experiment.digest], payload["warmup"])
         if contender is not None:
             contenders.append((experiment, contender))
         tell(job, {"did": "admit", "system": experiment.system})
@@ -74,8 +77,8 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
             outcomes[experiment.digest].samples += contender.run(rep, watch)
             tell(job, {"did": "time", "system": experiment.system})
     for experiment, contender in contenders:
-        name_phase(job, experiment, "checking after the timing")
-        settle(experiment, outcomes[experiment.digest], contender.check())
+        name_phase(job, experiment, "checking the last repetition")
+        settle(experiment, outcomes[experiment.digest], contender.errors())
     job.phase("race finished")
     return {
         "host": socket.gethostname(),
@@ -85,7 +88,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int, repeats: int) -> Contender | None:
+def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int) -> Contender | None:
     """Refusal, conformance at reduced shapes, build, check at full shape and warm-up; None if it may not race."""
     system = registry.system(experiment.system)
     case = make_case(experiment, job.topology, str(job.device))
@@ -95,10 +98,10 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int, repea
         return None
 
     name_phase(job, experiment, "conformance before timing")
-    found = conformance.gate_case(job, system, experiment)
+    found = conforms(job, system, experiment)
     if found["status"] == "ok" and experiment.phase == "train_step":
         found = train.gate_case(job, system, experiment, found)
-    outcome.errors = found["errors"]
+    outcome.errors = dict(found["errors"])
     failure = found["reason"] or found["status"] if found["status"] == "failed" else None
     if reason := first_said(job, failure):
         outcome.status, outcome.reason = _status_of(reason), reason
@@ -110,13 +113,13 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int, repea
     def build() -> Contender:
         name_phase(job, experiment, "building")
         if experiment.phase == "train_step":
-            built: Contender = train.Trainer(job, system, experiment, num_steps=1 + warmup + repeats)
+            built: Contender = train.Trainer(job, system, experiment)
         else:
             built = LayerContender(job, system, experiment, case)
         name_phase(job, experiment, "first step at full shape")
-        settle(experiment, outcome, built.check())
-        for _ in range(warmup - 1):  # the check was the first
-            built.check()
+        for _ in range(max(1, warmup)):  # once at least, for the check
+            built.warm_up()
+        settle(experiment, outcome, built.errors())
         return built
 
     contender, error = attempt(build)
@@ -124,6 +127,26 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int, repea
         outcome.status, outcome.reason = _status_of(reason), reason
         return None
     return contender if outcome.status == "ok" else None
+
+
+def conforms(job: Job, system: type[System], experiment: Experiment) -> dict[str, Any]:
+    """``conformance.gate_case``, once per session for experiments that differ only in what it reduces anyway."""
+    model = experiment.model.model_dump(
+        exclude={"name", "num_layers", "hidden", "ffn", "seq", "source", "interpretation"}
+    )
+    tokens = tuple(min(count, 16) for count in experiment.workload.tokens(job.num_ranks))
+    key = repr(
+        (system.name, model, experiment.dtype, sorted(experiment.options.items()), tokens, experiment.workload.seed)
+    )
+    if key not in _conforming:
+        found = conformance.gate_case(job, system, experiment)
+        if found["status"] != "ok":
+            return found
+        _conforming[key] = found
+    return _conforming[key]
+
+
+_conforming: dict[str, dict[str, Any]] = {}
 
 
 def settle(experiment: Experiment, outcome: Outcome, errors: dict[str, float]) -> None:
@@ -176,19 +199,20 @@ class LayerContender:
         assert self.y is not None
         self.y.backward(self.dy)
 
-    def check(self) -> dict[str, float]:
-        """One untimed step. With identity experts every token must come home as the sum of its gate weights times
-        itself, and its gradient likewise: no token lost, none taken twice. Else the result must be finite."""
+    def warm_up(self) -> None:
         with torch.set_grad_enabled(self.experiment.backward):
             self._forward()()
             if self.experiment.backward:
                 self._backward()
+
+    def errors(self) -> dict[str, float]:
+        """With identity experts every token must have come home as the sum of its gate weights times itself, and its
+        gradient likewise: no token lost, none taken twice. Else the result must be finite."""
         assert self.y is not None
         if self.experiment.phase == "layer":
             parts = [self.y.detach()] + ([] if self.x.grad is None else [self.x.grad])
-            if not all(bool(part.isfinite().all()) for part in parts):
-                raise FloatingPointError("the output or the input gradient is not finite")
-            return {}
+            finite = all(bool(part.isfinite().all()) for part in parts)
+            return worst_of(self.job, {"output": 0.0 if finite else torch.inf})
         return worst_of(self.job, self._exchange_errors())
 
     def _exchange_errors(self) -> dict[str, float]:

@@ -25,14 +25,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from harness import registry
 from harness.bench import provenance, tidy
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
 from harness.errors import bad
 from harness.specs import Cluster
 
-#: imported once before the ranks are forked
-PRELOAD = ("harness.bench.race",)
 SESSION_START_S = 6.0
 MIN_TIMEOUT_S = 300.0
 _STATUS_OF_FAILURE = {"raised": "failed", "died": "failed", "hung": "hung", "out_of_memory": "oom"}
@@ -227,10 +226,15 @@ class Sessions:
                 self.plan.cluster,
                 log_dir=folder / str(self.num_started),
                 wire=self.plan.wire,  # type: ignore[arg-type]
-                preload=PRELOAD,
+                preload=("harness.bench.race", *self._preload()),
             )
         )
         self.num_started += 1
+
+    def _preload(self) -> list[str]:
+        """Slow modules of the packages that race here and are installed."""
+        systems = {registry.system(experiment.system) for race in self.races for experiment in race.experiments}
+        return sorted({module for system in systems if system.missing() is None for module in system.preload})
 
     def _timeout_s(self, race: Race) -> float:
         if self.settings.timeout_s is not None:

@@ -36,7 +36,7 @@ LEARNING_RATE = 1e-3
 _GATE_STEPS = 4
 #: how far a loss may be from the oracle's after a few steps: AdamW turns the sign of a gradient that rounding decides
 #: into a whole step of one weight, so losses agree less well than gradients
-LOSS_TOLERANCE: dict[Dtype, float] = {"float64": 1e-7, "float32": 1e-3, "bfloat16": 3e-2}
+LOSS_TOLERANCE: dict[Dtype, float] = {"float64": 1e-7, "float32": 1e-4, "bfloat16": 3e-2}
 
 
 class Steered(nn.Module):
@@ -137,8 +137,8 @@ class Training:
 class Trainer:
     """A system's training on this rank, as a contender of a race."""
 
-    def __init__(self, job: Job, system: type[System], experiment: Experiment, num_steps: int):
-        self.job, self.num_steps, self.step = job, num_steps, 0
+    def __init__(self, job: Job, system: type[System], experiment: Experiment):
+        self.job, self.step, self.last_loss = job, 0, np.nan
 
         def moe(layer: int, weights: Weights) -> nn.Module:
             return system.build(training_case(experiment, job.topology, str(job.device), layer), job, weights)
@@ -163,17 +163,17 @@ class Trainer:
             share = self._update(tokens)
 
         sample = watch.measure(rep, "total", work)
-        sample.loss = self._job_loss(share)
+        sample.loss = self.last_loss = self._job_loss(share)
         self.step += 1
         return [sample]
 
-    def check(self) -> dict[str, float]:
-        """One untimed step (losses were compared with the oracle's at reduced shape); it must be finite."""
-        loss = self._job_loss(self._update(self.training.prepare(self.step)))
+    def warm_up(self) -> None:
+        self.last_loss = self._job_loss(self._update(self.training.prepare(self.step)))
         self.step += 1
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self.step - 1} is {loss}")
-        return {}
+
+    def errors(self) -> dict[str, float]:
+        """Losses were compared with the oracle's at reduced shape; here they must be finite."""
+        return {"loss": 0.0 if np.isfinite(self.last_loss) else np.inf}
 
     def _update(self, tokens: torch.Tensor) -> torch.Tensor:
         loss = self.training.loss(tokens)
@@ -207,8 +207,8 @@ class Trainer:
 def gate_case(job: Job, system: type[System], experiment: Experiment, found: dict[str, Any]) -> dict[str, Any]:
     """Collective: a few steps at reduced shape; the losses must be those of one process that trains the same GPT
     with the dense oracle in float64. ``found`` is ``conformance.gate_case``'s row; returns it with ``loss`` added."""
-    small = reduced(experiment, job.num_ranks)
-    trainer = Trainer(job, system, small, _GATE_STEPS)
+    small = reduced(experiment)
+    trainer = Trainer(job, system, small)
     losses = []
     for step in range(_GATE_STEPS):
         losses.append(trainer._job_loss(trainer._update(trainer.training.prepare(step))))
@@ -257,7 +257,7 @@ def training_case(experiment: Experiment, topology: Topology, device: str, layer
     return Case(model, experiment.dtype, topology, placement, routing, device, False, dict(experiment.options))
 
 
-def reduced(experiment: Experiment, num_ranks: int) -> Experiment:
+def reduced(experiment: Experiment) -> Experiment:
     """The same training, small enough for the oracle: the same E, k, gate and FFN type, one short sequence a rank."""
     model = experiment.model
     hidden = max(32, -(-model.num_experts * 3 // 2 // 16) * 16)
