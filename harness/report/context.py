@@ -50,9 +50,9 @@ def where(run: Run) -> Html:
         Column("reps", "repetitions", "{:.0f}".format, "num", "timed in each launch"),
     ]
     order = counts.sort_values(["cluster", *(c for c in GROUP if c != "cluster")], ignore_index=True)
-    parts = [page.table(order, columns, "What ran where", "repetitions: timed in each launch")]
+    parts = [page.table(order, columns, "What ran where", "repetitions: timed in each launch"), _systems(run)]
     if run.records:
-        parts.append(_launch_facts(run))
+        parts += [_clusters(run), _models(run), _launch_facts(run)]
     else:
         parts.append(page.missing("No launch left a record, so versions, commit and network are unknown.", QUICK))
     return Html(*parts)
@@ -92,20 +92,21 @@ def setbacks(run: Run) -> Html:
         merged = frame.groupby(keys, sort=False).agg(
             workloads=("workload", lambda s: ", ".join(dict.fromkeys(s))),
             reason=("reason", _few),
-            launches=("launches", _few),
+            launches=("launches", lambda s: ", ".join(sorted(set(", ".join(s).split(", ")), key=int))),
         )
+        merged = merged.reset_index()
+        merged["case"] = [
+            words.group_title({str(k): v for k, v in case.items()}) for case in merged[GROUP].to_dict("records")
+        ]
         columns = [
             Column("status", "status", page.badge, merge=True),
             Column("label", "system", merge=True),
-            Column("phase", "phase"),
-            Column("cluster", "cluster"),
-            Column("model", "model"),
-            Column("dtype", "dtype"),
+            Column("case", "case", kind="prose"),
             Column("workloads", "workloads", kind="prose"),
             Column("reason", "why", kind="prose"),
             Column("launches", "launches"),
         ]
-        parts.append(page.table(merged.reset_index(), columns, "Refused, failed or marked"))
+        parts.append(page.table(merged, columns, "Refused, failed or marked"))
         used = [(status, words.STATUS_WORDS.get(status, "")) for status in dict.fromkeys(frame["status"])]
         parts.append(
             page.fill(
@@ -135,6 +136,82 @@ def provenance(run: Run) -> Html:
     )
 
 
+def _systems(run: Run) -> str:
+    """What stands behind every name; a system that this installation lacks keeps its name."""
+    from harness import registry  # imports torch, which nothing else here needs
+
+    known = registry.systems()
+    rows = []
+    for name in dict.fromkeys(run.rows.drop_duplicates("label").set_index("label").loc[run.labels, "system"]):
+        system = known.get(name)
+        facts = (
+            (system.title, {"package": "real package", "native": "native"}[system.kind], system.source)
+            if system
+            else ()
+        )
+        rows.append((name, *(facts or ("not part of this installation", "–", ""))))
+    frame = pd.DataFrame(rows, columns=["system", "title", "kind", "source"])
+    columns = [
+        Column("system", "system"),
+        Column("title", "what it is", kind="prose"),
+        Column("kind", "kind"),
+        Column("source", "source", kind="prose"),
+    ]
+    return page.table(frame, columns, "Systems")
+
+
+def _clusters(run: Run) -> str:
+    rows = []
+    for cluster in _specs(run, "cluster"):
+        levels = list(cluster.get("levels") or [])
+        rates = [f"{x['name']} {_rate(x['bandwidth_bytes_per_s'])}" for x in levels if x.get("bandwidth_bytes_per_s")]
+        delays = [f"{x['name']} {x['latency_s'] * 1e6:g} µs" for x in levels if x.get("latency_s")]
+        rows.append(
+            {
+                "name": cluster.get("name", ""),
+                "kind": cluster.get("kind", ""),
+                "levels": " × ".join(f"{x.get('size')} {x.get('name')}" for x in levels),
+                "rates": ", ".join(rates) or "not stated",
+                "delays": ", ".join(delays) or "none added",
+                "device": cluster.get("device", ""),
+            }
+        )
+    columns = [
+        Column("name", "cluster"),
+        Column("kind", "kind"),
+        Column("levels", "link levels"),
+        Column("rates", "rate of a port, one direction"),
+        Column("delays", "latency"),
+        Column("device", "device"),
+    ]
+    return page.table(
+        pd.DataFrame(rows, columns=[c.key for c in columns]), columns, "Clusters", "outermost level first"
+    )
+
+
+def _models(run: Run) -> str:
+    fields = {
+        "name": "model", "num_layers": "layers", "hidden": "hidden M", "ffn": "FFN H", "num_experts": "experts E",
+        "top_k": "top-k", "ffn_type": "FFN", "gate": "gate",
+    }  # fmt: skip
+    frame = pd.DataFrame(_specs(run, "model"), columns=list(fields)).drop_duplicates()
+    numbers = ("num_layers", "hidden", "ffn", "num_experts", "top_k")
+    columns = [Column(key, title, str, "num" if key in numbers else "text") for key, title in fields.items()]
+    return page.table(frame, columns, "Models")
+
+
+def _specs(run: Run, field: str) -> list[dict[str, Any]]:
+    """The distinct models or clusters of the run's experiments, by name."""
+    found = [e[field] for e in run.experiments.values() if isinstance(e.get(field), dict)]
+    distinct = {json.dumps(spec, sort_keys=True): spec for spec in found}
+    return sorted(distinct.values(), key=lambda spec: str(spec.get("name")))
+
+
+def _rate(bytes_per_s: float) -> str:
+    bits = bytes_per_s * 8
+    return f"{bits / 1e9:g} Gbit/s" if bits >= 1e9 else f"{bits / 1e6:g} Mbit/s"
+
+
 def _few(values: pd.Series) -> str:
     """The distinct values, or the first three of many (the CSV has them all)."""
     distinct = list(dict.fromkeys(value or "no reason was stored" for value in values))
@@ -149,7 +226,7 @@ def _launch_facts(run: Run) -> str:
         who = f"launch {record['launch']} on {record.get('cluster')}" if "launch" in record else name
         for key, value in record.items():
             if key not in _NOT_FACTS and value not in (None, "", {}, []):
-                facts.setdefault(key, {}).setdefault(_flat(value), []).append(who)
+                facts.setdefault(key, {}).setdefault(_fact(key, value), []).append(who)
     dates = sorted(str(record["date"])[:19].replace("T", " ") for record in run.records.values() if "date" in record)
     lines = [("date", " to ".join(dict.fromkeys([dates[0], dates[-1]])) + " UTC", "")] if dates else []
     lines += [
@@ -162,6 +239,18 @@ def _launch_facts(run: Run) -> str:
         "<dd>{{ value }}{% if names %} <small>({{ names }})</small>{% endif %}</dd>{% endfor %}</dl>",
         lines=lines,
     )
+
+
+def _fact(key: str, value: Any) -> str:
+    """One line of a record in words."""
+    if key == "git" and isinstance(value, dict):
+        changed = (
+            f", with uncommitted changes (hash {str(value.get('diff_sha256'))[:12]})" if value.get("dirty") else ""
+        )
+        return f"commit {value.get('commit')}{changed}"
+    if key == "memory_bytes" and isinstance(value, int | float):
+        return f"{value / 2**30:.1f} GiB"
+    return _flat(value)
 
 
 def _flat(value: Any) -> str:

@@ -19,9 +19,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from harness.report.run import GROUP, Run
-from harness.report.words import group_title, main_direction
+from harness.report.words import DIRECTIONS, group_title, main_direction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,13 +147,21 @@ def skew(run: Run, speedups: pd.DataFrame) -> Figure:
     for ax in list(grid.flat)[len(panels) :]:
         ax.remove()
     for ax, (title, rows) in zip(grid.flat, panels, strict=False):
-        for label, line in rows.sort_values("skew").groupby("label", sort=False):
+        width = 0.012 * (rows["skew"].max() - rows["skew"].min())
+        labels = [label for label in look if label in set(rows["label"])]
+        for i, label in enumerate(labels):  # a little beside each other, so that no interval hides another
+            line = rows[rows["label"] == label].sort_values("skew")
+            place = line["skew"] + width * (i - (len(labels) - 1) / 2)
             error = np.abs(line[["low", "high"]].to_numpy().T - line["point"].to_numpy())
-            mine = look[str(label)]
-            ax.errorbar(line["skew"], line["point"], error, color=mine.color, marker=mine.marker, lw=1.3, capsize=3)
+            mine = look[label]
+            ax.errorbar(place, line["point"], error, color=mine.color, marker=mine.marker, lw=1.3, capsize=3)
         ax.axhline(1, color="#5b6675", lw=1, ls="--")
         ax.grid(True)
         ax.set_title(textwrap.fill(title, 58), fontsize=9.5)
+        ax.set_yscale("log")
+        ticks = _ticks(*ax.get_ylim())
+        ax.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
+        ax.set_yticks([], minor=True)
         ax.set_xlabel("realised max/mean load per rank")
         ax.set_ylabel(f"speedup over {rows['reference'].iloc[0]}")
     _legend(fig, look, speedups["label"])
@@ -175,6 +184,7 @@ def loss(run: Run, losses: pd.DataFrame) -> Figure:
         first = rows.iloc[0]
         ax.set_title(f"{group_title(dict(first[GROUP]))}, {first['workload']}")
         ax.set_ylabel("loss, nats per token")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(True)
     axes.flat[-1].set_xlabel("training step")
     _legend(fig, look, losses["label"])
@@ -186,8 +196,8 @@ def _panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for key, rows in frame.groupby(GROUP, sort=False):
         group: dict[str, Any] = dict(zip(GROUP, key, strict=True))
         direction = main_direction(rows)
-        words = {"total": "forward + backward" if group["phase"] != "train_step" else "whole step"}
-        title = f"{group_title(group)}, {words.get(direction, direction)} [{group['evidence']}]"
+        what = "whole step" if group["phase"] == "train_step" else DIRECTIONS[direction]
+        title = f"{group_title(group)}, {what} [{group['evidence']}]"
         yield title, rows[rows["direction"] == direction].reset_index(drop=True)
 
 
@@ -240,12 +250,13 @@ def _forest(ax: Axes, rows: pd.DataFrame, look: dict[str, Look]) -> None:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round values of a log axis, as dense as its range allows."""
-    steps = {1.5: 0.05, 2.2: 0.1, 4.0: 0.25, 7.0: 0.5}
+    steps = {1.6: 0.1, 2.5: 0.2, 4.0: 0.5}
     step = next((step for ratio, step in steps.items() if high / low < ratio), None)
     if step:
         return [round(i * step, 2) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [x for d in decades for m in (1, 2, 5) if low <= (x := round(m * 10.0**d, 9)) <= high]
+    mantissas = (1, 1.5, 2, 3, 4, 5, 7) if high / low < 15 else (1, 2, 5)
+    return [x for d in decades for m in mantissas if low <= (x := round(m * 10.0**d, 9)) <= high]
 
 
 def _bars(ax: Axes, ys: np.ndarray, rows: pd.DataFrame, widths: pd.Series, look: dict[str, Look]) -> None:

@@ -45,7 +45,8 @@ _FIGURE = _ENVIRONMENT.from_string("""\
 """)
 
 _MISSING = _ENVIRONMENT.from_string("""\
-<p class="missing">{{ what }}{% if command %} Fill this section with <code>{{ command }}</code>.{% endif %}</p>
+<p class="missing">{{ what }}{% if command %} Fill this section with <code>{{ command }}</code>
+{%- if hint %}, {{ hint }}{% endif %}.{% endif %}</p>
 """)
 
 
@@ -116,9 +117,9 @@ def folded(summary: str, *parts: str) -> str:
     return _FOLDED.render(summary=summary, parts=[Markup(part) for part in parts])
 
 
-def missing(what: str, command: str = "") -> str:
+def missing(what: str, command: str, hint: str = "") -> str:
     """Says what a section lacks and the command that fills it."""
-    return _MISSING.render(what=what, command=command)
+    return _MISSING.render(what=what, command=command, hint=hint)
 
 
 def fill(template: str, **values: Any) -> str:

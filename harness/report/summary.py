@@ -19,6 +19,7 @@ from harness.report.run import GROUP, Run, in_order, load
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_RUN = "moebench run EXPERIMENTS.yaml"
 _EVIDENCE = Column("evidence", "evidence", page.badge)
 _WORKLOAD = Column("workload", "workload", merge=True)
 
@@ -71,7 +72,8 @@ def traffic(run: Run) -> Html:
         first = page.missing(
             "Nothing counted the bytes: that takes interfaces between the nodes, so an emulated or a physical cluster. "
             "Planned bytes stand below.",
-            "moebench run EXPERIMENTS.yaml (with an emulated cluster)",
+            _RUN,
+            "with an emulated cluster in that file",
         )
     else:
         first = _drawn(
@@ -83,14 +85,14 @@ def traffic(run: Run) -> Html:
     columns = [
         _WORKLOAD,
         Column("label", "system", merge=True),
-        Column("direction", "direction", lambda value: value or "–"),
         Column("level", "link level"),
         Column("planned_bytes", "planned, MB", page.megabytes, "num"),
         Column("counted_bytes", "counted, MB", page.megabytes, "num"),
         Column("quotient", "counted / planned", lambda v: f"{v:.3f}" if math.isfinite(v) else "–", "num"),
         _EVIDENCE,
     ]
-    return Html(first, *_by_group(frame, columns, "bytes of one repetition, all ranks"))
+    some = frame[(frame["planned_bytes"] > 0) | (frame["counted_bytes"] > 0)]
+    return Html(first, *_by_group(some, columns, "bytes of one repetition, all ranks"))
 
 
 def light(run: Run) -> Html:
@@ -99,7 +101,7 @@ def light(run: Run) -> Html:
     frame = frame[frame["speed_of_light_s"].notna()]
     if frame.empty:
         what = "No speed of light is known here: it takes a cluster whose links or devices have a stated rate."
-        return Html(page.missing(what, "moebench run EXPERIMENTS.yaml (with an emulated cluster)"))
+        return Html(page.missing(what, _RUN, "with an emulated cluster in that file"))
     drawn = _drawn(
         lambda: figures.light(run, frame),
         alt="Time of every system per workload as a bar with its interval, and its speed of light as a black tick.",
@@ -109,7 +111,6 @@ def light(run: Run) -> Html:
     columns = [
         _WORKLOAD,
         Column("label", "system", merge=True),
-        Column("direction", "direction"),
         Column("time", "time, ms", _time, "num"),
         Column("speed_of_light_s", "speed of light, ms", page.milliseconds, "num"),
         Column("fraction", "fraction of it reached", page.percent, "num"),
@@ -126,9 +127,7 @@ def skew(run: Run) -> Html:
     run.write_table("skew", frame)
     if frame.empty:
         what = f"A skew axis takes a speedup over {run.baseline} on two or more workloads of different imbalance."
-        return Html(
-            page.missing(what, "moebench run EXPERIMENTS.yaml (with workloads of several targets, as zipf-2, zipf-4)")
-        )
+        return Html(page.missing(what, _RUN, "with workloads such as zipf-2 and zipf-4 in that file"))
     return Html(
         _drawn(
             lambda: figures.skew(run, frame),
@@ -145,7 +144,7 @@ def training(run: Run) -> Html:
     frame = compare.losses(run)
     run.write_table("losses", frame)
     if frame.empty:
-        return Html(page.missing("No training step was run.", "moebench run EXPERIMENTS.yaml (with phase train_step)"))
+        return Html(page.missing("No training step was run.", _RUN, "with phase train_step in that file"))
     agreement = _agreement(run, frame)
     run.write_table("loss_agreement", agreement)
     columns = [
@@ -191,7 +190,7 @@ def _speedup_figure(run: Run, reference: str, ratios: pd.DataFrame) -> str:
         rows = run.rows[(run.rows["label"] == reference) & (run.rows["status"] != "ok")]
         why = f" It was {rows.iloc[0]['status']}: {rows.iloc[0]['reason']}." if len(rows) else ""
         what = f"No other system shares a race with times of {reference}, so there is no ratio to it.{why}"
-        return page.missing(what, f"moebench run EXPERIMENTS.yaml (with {reference} and others among its systems)")
+        return page.missing(what, _RUN, f"with {reference} among the systems of that file")
     role = "the baseline" if reference == run.baseline else "the control: native code without a paper's idea"
     return _drawn(
         lambda: figures.speedup(run, ratios),
@@ -217,10 +216,12 @@ def _speedup_tables(run: Run, key: dict[str, Any], times: pd.DataFrame, ratios: 
             ]
             times[name] = pd.Series(shown, index=times.index, dtype=object)
             columns.append(Column(name, name, _ratio, "num"))
-    columns += [Column("num_launches", "launches", str, "num"), _EVIDENCE]
+    launches = sorted(set(times["num_launches"]))
+    columns += [Column("num_launches", "launches", str, "num")] if len(launches) > 1 else []
+    columns.append(_EVIDENCE)
     if (times["status"] != "ok").any():
         columns.append(Column("status", "mark", lambda value: "" if value == "ok" else page.badge(value)))
-    note = f"{key['network']} network; [95 % interval]"
+    note = f"{key['network']} network, launches: {', '.join(map(str, launches))}; [95 % interval]"
     parts = [page.table(times[times["direction"] == main], columns, words.group_title(key), note)]
     if others:
         columns = [*columns[:2], Column("direction", "direction"), Column("time", "time, ms", _time, "num"), _EVIDENCE]
@@ -230,13 +231,15 @@ def _speedup_tables(run: Run, key: dict[str, Any], times: pd.DataFrame, ratios: 
 
 
 def _by_group(frame: pd.DataFrame, columns: list[Column], note: str = "") -> list[str]:
-    """A table a group in its main direction, with the other directions folded below."""
+    """A table a group in its main direction, with the other directions folded below; two columns lead to the rest."""
     parts = []
     for key, group in frame.groupby(GROUP, sort=False):
         title, main = words.group_title(dict(zip(GROUP, key, strict=True))), words.main_direction(group)
-        parts.append(page.table(group[group["direction"] == main], columns, title, note))
+        shown = group[group["direction"] == main]
+        parts.append(page.table(shown, columns, title, ", ".join(filter(None, [words.DIRECTIONS[main], note]))))
         if len(others := group[group["direction"] != main]):
-            inner = page.table(others, columns, f"{title}, by direction", note)
+            split = [*columns[:2], Column("direction", "direction"), *columns[2:]]
+            inner = page.table(others, split, f"{title}, by direction", note)
             parts.append(page.folded(" and ".join(others["direction"].unique()), inner))
     return parts
 

@@ -18,6 +18,7 @@ PHASES = {
     "layer": "MoE layer",
     "train_step": "Training step",
 }
+DIRECTIONS = {"total": "forward and backward", "forward": "forward", "backward": "backward", "": "no direction stated"}
 STATUS_WORDS = {
     "refused": "the system said that it cannot run this case",
     "failed": "a rank raised an error",
@@ -64,7 +65,7 @@ def group_title(group: dict[str, Any]) -> str:
 def main_direction(frame: pd.DataFrame) -> str:
     """``total`` where forward and backward were timed, else the one that was."""
     found = set(frame["direction"])
-    return next(d for d in ("total", "forward", "backward") if d in found)
+    return next(d for d in DIRECTIONS if d in found)
 
 
 def _finding(
