@@ -8,6 +8,7 @@ bandwidth, full duplex; units above the nodes are switches. Ranks of one node ta
 from __future__ import annotations
 
 import dataclasses
+import json
 import mmap
 import os
 import subprocess
@@ -131,6 +132,7 @@ def _build(cluster: Cluster) -> Network:
             counters.add(len(cluster.levels) - 1, fd, "lo")
     facts = {
         **settings,
+        "gso_max_bytes": _gso_max_bytes(nodes[0]) if levels else None,
         "shaper": "delay line and tbf" if delayed else "tbf",
         "mtu": switch.MTU if delayed else 1500,
         "levels": [
@@ -241,6 +243,13 @@ def _prepare_namespaces(names: list[str]) -> dict[str, Any]:
         return "cubic" if _set(control, "cubic") else "reno" if _set(control, "reno") else control.read_text().strip()
 
     return {"congestion_control": {_within(name, prepare) for name in names}.pop(), "tcp_slow_start_after_idle": 0}
+
+
+def _gso_max_bytes(node: Unit) -> int:
+    shown = subprocess.run(
+        ["ip", "-n", node.namespace, "-d", "-j", "link", "show", "dev", INTERFACE], capture_output=True, text=True
+    )
+    return int(json.loads(shown.stdout)[0]["gso_max_size"])
 
 
 def _set(path: Path, value: str) -> bool:

@@ -58,22 +58,24 @@ def go_wrong(job, payload):
 
 
 def send(job, payload):
-    """Send ``payload["bytes"]`` from one rank to another a few times: (seconds, bytes counted per level) each."""
+    """Send ``payload["bytes"]`` from one rank to another a few times: (start, end, bytes counted per level) each."""
     source, target = payload["source"], payload["target"]
     data = torch.ones(payload["bytes"], dtype=torch.uint8)
     seen = []
     for _ in range(payload.get("reps", 1)):
         dist.barrier()
-        time.sleep(0.05)  # the buckets fill, the barrier's last bytes are gone
-        before, start = job.counters() if job.counters else None, time.perf_counter()
+        time.sleep(0.05)  # the buckets fill
+        before = job.counters() if job.counters else None
+        dist.barrier()  # nobody sends before everybody has read the counters
+        start = time.perf_counter()
         if job.rank == source:
             dist.send(data, target)
         elif job.rank == target:
             dist.recv(data, source)
-            seen.append(time.perf_counter() - start)
+        end = time.perf_counter()
         dist.barrier()
-        if job.rank == target and before is not None:
-            seen[-1] = seen[-1], [now - then for now, then in zip(job.counters(), before, strict=True)]
+        counted = before and [now - then for now, then in zip(job.counters(), before, strict=True)]
+        seen.append((start, end, counted))
     return seen
 
 
