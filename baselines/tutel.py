@@ -60,7 +60,7 @@ class Tutel(System):
         if case.model.hidden % 2:
             return f"tutel needs an even hidden size, not {case.model.hidden}"
         if min(case.routing.tokens) == 0:
-            return "tutel's gate reads the last token's place and fails on a rank without tokens"
+            return "tutel's gate divides by a rank's token count and fails on a rank without tokens"
         degree = _overlap(case)
         if degree > 1 and torch.device(case.device).type == "cpu":
             return f"tutel ignores {OVERLAP} on CPU, so {OVERLAP} = {degree} would not be what it says"
