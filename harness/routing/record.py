@@ -100,7 +100,7 @@ def record(
     learning_rate: float = 1e-3,
     balance: float = 3e-3,
     seed: int = 0,
-    num_threads: int = 2,
+    num_threads: int = 1,
     command: str = "",
     corpus: Corpus | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,

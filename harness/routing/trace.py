@@ -106,7 +106,9 @@ def write_trace(path: Path, header: Header, rows: Sequence[Recorded]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            pq.write_table(table, file, compression="zstd", compression_level=19, use_dictionary=False)
+            pq.write_table(
+                table, file, compression="zstd", compression_level=19, use_dictionary=False, write_page_checksum=True
+            )
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -135,7 +137,7 @@ def read_trace(path: Path) -> Trace:
 def _read(path: Path, mtime_ns: int, size: int) -> Trace:
     again = "record it again with `moebench record`"
     try:
-        table = pq.read_table(path, partitioning=None)
+        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
     except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise bad("trace", str(path), f"not a readable Parquet file ({reason}); {again}") from None

@@ -38,11 +38,17 @@ def test_loads_follow_the_placement_and_replicas_share():
     case = routing([[0, 1]] * 4, (1, 1, 1, 1))
     moved = Placement(np.eye(4, dtype=bool)[[3, 2, 1, 0]])
     assert certify(case, moved, NODES).max_over_mean["node"] == 2
-    everywhere = np.eye(4, dtype=bool)
-    everywhere[:2] = True
-    found = certify(case, Placement(everywhere), NODES)
-    assert found.max_over_mean["rank"] == 1
+    shared = np.eye(4, dtype=bool)
+    shared[0] = True  # expert 0 on every rank, expert 1 on rank 1 alone: loads 1 5 1 1
+    found = certify(case, Placement(shared), NODES)
+    assert found.max_over_mean["rank"] == 5 / 2
     assert found.max_over_mean["expert"] == 2
+
+
+def test_a_port_has_two_directions():
+    case = routing([[0], [1], [2], [3]], (4, 0, 0, 0))  # node 0 sends one row to each of the others
+    found = certify(case, Placement.contiguous(4, 4), Topology((4, 1)))
+    assert found.max_over_mean["link"] == 3 / (6 / 8)
 
 
 def test_a_port_belongs_to_the_innermost_node():
