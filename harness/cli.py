@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="moebench",
     help="Mixture-of-experts training systems side by side: same weights, same tokens, same routing, same oracle.",
-    epilog="Begin with [bold]moebench doctor[/bold], then [bold]moebench run --suite quick[/bold].",
+    epilog="Begin with **moebench doctor**, then **moebench run --suite quick**.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -86,6 +86,8 @@ def list_(
 ) -> None:
     """Systems, models, clusters and workloads by name.
 
+    With --json everything about each: shapes, constants, options, sources and interpretations.
+
     moebench list systems
     moebench list clusters --json
     """
@@ -115,9 +117,9 @@ def check(
     Ragged tokens, ranks and experts without tokens, k = 1, k = E, drops, every gate. What a system cannot do is
     refused with its reason; exit status 1 if anything is wrong, or if nothing at all could be checked.
 
-    moebench check flat hiermoe-hd2 --ranks 4
-    moebench check --all --ranks 8 --json
-    moebench check hiermoe-hd2 --cluster emulated-2x4
+        moebench check flat hiermoe-hd2 --ranks 4
+        moebench check --all --ranks 8 --json
+        moebench check hiermoe-hd2 --cluster emulated-2x4
     """
     from harness import checks, presets, registry
 
@@ -155,11 +157,11 @@ def record_(
 ) -> None:
     """Record real routing: train a small MoE language model on the text that ships with Python.
 
-    The routing of every layer is kept at 2 %, 25 % and 100 % of training, or where --at says. With --checkpoint
+    The routing of every layer is kept early, midway and late in training, or where --at says. With --checkpoint
     nothing is trained: the routing is that of the given model.
 
-    moebench record --model record-e64k8 --out my-trace.parquet
-    moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
+        moebench record --model record-e64k8 --out my-trace.parquet
+        moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
     """
     from harness import presets
     from harness.routing import huggingface, record
@@ -188,8 +190,8 @@ def profile(
 
     n bytes are one rank's buffer; all groups of a level work at once. The result is kept in results/profiles.
 
-    moebench profile emulated-2x4
-    moebench profile local-4 --json
+        moebench profile emulated-2x4
+        moebench profile local-4 --json
     """
     from harness import presets, profiling
 
@@ -222,8 +224,8 @@ def run(
     Rows go to results/runs/NAME; a second call resumes after the finished cells. What is refused or fails is a row
     with its reason; exit status 1 only if no cell at all has a result.
 
-    moebench run --suite quick
-    moebench run my-experiments.yaml --name mine --launches 5
+        moebench run --suite quick
+        moebench run my-experiments.yaml --name mine --launches 5
     """
     if (experiments is None) == (not suite):
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
@@ -251,6 +253,8 @@ def report(
     results: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
 ) -> None:
     """Render a run as one self-contained HTML page, and print its path.
+
+    The tables lie beside it as CSV, and the executed notebook with them.
 
     moebench report quick
     moebench report summary --run quick -p baseline=flat
