@@ -64,8 +64,10 @@ def doctor(as_json: Json = False) -> None:
 
     Exit status 1 if something required is broken; something optional that is missing is no failure.
 
-        moebench doctor
-        moebench doctor --json
+    ```
+    moebench doctor
+    moebench doctor --json
+    ```
     """
     from harness.doctor import examine
 
@@ -88,8 +90,10 @@ def list_(
 
     With --json everything about each: shapes, constants, options, sources and interpretations.
 
+    ```
     moebench list systems
     moebench list clusters --json
+    ```
     """
     from harness.listing import KINDS, full, listing
 
@@ -117,9 +121,11 @@ def check(
     Ragged tokens, ranks and experts without tokens, k = 1, k = E, drops, every gate. What a system cannot do is
     refused with its reason; exit status 1 if anything is wrong, or if nothing at all could be checked.
 
-        moebench check flat hiermoe-hd2 --ranks 4
-        moebench check --all --ranks 8 --json
-        moebench check hiermoe-hd2 --cluster emulated-2x4
+    ```
+    moebench check flat hiermoe-hd2 --ranks 4
+    moebench check --all --ranks 8 --json
+    moebench check hiermoe-hd2 --cluster emulated-2x4
+    ```
     """
     from harness import checks, presets, registry
 
@@ -160,8 +166,10 @@ def record_(
     The routing of every layer is kept early, midway and late in training, or where --at says. With --checkpoint
     nothing is trained: the routing is that of the given model.
 
-        moebench record --model record-e64k8 --out my-trace.parquet
-        moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
+    ```
+    moebench record --model record-e64k8 --out my-trace.parquet
+    moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
+    ```
     """
     from harness import presets
     from harness.routing import huggingface, record
@@ -190,8 +198,10 @@ def profile(
 
     n bytes are one rank's buffer; all groups of a level work at once. The result is kept in results/profiles.
 
-        moebench profile emulated-2x4
-        moebench profile local-4 --json
+    ```
+    moebench profile emulated-2x4
+    moebench profile local-4 --json
+    ```
     """
     from harness import presets, profiling
 
@@ -224,8 +234,10 @@ def run(
     Rows go to results/runs/NAME; a second call resumes after the finished cells. What is refused or fails is a row
     with its reason; exit status 1 only if no cell at all has a result.
 
-        moebench run --suite quick
-        moebench run my-experiments.yaml --name mine --launches 5
+    ```
+    moebench run --suite quick
+    moebench run my-experiments.yaml --name mine --launches 5
+    ```
     """
     if (experiments is None) == (not suite):
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
@@ -256,8 +268,10 @@ def report(
 
     The tables lie beside it as CSV, and the executed notebook with them.
 
+    ```
     moebench report quick
     moebench report summary --run quick -p baseline=flat
+    ```
     """
     from harness.report import render
 
