@@ -112,10 +112,8 @@ def test_fsmoe_models_have_one_expert_for_every_node():
 @pytest.mark.parametrize("name", presets.names("workloads"))
 def test_every_workload_can_be_routed(name):
     workload = presets.workload(name)
-    small = workload.model_copy(update={"tokens_per_rank": 64})
-    experts = 16 if workload.params.get("path", "").find("e16") >= 0 else 64
-    model = Model(name="m", num_layers=1, hidden=8, ffn=8, num_experts=experts, top_k=2 if experts == 16 else 8)
-    routing = make_routing(small, model, Topology((2, 4)))
+    model = Model(name="m", num_layers=1, hidden=8, ffn=8, num_experts=64, top_k=8)
+    routing = make_routing(workload, model, Topology((2, 4)))
     assert (routing is None) == (workload.generator == "natural")
 
 
