@@ -19,8 +19,8 @@ def make_routing(
     """The routing of one layer at one step, the same on whatever machine it is made.
 
     None for the generator ``natural``: the router's own choice, which only a model that runs can make (phase
-    ``train_step``). For ``trace``: layer ``params.layer + layer``, the ``step``-th recorded step from
-    ``params.step`` on, and the first tokens of the trace in order, rank after rank.
+    ``train_step``). For ``trace``: layer ``params.layer + layer`` at recorded step ``params.step`` (by default the
+    last), whatever ``step`` is, and the first tokens of the trace in order, rank after rank.
 
     Errors (``UserError``): unknown generator, unknown or impossible params, a trace that does not fit.
     """
@@ -31,7 +31,7 @@ def make_routing(
     if workload.generator == "trace":
         from harness.routing.trace import from_trace  # pyarrow only where a trace is read
 
-        ids = from_trace(workload, model, topology, step, layer)
+        ids = from_trace(workload, model, topology, layer)
     elif workload.generator in GENERATORS:
         ids = generate(workload, model, topology, step, layer)
     else:

@@ -193,8 +193,10 @@ def find_trace(name: str) -> Path:
     return shipped if shipped.is_file() else path.absolute()
 
 
-def from_trace(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray:
+def from_trace(workload: Workload, model: Model, topology: Topology, layer: int) -> np.ndarray:
     """ids int32 [T, k]: the first tokens of the trace in order, rank after rank, with the best k experts of each.
+
+    The same at every step of an experiment: recorded steps lie further apart than an experiment is long.
 
     Errors: a trace of another number of experts, with a smaller k, fewer tokens, or without that layer or step.
     """
@@ -216,13 +218,10 @@ def from_trace(workload: Workload, model: Model, topology: Topology, step: int, 
     listed = ", ".join(map(str, steps))
     if params.step is not None and params.step not in steps:
         raise bad(f"{where}.params.step", params.step, f"the trace {name} has steps {listed}")
-    first = len(steps) - 1 if params.step is None else steps.index(params.step)
-    if first + step >= len(steps):
-        remedy = f"no recorded step this far after step {steps[first]}: the trace {name} has steps {listed}"
-        raise bad(f"{where} step", step, remedy)
-    row = trace.rows.get((steps[first + step], wanted_layer))
+    recorded_step = steps[-1] if params.step is None else params.step
+    row = trace.rows.get((recorded_step, wanted_layer))
     if row is None:
-        raise bad(f"{where}.params.layer", wanted_layer, f"the trace {name} lacks it at step {steps[first + step]}")
+        raise bad(f"{where}.params.layer", wanted_layer, f"the trace {name} lacks it at step {recorded_step}")
     num_tokens = sum(workload.tokens(topology.num_ranks))
     if num_tokens > len(row.ids):
         remedy = f"{num_tokens} tokens on {topology.num_ranks} ranks, but the trace {name} has {len(row.ids)}"

@@ -106,9 +106,9 @@ def test_steps_layers_and_the_best_k(trace):
     assert np.array_equal(ids(), recorded[50, 0])  # the last step
     assert np.array_equal(ids(layer=1), recorded[50, 1])
     assert np.array_equal(ids(m=model(top_k=2)), recorded[50, 0][:, :2])
-    found = make_routing(workload(trace, step=5, layer=1), model(), NODES, step=1)
+    found = make_routing(workload(trace, step=5, layer=1), model(), NODES, step=7)
     assert found is not None
-    assert np.array_equal(found.ids, recorded[50, 1])
+    assert np.array_equal(found.ids, recorded[5, 1])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,6 @@ def test_steps_layers_and_the_best_k(trace):
         (model(), {"layer": 2}, {}, ["params.layer: 2", "layers 0, 1"]),
         (model(), {"layer": 1}, {"layer": 1}, ["params.layer: 2", "layers 0, 1"]),
         (model(), {"step": 6}, {}, ["params.step: 6", "steps 5, 50"]),
-        (model(), {"step": 5}, {"step": 2}, ["step: 2", "steps 5, 50"]),
         (model(), {"stride": 1}, {}, ["params.stride: 1", "known fields are path, layer, step"]),
     ],
 )
