@@ -1,0 +1,100 @@
+"""Systems that must not pass, for the tests of the bench; and one that does nothing, to time the bench itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from baselines.flat import Flat
+from harness import registry
+from harness.bench import race
+from harness.comm.job import Job
+from harness.layer.weights import Weights
+from harness.specs import Dtype
+from harness.system import Case, Gradients, MoELayer, System
+
+
+class EmptyLayer(MoELayer):
+    gate_in_exchange = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    def gradients(self) -> Gradients:
+        return Gradients(None, {})
+
+    def shared_parameters(self) -> list[torch.nn.Parameter]:
+        return []
+
+
+class Empty(System):
+    """Returns its input: what remains is the bench's own time."""
+
+    name = "empty"
+    title = "nothing"
+    kind = "native"
+    source = "tests"
+
+    @classmethod
+    def tolerance(cls, dtype: Dtype) -> float:
+        return 1e-6
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
+        return EmptyLayer()
+
+
+class ForgetsOnce(Flat):
+    """Conforms at the gate's reduced shape and loses a token at full shape."""
+
+    name = "forgets"
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
+        layer = super().build(case, job, weights)
+        if case.identity_experts:
+            whole = layer.exchange
+            lost = torch.ones(case.routing.tokens[job.rank], 1)
+            lost[-1] = 0
+            layer.exchange = lambda x, state: whole(x, state) * lost  # type: ignore[method-assign]
+        return layer
+
+
+class Raises(Flat):
+    """Every rank raises where it builds at full shape."""
+
+    name = "raises"
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
+        if case.identity_experts:
+            raise MemoryError("no room for this layer")
+        return super().build(case, job, weights)
+
+
+class Dies(Flat):
+    """One rank ends without a word, the others wait for it."""
+
+    name = "dies"
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
+        if case.identity_experts and job.rank == 1:
+            os._exit(7)
+        return super().build(case, job, weights)
+
+
+ALL: tuple[type[System], ...] = (Empty, ForgetsOnce, Raises, Dies)
+
+
+def register() -> None:
+    """Make them known to this process."""
+    registry.systems().update({system.name: system for system in ALL})
+
+
+def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """``harness.bench.race.run_race`` on a rank that knows these systems too."""
+    register()
+    return race.run_race(job, payload)
