@@ -32,6 +32,7 @@ from harness.bench.suite import Race, Suite, load
 from harness.errors import bad
 from harness.specs import Cluster
 
+RUN_RACE = "harness.bench.race:run_race"
 SESSION_START_S = 6.0
 MIN_TIMEOUT_S = 300.0
 _STATUS_OF_FAILURE = {"raised": "failed", "died": "failed", "hung": "hung", "out_of_memory": "oom"}
@@ -178,9 +179,7 @@ class Sessions:
                 "warmup": race.warmup,
             }
             try:
-                answers = self._session.call(
-                    "harness.bench.race:run_race", payload, timeout_s=self._timeout_s(race), on_progress=report
-                )
+                answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
                 return answers, failed
             except RankFailure as failure:
                 verdict = (

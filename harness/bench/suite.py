@@ -41,6 +41,7 @@ _DEFAULTS: dict[str, Any] = {
     "launches": 3,
 }
 _ENTRY_KEYS = (*_REQUIRED, *_DEFAULTS)
+_COUNTS = ("repeats", "warmup", "launches")
 _SUITE_KEYS = ("name", "defaults", "experiments")
 
 
@@ -123,7 +124,7 @@ def parse(text: str, where: str) -> Suite:
 def _add(races: dict[str, Race], choice: dict[str, Any], here: str) -> None:
     """Put one resolved cell into its race; what several entries ask of one race, the most demanding decides."""
     experiment = _experiment(choice, here)
-    counts = {key: _count(choice[key], f"{here}.{key}", 0 if key == "warmup" else 1) for key in _COUNTS}
+    counts = {key: choice[key] for key in _COUNTS}
     known = races.get(experiment.race)
     if known is None:
         _check_case(experiment, here)
@@ -131,9 +132,6 @@ def _add(races: dict[str, Race], choice: dict[str, Any], here: str) -> None:
         return
     experiments = known.experiments if experiment in known.experiments else (*known.experiments, experiment)
     races[experiment.race] = Race(experiments, **{key: max(counts[key], getattr(known, key)) for key in _COUNTS})
-
-
-_COUNTS = ("repeats", "warmup", "launches")
 
 
 def _grid(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
@@ -218,6 +216,8 @@ def _check_entry(entry: Any, here: str) -> None:
     for key, value in entry.items():
         if value is None or value == []:
             raise bad(f"{here}.{key}", value, "is empty; give a value or leave the key out")
+        if key in _COUNTS:
+            _check_count(value, f"{here}.{key}", 0 if key == "warmup" else 1)
 
 
 def _check_keys(data: Mapping[Any, Any], known: Iterable[str], here: str) -> None:
@@ -232,10 +232,9 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return (f"; did you mean {near[0]!r}?" if near else ";") + f" known: {', '.join(known) or 'none'}"
 
 
-def _count(value: Any, here: str, least: int) -> int:
+def _check_count(value: Any, here: str, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise bad(here, value, f"must be a whole number of at least {least}")
-    return value
 
 
 class _at:
