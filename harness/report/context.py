@@ -14,15 +14,8 @@ from harness.report.page import Column, Html
 from harness.report.run import GROUP, Run
 
 QUICK = "moebench run --suite quick"
-_NOT_FACTS = {
-    "experiments",
-    "certificates",
-    "seeds",
-    "repeats",
-    "launch",
-    "date",
-    "cluster",
-}  # shown elsewhere or per race
+#: in a record, but shown elsewhere, or not a fact that tells anything to a reader of the page
+_NOT_FACTS = {"experiments", "certificates", "seeds", "repeats", "launch", "date", "cluster", "evidence", "wire", "job"}
 
 
 def where(run: Run) -> Html:
@@ -34,6 +27,9 @@ def where(run: Run) -> Html:
     )
     reps = compare.samples(run).groupby(GROUP)["rep"].nunique().rename("reps").reset_index()
     counts = counts.merge(reps, on=GROUP, how="left").fillna({"reps": 0})
+    for cores in ("own_cores", "foreign_cores"):
+        used = run.metric(cores).groupby(GROUP)["value"].median().rename(cores).reset_index()
+        counts = counts.merge(used, on=GROUP, how="left")
     run.write_table("what_ran", counts)
     columns = [
         Column("cluster", "cluster", merge=True),
@@ -42,15 +38,16 @@ def where(run: Run) -> Html:
         Column("dtype", "dtype"),
         Column("evidence", "evidence", page.badge),
         Column("network", "network"),
-        Column("compute", "compute"),
-        Column("wire", "wire"),
+        *(Column(key, key) for key in ("compute", "wire") if counts[key].nunique() > 1),
         Column("systems", "systems", str, "num"),
         Column("workloads", "workloads", str, "num"),
         Column("launches", "launches", str, "num"),
-        Column("reps", "repetitions", "{:.0f}".format, "num", "timed in each launch"),
+        Column("reps", "repeats", "{:.0f}".format, "num"),
+        Column("own_cores", "cores, own", _number(1), "num"),
+        Column("foreign_cores", "cores, others", _number(1), "num"),
     ]
     order = counts.sort_values(["cluster", *(c for c in GROUP if c != "cluster")], ignore_index=True)
-    parts = [page.table(order, columns, "What ran where", "repetitions: timed in each launch"), _systems(run)]
+    parts = [page.table(order, columns, "What ran where"), _systems(run)]
     if run.records:
         parts += [_clusters(run), _models(run), _launch_facts(run)]
     else:
@@ -227,6 +224,8 @@ def _launch_facts(run: Run) -> str:
         for key, value in record.items():
             if key not in _NOT_FACTS and value not in (None, "", {}, []):
                 facts.setdefault(key, {}).setdefault(_fact(key, value), []).append(who)
+    if "versions" in facts:
+        facts["versions"] = {_versions(run): []}
     dates = sorted(str(record["date"])[:19].replace("T", " ") for record in run.records.values() if "date" in record)
     lines = [("date", " to ".join(dict.fromkeys([dates[0], dates[-1]])) + " UTC", "")] if dates else []
     lines += [
@@ -239,6 +238,15 @@ def _launch_facts(run: Run) -> str:
         "<dd>{{ value }}{% if names %} <small>({{ names }})</small>{% endif %}</dd>{% endfor %}</dl>",
         lines=lines,
     )
+
+
+def _versions(run: Run) -> str:
+    """Of every package in any launch; more than one only where launches differ."""
+    found: dict[str, list[str]] = {}
+    for record in run.records.values():
+        for package, version in dict(record.get("versions") or {}).items():
+            found.setdefault(str(package), []).append(str(version))
+    return "; ".join(f"{package} {' or '.join(dict.fromkeys(found[package]))}" for package in sorted(found))
 
 
 def _fact(key: str, value: Any) -> str:
@@ -258,7 +266,7 @@ def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{k.replace('_', ' ')} {_flat(v)}" for k, v in value.items() if v not in (None, "", {}, []))
     if isinstance(value, list):
-        return " ".join(_flat(item) for item in value)
+        return " ".join(f"({_flat(item)})" if isinstance(item, dict) else _flat(item) for item in value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value)

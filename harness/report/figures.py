@@ -106,7 +106,8 @@ def light(run: Run, times: pd.DataFrame) -> Figure:
         bound = rows["speed_of_light_s"].to_numpy() * 1e3
         ax.vlines(bound, ys - 0.45, ys + 0.45, color="#000000", lw=2.2)
         ax.set_yticks(centers, names)
-        ax.set_xlim(left=0)
+        longest_s = float(rows["point"].max())
+        ax.set_xlim(0, 1e3 * min(1.5 * longest_s, 1.04 * float(rows["high"].fillna(rows["point"]).max())))
         ax.set_title(title)
     axes[-1].set_xlabel("time of one repetition, ms (bar: time with 95 % interval; black tick: speed of light)")
     _legend(fig, look, times["label"], bars=True)

@@ -106,7 +106,8 @@ def light(run: Run) -> Html:
         lambda: figures.light(run, frame),
         alt="Time of every system per workload as a bar with its interval, and its speed of light as a black tick.",
         caption="The speed of light is a bound that no implementation of the same communication can pass: the bytes "
-        "that must cross the bottleneck link over its rate, or the operations over the device's peak.",
+        "that must cross the bottleneck link over its rate, or the operations over the device's peak. "
+        "Intervals wider than the panel are cut; the table has them whole.",
     )
     columns = [
         _WORKLOAD,

@@ -99,7 +99,8 @@ def _finding(
             for reference, frame in references.items()
             if reference not in level and (clause := _against(frame, reference, fastest, races, direction))
         ]
-        sentences.append("; ".join([f"{text}: {clauses[0]}", *clauses[1:]] if clauses else [text]) + ".")
+        joint = "; it is " if level else ": "
+        sentences.append(text + (joint + "; ".join(clauses) if clauses else "") + ".")
     own = _against(references[run.baseline], run.baseline, run.control, list(group["race"].unique()), direction)
     if own:
         sentences.append(f"The control {run.control}, native code without any paper's idea, is itself {own}.")
