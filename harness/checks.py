@@ -74,6 +74,24 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(table.values())
 
 
+def setbacks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was not ok: one row for each system, status and reason, with the trials and dtypes that it befell."""
+    table: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            table.setdefault((row["system"], row["status"], row["reason"]), []).append(row)
+    return [
+        {
+            "system": system,
+            "status": status,
+            "trials": ", ".join(dict.fromkeys(row["trial"] for row in same)),
+            "dtypes": ", ".join(dict.fromkeys(row["dtype"] for row in same)),
+            "reason": reason,
+        }
+        for (system, status, reason), same in table.items()
+    ]
+
+
 def _row(system: str, status: str, reason: str) -> dict[str, Any]:
     return {
         **{"system": system, "trial": "", "dtype": "", "status": status},

@@ -141,10 +141,8 @@ def check(
         console.print_json(rows)
     else:
         console.show(checks.summary(rows), f"largest relative errors over all trials and {where.num_ranks} ranks")
-        notes = [row for row in rows if row["status"] != "ok"]
-        shown = [{key: row[key] for key in ("system", "trial", "dtype", "status", "reason")} for row in notes]
-        if shown:
-            console.show(shown, "not ok", STATUS_COLOURS)
+        if notes := checks.setbacks(rows):
+            console.show(notes, "not ok", STATUS_COLOURS)
     statuses = {row["status"] for row in rows}
     if "ok" not in statuses or statuses - {"ok", "refused"}:
         raise typer.Exit(1)
