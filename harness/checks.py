@@ -41,7 +41,7 @@ def check_systems(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moebench-check-")))
         for number, system in enumerate(systems):
             if session is None:
-                say(f"starting {cluster.num_ranks} ranks on {cluster.name}")
+                say(f"starting the ranks of {cluster.name}")
                 session = stack.enter_context(open_session(cluster, log_dir=folder / str(number), preload=PRELOAD))
             say(f"checking {system} on {cluster.num_ranks} ranks")
             try:

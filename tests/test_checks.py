@@ -50,4 +50,4 @@ def test_a_system_that_ends_its_ranks_is_a_row_and_the_next_one_gets_new_ranks()
     )
     assert [(each["system"], each["status"]) for each in rows] == [("flat", "failed"), ("hiermoe-hd2", "failed")]
     assert "rank 0 raised" in rows[0]["reason"]
-    assert said.count("starting 1 ranks on local-1") == 2
+    assert said.count("starting the ranks of local-1") == 2
