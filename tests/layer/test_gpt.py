@@ -16,6 +16,15 @@ def model(**fields) -> Model:
     return Model(**({"name": "m", "num_heads": 4, "seq": 16, "vocab": 256} | shapes | fields))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Operators this small only wait for each other on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Dense(nn.Module):
     def __init__(self, layer: int, dtype: torch.dtype = torch.float32):
         super().__init__()

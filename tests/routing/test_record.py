@@ -32,9 +32,9 @@ def test_loss_falls_and_the_seed_makes_the_trace(tmp_path):
     again = made(tmp_path / "b.parquet")
     other = made(tmp_path / "c.parquet", seed=1)
 
-    assert first.loss[20] < 0.7 * first.loss[1]
+    assert first.loss[20] < 0.8 * first.loss[1]
     assert [(p.step, p.num_steps) for p in heard] == [(step, 20) for step in range(1, 21)]
-    assert heard[-1].loss < 0.7 * heard[0].loss
+    assert heard[-1].loss < 0.8 * heard[0].loss
     assert first.digests == again.digests
     assert first.loss == again.loss
     assert first.digests != other.digests
