@@ -135,12 +135,13 @@ class Session:
         self._launcher_log = log_dir / "launcher.log"
         for path in (self._launcher_log, *map(self._setup.log_path, range(cluster.num_ranks))):
             path.unlink(missing_ok=True)
+        self._process: subprocess.Popen[bytes] | None = None
         try:
-            self._process = self._start(theirs.fileno())
-        finally:
-            for end in (theirs, *(rank for _, rank in pairs)):
-                end.close()
-        try:
+            try:
+                self._process = self._start(theirs.fileno())
+            finally:
+                for end in (theirs, *(rank for _, rank in pairs)):
+                    end.close()
             self._await_start(start_timeout_s)
         except BaseException:
             self.close()
@@ -176,12 +177,13 @@ class Session:
         if self.closed:
             return
         self._launcher.close()
-        try:
-            self._process.wait(END_S if self._started else 0)  # before the start, it may not be listening yet
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        if self._process is not None:
+            try:
+                self._process.wait(END_S if self._started else 0)  # before the start, it may not be listening yet
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
         for rank in self._ranks:
             rank.close()
         shutil.rmtree(self._private, ignore_errors=True)
@@ -261,6 +263,7 @@ class Session:
                     message = connection.recv()
                 except (EOFError, ConnectionResetError):
                     if waiting.pop(connection, None) is None:
+                        assert self._process is not None
                         message = ("ended", -1, self._process.wait())
                     else:
                         continue  # the launcher tells how it ended

@@ -99,9 +99,11 @@ def test_no_tc_means_unshaped_with_a_reason(tmp_path, monkeypatch):
     for program in ("unshare", "ip", "sh"):
         (tmp_path / "bin" / program).symlink_to(shutil.which(program) or program)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(session_module.tempfile, "tempdir", str(tmp_path))
     with open_session(EMULATED, log_dir=tmp_path) as ranks:
         assert ranks.network["shaped"] is False
         assert ranks.network["reason"] == "tc not found; install util-linux and iproute2"
+    assert not list(tmp_path.glob("moebench-*"))
 
 
 def test_a_command_of_the_network_that_fails_is_quoted():
