@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from harness.errors import bad
 from harness.routing.corpus import Corpus, python_corpus
 from harness.routing.record import Progress, Summary, summarise
-from harness.routing.trace import Header, Recorded, write_trace
+from harness.routing.trace import Header, Recorded, check_writable, write_trace
 
 ROUTER_NAMES = ("gate", "router")
 
@@ -44,6 +44,7 @@ def record_checkpoint(
     Text without a tokenizer in the folder is read as bytes. ``progress`` hears of sequences as steps.
     Errors (``UserError``): transformers missing, a folder that holds no such model, routers that cannot be read.
     """
+    check_writable(out)
     started = time.perf_counter()
     corpus = corpus or python_corpus()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,7 +20,7 @@ from harness.layer.experts import Experts
 from harness.layer.gpt import GPT
 from harness.layer.weights import Weights
 from harness.routing.corpus import Corpus, python_corpus
-from harness.routing.trace import Header, Recorded, write_trace
+from harness.routing.trace import Header, Recorded, check_writable, write_trace
 from harness.routing.types import Routing
 from harness.specs import Model
 
@@ -113,7 +113,8 @@ def record(
     0.001 of Mixtral's configuration a model this small collapses onto a few experts. The same seed, number of threads,
     machine type and Python give the same trace.
 
-    Errors (``UserError``): steps out of range, a vocabulary below 256, tokens that do not fill whole sequences.
+    Errors (``UserError``): steps out of range, a vocabulary below 256, tokens that do not fill whole sequences,
+    a file that cannot be written.
     """
     steps = tuple(default_steps(num_steps)) if steps is None else tuple(sorted(set(steps)))
     if not steps or steps[0] < 0 or steps[-1] > num_steps:
@@ -122,6 +123,7 @@ def record(
         raise bad("model.vocab", model.vocab, "must be at least 256: the text is read as bytes")
     if num_tokens < model.seq or num_tokens % model.seq:
         raise bad("record.num_tokens", num_tokens, f"must be a multiple of the model's seq = {model.seq}")
+    check_writable(out)
     started = time.perf_counter()
     corpus = corpus or python_corpus()
     held = torch.from_numpy(corpus.held_windows(num_tokens // model.seq, model.seq + 1))

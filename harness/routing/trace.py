@@ -8,6 +8,7 @@ Columns: ``step``, ``layer``, ``num_tokens``, ``loss`` (held-out, nats per token
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -88,6 +89,21 @@ class Trace:
 # ---- write and read ----------------------------------------------------------------------------------------------
 
 
+def check_writable(path: Path) -> None:
+    """Fail now and not after minutes of work. Errors: a folder that cannot be written to, a folder as ``path``."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return bad("trace", str(path), f"cannot be written ({error.strerror or error}); choose another --out")
+
+
 def write_trace(path: Path, header: Header, rows: Sequence[Recorded]) -> None:
     """Write the whole file or nothing. Errors: a folder that cannot be written to."""
     data: dict[str, list[Any]] = {name: [] for name in COLUMNS}
@@ -114,7 +130,7 @@ def write_trace(path: Path, header: Header, rows: Sequence[Recorded]) -> None:
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except OSError as error:
-        raise bad("trace", str(path), f"cannot be written ({error.strerror or error}); choose another --out") from None
+        raise _unwritable(path, error) from None
     finally:
         if temporary:
             Path(temporary).unlink(missing_ok=True)

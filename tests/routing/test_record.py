@@ -88,6 +88,15 @@ def test_a_vocabulary_that_holds_no_bytes(tmp_path):
         record(model(vocab=255), tmp_path / "a.parquet")
 
 
+def test_an_output_that_cannot_be_written_is_known_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    heard = []
+    for out in (tmp_path, tmp_path / "file" / "t.parquet"):
+        with pytest.raises(UserError, match=r"cannot be written.*--out"):
+            made(out, progress=heard.append)
+    assert heard == []
+
+
 def test_threads_are_given_back(tmp_path):
     before = torch.get_num_threads()
     made(tmp_path / "a.parquet", num_steps=1, num_threads=before + 1)
