@@ -50,26 +50,39 @@ def times(run: Run) -> pd.DataFrame:
     return _each(run, samples(run), ["cell", "direction"], row, [*IDENTITY, "direction", *columns])
 
 
+def references(run: Run, reference: str) -> dict[str, str]:
+    """Race -> the cell that ``reference`` names there: its label, or a system's name where only one cell of it is."""
+    cells = run.rows[["race", "cell", "system", "label"]].drop_duplicates("cell")
+    found = {}
+    for race, here in cells.groupby("race"):
+        named = here[here["label"] == reference]
+        named = named if len(named) else here[here["system"] == reference]
+        if len(named) == 1:
+            found[str(race)] = str(named["cell"].iloc[0])
+    return found
+
+
 @functools.lru_cache(maxsize=8)
 def speedups(run: Run, reference: str) -> pd.DataFrame:
     """Time of ``reference`` over the time of every other cell of its race, paired by launch and repetition.
 
-    ``IDENTITY``, direction, reference, estimate (> 1: faster than the reference), verdict, status.
+    ``IDENTITY``, direction, reference (its label), estimate (> 1: faster than the reference), verdict, status.
     """
-    timed = samples(run)
-    by = dict(list(timed.groupby(["race", "label", "direction"])))
+    timed, base_of = samples(run), references(run, reference)
+    by = dict(list(timed.groupby(["cell", "direction"])))
 
     def row(rows: pd.DataFrame) -> dict[str, Any] | None:
         first = rows.iloc[0]
-        base = by.get((first["race"], reference, first["direction"]))
-        if base is None or first["label"] == reference:
+        base_cell = base_of.get(first["race"])
+        base = by.get((base_cell, first["direction"]))
+        if base is None or base_cell == first["cell"]:
             return None
         estimate = stats.ratio(base, rows)
         if not estimate.num_samples:
             return None
         return {
             **_estimate(estimate),
-            "reference": reference,
+            "reference": base["label"].iloc[0],
             "verdict": verdict(estimate.low, estimate.high),
             **_status(pd.concat([rows, base])),
         }

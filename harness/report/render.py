@@ -30,12 +30,15 @@ def render(
 
     ``parameters`` go into the notebook's ``parameters`` cell (``baseline``, ``control``); ``progress`` hears one
     line per stage. The executed notebook lands beside the page, the tables as CSV in ``run_dir/report/tables``.
-    ``UserError``: no such notebook, no such run, a run without rows, a report folder that cannot be written.
+    ``UserError``: no such notebook or parameter, no such run, a run without rows, a report folder that cannot be written.
     """
     import papermill
 
     say = progress or (lambda line: None)
     notebook = _notebook(name)
+    known = papermill.inspect_notebook(str(notebook))
+    if unknown := set(parameters or {}) - set(known):
+        raise bad("notebook parameter", sorted(unknown)[0], f"unknown; {name} takes {', '.join(known)}")
     run_dir = Path(run_dir).resolve()
     load(run_dir)  # before a kernel starts: a user's error is one line, not a traceback inside a notebook
     out = run_dir / "report"
@@ -53,9 +56,10 @@ def render(
         papermill.execute_notebook(
             str(notebook),
             str(executed),
-            parameters={"run_dir": str(run_dir), **(parameters or {})},
+            parameters={**(parameters or {}), "run_dir": str(run_dir)},
             kernel_name="python3",
             progress_bar=False,
+            start_timeout=CELL_TIMEOUT_S,
             execution_timeout=CELL_TIMEOUT_S,
             cwd=str(run_dir),
         )

@@ -23,7 +23,7 @@ TIMED = ("ok", "cpu_bound")  # statuses whose times count; cpu_bound ones carry 
 class Run:
     """One run. ``rows``: the store's columns plus ``label``, the system with the options that set it apart.
 
-    ``baseline``, ``control``: labels that ratios refer to (the run need not hold them).
+    ``baseline``, ``control``: labels, or systems, that ratios refer to (the run need not hold them).
     """
 
     path: Path
@@ -40,11 +40,12 @@ class Run:
     @functools.cached_property
     def labels(self) -> list[str]:
         """Labels in the order of every figure and table: baseline, control, then by name."""
-        found = set(self.rows["label"])
-        return [
-            *(x for x in (self.baseline, self.control) if x in found),
-            *sorted(found - {self.baseline, self.control}),
-        ]
+        system_of = dict(zip(self.rows["label"], self.rows["system"], strict=True))
+
+        def place(label: str) -> tuple[list[bool], str]:
+            return [reference not in (label, system_of[label]) for reference in (self.baseline, self.control)], label
+
+        return sorted(system_of, key=place)
 
     @functools.cached_property
     def experiments(self) -> dict[str, dict[str, Any]]:

@@ -176,7 +176,7 @@ def _agreement(run: Run, losses: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (_, launch), group in losses.groupby(["race", "launch"], sort=False):
         curves = group.pivot_table(index="step", columns="label", values="loss")
-        reference = run.baseline if run.baseline in curves else in_order(curves.columns, run.labels)[0]
+        reference = in_order(curves.columns, run.labels)[0]
         for label in in_order(curves.columns, run.labels):
             apart = ((curves[label] - curves[reference]) / curves[reference]).abs().max()
             first = group[group["label"] == label].iloc[0]
@@ -188,7 +188,7 @@ def _agreement(run: Run, losses: pd.DataFrame) -> pd.DataFrame:
 
 def _speedup_figure(run: Run, reference: str, ratios: pd.DataFrame) -> str:
     if ratios.empty:
-        rows = run.rows[(run.rows["label"] == reference) & (run.rows["status"] != "ok")]
+        rows = run.rows[(run.rows["system"] == reference) & (run.rows["status"] != "ok")]
         why = f" It was {rows.iloc[0]['status']}: {rows.iloc[0]['reason']}." if len(rows) else ""
         what = f"No other system shares a race with times of {reference}, so there is no ratio to it.{why}"
         return page.missing(what, _RUN, f"with {reference} among the systems of that file")
@@ -208,12 +208,12 @@ def _speedup_tables(run: Run, key: dict[str, Any], times: pd.DataFrame, ratios: 
     times = _with_time(times)
     columns = [_WORKLOAD, Column("label", "system"), Column("time", f"time, ms, {main}", _time, "num")]
     for reference, ratio in ratios.items():
+        itself = set(compare.references(run, reference).values())
         found = {(row["cell"], row["direction"]): row for row in ratio.to_dict("records")}
         for direction in [main, *others] if reference == run.baseline else [main]:
             name = f"over {reference}, {direction}"
             shown: list[Any] = [
-                found.get((cell, direction), "itself" if label == reference else "–")
-                for cell, label in zip(times["cell"], times["label"], strict=True)
+                found.get((cell, direction), "itself" if cell in itself else "–") for cell in times["cell"]
             ]
             times[name] = pd.Series(shown, index=times.index, dtype=object)
             columns.append(Column(name, name, _ratio, "num"))

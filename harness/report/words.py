@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -81,7 +81,6 @@ def _finding(
         outcomes[fastest, level, len(rows) == 1].append(str(race))
         sure = sure and not level and len(rows) > 1
 
-    references = dict(zip((run.baseline, run.control), ratios, strict=True))
     sentences = []
     for (fastest, level, alone), races in outcomes.items():
         here = group[group["race"].isin(races)]
@@ -94,17 +93,14 @@ def _finding(
             text = f"{fastest} has the shortest time {where}, but no difference from {_listed(level, 'or')} is shown"
         else:
             text = f"{fastest} is the fastest of {_span(here.groupby('race').size())} systems {where}"
-        clauses = [
-            clause
-            for reference, frame in references.items()
-            if reference not in level and (clause := _against(frame, reference, fastest, races, direction))
-        ]
+        mine = [frame[(frame["label"] == fastest) & frame["race"].isin(races)] for frame in ratios]
+        clauses = list(filter(None, (_against(rows[~rows["reference"].isin(level)], direction) for rows in mine)))
         joint = "; it is " if level else ": "
         sentences.append(text + (joint + "; ".join(clauses) if clauses else "") + ".")
-    own = _against(references[run.baseline], run.baseline, run.control, list(group["race"].unique()), direction)
-    if own:
-        sentences.append(f"The control {run.control}, native code without any paper's idea, is itself {own}.")
-    if run.baseline not in set(group["label"]):
+    own = ratios[0][ratios[0]["cell"].isin(compare.references(run, run.control).values())]
+    if clause := _against(own[own["race"].isin(group["race"])], direction):
+        sentences.append(f"The control {run.control}, native code without any paper's idea, is itself {clause}.")
+    if not set(compare.references(run, run.baseline).values()) & set(group["cell"]):
         sentences.append(_absent(run, key))
     if (marked := group[group["status"] == "cpu_bound"]["label"].unique()).size:
         sentences.append(f"Marked cpu_bound, so not a result about the network: {_listed(marked)}.")
@@ -125,11 +121,9 @@ def _fastest(times: pd.DataFrame, samples: pd.DataFrame) -> tuple[str, tuple[str
     return str(fastest["label"]), tuple(level)
 
 
-def _against(speedups: pd.DataFrame, reference: str, label: str, races: Sequence[str], direction: str) -> str:
+def _against(speedups: pd.DataFrame, direction: str) -> str:
     """``3.30 to 3.62 times as fast as megatron (95 % intervals within 3.21 to 3.70)``; empty without a pair."""
-    rows = speedups[
-        (speedups["label"] == label) & speedups["race"].isin(races) & (speedups["direction"] == direction)
-    ].dropna(subset=["low", "high"])
+    rows = speedups[speedups["direction"] == direction].dropna(subset=["low", "high"])
     if rows.empty:
         return ""
     low, high = rows["point"].min(), rows["point"].max()
@@ -137,7 +131,7 @@ def _against(speedups: pd.DataFrame, reference: str, label: str, races: Sequence
     interval = f"95 % interval{'s within' if len(rows) > 1 else ''} {rows['low'].min():.2f} to {rows['high'].max():.2f}"
     unshown = int((rows["verdict"] == "no difference shown").sum())
     tail = f", no difference shown{_share(unshown, len(rows))}" if unshown else ""
-    return f"{point} times as fast as {reference} ({interval}{tail})"
+    return f"{point} times as fast as {_listed(rows['reference'].unique(), 'or')} ({interval}{tail})"
 
 
 def _share(part: int, whole: int) -> str:
@@ -147,7 +141,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _absent(run: Run, key: dict[str, Any]) -> str:
-    rows = run.rows[(run.rows["label"] == run.baseline) & (run.rows[list(key)] == pd.Series(key)).all(axis=1)]
+    rows = run.rows[(run.rows["system"] == run.baseline) & (run.rows[list(key)] == pd.Series(key)).all(axis=1)]
     why = rows[rows["status"] != "ok"][["status", "reason"]].drop_duplicates()
     if why.empty:
         return f"{run.baseline} was not run here, so there is no ratio to it."

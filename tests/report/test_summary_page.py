@@ -122,6 +122,18 @@ def test_options_and_drops_make_labels_of_their_own(maker, make_experiment):
     assert run.rows["race"].nunique() == 1
 
 
+def test_baseline_is_found_where_the_whole_race_has_options_or_a_capacity(maker, make_experiment):
+    model = make_experiment("flat").model.model_copy(update={"capacity_factor": 2.0})
+    for system, seconds in (("hiermoe-hd2", 0.5), ("flat", 0.9), ("megatron", 1.0)):
+        maker.timed(make_experiment(system).model_copy(update={"model": model}), seconds)
+    maker.write_records()
+    run = load(maker.path)
+    assert run.labels == ["megatron (capacity 2)", "flat (capacity 2)", "hiermoe-hd2 (capacity 2)"]
+    (finding,) = words.findings(run)
+    assert "times as fast as megatron (capacity 2) (95 % interval" in finding.sentences[0]
+    assert "itself" in summary.speedups(run).html
+
+
 def test_counted_bytes_of_both_directions_add_up(maker, make_experiment):
     maker.timed(make_experiment("flat"), 1.0, node_bytes=100e6)
     traffic = compare.traffic(load(maker.path)).set_index("direction")
@@ -197,6 +209,8 @@ def test_unknown_run_and_notebook_name_the_known_ones(maker, make_experiment, tm
         render("summary", maker.path.parent / "empty")
     with pytest.raises(UserError, match=r"did you mean summary\?"):
         render("sumary", maker.path)
+    with pytest.raises(UserError, match="'basline': unknown; summary takes run_dir, baseline, control"):
+        render("summary", maker.path, parameters={"basline": "flat"})
     with pytest.raises(UserError, match="no run is stored"):
         render("summary", tmp_path / "nowhere" / "demo")
 
