@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
 from harness.report.render import render
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # notes about its font cache have no place on a page
 
 __all__ = ["render"]

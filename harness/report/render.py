@@ -30,7 +30,7 @@ def render(
 
     ``parameters`` go into the notebook's ``parameters`` cell (``baseline``, ``control``); ``progress`` hears one
     line per stage. The executed notebook lands beside the page, the tables as CSV in ``run_dir/report/tables``.
-    ``UserError``: no such notebook or parameter, no such run, a run without rows, a report folder that cannot be written.
+    ``UserError``: no such notebook, parameter or run, a run without rows, a report folder that cannot be written.
     """
     import papermill
 
