@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from harness.comm.job import Job
+from harness.errors import bad
 from harness.layer.moe import NativeSystem
 from harness.specs import DTYPE_BYTES
 from harness.system import Case
 from methods.hiermoe.hierd import HierExchange, hier_bytes
 
-DEFAULT_CHUNKS = 4
+MAX_CHUNKS = 8
+MIN_CHUNK_BYTES = 256 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves
 
 
 class HierMoEHD2(NativeSystem):
@@ -19,7 +21,10 @@ class HierMoEHD2(NativeSystem):
     name = "hiermoe-hd2"
     title = "HierMoE's two-dimensional deduplicated all-to-all, pipelined"
     source = "arXiv 2508.09591, section III (HD2)"
-    options = {"chunks": f"pieces of the batch that overlap inter- and intra-node hops (default {DEFAULT_CHUNKS})"}
+    options = {
+        "chunks": "pieces of the batch that overlap inter- and intra-node hops "
+        f"(default: as many as hold {MIN_CHUNK_BYTES // 1024} KiB of tokens each, at most {MAX_CHUNKS})"
+    }
 
     @classmethod
     def exchange(cls, case: Case, job: Job) -> HierExchange:
@@ -40,4 +45,11 @@ class HierMoEHD2(NativeSystem):
 
 
 def _chunks(case: Case) -> int:
-    return int(case.options.get("chunks", DEFAULT_CHUNKS))
+    """The same on every rank, so the rank with the most tokens decides."""
+    if "chunks" in case.options:
+        chunks = case.options["chunks"]
+        if not isinstance(chunks, int) or not 1 <= chunks <= 1024:
+            raise bad("options.chunks", chunks, "must be a whole number from 1 to 1024")
+        return chunks
+    most = max(case.routing.tokens) * case.model.hidden * DTYPE_BYTES[case.dtype]
+    return min(MAX_CHUNKS, max(1, most // MIN_CHUNK_BYTES))

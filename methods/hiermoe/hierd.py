@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -69,10 +70,9 @@ class HierPlan:
     counts: torch.Tensor  # int64 [E_local]
     stages: list[Stage]
     chunk_items: list[int]  # tokens of every chunk
-    chunk_rows: list[int]  # rows of every chunk at the experts' ranks
-    entry: Spread  # place in expert order -> row
-    weight: torch.Tensor  # [Q] gate weight at each place of the expert order
-    by_expert: torch.Tensor  # int64 [Q]: arrived entry at each place of the expert order
+    reach: list[Spread]  # per chunk: (row, expert) entry -> row that arrived; its place: the expert order
+    weight: list[torch.Tensor]  # per chunk: gate weight of each of its entries
+    arrival: torch.Tensor  # int64 [Q]: entries in the order of arrival -> index into the chunks' entries, joined
     choice: torch.Tensor  # int64: flat index into [T, k] of every first entry
 
 
@@ -114,10 +114,20 @@ class HierExchange(Exchange):
 
         local = torch.as_tensor(self.placement.local(self.job.rank), device=ids.device)
         local_index = torch.searchsorted(local, entries.expert)
-        by_expert = local_index.argsort(stable=True)
         counts = torch.bincount(local_index, minlength=len(local)).cpu()
-        entry = Spread(entries.item[by_expert], sum(items))
-        return HierPlan(counts, stages, chunk_items, items, entry, entries.weight[by_expert], by_expert, choice)
+        place = torch.empty_like(local_index)  # of every entry in the order of experts
+        place[local_index.argsort(stable=True)] = torch.arange(len(place), device=ids.device)
+        by_row = entries.item.argsort(stable=True)  # so that a chunk's entries are neighbours
+        arrival = torch.empty_like(by_row)
+        arrival[by_row] = torch.arange(len(by_row), device=ids.device)
+        row, place, weight = entries.item[by_row], place[by_row], entries.weight[by_row]
+        reach, chunk_weight, first = [], [], 0
+        for num_rows in items:
+            mine = slice(*torch.searchsorted(row, torch.tensor([first, first + num_rows], device=row.device)).tolist())
+            reach.append(Spread(row[mine] - first, num_rows, place[mine]))
+            chunk_weight.append(weight[mine])
+            first += num_rows
+        return HierPlan(counts, stages, chunk_items, reach, chunk_weight, arrival, choice)
 
     def dispatch(self, x: torch.Tensor, plan: HierPlan) -> torch.Tensor:
         return _Dispatch.apply(x, plan)
@@ -126,47 +136,47 @@ class HierExchange(Exchange):
         return _Combine.apply(rows, weights, plan)
 
 
-def _spread(x: torch.Tensor, plan: HierPlan) -> torch.Tensor:
-    """Tokens [T, M] -> one row per (token, expert rank) at the experts' ranks, chunk by chunk through the stages."""
+def _spread(x: torch.Tensor, plan: HierPlan, use: Callable[[int, torch.Tensor], None]) -> None:
+    """Tokens [T, M] -> one row per (token, expert rank) at the experts' ranks. ``use(chunk, rows)`` takes what has
+    arrived while later chunks are still on the outer link."""
     parts = list(x.split(plan.chunk_items))
     works: list[dist.Work | None] = [None] * len(parts)
-
-    def hop(stage: int, chunk: int) -> None:
+    num_stages = len(plan.stages)
+    hops = [(stage, chunk) for stage in range(num_stages + 1) for chunk in range(len(parts))]
+    # The outer link first and never idle; behind it each chunk goes as far as it can before the next one.
+    hops.sort(key=lambda hop: (hop[0] > 0, sum(hop), -hop[0]) if hop[0] else (False, hop[1], 0))
+    for stage, chunk in hops:
         _wait(works[chunk])
-        parts[chunk], works[chunk] = plan.stages[stage].out(chunk, parts[chunk])
-
-    for stage, chunk in _wavefront(len(plan.stages), len(parts)):
-        hop(stage, chunk)
-    for work in works:
-        _wait(work)
-    return torch.cat(parts)
+        if stage < num_stages:
+            parts[chunk], works[chunk] = plan.stages[stage].out(chunk, parts[chunk])
+        else:
+            use(chunk, parts[chunk])
 
 
-def _gather(rows: torch.Tensor, plan: HierPlan) -> torch.Tensor:
-    """The transpose: rows at the experts' ranks -> their sum per token [T, M], one partial sum per group and hop."""
-    parts = list(rows.split(plan.chunk_rows))
-    works: list[dist.Work | None] = [None] * len(parts)
-    last = len(plan.stages) - 1
+def _gather(make: Callable[[int], torch.Tensor], plan: HierPlan) -> torch.Tensor:
+    """The transpose: ``make(chunk)`` gives the rows at the experts' ranks -> their sum per token [T, M], one partial
+    sum per group and hop. A chunk's rows are made while earlier chunks are on their way."""
+    num_chunks, last = len(plan.chunk_items), len(plan.stages) - 1
+    parts: list[torch.Tensor] = [torch.empty(0)] * num_chunks
+    works: list[dist.Work | None] = [None] * num_chunks
 
     def settle(stage: int, chunk: int) -> None:
         _wait(works[chunk])
         parts[chunk] = plan.stages[stage].spread[chunk].gather(parts[chunk])
 
-    for step, chunk in _wavefront(len(plan.stages), len(parts)):
-        if step > 0:
+    # One chunk ahead on each inner link, so that the outer link, the last to be entered, is fed as early as can be.
+    hops = [(step, chunk) for step in range(max(1, last + 1)) for chunk in range(num_chunks)]
+    for step, chunk in sorted(hops, key=lambda hop: (sum(hop), hop[0])):
+        if step == 0:
+            parts[chunk] = make(chunk)
+        else:
             settle(last - step + 1, chunk)
-        parts[chunk], works[chunk] = plan.stages[last - step].home(chunk, parts[chunk])
+        if plan.stages:
+            parts[chunk], works[chunk] = plan.stages[last - step].home(chunk, parts[chunk])
     if plan.stages:
-        for chunk in range(len(parts)):
+        for chunk in range(num_chunks):
             settle(0, chunk)
     return torch.cat(parts)
-
-
-def _wavefront(num_stages: int, num_chunks: int) -> list[tuple[int, int]]:
-    """Order of (stage, chunk) hops: the first stage of every chunk at once, then each chunk as soon as it arrived."""
-    later = [(stage, chunk) for stage in range(1, num_stages) for chunk in range(num_chunks)]
-    later.sort(key=lambda hop: (hop[0] + hop[1], -hop[0]))
-    return [(0, chunk) for chunk in range(num_chunks) if num_stages] + later
 
 
 def _wait(work: dist.Work | None) -> None:
@@ -178,11 +188,14 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, plan):  # type: ignore[no-untyped-def, override]
         ctx.plan = plan
-        return plan.entry.spread(_spread(x, plan))
+        rows = x.new_empty(len(plan.arrival), x.shape[1])
+        _spread(x, plan, lambda chunk, part: plan.reach[chunk].spread(part, out=rows))
+        return rows
 
     @staticmethod
-    def backward(ctx, dentries):  # type: ignore[no-untyped-def, override]
-        return _gather(ctx.plan.entry.gather(dentries), ctx.plan), None
+    def backward(ctx, drows):  # type: ignore[no-untyped-def, override]
+        plan = ctx.plan
+        return _gather(lambda chunk: plan.reach[chunk].gather(drows), plan), None
 
 
 class _Combine(torch.autograd.Function):
@@ -190,24 +203,30 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, rows, weights, plan):  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(rows)
         ctx.plan, ctx.weights = plan, (weights.shape, weights.dtype)
-        return _gather(plan.entry.gather(rows, plan.weight), plan)
+        return _gather(lambda chunk: plan.reach[chunk].gather(rows, plan.weight[chunk]), plan)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
         (rows,) = ctx.saved_tensors
         plan = ctx.plan
-        spread = plan.entry.spread(_spread(dy, plan))
-        dweights = _return_weight_gradients(dot_rows(spread, rows), plan, *ctx.weights)
-        spread *= plan.weight.unsqueeze(-1).to(spread.dtype)
-        return spread, dweights, None
+        drows = torch.empty_like(rows)
+        dweights: list[torch.Tensor] = [torch.empty(0)] * len(plan.reach)
+
+        def use(chunk: int, part: torch.Tensor) -> None:
+            reach = plan.reach[chunk]
+            entries = reach.spread(part)
+            dweights[chunk] = dot_rows(entries, rows.index_select(0, reach.place))
+            drows[reach.place] = entries.mul_(plan.weight[chunk].unsqueeze(-1).to(entries.dtype))
+
+        _spread(dy, plan, use)
+        return drows, _return_weight_gradients(torch.cat(dweights), plan, *ctx.weights), None
 
 
 def _return_weight_gradients(
     dweight: torch.Tensor, plan: HierPlan, shape: torch.Size, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Gradients of the gate weights, in expert order, back along the metadata's way to their tokens [T, k]."""
-    arrived = torch.empty_like(dweight)
-    arrived[plan.by_expert] = dweight
+    """Gradients of the gate weights, by entry, back along the metadata's way to their tokens [T, k]."""
+    arrived = dweight[plan.arrival]
     for stage in reversed(plan.stages):
         returned, _ = all_to_all(arrived, stage.receive_entries, stage.send_entries, stage.group)
         arrived = torch.empty_like(returned)
