@@ -102,6 +102,12 @@ def verdict(low: float, high: float) -> str:
     return "no difference shown"
 
 
+def bound(value: float) -> str:
+    """An end of a ratio's interval: two decimals, three where two could not tell on which side of 1 it lies."""
+    shown = f"{value:.2f}"
+    return f"{value:.3f}" if shown == "1.00" else shown
+
+
 def traffic(run: Run) -> pd.DataFrame:
     """``IDENTITY``, direction, level, planned_bytes, counted_bytes (NaN where not known) and counted over planned.
 

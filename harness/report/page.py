@@ -13,6 +13,8 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from harness.report.compare import bound
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -147,10 +149,11 @@ def ratio(value: float, low: float, high: float) -> Markup:
     return Markup('<span class="{}">{}</span> <small>{}</small>').format(kind, f"{value:.2f}×", interval(low, high))
 
 
-def interval(low: float, high: float, digits: int = 2) -> str:
+def interval(low: float, high: float) -> str:
+    """Of a ratio."""
     if not (math.isfinite(low) and math.isfinite(high)):
         return "[no interval]"
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return f"[{bound(low)}, {bound(high)}]"
 
 
 def significant(value: float, digits: int = 3) -> str:

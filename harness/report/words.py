@@ -128,7 +128,8 @@ def _against(speedups: pd.DataFrame, direction: str) -> str:
         return ""
     low, high = rows["point"].min(), rows["point"].max()
     point = f"{low:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}"
-    interval = f"95 % interval{'s within' if len(rows) > 1 else ''} {rows['low'].min():.2f} to {rows['high'].max():.2f}"
+    ends = f"{compare.bound(rows['low'].min())} to {compare.bound(rows['high'].max())}"
+    interval = f"95 % interval{'s within' if len(rows) > 1 else ''} {ends}"
     unshown = int((rows["verdict"] == "no difference shown").sum())
     tail = f", no difference shown{_share(unshown, len(rows))}" if unshown else ""
     return f"{point} times as fast as {_listed(rows['reference'].unique(), 'or')} ({interval}{tail})"

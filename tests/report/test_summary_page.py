@@ -232,5 +232,11 @@ def test_three_significant_digits(value, shown):
     assert page.significant(value) == shown
 
 
+def test_interval_says_on_which_side_of_one_it_ends():
+    assert page.interval(0.961, 0.998) == "[0.96, 0.998]"
+    assert "slower" in page.ratio(0.98, 0.961, 0.998)
+    assert "unshown" in page.ratio(0.98, 0.961, 1.002)
+
+
 def _sources(path: Path) -> list[str]:
     return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
