@@ -224,11 +224,14 @@ def _cores(answers: list[dict[str, Any]], samples: tuple[dict[str, Any], ...], t
 
 
 def estimate_s(experiment: Experiment, repeats: int, warmup: int) -> float:
-    """A rough time of one cell in one launch: its bytes at line rate, and what everything around it takes."""
+    """A rough time of one cell in one launch: its bytes at line rate with a margin, and what is done around it."""
+    system = registry.system(experiment.system)
+    if system.missing() is not None:
+        return 0.0
     if experiment.digest not in _limits:
-        budgets = physics.budgets(experiment, registry.system(experiment.system), cases_of(experiment))
+        budgets = physics.budgets(experiment, system, cases_of(experiment))
         _limits[experiment.digest] = next(reversed(budgets.values())).speed_of_light_s or 0.05
-    return (repeats + warmup + 1) * (1.5 * _limits[experiment.digest] + 0.05) + 1.5
+    return (repeats + max(1, warmup)) * (1.3 * _limits[experiment.digest] + 0.05) + 1.5
 
 
 _limits: dict[str, float] = {}

@@ -34,9 +34,9 @@ from harness.topology import Topology
 
 LEARNING_RATE = 1e-3
 _GATE_STEPS = 4
-#: how far a loss may be from the oracle's after a few steps: AdamW turns the sign of a gradient that rounding decides
-#: into a whole step of one weight, so losses agree less well than gradients
-LOSS_TOLERANCE: dict[Dtype, float] = {"float64": 1e-7, "float32": 1e-4, "bfloat16": 3e-2}
+#: how far the loss of a few steps may be from the oracle's. Seen: 7e-10, 1e-6 and 2e-4; a gradient that is not summed,
+#: or an expert without gradients: 6e-4 to 2e-3, so that in bfloat16 the gradient check before this one must find it
+LOSS_TOLERANCE: dict[Dtype, float] = {"float64": 1e-7, "float32": 2e-5, "bfloat16": 2e-3}
 
 
 class Steered(nn.Module):

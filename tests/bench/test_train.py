@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from harness import presets, registry
+from harness.bench import train
+from harness.comm.job import Job
+from harness.launch.session import Session
+from harness.specs import Experiment
+
+
+def loss_gate(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """On a rank: the loss check, with the named step of the training left out."""
+    whole, experiment = train.Trainer._sum_gradients, Experiment.model_validate(payload["experiment"])
+
+    def without_experts(trainer: train.Trainer) -> None:
+        whole(trainer)
+        for steered in trainer.training.steered:
+            for parameter in steered.layer.experts.parameters():  # type: ignore[union-attr, operator]
+                parameter.grad = torch.zeros_like(parameter)
+
+    left_out = {"": whole, "sum": lambda trainer: None, "experts": without_experts}[payload["without"]]
+    train.Trainer._sum_gradients = left_out  # type: ignore[method-assign]
+    try:
+        found = {"status": "ok", "reason": "", "errors": {}}
+        return train.gate_case(job, registry.system(experiment.system), experiment, found)
+    finally:
+        train.Trainer._sum_gradients = whole  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("generator", ["natural", "uniform"])
+@pytest.mark.parametrize("without", ["", "sum", "experts"])
+def test_losses_must_be_the_oracles(session: Callable[[str], Session], generator: str, without: str) -> None:
+    experiment = Experiment.parse(
+        {
+            "model": presets.model("gpt-tiny-moe"),
+            "cluster": presets.cluster("local-2"),
+            "workload": {"name": "w", "tokens_per_rank": 64, "generator": generator},
+            "system": "flat",
+            "phase": "train_step",
+            "dtype": "float32",
+        },
+        "test",
+    )
+    payload = {"experiment": experiment.model_dump(mode="json"), "without": without}
+    for row in session("local-2").call("tests.bench.test_train:loss_gate", payload):
+        assert row["status"] == ("nonconforming" if without else "ok"), row
+        assert row["errors"]["loss"] < (1e-2 if without else 1e-5)
