@@ -95,10 +95,12 @@ def build(cluster: Cluster) -> Network:
     """Make the network of ``cluster``. Raises ``NoNetwork``."""
     try:
         return _build(cluster)
-    except FileNotFoundError as error:
-        raise NoNetwork(f"{error.filename} is missing; install iproute2 or ask for a local cluster") from None
-    except PermissionError as error:
-        raise NoNetwork(f"{error.filename}: {error.strerror}; give this user access to it") from None
+    except OSError as error:
+        if error.filename == switch.TAP_DEVICE:
+            remedy = "latency needs it: give this user access to it, or choose a cluster without latency_s"
+        else:
+            remedy = "this kernel does not allow the network; choose a local cluster"
+        raise NoNetwork(f"{error.filename}: {error.strerror}; {remedy}") from None
 
 
 def _build(cluster: Cluster) -> Network:

@@ -175,6 +175,8 @@ def _raised(rank: int, error: BaseException) -> Raised:
 
 
 if __name__ == "__main__":
+    from harness.launch import rank as itself  # what it sends must not be named __main__
+
     given, which = pickle.loads(sys.stdin.buffer.read())  # from the launcher
     sys.path[:] = given.path
-    main(given, which)
+    itself.main(given, which)

@@ -231,7 +231,7 @@ class Session:
             word, fact = self._launcher.recv()
         except (EOFError, ConnectionResetError):
             last = self._last_line(self._launcher_log)
-            if self._setup.emulate:
+            if self._setup.emulate and "Traceback" not in self._launcher_log.read_text(errors="replace"):
                 raise _NoNetwork(
                     f"namespaces are forbidden here ({last}); allow unprivileged user namespaces "
                     "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)"

@@ -23,6 +23,7 @@ from harness.specs import Cluster
 from harness.topology import Topology
 
 MTU = 16000
+TAP_DEVICE = "/dev/net/tun"
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI = 0x0002, 0x1000
 _MAC_BYTES = 6
@@ -35,7 +36,7 @@ def mac(index: int) -> bytes:
 
 def open_tap(interface: str) -> int:
     """Make a tap device in the present network namespace; returns its non-blocking file descriptor."""
-    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = os.open(TAP_DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", interface.encode(), _IFF_TAP | _IFF_NO_PI))
     return fd
 

@@ -106,6 +106,15 @@ def test_no_tc_means_unshaped_with_a_reason(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("moebench-*"))
 
 
+def test_no_tap_device_means_no_latency(monkeypatch):
+    def refuse(cluster):
+        raise PermissionError(13, "Permission denied", switch.TAP_DEVICE)
+
+    monkeypatch.setattr(network, "_build", refuse)
+    with pytest.raises(network.NoNetwork, match=r"^/dev/net/tun: Permission denied; latency needs it"):
+        network.build(DELAYED)
+
+
 def test_a_command_of_the_network_that_fails_is_quoted():
     with pytest.raises(network.NoNetwork, match=r"^ip failed: .*Command failed"):
         network._batch("ip", [], ["link set dev no-such-device up"])
