@@ -80,7 +80,10 @@ def open_session(
     is False and ``["reason"]`` says why. Raises ``UserError`` and ``RankFailure``.
     """
     log_dir = Path(log_dir)
-    log_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise bad("log_dir", str(log_dir), f"{error.strerror}; choose a folder that can be written") from None
     _check_rendezvous(cluster, rendezvous)
     use_cuda = _use_cuda(cluster)
     reason = "" if cluster.kind == "emulated" else f"a {cluster.kind} cluster is not shaped"

@@ -97,6 +97,12 @@ def test_physical_clusters_need_their_gpus(tmp_path):
         pass
 
 
+def test_logs_need_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^log_dir: .*can be written"), open_session(LOCAL, log_dir=tmp_path / "file"):
+        pass
+
+
 def test_start_has_a_time_limit(tmp_path):
     limit = pytest.raises(RankFailure, match=r"no start within 0\.01 s")
     with limit, open_session(LOCAL, log_dir=tmp_path, start_timeout_s=0.01):
