@@ -132,8 +132,8 @@ class System(abc.ABC):
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
         """Payload bytes that each rank sends to each rank, float64 [num_ranks, num_ranks] (diagonal 0), by part:
-        ``metadata``, ``dispatch``, ``combine`` (forward), ``combine_grad``, ``dispatch_grad``, ``metadata_grad`` (backward).
-        None where it cannot be planned."""
+        ``metadata``, ``dispatch``, ``combine`` (forward) and ``combine_grad``, ``dispatch_grad``, ``metadata_grad``
+        (backward). None where it cannot be planned."""
         return None
 
     @classmethod

@@ -41,6 +41,12 @@ NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--mou
 IN_NAMESPACES = [*NAMESPACES, "--kill-child", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "moebench"]
 COLLECTIVE_CODE = ("/torch/distributed/", "/harness/comm/")  # files of a rank that waits for others
 END_S = 10.0  # for the launcher to end all ranks, before this process kills it
+#: a rank on CPU keeps the memory that it freed, as torch's CUDA allocator does; else every tensor of a step is mapped
+#: and zeroed anew, page by page, which costs more CPU than the copies that are to be timed
+KEEP_MEMORY = ":".join(
+    f"glibc.malloc.{tunable}"
+    for tunable in ("mmap_max=0", f"trim_threshold={16 << 30}", f"top_pad={64 << 20}", "hugetlb=1")
+)
 GRACE_S = 0.5  # after a first failure, for the message or death that explains it
 
 
@@ -122,6 +128,7 @@ class Session:
             "reason": reason,
             "backend": "nccl" if use_cuda else "gloo",
             "wire": "nccl" if use_cuda else wire,
+            "allocator": "cuda" if use_cuda else os.environ.get("GLIBC_TUNABLES", KEEP_MEMORY),
         }
         self._private = _private_directory()
         self._phases = PhaseBoard(self._private / "phases", cluster.num_ranks, create=True)
@@ -213,6 +220,7 @@ class Session:
         if not self._setup.use_cuda:
             environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
             environment["CUDA_VISIBLE_DEVICES"] = ""
+            environment.setdefault("GLIBC_TUNABLES", KEEP_MEMORY)
         with self._launcher_log.open("wb") as output:
             return subprocess.Popen(
                 [*IN_NAMESPACES, *command] if self._setup.emulate else command,
