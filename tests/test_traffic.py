@@ -30,7 +30,7 @@ def test_crossing_and_port_load() -> None:
 def test_deduplication_saves_what_the_paper_says() -> None:
     """HierMoE's Table II: with uniform routing, K = 8 and R = 4 groups, 55 % of the rows are duplicates."""
     from harness.comm.exchange import flat_bytes
-    from methods.hiermoe.hierd import hier_bytes
+    from methods.hiermoe.traffic import hier_bytes
 
     model = Model(name="t", num_layers=1, hidden=8, ffn=8, num_experts=256, top_k=8)
     topology = Topology((4, 1))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from harness.comm.job import Job
-from harness.comm.rows import Spread, dot_rows
+from harness.comm.rows import Spread, dot_rows, scale_rows
 from harness.placement import Placement
 from harness.routing.types import Routing
 
@@ -31,15 +31,16 @@ class Exchange(abc.ABC):
     def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> Any:
         """Collective: ids int64 [T, k], weights [T, k], kept bool [T, k] or None -> what dispatch and combine need.
 
-        The plan has ``counts`` int64 [E_local] on the CPU: rows of every local expert."""
+        Differentiable in the weights, which combine applies. After dispatch the plan has ``counts`` int64 [E_local]
+        on the CPU: rows of every local expert."""
 
     @abc.abstractmethod
     def dispatch(self, x: torch.Tensor, plan: Any) -> torch.Tensor:
         """x [T, M] -> rows [R, M] sorted by local expert, differentiable."""
 
     @abc.abstractmethod
-    def combine(self, rows: torch.Tensor, weights: torch.Tensor, plan: Any) -> torch.Tensor:
-        """expert outputs [R, M], weights [T, k] -> y [T, M], differentiable in both."""
+    def combine(self, rows: torch.Tensor, plan: Any) -> torch.Tensor:
+        """expert outputs [R, M] -> their weighted sums per token [T, M], differentiable."""
 
 
 def all_to_all(
@@ -62,6 +63,7 @@ def all_to_all(
 
 @dataclasses.dataclass(eq=False)
 class FlatPlan:
+    weights: torch.Tensor  # [T, k]
     counts: torch.Tensor  # int64 [E_local]
     sent: Spread  # row sent -> token
     choice: torch.Tensor  # int64 [R_sent]: flat index into [T, k] of each row sent
@@ -105,13 +107,13 @@ class FlatExchange(Exchange):
         by_source = torch.empty_like(by_expert)
         by_source[by_expert] = torch.arange(len(by_expert), device=device)
         sent = Spread(choice // ids.shape[1], len(ids))
-        return FlatPlan(received.sum(0), sent, choice, send_rows, receive_rows, by_expert, by_source)
+        return FlatPlan(weights, received.sum(0), sent, choice, send_rows, receive_rows, by_expert, by_source)
 
     def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
         return _FlatDispatch.apply(x, self, plan)
 
-    def combine(self, rows: torch.Tensor, weights: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
-        return _FlatCombine.apply(rows, weights, self, plan)
+    def combine(self, rows: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
+        return _FlatCombine.apply(rows, plan.weights, self, plan)
 
     def _out(self, rows: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
         """Rows in sending order -> rows by local expert at their experts."""
@@ -149,11 +151,10 @@ class _FlatCombine(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
         home, weights = ctx.saved_tensors
         plan = ctx.plan
-        spread = plan.sent.spread(dy)
         dweights = torch.zeros_like(weights).flatten()
-        dweights[plan.choice] = dot_rows(spread, home).to(weights.dtype)
-        spread *= weights.flatten()[plan.choice].unsqueeze(-1).to(spread.dtype)
-        return ctx.exchange._out(spread, plan), dweights.view_as(weights), None, None
+        dweights[plan.choice] = dot_rows(dy, plan.sent.item, home).to(weights.dtype)
+        scaled = scale_rows(dy, plan.sent.item, weights.flatten()[plan.choice])
+        return ctx.exchange._out(scaled, plan), dweights.view_as(weights), None, None
 
 
 def flat_bytes(

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 
+import numpy as np
 import torch
 from torch.nn import functional as F
-
-BLOCK = 64  # items weighted and summed at a time on CPU, so that the float32 copies stay in cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +28,7 @@ class Spread:
     @functools.cached_property
     def by_item(self) -> torch.Tensor:
         """Rows by item, int64 [R]."""
-        return self.item.argsort(stable=True)
+        return stable_order(self.item, self.num_items)
 
     @functools.cached_property
     def source(self) -> torch.Tensor:
@@ -43,32 +41,47 @@ class Spread:
         counts = torch.bincount(self.item, minlength=self.num_items)
         return counts.cumsum(0) - counts
 
-    def spread(self, items: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """items [num_items, M] -> rows [R, M]; with ``out`` each row goes to its place there."""
-        rows = items.index_select(0, self.item)
-        if out is None:
-            return rows
-        out[slice(None) if self.place is None else self.place] = rows
-        return rows
+    def spread(self, items: torch.Tensor) -> torch.Tensor:
+        """items [num_items, M] -> rows [R, M], in order."""
+        return items.index_select(0, self.item)
 
     def gather(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
         """Sum over an item's rows of weight * row: buffer [>= R, M], weights [R] -> [num_items, M]."""
-        if not len(self.item) or not self.num_items:
-            return rows.new_zeros(self.num_items, rows.shape[1])
-        if weights is None:
-            # embedding_bag is torch's fused gather-and-sum; it adds bfloat16 in float32 and rounds once.
-            return F.embedding_bag(self.source, rows, self.starts, mode="sum")
-        weights = weights.to(accumulator(rows.dtype))[self.by_item]
-        out = rows.new_empty(self.num_items, rows.shape[1])
-        block = BLOCK if rows.device.type == "cpu" else self.num_items
-        bounds = [*self.starts[::block].tolist(), len(self.item)]
-        for i, (a, b) in enumerate(itertools.pairwise(bounds)):
-            items = slice(i * block, (i + 1) * block)
-            values = rows.index_select(0, self.source[a:b]).to(weights.dtype)
-            index = torch.arange(b - a, device=rows.device)
-            starts = self.starts[items] - a
-            out[items] = F.embedding_bag(index, values, starts, mode="sum", per_sample_weights=weights[a:b])
-        return out
+        if weights is not None:
+            weights = weights[self.by_item]
+        return sum_rows(rows, self.source, self.starts, weights)
+
+
+def sum_rows(
+    rows: torch.Tensor, source: torch.Tensor, starts: torch.Tensor, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sums of weight * row, one for each of ``starts`` [N]: of ``rows[source]`` from there to the next start.
+
+    embedding_bag is torch's fused gather-and-sum; it adds bfloat16 in float32 and rounds once."""
+    if not len(source) or not len(starts):
+        return rows.new_zeros(len(starts), rows.shape[1])
+    if weights is not None and rows.dtype == torch.bfloat16:
+        # The kernel wants weights in the rows' format: each row counts twice, with the upper and with the lower
+        # eight bits of its weight, inside one float32 sum.
+        upper = weights.bfloat16()
+        lower = (weights - upper).bfloat16()
+        source, starts = source.repeat_interleave(2), starts * 2
+        weights = torch.stack([upper, lower], dim=1).flatten()
+    if weights is not None:
+        weights = weights.to(rows.dtype)
+    return F.embedding_bag(source, rows, starts, mode="sum", per_sample_weights=weights)
+
+
+def scale_rows(rows: torch.Tensor, source: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """weights [R] * rows[source] -> [R, M], rounded once."""
+    return sum_rows(rows, source, torch.arange(len(source), device=source.device), weights)
+
+
+def stable_order(key: torch.Tensor, bound: int) -> torch.Tensor:
+    """``key.argsort(stable=True)`` for int64 keys in 0..bound - 1; radix sort on CPU where 16 bits hold them."""
+    if key.is_cuda or bound > 1 << 16:
+        return key.argsort(stable=True)
+    return torch.from_numpy(key.numpy().astype(np.uint16).argsort(kind="stable"))
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -76,12 +89,12 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def dot_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Row-wise inner products in the accumulator's format: [R, M] x [R, M] -> [R]."""
-    accumulate = accumulator(a.dtype)
-    out = torch.empty(len(a), dtype=accumulate, device=a.device)
-    block = BLOCK if a.device.type == "cpu" else max(1, len(a))
-    for start in range(0, len(a), block):
-        stop = start + block
-        out[start:stop] = torch.linalg.vecdot(a[start:stop].to(accumulate), b[start:stop].to(accumulate))
-    return out
+def dot_rows(a: torch.Tensor, source: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner products of a[source] and b [R, M], row by row -> [R], added in the accumulator's format."""
+    if not len(b):
+        return b.new_zeros(0, dtype=accumulator(b.dtype))
+    # The gradient of embedding_bag's weights is just this, fused; its public face would compute the sums as well.
+    dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        a, b, torch.arange(len(b), device=b.device), torch.arange(len(b), device=b.device), source, 0
+    )
+    return dots.to(accumulator(b.dtype))

@@ -55,10 +55,10 @@ class NativeLayer(MoELayer):
     def _exchange(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
     ) -> torch.Tensor:
-        plan = self.exchange_.plan(ids, weights.detach(), kept)
+        plan = self.exchange_.plan(ids, weights, kept)
         rows = self.exchange_.dispatch(x, plan)
         rows = self.experts(rows, plan.counts)
-        return self.exchange_.combine(rows, weights, plan)
+        return self.exchange_.combine(rows, plan)
 
     def gradients(self) -> Gradients:
         return Gradients(self.router.grad, self.experts.gradients())

@@ -9,7 +9,8 @@ from harness.errors import bad
 from harness.layer.moe import NativeSystem
 from harness.specs import DTYPE_BYTES
 from harness.system import Case
-from methods.hiermoe.hierd import HierExchange, hier_bytes
+from methods.hiermoe.hierd import HierExchange
+from methods.hiermoe.traffic import hier_bytes
 
 MAX_CHUNKS = 8
 MIN_CHUNK_BYTES = 256 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves

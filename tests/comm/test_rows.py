@@ -17,7 +17,7 @@ def test_gather_is_the_transpose_of_spread(num_items: int, num_rows: int, seed: 
     rows = torch.randn(num_rows, 5, generator=generator, dtype=torch.float64)
     weights = torch.randn(num_rows, generator=generator, dtype=torch.float64) if weighted else None
     spread = Spread(item, num_items)
-    left = (dot_rows(spread.spread(items), rows) * (1 if weights is None else weights)).sum()
+    left = (dot_rows(items, spread.item, rows) * (1 if weights is None else weights)).sum()
     right = (items * spread.gather(rows, weights)).sum()
     torch.testing.assert_close(left, right)
 
