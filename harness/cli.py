@@ -152,7 +152,7 @@ def check(
 def record_(
     out: Annotated[Path, typer.Option(help="The trace to write (.parquet).")],
     model: Annotated[str, typer.Option(help="Model preset to train (moebench list models).")] = "record-e16k2",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
     at: Annotated[list[int] | None, typer.Option(help="Record after this many steps; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to record at each step.")] = 16384,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
@@ -210,9 +210,15 @@ def profile(
         return console.print_json(found)
     fits = [{"operation": key, **fit} for key, fit in {**found["collectives"], "gemm": found["gemm"]}.items()]
     rows = [
-        {"operation": f["operation"], "alpha_s": f["alpha_s"], "per byte (gemm: per multiply-add)": beta, "r2": f["r2"]}
+        {
+            "operation": f["operation"],
+            "alpha_s": f["alpha_s"],
+            "per byte (gemm: per multiply-add)": f.get("beta_s_per_byte", f.get("beta_s_per_mac")),
+            "r2": f["r2"],
+            "held-out error": f["held_out_error"],
+            "refused": f["refused"],
+        }
         for f in fits
-        for beta in [f.get("beta_s_per_byte", f.get("beta_s_per_mac"))]
     ]
     console.show(rows, f"{spec.name}, {found['evidence']}, {found['network']['network']}: {found['path']}")
 
@@ -282,12 +288,17 @@ def report(
 
 def _notebook_and_run(name: str, run: str, results: Path) -> tuple[str, Path]:
     """``name`` may be a notebook, or (without --run) a run, which the summary then shows."""
-    stored = sorted((path for path in results.glob("*/") if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    if not run and name in [path.name for path in stored]:
-        return "summary", results / name
-    if not run and not stored:
+    from harness.report import notebooks
+
+    runs = {path.name: path for path in results.glob("*/") if path.is_dir()}
+    if not run and name in runs:
+        return "summary", runs[name]
+    if name not in notebooks():
+        known = f"notebooks are {', '.join(notebooks())}; runs in {results} are {', '.join(sorted(runs)) or 'none yet'}"
+        raise bad("report", name, f"unknown; {known}")
+    if not run and not runs:
         raise bad("run", str(results), "holds no run yet; make one with moebench run --suite quick")
-    return name, results / run if run else stored[-1]
+    return name, results / run if run else max(runs.values(), key=lambda path: path.stat().st_mtime)
 
 
 def _key_value(text: str) -> tuple[str, str]:

@@ -43,6 +43,9 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
     @functools.cached_property
     def digest(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON, without ``source`` and ``interpretation``."""

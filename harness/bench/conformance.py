@@ -52,9 +52,7 @@ TRIALS: dict[str, Trial] = {
     "kE": Trial({"top_k": 16}),
     "mixtral-gate": Trial({"gate": "softmax_topk"}),
     "mixtral-gate-k1": Trial({"gate": "softmax_topk", "top_k": 1}),
-    "deepseek-gate": Trial(
-        {"gate": "sigmoid", "top_k": 4, "num_groups": 4, "topk_groups": 2, "routed_scale": 2.5}, generator="groups"
-    ),
+    "deepseek-gate": Trial({"gate": "sigmoid", "top_k": 4, "num_groups": 4, "topk_groups": 2, "routed_scale": 2.5}),
     "drops": Trial({"capacity_factor": 1.0}, generator="zipf", params={"target": 3.0}),
     "exchange": Trial({"top_k": 4}, identity_experts=True),
 }
@@ -78,14 +76,10 @@ def check_one(job: Job, name: str, trial: str, dtype: Dtype) -> dict[str, Any]:
     spec = TRIALS[trial]
     model = BASE.model_copy(update=spec.model)
     tokens = tuple(np.resize(spec.tokens, job.num_ranks).tolist())
-    if spec.generator == "groups":
-        routing = group_limited_routing(model, tokens)
-    else:
-        params = dict(spec.params)
-        workload = Workload(name=trial, tokens_per_rank=tokens, generator=spec.generator, params=params, seed=7)
-        made = make_routing(workload, model, job.topology)
-        assert made is not None
-        routing = made
+    params = dict(spec.params)
+    workload = Workload(name=trial, tokens_per_rank=tokens, generator=spec.generator, params=params, seed=7)
+    routing = make_routing(workload, model, job.topology)
+    assert routing is not None
     return compare(job, registry.system(name), model, dtype, routing, identity_experts=spec.identity_experts)
 
 
@@ -156,20 +150,6 @@ def draw_tokens(weights: Weights, routing: Routing) -> tuple[list[torch.Tensor],
         xs.append(steer(z, weights.router.double(), ids).to(dtype))
         dys.append(dy.to(dtype))
     return xs, dys
-
-
-def group_limited_routing(model: Model, tokens: tuple[int, ...]) -> Routing:
-    """Uniform routing that stays within ``topk_groups`` expert groups per token, as the DeepSeek gate demands."""
-    rng = np.random.default_rng(7)
-    per_group = model.num_experts // model.num_groups
-    groups = rng.random((sum(tokens), model.num_groups)).argsort(1)[:, : model.topk_groups]
-    experts = (groups[:, :, None] * per_group + np.arange(per_group)).reshape(sum(tokens), -1)
-    # One expert of every chosen group first, so that each of them is among the best groups.
-    order = np.argsort(rng.random((len(groups), groups.shape[1], per_group)), axis=2)
-    experts = (
-        np.take_along_axis(experts.reshape(order.shape), order, axis=2).transpose(0, 2, 1).reshape(len(groups), -1)
-    )
-    return Routing(experts[:, : model.top_k].astype(np.int32), tokens, model.num_experts)
 
 
 def _row(status: str, reason: str, errors: dict[str, float] | None = None, tolerance: float | None = None) -> dict:

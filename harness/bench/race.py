@@ -171,6 +171,7 @@ class LayerContender:
         self.layer = system.build(case, job, weights)
         x, dy = draw_inputs(case.routing, self.router, job.rank, experiment.workload.seed)
         self.x = x.to(job.device, case.torch_dtype).requires_grad_(experiment.backward)
+        check_routing(case, weights, self.x.detach().double().cpu(), job.rank)
         self.dy = dy.to(job.device, case.torch_dtype)
         self.oracle = Oracle(weights, identity_experts=True)
         self.y: torch.Tensor | None = None
@@ -264,6 +265,15 @@ def draw_inputs(routing: Routing, router: torch.Tensor, rank: int, seed: int) ->
     z, dy = torch.randn((2, routing.tokens[rank], len(router)), generator=generator, dtype=torch.float64)
     ids = torch.as_tensor(routing.of_rank(rank).astype(np.int64))
     return gates.steer(z, router, ids), dy
+
+
+def check_routing(case: Case, weights: Weights, x: torch.Tensor, rank: int) -> None:
+    """The gate must choose what the certificate will state: an error if it does not, for any token of this rank."""
+    chosen, _ = gates.route(case.model, x @ weights.router.double(), weights.bias.double())
+    wanted = torch.as_tensor(case.routing.of_rank(rank).astype(np.int64))
+    different = int((chosen.sort(-1).values != wanted.sort(-1).values).any(-1).sum())
+    if different:
+        raise ValueError(f"the gate routes {different} of {len(x)} tokens otherwise than the workload prescribes")
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from harness.report.render import render
+from harness.report.render import notebooks, render
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # notes about its font cache have no place on a page
 
-__all__ = ["render"]
+__all__ = ["notebooks", "render"]

@@ -95,8 +95,13 @@ def to_html(executed: Path, title: str) -> str:
     return html
 
 
+def notebooks() -> list[str]:
+    """Names that ``render`` knows."""
+    return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+
+
 def _notebook(name: str) -> Path:
-    known = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    known = notebooks()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

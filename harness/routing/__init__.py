@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
+
+import numpy as np
+
 from harness.errors import bad
 from harness.routing.certificate import Certificate, certify
 from harness.routing.generators import GENERATORS, generate
+from harness.routing.groups import within_groups
 from harness.routing.types import Routing
 from harness.specs import Model, Workload
 from harness.topology import Topology
@@ -20,7 +25,8 @@ def make_routing(
 
     None for the generator ``natural``: the router's own choice, which only a model that runs can make (phase
     ``train_step``). For ``trace``: layer ``params.layer + layer`` at recorded step ``params.step`` (by default the
-    last), whatever ``step`` is, and the first tokens of the trace in order, rank after rank.
+    last), whatever ``step`` is, and the first tokens of the trace in order, rank after rank. A model whose gate limits
+    a token's expert groups gets the nearest routing within them.
 
     Errors (``UserError``): unknown generator, unknown or impossible params, a trace that does not fit.
     """
@@ -37,6 +43,8 @@ def make_routing(
     else:
         known = ", ".join(KNOWN_GENERATORS)
         raise bad(f"workload {workload.name}.generator", workload.generator, f"unknown; known generators are {known}")
+    rng = np.random.default_rng([zlib.crc32(b"groups"), workload.seed, step, layer])
+    ids = within_groups(ids, model, rng)
     return Routing(ids, workload.tokens(topology.num_ranks), model.num_experts)
 
 

@@ -12,8 +12,8 @@ from harness.system import Case
 from methods.hiermoe.hierd import HierExchange
 from methods.hiermoe.traffic import hier_bytes
 
-MAX_CHUNKS = 8
-MIN_CHUNK_BYTES = 256 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves
+MAX_CHUNKS = 12
+MIN_CHUNK_BYTES = 128 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves
 
 
 class HierMoEHD2(NativeSystem):
