@@ -27,7 +27,8 @@ def _block(ids: np.ndarray, model: Model, log_use: np.ndarray, rng: np.random.Ge
     group = group_of_expert[ids]  # [T, k]
     used = (group[:, :, None] == np.arange(model.num_groups)).sum(1)  # [T, groups]
     kept = np.zeros_like(used, dtype=bool)
-    np.put_along_axis(kept, np.argsort(-used, axis=1, kind="stable")[:, : model.topk_groups], True, axis=1)
+    score = used + 0.5 * rng.random(used.shape)  # ties at random: by index, the first groups would grow hot
+    np.put_along_axis(kept, np.argsort(-score, axis=1)[:, : model.topk_groups], True, axis=1)
     outside = ~np.take_along_axis(kept, group, axis=1)
 
     key = log_use + rng.gumbel(size=(len(ids), model.num_experts))

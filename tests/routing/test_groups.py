@@ -38,8 +38,12 @@ def test_what_was_hot_stays_hot_and_other_gates_keep_their_routing() -> None:
     wanted, limited = (make_routing(work, model, Topology((2, 2))) for model in (free, DEEPSEEK))
     assert wanted is not None
     assert limited is not None
-    hottest = [set(np.bincount(r.ids.ravel(), minlength=64).argsort()[-8:].tolist()) for r in (wanted, limited)]
+    use = [np.bincount(routing.ids.ravel(), minlength=64) for routing in (wanted, limited)]
+    hottest = [set(per_expert.argsort()[-8:].tolist()) for per_expert in use]
     assert len(hottest[0] & hottest[1]) >= 6
+    assert np.corrcoef(*use)[0, 1] > 0.95
+    per_group = [per_expert.reshape(8, 8).sum(1) for per_expert in use]
+    np.testing.assert_allclose(per_group[1], per_group[0], rtol=0.15)  # no group is favoured
     assert (wanted.ids != limited.ids).any()
     untouched = make_routing(work, DEEPSEEK.model_copy(update={"topk_groups": 8}), Topology((2, 2)))
     assert untouched is not None
