@@ -16,7 +16,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def submit(
     executor.update_parameters(name=name, timeout_min=timeout_min, gpus_per_node=len(gpus))
     if gpus:
         executor.update_parameters(local_visible_gpus=gpus)
-    job = executor.submit(_inside, os.getpid(), progress, function, args)
+    with _stderr_to(own / "controller.log"):
+        job = executor.submit(_inside, os.getpid(), progress, function, args)
     try:
         num_read = 0
         while True:
@@ -102,6 +103,19 @@ def _inside(caller: int, progress: Path, function: Callable[..., Any], args: tup
         return function(*args)
     except (UserError, RankFailure) as error:
         return _Expected(error)
+
+
+@contextlib.contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Processes started here write their errors to ``path``: submitit's controller answers Ctrl-C with a traceback."""
+    kept = os.dup(2)
+    try:
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _end_with(caller: int) -> None:

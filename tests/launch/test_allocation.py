@@ -60,14 +60,22 @@ def test_the_callers_end_ends_the_job(tmp_path, how):
     """
     environment = dict(os.environ, MARK=mark, PYTHONPATH=str(Path.cwd()))
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", textwrap.dedent(program)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as caller:
         deadline = time.monotonic() + 60
         while not ready.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(marked(mark)) >= 8  # caller, controller, job, launcher, four ranks
-        caller.send_signal(how)
-        caller.wait(30)
+        if how == signal.SIGINT:
+            os.killpg(caller.pid, how)  # as a terminal does: to all in the foreground
+        else:
+            caller.send_signal(how)
+        _, errors = caller.communicate(timeout=30)
+        assert errors.count("Traceback") == (how == signal.SIGINT)  # the caller's own, not submitit's beside it
     deadline = time.monotonic() + 10
     while marked(mark) and time.monotonic() < deadline:
         time.sleep(0.05)
