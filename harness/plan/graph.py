@@ -1,0 +1,128 @@
+"""A plan: the tasks of one step, each on a lane, with what they wait for, what they cost and how to run them.
+
+Lanes are resources that work side by side (``compute``, ``inter``: links between nodes, ``intra``: links inside one);
+a lane does its tasks one after another, in the order in which they were added, as a CUDA stream does. The same plan is
+executed (``harness.plan.lanes``) and priced (``harness.plan.simulate``), so a system says once what happens and when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import networkx as nx
+import numpy as np
+
+from harness.errors import bad
+
+COMPUTE, INTER, INTRA = "compute", "inter", "intra"
+LANES = (COMPUTE, INTER, INTRA)
+Operation = Literal["a2a", "ag", "rs", "ar", "sr", "gemm", "wait"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cost:
+    """What a task asks of its lane; ``harness.plan.prices`` turns it into seconds.
+
+    ``amount``: of a collective the bytes of one rank's buffer (counted as in ``harness.comm.profile``), of a ``gemm``
+    its multiply-adds, of ``wait`` seconds. A number, or an array over whatever the plan is simulated for at once
+    (configurations, or ranks on the last axis). ``count``: how often the start-up time is paid.
+    """
+
+    operation: Operation
+    scope: str = ""  # of a collective: inter, intra, flat
+    amount: Any = 0.0
+    count: float = 1.0
+
+    @property
+    def key(self) -> str:
+        """As in ``Cluster.collectives``: operation.scope."""
+        return f"{self.operation}.{self.scope}" if self.scope else self.operation
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """``after``: names of tasks that must have ended. ``kind``: what a breakdown sums it under."""
+
+    name: str
+    lane: str
+    after: tuple[str, ...] = ()
+    cost: Cost | None = None
+    run: Callable[[], None] | None = None
+    kind: str = ""
+
+
+class Plan:
+    """Tasks in the order of their adding. ``add`` refuses what can be seen at once; ``order`` the rest."""
+
+    def __init__(self, lanes: Iterable[str] = LANES):
+        self.lanes = tuple(lanes)
+        self.tasks: list[Task] = []
+        self.index: dict[str, int] = {}
+
+    def add(
+        self,
+        name: str,
+        lane: str,
+        after: Iterable[str] = (),
+        cost: Cost | None = None,
+        run: Callable[[], None] | None = None,
+        kind: str = "",
+    ) -> str:
+        """Put a task at the end of its lane; returns its name. ``after`` may name tasks that are added later."""
+        if lane not in self.lanes:
+            raise bad(f"task {name}.lane", lane, f"unknown lane; this plan has {', '.join(self.lanes)}")
+        if name in self.index:
+            raise bad("task", name, "is already in the plan; give every task a name of its own")
+        self.index[name] = len(self.tasks)
+        self.tasks.append(Task(name, lane, tuple(after), cost, run, kind or name.split("[")[0].split(".")[-1]))
+        self.__dict__.pop("order", None)
+        return name
+
+    @functools.cached_property
+    def order(self) -> list[int]:
+        """Tasks in an order that respects lanes and waits; an error that names the tasks of a cycle or a stranger."""
+        graph = nx.DiGraph()
+        graph.add_nodes_from(range(len(self.tasks)))
+        last: dict[str, int] = {}
+        for here, task in enumerate(self.tasks):
+            for name in task.after:
+                if name not in self.index:
+                    raise bad(f"task {task.name}.after", name, "is not in the plan")
+                graph.add_edge(self.index[name], here)
+            if task.lane in last:
+                graph.add_edge(last[task.lane], here)
+            last[task.lane] = here
+        try:
+            return list(nx.lexicographical_topological_sort(graph))
+        except nx.NetworkXUnfeasible:
+            cycle = [self.tasks[a].name for a, _ in nx.find_cycle(graph)]
+            raise bad("plan", " -> ".join([*cycle, cycle[0]]), "tasks wait for each other in a circle") from None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Timeline:
+    """When each task of a plan started and ended: seconds, float64 [num_tasks, ...]. Executed or simulated."""
+
+    plan: Plan
+    start_s: np.ndarray
+    end_s: np.ndarray
+
+    @property
+    def total_s(self) -> np.ndarray:
+        """From the first start to the last end, [...]; a step over ranks costs the largest of its last axis."""
+        return self.end_s.max(0) - self.start_s.min(0) if len(self.end_s) else np.zeros(self.end_s.shape[1:])
+
+    def of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Start and end of one task."""
+        here = self.plan.index[name]
+        return self.start_s[here], self.end_s[here]
+
+    def busy_s(self) -> dict[str, np.ndarray]:
+        """Time per kind of task, [...]."""
+        spans: dict[str, np.ndarray] = {}
+        for task, start, end in zip(self.plan.tasks, self.start_s, self.end_s, strict=True):
+            spans[task.kind] = spans.get(task.kind, 0.0) + (end - start)
+        return spans

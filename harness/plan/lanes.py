@@ -1,0 +1,163 @@
+"""Run a plan: every lane does its tasks in order, and waits for what they wait for on other lanes.
+
+On CUDA a lane is a stream and a wait an event, all issued by the calling thread. On CPU a lane is a thread, so that a
+collective (each lane has process groups of its own) and a computation really go on side by side: gloo and torch let go
+of the interpreter while they work. The lane ``compute`` is the calling thread's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from harness.plan.graph import COMPUTE, LANES, Plan, Timeline
+
+
+class PlanFailure(RuntimeError):
+    """A task raised; the message names it, and the cause is chained."""
+
+
+class Executor:
+    """The lanes of one rank. Reusable; ``close`` ends its threads."""
+
+    def __init__(self, device: torch.device | str = "cpu", lanes: tuple[str, ...] = LANES):
+        self.device = torch.device(device)
+        self.lanes = lanes
+        self._inbox: dict[str, queue.SimpleQueue[Callable[[], None] | None]] = {}
+        if self.device.type == "cuda":
+            self.streams = {
+                lane: torch.cuda.current_stream(self.device) if lane == COMPUTE else torch.cuda.Stream(self.device, -1)
+                for lane in lanes
+            }
+            return
+        num_threads = torch.get_num_threads()
+        for lane in lanes:
+            if lane != COMPUTE:
+                inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+                self._inbox[lane] = inbox
+                threading.Thread(target=_serve, args=(inbox, num_threads), name=f"lane {lane}", daemon=True).start()
+
+    def close(self) -> None:
+        for inbox in self._inbox.values():
+            inbox.put(None)
+        self._inbox = {}
+
+    def run(self, plan: Plan) -> Timeline:
+        """Execute; returns when every task has ended (on CUDA: has been issued, and the calling stream waits for all).
+
+        The timeline's clock is ``time.perf_counter`` (on CUDA seconds since the first task started, once
+        ``trace`` asked for it). Raises ``PlanFailure`` with the name of the first task that failed; tasks that wait
+        for it, or follow it on its lane, do not run."""
+        plan.order  # noqa: B018  # a cycle or a stranger is found before anything runs
+        return self._run_streams(plan) if self.device.type == "cuda" else self._run_threads(plan)
+
+    # ------------------------------------------------------------------ CPU
+
+    def _run_threads(self, plan: Plan) -> Timeline:
+        ended = [threading.Event() for _ in plan.tasks]
+        start, end = np.zeros(len(plan.tasks)), np.zeros(len(plan.tasks))
+        failures: list[tuple[str, BaseException]] = []
+        grad = torch.is_grad_enabled()
+
+        def work(here: int) -> None:
+            task = plan.tasks[here]
+            try:
+                for name in task.after:
+                    ended[plan.index[name]].wait()
+                start[here] = time.perf_counter()
+                if task.run is not None and not failures:
+                    with torch.set_grad_enabled(grad):
+                        task.run()
+            except BaseException as error:
+                failures.append((task.name, error))
+            finally:
+                end[here] = time.perf_counter()
+                ended[here].set()
+
+        for here, task in enumerate(plan.tasks):
+            if task.lane != COMPUTE:
+                self._inbox[task.lane].put(lambda here=here: work(here))  # type: ignore[misc]
+        for here, task in enumerate(plan.tasks):
+            if task.lane == COMPUTE:
+                work(here)
+        for event in ended:
+            event.wait()
+        if failures:
+            name, error = failures[0]
+            if not isinstance(error, Exception):
+                raise error  # Ctrl-C and the like
+            raise PlanFailure(f"task {name}: {type(error).__name__}: {error}") from error
+        return Timeline(plan, start, end)
+
+    # ------------------------------------------------------------------ CUDA
+
+    def _run_streams(self, plan: Plan) -> Timeline:
+        calling = torch.cuda.current_stream(self.device)
+        self.streams[COMPUTE] = calling
+        entry = torch.cuda.Event(enable_timing=True)
+        entry.record(calling)
+        begin, finish = ([torch.cuda.Event(enable_timing=True) for _ in plan.tasks] for _ in range(2))
+        for stream in self.streams.values():
+            stream.wait_event(entry)
+        for here in plan.order:
+            task = plan.tasks[here]
+            stream = self.streams[task.lane]
+            for name in task.after:
+                stream.wait_event(finish[plan.index[name]])
+            begin[here].record(stream)
+            if task.run is not None:
+                try:
+                    with torch.cuda.stream(stream):
+                        task.run()
+                except Exception as error:
+                    raise PlanFailure(f"task {task.name}: {type(error).__name__}: {error}") from error
+            finish[here].record(stream)
+        for event in finish:
+            calling.wait_event(event)
+        return _DeviceTimeline(plan, entry, begin, finish)
+
+
+class _DeviceTimeline(Timeline):
+    """Read from the events when asked for, so that issuing a plan never waits for the device."""
+
+    def __init__(
+        self, plan: Plan, entry: torch.cuda.Event, begin: list[torch.cuda.Event], finish: list[torch.cuda.Event]
+    ):
+        object.__setattr__(self, "plan", plan)
+        object.__setattr__(self, "_events", (entry, begin, finish))
+
+    def _read(self, which: int) -> np.ndarray:
+        entry, events = self._events[0], self._events[which]  # type: ignore[attr-defined]
+        for event in events:
+            event.synchronize()
+        return np.array([entry.elapsed_time(event) / 1e3 for event in events])
+
+    @property
+    def start_s(self) -> np.ndarray:  # type: ignore[override]
+        return self._read(1)
+
+    @property
+    def end_s(self) -> np.ndarray:  # type: ignore[override]
+        return self._read(2)
+
+
+def _serve(inbox: queue.SimpleQueue[Callable[[], None] | None], num_threads: int) -> None:
+    torch.set_num_threads(num_threads)  # OpenMP counts threads per thread
+    while (work := inbox.get()) is not None:
+        work()
+
+
+@contextlib.contextmanager
+def executor(device: torch.device | str = "cpu", lanes: tuple[str, ...] = LANES) -> Iterator[Executor]:
+    """An ``Executor`` that is closed at the end."""
+    made = Executor(device, lanes)
+    try:
+        yield made
+    finally:
+        made.close()

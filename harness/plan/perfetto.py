@@ -1,0 +1,51 @@
+"""Timelines as Chrome trace events, which https://ui.perfetto.dev and chrome://tracing open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.plan.graph import Timeline
+
+
+def write(path: Path, timelines: Mapping[str, Timeline]) -> Path:
+    """One process per (timeline, rank), one thread per lane; microseconds from each timeline's own first start.
+
+    A timeline with more axes than [num_tasks] or [num_tasks, ranks] has no single trace: ``ValueError``."""
+    path.write_text(json.dumps({"traceEvents": events(timelines), "displayTimeUnit": "ms"}), encoding="utf-8")
+    return path
+
+
+def events(timelines: Mapping[str, Timeline]) -> list[dict[str, Any]]:
+    """The trace's events; see ``write``."""
+    found: list[dict[str, Any]] = []
+    process = 0
+    for name, timeline in timelines.items():
+        start, end = np.asarray(timeline.start_s), np.asarray(timeline.end_s)
+        if start.ndim > 2:
+            raise ValueError(f"timeline {name}: {start.ndim - 1} axes beside the tasks; select one configuration")
+        start, end = start.reshape(len(start), -1), end.reshape(len(end), -1)
+        origin = start.min() if start.size else 0.0
+        for rank in range(start.shape[1]):
+            process += 1
+            label = f"{name}, rank {rank}" if start.shape[1] > 1 else name
+            found.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": label}})
+            for thread, lane in enumerate(timeline.plan.lanes):
+                found.append({"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": lane}})
+            for here, task in enumerate(timeline.plan.tasks):
+                found.append(
+                    {
+                        "ph": "X",
+                        "name": task.name,
+                        "cat": task.kind,
+                        "pid": process,
+                        "tid": timeline.plan.lanes.index(task.lane),
+                        "ts": (start[here, rank] - origin) * 1e6,
+                        "dur": (end[here, rank] - start[here, rank]) * 1e6,
+                    }
+                )
+    return found

@@ -1,0 +1,135 @@
+"""The event model: when every task of a plan starts and ends, for many configurations or many ranks at once.
+
+Lanes are queues, so the order on every lane is known beforehand and the simulation is a longest path: a task starts
+when the task before it on its lane and all that it waits for have ended; a collective, when that holds on every rank
+of its group. Numpy carries the other axes, so a grid of configurations or a thousand ranks cost one walk over the
+tasks.
+
+Busy lanes may slow each other down (``Contention``, measured by ``moebench profile``): while lane b is busy, work
+on lane a proceeds at 1 / (1 + c[a][b]) of its rate; several busy lanes add up in what they take away. How long lanes
+are busy together depends on the times and the times on that, so it is iterated to a fixed point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from harness.plan.graph import Plan, Timeline
+from harness.plan.prices import Contention, Prices
+from harness.topology import Topology
+
+COLLECTIVES = ("a2a", "ag", "rs", "ar", "sr")
+MAX_ITERATIONS, TOLERANCE = 200, 1e-9
+MAX_LOST = 0.95  # of a lane's rate to all the others together
+
+
+def simulate(plan: Plan, prices: Prices, topology: Topology | None = None) -> Timeline:
+    """Price and simulate ``plan``. With ``topology`` the last axis of the costs is that of its ranks."""
+    durations = prices.durations(plan)
+    if topology is not None and durations.shape[-1:] != (topology.num_ranks,):
+        durations = np.broadcast_to(durations[..., None], (*durations.shape, topology.num_ranks)).copy()
+    return schedule(plan, durations, prices.contention, topology)
+
+
+def schedule(
+    plan: Plan, durations: np.ndarray, contention: Contention | None = None, topology: Topology | None = None
+) -> Timeline:
+    """Simulate ``plan`` with ``durations`` in seconds [num_tasks, ...], each as if alone on the machine."""
+    lost = {
+        (a, b): c / (1 + c)
+        for a, row in (contention or {}).items()
+        for b, c in row.items()
+        if c > 0 and a != b and {a, b} <= set(plan.lanes)
+    }
+    meet = _meetings(plan, topology)
+    start, end = _longest_path(plan, durations, meet)
+    if not lost or not plan.tasks:
+        return Timeline(plan, start, end)
+    of_lane = {
+        lane: np.array([i for i, t in enumerate(plan.tasks) if t.lane == lane], dtype=int) for lane in plan.lanes
+    }
+    stretched = durations
+    for iteration in range(MAX_ITERATIONS):
+        wanted = durations.copy()
+        for (a, b), share in lost.items():
+            wanted[of_lane[a]] += share * _overlap(
+                start[of_lane[a]], end[of_lane[a]], start[of_lane[b]], end[of_lane[b]]
+            )
+        wanted = np.minimum(wanted, durations / (1 - MAX_LOST))
+        stretched = wanted if iteration < 10 else (wanted + stretched) / 2  # damped, should it swing
+        before, (start, end) = end, _longest_path(plan, stretched, meet)
+        if np.abs(end - before).max() <= TOLERANCE * max(end.max(), 1e-300):
+            break
+    return Timeline(plan, start, end)
+
+
+def _longest_path(
+    plan: Plan, durations: np.ndarray, meet: Mapping[int, Callable[[np.ndarray], np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Start and end of every task, [num_tasks, ...]."""
+    start, end = np.zeros_like(durations), np.zeros_like(durations)
+    free: dict[str, np.ndarray] = {}
+    for here in plan.order:
+        task = plan.tasks[here]
+        ready = [end[plan.index[name]] for name in task.after]
+        if task.lane in free:
+            ready.append(free[task.lane])
+        begins, lasts = np.zeros_like(durations[here]), durations[here]
+        for each in ready:
+            begins = np.maximum(begins, each)
+        if here in meet:  # begins with the last of the group and ends for all with the slowest
+            begins, lasts = meet[here](begins), meet[here](lasts)
+        start[here], end[here] = begins, begins + lasts
+        free[task.lane] = end[here]
+    return start, end
+
+
+def _meetings(plan: Plan, topology: Topology | None) -> dict[int, Callable[[np.ndarray], np.ndarray]]:
+    """For every collective the function that replaces each rank's value [..., ranks] by its group's largest."""
+    if topology is None:
+        return {}
+    shape = topology.shape
+    axes = {"inter": (0,), "intra": tuple(range(1, len(shape))), "flat": tuple(range(len(shape)))}
+
+    def largest(scope: str) -> Callable[[np.ndarray], np.ndarray]:
+        over = tuple(axis - len(shape) for axis in axes[scope])
+
+        def apply(values: np.ndarray) -> np.ndarray:
+            grid = values.reshape(*values.shape[:-1], *shape)
+            return np.broadcast_to(grid.max(axis=over, keepdims=True), grid.shape).reshape(values.shape)
+
+        return apply
+
+    return {
+        here: largest(task.cost.scope)
+        for here, task in enumerate(plan.tasks)
+        if task.cost is not None and task.cost.operation in COLLECTIVES and task.cost.scope in axes
+    }
+
+
+def _overlap(start: np.ndarray, end: np.ndarray, other_start: np.ndarray, other_end: np.ndarray) -> np.ndarray:
+    """How long each task [n, ...] overlaps the tasks of another lane [m, ...], which follow one another."""
+    if not len(other_start) or not len(start):
+        return np.zeros_like(start)
+    columns = start[0].size
+    span = 1.0 + max(float(end.max()), float(other_end.max()))
+    offset = np.arange(columns) * span  # every column gets its own stretch of one axis, so that one call serves all
+    knots = np.stack([other_start, other_end], axis=1).reshape(-1, columns)  # s0, e0, s1, e1, ...
+    lengths = (other_end - other_start).reshape(-1, columns)
+    done = np.cumsum(lengths, axis=0)
+    busy = np.stack([done - lengths, done], axis=1).reshape(-1, columns)  # of the other lane until each knot
+    before = np.concatenate([[0.0], np.cumsum(done[-1])])[:-1]
+    x, y = (knots + offset).T.ravel(), (busy + before).T.ravel()
+
+    def until(times: np.ndarray) -> np.ndarray:
+        flat = times.reshape(-1, columns)
+        # clipped to the column's own knots: outside of them the other lane is idle
+        inside = np.clip(flat, knots[0], knots[-1]) + offset
+        return np.interp(inside, x, y).reshape(times.shape)
+
+    return until(end) - until(start)
+
+
+__all__ = ["schedule", "simulate"]
