@@ -1,0 +1,185 @@
+"""What one MoE layer costs under FSMoE (arXiv 2501.10714): linear models of every operation, and where they come from.
+
+Section 4.1: a chunk of ``n / r`` of an operation's work takes ``alpha + n / r * beta`` seconds, for the all-to-all, the
+all-gather and reduce-scatter of expert sharding, and the experts. All fields are arrays that broadcast, so one object
+holds a whole grid of layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from harness.errors import bad
+from harness.specs import Cluster, Collective
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def _floats(values: ArrayLike) -> Array:
+    return np.asarray(values, dtype=np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """Time of an operation: start-up ``alpha_s`` [...], ``beta_s`` [...] seconds a unit, ``n`` [...] units in all.
+
+    ``UserError`` if a value is negative or not finite.
+    """
+
+    alpha_s: Array
+    beta_s: Array
+    n: Array
+
+    def __post_init__(self) -> None:
+        values = [_floats(getattr(self, field.name)) for field in fields(self)]
+        for field, value, whole in zip(fields(self), values, np.broadcast_arrays(*values), strict=True):
+            if not (np.isfinite(value) & (value >= 0)).all():
+                raise bad(f"cost.{field.name}", value.tolist(), "must be finite and not negative")
+            object.__setattr__(self, field.name, whole)
+
+    def chunk_s(self, degree: ArrayLike) -> Array:
+        """Seconds of one of ``degree`` [...] equal chunks."""
+        return self.alpha_s + self.n / np.asarray(degree) * self.beta_s
+
+
+NOTHING = Linear(np.zeros(()), np.zeros(()), np.zeros(()))
+
+
+@dataclass(frozen=True, eq=False)
+class Reduce:
+    """The gradient all-reduce between nodes, linear in its bytes. Of no gradient it costs nothing."""
+
+    alpha_s: float
+    beta_s_per_byte: float
+
+    def time_s(self, num_bytes: ArrayLike) -> Array:
+        """t_ar(n), with t_ar(0) = 0: what is not sent is not started."""
+        num_bytes = _floats(num_bytes)
+        return np.where(num_bytes > 0, self.alpha_s + num_bytes * self.beta_s_per_byte, 0.0)
+
+    def bytes_in(self, time_s: ArrayLike) -> Array:
+        """g_inv(t): bytes that are reduced within ``time_s``; none where that is not longer than the start-up."""
+        left = np.maximum(_floats(time_s) - self.alpha_s, 0.0)
+        if self.beta_s_per_byte == 0:
+            return np.where(left > 0, np.inf, 0.0)
+        return left / self.beta_s_per_byte
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCosts:
+    """One direction of one MoE layer, or of [N] of them: a single all-to-all, all-gather, reduce-scatter, experts."""
+
+    a2a: Linear
+    ag: Linear
+    rs: Linear
+    experts: Linear
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return np.broadcast_shapes(*(part.n.shape for part in (self.a2a, self.ag, self.rs, self.experts)))
+
+    def __getitem__(self, index: Any) -> LayerCosts:
+        """The layers at ``index`` of the grid [N], in numpy's ways of indexing."""
+
+        def pick(part: Linear) -> Linear:
+            whole = (np.broadcast_to(value, self.shape) for value in (part.alpha_s, part.beta_s, part.n))
+            return Linear(*(value[index] for value in whole))
+
+        return LayerCosts(pick(self.a2a), pick(self.ag), pick(self.rs), pick(self.experts))
+
+    def backward(self) -> LayerCosts:
+        """The backward direction of this forward one: the same messages, the experts twice as long.
+
+        Interpretation: the text doubles alpha, beta and n of the experts, which would be four times the work; the
+        authors' code doubles alpha and beta, which is the two products (of input and of weight gradient) per forward
+        one, and is done here.
+        """
+        experts = self.experts
+        return replace(self, experts=Linear(2 * experts.alpha_s, 2 * experts.beta_s, experts.n))
+
+    def folded(self) -> LayerCosts:
+        """All communication on one stream (Tutel with PipeMoE, FSMoE-No-IIO): all-gather and reduce-scatter become
+        part of the all-to-alls around the experts, so that 2 t_a2a' = 2 t_a2a + t_ag + t_rs for any degree.
+
+        Interpretation: the authors add (alpha_ag + alpha_rs) / 2 to alpha and 2 (beta_ag + beta_rs) to beta. That
+        beta is this fold for N_ESP = 4 only, as n_ag = N_ESP n_a2a; with N_ESP = 8 it leaves out half of it.
+        """
+        alpha_s = self.a2a.alpha_s + (self.ag.alpha_s + self.rs.alpha_s) / 2
+        volume_s = self.a2a.n * self.a2a.beta_s + (self.ag.n * self.ag.beta_s + self.rs.n * self.rs.beta_s) / 2
+        return LayerCosts(a2a=Linear(alpha_s, np.ones(()), volume_s), ag=NOTHING, rs=NOTHING, experts=self.experts)
+
+
+def layer_costs(
+    cluster: Cluster,
+    *,
+    batch: ArrayLike,
+    seq: ArrayLike,
+    hidden: ArrayLike,
+    ffn: ArrayLike,
+    copies: ArrayLike,
+    num_gemms: ArrayLike,
+    element_bytes: int = 4,
+    num_ranks: int | None = None,
+) -> LayerCosts:
+    """Forward costs of layers of ``batch`` B, ``seq`` L, ``hidden`` M, ``ffn`` H [N], at the cluster's constants.
+
+    ``copies`` F = k f, the rows that the experts get per token; ``num_gemms`` per expert: 2 (GPT) or 3 (SwiGLU).
+    B L tokens are those of a node, whose ranks share them and shard its expert (N_MP = N_ESP = ranks of a node).
+    ``num_ranks`` picks constants that the cluster lists for that number of ranks (``a2a.inter@16``), where it does.
+    Work sizes as in the authors' solver: n_a2a = F B L M / N_ESP, n_ag = n_rs = F B L M elements of one rank's buffer,
+    n_exp = F B L M H / N_ESP multiply-adds a GEMM. Every GEMM of a chunk is a launch with its own start-up.
+    ``UserError`` if the cluster lacks a constant.
+    """
+    num_esp = cluster.shape[-1]
+    rows = np.prod(np.broadcast_arrays(*(_floats(size) for size in (copies, batch, seq))), axis=0)  # [N]
+    gathered_bytes = rows * _floats(hidden) * element_bytes
+    if cluster.gemm is None:
+        raise bad(f"cluster {cluster.name}.gemm", None, "is needed for the experts' cost; profile the cluster")
+
+    def priced(key: str, num_bytes: Array) -> Linear:
+        found = collective(cluster, key, num_ranks)
+        return Linear(_floats(found.alpha_s), _floats(found.beta_s_per_byte), num_bytes)
+
+    return LayerCosts(
+        a2a=priced("a2a.inter", gathered_bytes / num_esp),
+        ag=priced("ag.intra", gathered_bytes),
+        rs=priced("rs.intra", gathered_bytes),
+        experts=Linear(
+            _floats(num_gemms) * cluster.gemm.alpha_s,
+            _floats(cluster.gemm.beta_s_per_mac),
+            rows * _floats(hidden) * _floats(ffn) / num_esp * _floats(num_gemms),
+        ),
+    )
+
+
+def reduce_costs(cluster: Cluster, num_ranks: int | None = None) -> Reduce:
+    """The cluster's gradient all-reduce between nodes; ``num_ranks`` as in ``layer_costs``."""
+    found = collective(cluster, "ar.inter", num_ranks)
+    return Reduce(found.alpha_s, found.beta_s_per_byte)
+
+
+def collective(cluster: Cluster, key: str, num_ranks: int | None = None) -> Collective:
+    """The cluster's constants under ``key``, those of ``num_ranks`` ranks first; ``UserError`` if there are none."""
+    for name in (f"{key}@{num_ranks}", key):
+        if name in cluster.collectives:
+            return cluster.collectives[name]
+    raise bad(f"cluster {cluster.name}.collectives", sorted(cluster.collectives), f"lacks {key}; profile the cluster")
+
+
+def attention_gradient_elements(
+    hidden: ArrayLike, num_mp: int, *, biased: ArrayLike = True, kv_fraction: ArrayLike = 1.0
+) -> Array:
+    """Gradient elements that one rank reduces between nodes per layer: its share of the attention's weights.
+
+    The experts have no replica (one per node, sharded inside it). As in the authors' driver: queries, keys and values
+    and their biases are split over ``num_mp`` ranks, the output projection too, but not its bias. ``kv_fraction`` is
+    key-value heads per head (Mixtral: 1/4, and not ``biased``). Whole elements, rounded down.
+    """
+    hidden = _floats(hidden)
+    qkv = 1 + 2 * _floats(kv_fraction)
+    weights = (qkv * hidden**2 + hidden**2) / num_mp
+    return np.floor(weights + np.where(biased, qkv * hidden / num_mp + hidden, 0.0)).astype(np.int64)
