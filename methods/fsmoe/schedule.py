@@ -1,0 +1,107 @@
+"""FSMoE's schedule of one MoE layer, forward or backward, and those of its rivals (arXiv 2501.10714, sections 3 and 4).
+
+Chunk c of the capacity goes through five tasks: all-to-all across nodes (dispatch), all-gather in the node, the expert
+shards, reduce-scatter in the node, all-to-all back (combine). Backward walks the same five: the transpose of a
+reduce-scatter is an all-gather and the other way round. FSMoE's lanes ``inter`` and ``intra`` work side by side; in a
+schedule without that overlap (``overlap=False``: Tutel, PipeMoE, FSMoE-No-IIO) all communication shares ``inter``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Plan
+
+
+class Work(NamedTuple):
+    """What a task costs and how it runs; either may be missing (a plan only simulated, or only executed)."""
+
+    cost: Cost | None = None
+    run: Callable[[], None] | None = None
+
+
+class Walk(Protocol):
+    """The work of one layer in one direction, by chunk 0 .. degree - 1."""
+
+    @property
+    def degree(self) -> int: ...
+    def dispatch(self, chunk: int) -> Work: ...
+    def gather(self, chunk: int) -> Work: ...
+    def experts(self, chunk: int) -> Work: ...
+    def scatter(self, chunk: int) -> Work: ...
+    def combine(self, chunk: int) -> Work: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sizes:
+    """What a whole layer moves and computes in one direction, on one rank; numbers, or arrays over a grid of layers."""
+
+    slot_bytes: Any  # of one rank's capacity slots: its buffer of one all-to-all
+    num_local: int  # ranks of a node, N_ESP: the all-gather's buffer is so many times larger
+    macs: Any  # multiply-adds of one rank's expert shards
+    gemms: Any  # one after another per chunk
+    wait_s: Any = None  # stand-in: the experts are a timed wait of so many seconds (whole layer) instead
+
+
+class Priced:
+    """A walk that is only priced: equal chunks of ``sizes``."""
+
+    def __init__(self, sizes: Sizes, degree: int):
+        self.sizes, self.degree = sizes, degree
+
+    def dispatch(self, chunk: int) -> Work:
+        return Work(Cost("a2a", "inter", self.sizes.slot_bytes / self.degree))
+
+    def gather(self, chunk: int) -> Work:
+        return Work(Cost("ag", "intra", self.sizes.slot_bytes * self.sizes.num_local / self.degree))
+
+    def experts(self, chunk: int) -> Work:
+        if self.sizes.wait_s is not None:
+            return Work(Cost("wait", amount=self.sizes.wait_s / self.degree))
+        return Work(Cost("gemm", amount=self.sizes.macs / self.degree, count=self.sizes.gemms))
+
+    def scatter(self, chunk: int) -> Work:
+        return Work(Cost("rs", "intra", self.sizes.slot_bytes * self.sizes.num_local / self.degree))
+
+    def combine(self, chunk: int) -> Work:
+        return self.dispatch(chunk)
+
+
+def moe(
+    plan: Plan,
+    walk: Walk,
+    *,
+    overlap: bool = True,
+    prefix: str = "",
+    after: Iterable[str] = (),
+    gradients: Work | None = None,
+) -> list[str]:
+    """Add one layer's tasks; returns the names of the last ones. ``gradients``: a slice of the gradient all-reduce,
+    which goes on the inter lane between the dispatches and the combines (section 5, Fig. 3d).
+
+    Interpretation: on one lane a chunk's combine follows its own reduce-scatter, so that the last chunk alone trails;
+    the authors' code puts all combines after all reduce-scatters, which costs their rivals the difference.
+    """
+    intra = INTRA if overlap else INTER
+    after = tuple(after)
+
+    def add(what: str, lane: str, waits: Iterable[str], work: Work) -> str:
+        return plan.add(f"{prefix}{what}", lane, waits, work.cost, work.run)
+
+    gathered = []
+    for c in range(walk.degree):
+        sent = add(f"dispatch[{c}]", INTER, after, walk.dispatch(c))
+        gathered.append(add(f"gather[{c}]", intra, [sent], walk.gather(c)))
+    if gradients is not None:
+        add("gradients", INTER, after, gradients)
+    computed = [add(f"experts[{c}]", COMPUTE, [gathered[c]], walk.experts(c)) for c in range(walk.degree)]
+    home = []
+    for c in range(walk.degree):
+        scattered = add(f"scatter[{c}]", intra, [computed[c]], walk.scatter(c))
+        if not overlap:
+            home.append(add(f"combine[{c}]", INTER, [scattered], walk.combine(c)))
+    if overlap:
+        home = [add(f"combine[{c}]", INTER, [f"{prefix}scatter[{c}]"], walk.combine(c)) for c in range(walk.degree)]
+    return home
