@@ -89,7 +89,7 @@ class Travel(Priced, abc.ABC):
 
     @abc.abstractmethod
     def compute(self, chunk: slice, rows: torch.Tensor) -> torch.Tensor:
-        """rows [E_node, N, c, M] of the slots ``chunk``, from the job's N ranks -> as many, this shard's partial sums."""
+        """rows [E_node, N, c, M] of the slots ``chunk`` -> as many: this shard's partial sums for the job's N ranks."""
 
     def dispatch(self, chunk: int) -> Work:
         def run() -> None:
