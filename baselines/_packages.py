@@ -41,10 +41,27 @@ def refuse_placement(case: Case, package: str) -> str | None:
 
 def refuse_gate(case: Case, package: str) -> str | None:
     """DeepSpeed and Tutel take a softmax over all experts, renormalised over the chosen ones when k > 1."""
+    if (reason := refuse_rare_gate(case, package)) is not None:
+        return reason
     if case.model.gate == "sigmoid":
         return f"{package} has no sigmoid gate"
     if case.model.gate == "softmax_topk" and case.model.top_k == 1:
         return f"{package} weights a single expert by its probability over all experts, not by 1"
+    return None
+
+
+def refuse_rare_gate(case: Case, package: str) -> str | None:
+    """Gates that no package has as moebench defines them."""
+    if case.model.gate == "xmoe":
+        if package == "tutel":
+            return "tutel's cosine gate adds a bias to the projection and learns the temperature, which here is fixed"
+        return f"{package} has no gate of cosines (X-MoE)"
+    if case.model.gate == "expert_choice":
+        return f"{package} has no gate in which experts choose tokens"
+    if case.model.gate == "softmoe":
+        return f"{package} has no gate that mixes tokens into slots (Soft MoE)"
+    if case.model.gate_noise:
+        return f"{package} has no trainable noise on the logits (GShard)"
     return None
 
 

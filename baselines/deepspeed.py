@@ -174,7 +174,7 @@ class _Layer(MoELayer):
             index: {name: _packages.grad(parameter) for name, parameter in module.named_parameters()}
             for index, module in zip(self.local, self.experts, strict=True)
         }
-        return Gradients(router=_packages.grad(self.gate_weight).T, experts=experts)
+        return Gradients(gate={"router": _packages.grad(self.gate_weight).T}, experts=experts)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         return [self.gate_weight]

@@ -25,6 +25,7 @@ class Flat(NativeSystem):
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
-        if case.model.capacity_factor is not None:
-            return None  # which rows are dropped is known to the gate alone
-        return flat_bytes(case.routing, case.placement, case.model.hidden * DTYPE_BYTES[case.dtype])
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        return flat_bytes(routing, case.placement, case.model.hidden * DTYPE_BYTES[case.dtype])

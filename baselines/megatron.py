@@ -57,13 +57,17 @@ class Megatron(System):
         model = case.model
         if (reason := _packages.refuse_placement(case, "megatron-core")) is not None:
             return reason
+        if (reason := _packages.refuse_rare_gate(case, "megatron-core")) is not None:
+            return reason
         if min(case.routing.tokens) == 0:
             return "megatron-core's router cannot reshape the logits of a rank without tokens"
         if model.top_k == 1 and model.gate == "softmax_topk":
             return "megatron-core weights a single expert by its probability over all experts, not by 1"
         if model.gate == "sigmoid":
-            if model.top_k == 1:
+            if model.top_k == 1 and model.normalise_weights:
                 return "megatron-core does not normalise the sigmoid score of a single expert"
+            if model.top_k > 1 and not model.normalise_weights:
+                return "megatron-core always normalises the sigmoid scores of several experts"
             if _group_limited(case) and model.top_k // (model.topk_groups or 1) != 2:
                 return (
                     "megatron-core scores a group by its k // topk_groups best experts, DeepSeek-V3 by its 2 best: "
@@ -172,7 +176,7 @@ class _Layer(MoELayer):
         for expert, (fc1, fc2) in zip(self.local, self._matrices(_packages.grad), strict=False):
             parts = fc1.chunk(2, dim=1) if self.gated else (fc1,)
             experts[expert] = dict(zip(("w1", "w3"), parts, strict=False)) | {"w2": fc2}
-        return Gradients(router=_packages.grad(self.moe.router.weight).T, experts=experts)
+        return Gradients(gate={"router": _packages.grad(self.moe.router.weight).T}, experts=experts)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         return [self.moe.router.weight]
@@ -223,7 +227,7 @@ def _config(case: Case, job: Job, grouped_gemm: bool) -> Any:
         # softmax over the chosen logits equals the renormalised softmax over all; only k = 1 needs the latter
         moe_router_pre_softmax=model.top_k == 1 and not sigmoid,
         moe_router_score_function="sigmoid" if sigmoid else "softmax",
-        moe_router_enable_expert_bias=sigmoid,
+        moe_router_enable_expert_bias=sigmoid and model.selection_bias,
         moe_router_num_groups=model.num_groups if sigmoid and _group_limited(case) else None,
         moe_router_group_topk=model.topk_groups if sigmoid and _group_limited(case) else None,
         moe_router_topk_scaling_factor=model.routed_scale if sigmoid else None,

@@ -149,7 +149,7 @@ class _Layer(MoELayer):
     def gradients(self) -> Gradients:
         matrices = self._matrices(gradient=True)
         experts = {e: {name: stacked[i] for name, stacked in matrices.items()} for i, e in enumerate(self.local)}
-        return Gradients(router=_packages.grad(self.router).T, experts=experts if matrices else {})
+        return Gradients(gate={"router": _packages.grad(self.router).T}, experts=experts if matrices else {})
 
     def shared_parameters(self) -> list[nn.Parameter]:
         return [self.router]

@@ -19,6 +19,8 @@ from harness.errors import UserError, bad
 
 Phase = Literal["exchange", "layer", "train_step"]
 Dtype = Literal["float64", "float32", "bfloat16"]
+#: gates in which each expert takes a fixed number of a rank's tokens, or of mixtures of them
+EXPERTS_CHOOSE = ("expert_choice", "softmoe")
 DTYPE_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 Count = Annotated[int, Field(ge=1)]
@@ -80,7 +82,11 @@ class Model(Spec):
     seq: Count = 1024  # L, tokens of one sample
     vocab: Count = 32000
     ffn_type: Literal["gpt", "swiglu"] = "gpt"  # gpt: 2 GEMMs with GELU; swiglu: 3 GEMMs
-    gate: Literal["gshard", "softmax_topk", "sigmoid"] = "gshard"
+    gate: Literal["gshard", "softmax_topk", "sigmoid", "xmoe", "expert_choice", "softmoe"] = "gshard"
+    gate_noise: bool = False  # GShard's trainable noise on the gshard gate's logits
+    gate_dim: Count | None = None  # d of the xmoe gate's projection; None: E / 2, as X-MoE has it
+    normalise_weights: bool = True  # of the sigmoid gate; False: each is its own sigmoid (BASE, StableMoE)
+    selection_bias: bool = True  # the sigmoid gate selects by score + bias (DeepSeek-V3)
     num_groups: Count = 1  # expert groups of the sigmoid gate's group limit (DeepSeek-V3)
     topk_groups: Count | None = None  # groups a token may use; None: all
     routed_scale: float = 1.0  # factor on the sigmoid gate's weights (DeepSeek-V3)
@@ -103,7 +109,27 @@ class Model(Spec):
         kv = self.num_kv_heads or self.num_heads
         if self.num_heads % kv:
             raise ValueError(f"num_kv_heads = {kv} does not divide num_heads = {self.num_heads}")
+        for field, value, gate in (
+            ("gate_noise", self.gate_noise, "gshard"),
+            ("gate_dim", self.gate_dim is not None, "xmoe"),
+            ("normalise_weights = False", not self.normalise_weights, "sigmoid"),
+            ("selection_bias = False", not self.selection_bias, "sigmoid"),
+        ):
+            if value and self.gate != gate:
+                raise ValueError(f"{field} belongs to gate = {gate}, not to gate = {self.gate}")
         return self
+
+    @property
+    def projection_dim(self) -> int:
+        """d of the xmoe gate."""
+        return self.gate_dim or max(1, self.num_experts // 2)
+
+    @property
+    def takes_routing(self) -> bool:
+        """Whether inputs exist that make the gate choose any prescribed k experts per token."""
+        if self.gate == "xmoe":
+            return self.projection_dim >= self.num_experts
+        return self.gate not in EXPERTS_CHOOSE and not self.gate_noise
 
 
 class Level(Spec):
@@ -143,6 +169,7 @@ class Cluster(Spec):
     name: Name
     kind: Literal["local", "emulated", "physical"]
     levels: Annotated[tuple[Level, ...], Field(min_length=1)]
+    loopback_bytes_per_s: Annotated[float, Field(gt=0)] | None = None  # emulated: what a node's ranks send each other
     collectives: dict[CollectiveKey, Collective] = {}  # published or profiled
     gemm: Gemm | None = None
     device: str = "cpu"
@@ -222,6 +249,7 @@ def with_levels(name: str, levels: Iterable[dict[str, Any]], **fields: Any) -> C
 
 __all__ = [
     "DTYPE_BYTES",
+    "EXPERTS_CHOOSE",
     "Cluster",
     "Collective",
     "Dtype",

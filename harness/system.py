@@ -55,12 +55,13 @@ class Case:
 class Gradients:
     """Weight gradients in the oracle's layout, after ``backward`` on this rank.
 
-    ``router`` [M, E]: this rank's own contribution (its tokens only; the harness sums over ranks).
+    ``gate``: of every parameter in ``Weights.gate`` (``router`` [M, E] and what a gate has beside it) this rank's own
+    contribution (its tokens only; the harness sums over ranks).
     ``experts``: for every local expert its w1 [M, H], w2 [H, M] (and w3 [M, H] for swiglu): already summed over
     the tokens of all ranks, because they came through the exchange.
     """
 
-    router: torch.Tensor | None
+    gate: dict[str, torch.Tensor]
     experts: dict[int, dict[str, torch.Tensor]]
 
 
@@ -72,6 +73,7 @@ class MoELayer(nn.Module, abc.ABC):
     """
 
     gate_in_exchange: bool = True
+    step: int = 0  # of training, set by the harness: a noisy gate draws other noise at every step
 
     @abc.abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:

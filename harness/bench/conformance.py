@@ -22,9 +22,9 @@ from harness.layer.gates import steer
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.placement import Placement
-from harness.routing import make_routing
+from harness.routing import planned_routing
 from harness.routing.types import Routing
-from harness.specs import Dtype, Experiment, Model, Workload
+from harness.specs import EXPERTS_CHOOSE, Dtype, Experiment, Model, Workload
 from harness.system import Case, System
 
 BASE = Model(name="conformance", num_layers=1, hidden=48, ffn=24, num_experts=16, top_k=2)
@@ -36,7 +36,7 @@ class Trial:
 
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     tokens: tuple[int, ...] = (24,)  # repeated over the ranks
-    generator: str = "uniform"
+    generator: str = "uniform"  # "natural": the gate chooses for itself
     params: dict[str, float | int | str] = dataclasses.field(default_factory=dict)
     identity_experts: bool = False
     dtypes: tuple[Dtype, ...] = ("float64", "float32", "bfloat16")
@@ -53,6 +53,16 @@ TRIALS: dict[str, Trial] = {
     "mixtral-gate": Trial({"gate": "softmax_topk"}),
     "mixtral-gate-k1": Trial({"gate": "softmax_topk", "top_k": 1}),
     "deepseek-gate": Trial({"gate": "sigmoid", "top_k": 4, "num_groups": 4, "topk_groups": 2, "routed_scale": 2.5}),
+    "sigmoid-gate": Trial({"gate": "sigmoid", "normalise_weights": False, "selection_bias": False}),
+    "sigmoid-gate-k1": Trial(
+        {"gate": "sigmoid", "normalise_weights": False, "selection_bias": False, "top_k": 1},
+    ),
+    "xmoe-gate": Trial({"gate": "xmoe", "gate_dim": 24}),
+    "xmoe-gate-drops": Trial({"gate": "xmoe", "capacity_factor": 1.0}, generator="natural"),
+    "expert-choice": Trial({"gate": "expert_choice"}, tokens=(24, 7, 0, 1, 19), generator="natural"),
+    "expert-choice-factor": Trial({"gate": "expert_choice", "capacity_factor": 2.5}, generator="natural"),
+    "softmoe": Trial({"gate": "softmoe"}, tokens=(24, 7, 0, 1, 19), generator="natural"),
+    "noisy-gate": Trial({"gate_noise": True}, tokens=(24, 7, 13, 1), generator="natural"),
     "drops": Trial({"capacity_factor": 1.0}, generator="zipf", params={"target": 3.0}),
     "exchange": Trial({"top_k": 4}, identity_experts=True),
 }
@@ -78,9 +88,16 @@ def check_one(job: Job, name: str, trial: str, dtype: Dtype) -> dict[str, Any]:
     tokens = tuple(np.resize(spec.tokens, job.num_ranks).tolist())
     params = dict(spec.params)
     workload = Workload(name=trial, tokens_per_rank=tokens, generator=spec.generator, params=params, seed=7)
-    routing = make_routing(workload, model, job.topology)
-    assert routing is not None
-    return compare(job, registry.system(name), model, dtype, routing, identity_experts=spec.identity_experts)
+    routing = planned_routing(workload, model, job.topology)
+    return compare(
+        job,
+        registry.system(name),
+        model,
+        dtype,
+        routing,
+        prescribed=spec.generator != "natural",
+        identity_experts=spec.identity_experts,
+    )
 
 
 def gate_case(job: Job, system: type[System], experiment: Experiment) -> dict[str, Any]:
@@ -91,10 +108,18 @@ def gate_case(job: Job, system: type[System], experiment: Experiment) -> dict[st
         update={"hidden": max(32, math.ceil(1.5 * model.num_experts / 16) * 16), "ffn": 32, "num_layers": 1}
     )
     tokens = tuple(min(count, 16) for count in experiment.workload.tokens(job.num_ranks))
-    workload = Workload(name="gate", tokens_per_rank=tokens, generator="uniform", seed=experiment.workload.seed)
-    routing = make_routing(workload, small, job.topology)
-    assert routing is not None
-    return compare(job, system, small, experiment.dtype, routing, options=dict(experiment.options))
+    generator = "uniform" if small.takes_routing else "natural"
+    workload = Workload(name="gate", tokens_per_rank=tokens, generator=generator, seed=experiment.workload.seed)
+    routing = planned_routing(workload, small, job.topology)
+    return compare(
+        job,
+        system,
+        small,
+        experiment.dtype,
+        routing,
+        prescribed=small.takes_routing,
+        options=dict(experiment.options),
+    )
 
 
 def compare(
@@ -104,10 +129,13 @@ def compare(
     dtype: Dtype,
     routing: Routing,
     *,
+    prescribed: bool = True,
     identity_experts: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Collective: forward and backward of ``system`` against the oracle -> status, errors, tolerance, reason."""
+    """Collective: forward and backward of ``system`` against the oracle -> status, errors, tolerance, reason.
+
+    ``prescribed``: tokens are steered to take ``routing``; else the gate chooses."""
     if model.num_experts % job.num_ranks:
         return _row("refused", f"num_experts = {model.num_experts} is not divisible by {job.num_ranks} ranks")
     case = Case(
@@ -124,12 +152,12 @@ def compare(
     if reason:
         return _row("refused", reason)
     weights = Weights(model, dtype, seed=11)
-    xs, dys = draw_tokens(weights, routing)
+    xs, dys = draw_tokens(weights, routing, prescribed)
     try:
         found = _run(job, system, case, weights, xs[job.rank], dys[job.rank])
     except Exception as error:  # a system's own failure is a result; if one rank alone fails, the session times out
         return _row("failed", f"{type(error).__name__}: {error}")
-    expected = _oracle(system, case, weights, xs, dys)
+    expected = _oracle(system, case, weights, xs, dys, constant_gate=identity_experts and not found["gate_in_exchange"])
     errors = _errors(job, found, expected, routing)
     tolerance = system.tolerance(dtype)
     wrong = {name: value for name, value in errors.items() if not value <= tolerance}
@@ -137,8 +165,11 @@ def compare(
     return _row("nonconforming" if wrong else "ok", reason, errors, tolerance)
 
 
-def draw_tokens(weights: Weights, routing: Routing) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Inputs that the gate routes as ``routing`` says, and gradients of the outputs, for every rank [T_r, M].
+def draw_tokens(
+    weights: Weights, routing: Routing, prescribed: bool = True
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Inputs that the gate routes as ``routing`` says (if ``prescribed``), and gradients of the outputs, for every rank
+    [T_r, M].
 
     Drawn from a seed, so that every rank can draw all of them; values already rounded to the weights' dtype."""
     model, dtype = weights.model, TORCH_DTYPE[weights.dtype]
@@ -146,8 +177,10 @@ def draw_tokens(weights: Weights, routing: Routing) -> tuple[list[torch.Tensor],
     for rank, count in enumerate(routing.tokens):
         generator = torch.Generator().manual_seed(1000 + rank)
         z, dy = torch.randn(2, count, model.hidden, generator=generator, dtype=torch.float64)
-        ids = torch.as_tensor(routing.of_rank(rank).astype(np.int64))
-        xs.append(steer(z, weights.router.double(), ids).to(dtype))
+        if prescribed:
+            ids = torch.as_tensor(routing.of_rank(rank).astype(np.int64))
+            z = steer(z, weights.directions.double(), ids)
+        xs.append(z.to(dtype))
         dys.append(dy.to(dtype))
     return xs, dys
 
@@ -169,53 +202,56 @@ def _run(
         "y": y.detach().double().cpu(),
         "dx": grad.double().cpu(),
         "gate_in_exchange": layer.gate_in_exchange,
-        "router": None if gradients.router is None else gradients.router.double().cpu(),
+        "gate": {name: gradient.double().cpu() for name, gradient in gradients.gate.items()},
         "experts": {e: {n: g.double().cpu() for n, g in w.items()} for e, w in gradients.experts.items()},
     }
 
 
 def _oracle(
-    system: type[System], case: Case, weights: Weights, xs: list[torch.Tensor], dys: list[torch.Tensor]
+    system: type[System],
+    case: Case,
+    weights: Weights,
+    xs: list[torch.Tensor],
+    dys: list[torch.Tensor],
+    constant_gate: bool,
 ) -> dict[str, Any]:
     """The same step of the whole job, dense, in float64, on this rank alone."""
-    oracle = _cached_oracle(weights, case.identity_experts)
+    oracle = _cached_oracle(weights, case.identity_experts, case.routing.tokens)
     oracle.zero_grad()
     x = torch.cat(xs).double().requires_grad_()
-    probabilities = [(part.double() @ oracle.router).softmax(-1).detach() for part in xs]
-    kept = system.kept(case, probabilities)
-    y = oracle(x, None if kept is None else torch.cat(kept))
-    dy = torch.cat(dys).double()
-    y.backward(dy)
+    kept = None
+    if case.model.gate not in EXPERTS_CHOOSE:
+        probabilities = oracle.logits(x).softmax(-1).detach()
+        kept = system.kept(case, list(probabilities.split(case.routing.tokens)))
+    y = oracle(x, None if kept is None else torch.cat(kept), constant_gate)
+    y.backward(torch.cat(dys).double())
     assert x.grad is not None
     named = {name: parameter.grad for name, parameter in oracle.named_parameters()}
-    gates = oracle.gates((x @ oracle.router).detach(), None if kept is None else torch.cat(kept))
-    return {"y": y.detach(), "dx": x.grad, "dy": dy, "weights": named, "gate_sum": gates.sum(-1, keepdim=True)}
+    return {"y": y.detach(), "dx": x.grad, "weights": named, "gate_names": oracle.gate_names}
 
 
 @functools.lru_cache(maxsize=4)
-def _cached_oracle(weights: Weights, identity_experts: bool) -> Oracle:
-    return Oracle(weights, identity_experts)
+def _cached_oracle(weights: Weights, identity_experts: bool, tokens: tuple[int, ...]) -> Oracle:
+    return Oracle(weights, identity_experts, tokens)
 
 
 def _errors(job: Job, found: dict[str, Any], expected: dict[str, Any], routing: Routing) -> dict[str, float]:
     """Largest relative errors over all ranks: output, input_grad, weight_grad."""
     start, stop = routing.offsets[job.rank], routing.offsets[job.rank + 1]
-    errors = {"output": _relative(found["y"], expected["y"], slice(start, stop))}
+    errors = {
+        "output": _relative(found["y"], expected["y"], slice(start, stop)),
+        "input_grad": _relative(found["dx"], expected["dx"], slice(start, stop)),
+    }
     named = expected["weights"]
     if "w1" in named:
-        errors["input_grad"] = _relative(found["dx"], expected["dx"], slice(start, stop))
-        router = found["router"] if found["router"] is not None else torch.zeros_like(named["router"])
-        dist.all_reduce(router)
-        weight_errors = [_relative(router, named["router"], slice(None))]
+        weight_errors = []
+        for name in expected["gate_names"]:
+            gradient = found["gate"].get(name, torch.zeros_like(named[name]))
+            dist.all_reduce(gradient)
+            weight_errors.append(_relative(gradient, named[name], slice(None)))
         for e, gradients in found["experts"].items():
             weight_errors += [_relative(gradients[name], named[name], e) for name in gradients]
         errors["weight_grad"] = max(weight_errors)
-    else:
-        # Identity experts. With the gate taken out, its weights are constants of the exchange.
-        dx = expected["dx"]
-        if not found["gate_in_exchange"]:
-            dx = expected["gate_sum"] * expected["dy"]
-        errors["input_grad"] = _relative(found["dx"], dx, slice(start, stop))
     worst = torch.tensor(list(errors.values()), dtype=torch.float64)
     worst = torch.nan_to_num(worst, nan=math.inf)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)

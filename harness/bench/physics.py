@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from harness.layer.gates import capacity
 from harness.routing.certificate import expert_counts
-from harness.specs import Cluster, Experiment
+from harness.specs import EXPERTS_CHOOSE, Cluster, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 from harness.traffic import crossing, direction_bytes, port_load
@@ -72,7 +73,10 @@ def _budget(
 
 def expert_flops(case: Case, direction: str) -> float:
     """Operations of the busiest rank in its experts: 2 M H per token and GEMM forward, twice that backward."""
-    counts = expert_counts(case.routing).sum(0) @ (case.placement.hosts / case.placement.hosts.sum(1, keepdims=True))
+    per_expert = expert_counts(case.routing).sum(0)
+    if case.model.gate in EXPERTS_CHOOSE:
+        per_expert = np.full_like(per_expert, sum(capacity(case.model, count) for count in case.routing.tokens))
+    counts = per_expert @ (case.placement.hosts / case.placement.hosts.sum(1, keepdims=True))
     per_token = 2 * case.model.hidden * case.model.ffn * GEMMS[case.model.ffn_type]
     return float(counts.max() * per_token * {"forward": 1, "backward": 2, "total": 3}[direction])
 

@@ -25,7 +25,7 @@ from harness.layer import gates
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.placement import Placement
-from harness.routing import Routing, make_routing
+from harness.routing import Routing, planned_routing
 from harness.specs import Experiment
 from harness.system import Case, System
 from harness.topology import Topology
@@ -167,13 +167,15 @@ class LayerContender:
     def __init__(self, job: Job, system: type[System], experiment: Experiment, case: Case):
         self.job, self.system, self.experiment, self.case = job, system, experiment, case
         weights = Weights(case.model, case.dtype, seed=experiment.workload.seed)
-        self.router = weights.router.double()
         self.layer = system.build(case, job, weights)
-        x, dy = draw_inputs(case.routing, self.router, job.rank, experiment.workload.seed)
+        prescribed = experiment.workload.generator != "natural"
+        directions = weights.directions.double() if prescribed else None
+        x, dy = draw_inputs(case.routing, case.model.hidden, directions, job.rank, experiment.workload.seed)
         self.x = x.to(job.device, case.torch_dtype).requires_grad_(experiment.backward)
-        check_routing(case, weights, self.x.detach().double().cpu(), job.rank)
-        self.dy = dy.to(job.device, case.torch_dtype)
         self.oracle = Oracle(weights, identity_experts=True)
+        if prescribed:
+            check_routing(case, self.oracle, self.x.detach().double().cpu(), job.rank)
+        self.dy = dy.to(job.device, case.torch_dtype)
         self.y: torch.Tensor | None = None
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
@@ -219,8 +221,7 @@ class LayerContender:
     def _exchange_errors(self) -> dict[str, float]:
         assert self.y is not None
         x = self.x.detach().double().cpu().requires_grad_()
-        gate = self.oracle.gates(x @ self.router, self._kept(x.detach())).sum(-1, keepdim=True)  # [T, 1]
-        expected = (gate if self.layer.gate_in_exchange else gate.detach()) * x
+        expected = self.oracle(x, self._kept(x.detach()), constant_gate=not self.layer.gate_in_exchange)
         errors = {"output": relative_error(self.y, expected)}
         if self.experiment.backward:
             (dx,) = torch.autograd.grad(expected, x, self.dy.double().cpu())
@@ -233,7 +234,7 @@ class LayerContender:
         if self.case.model.capacity_factor is None:
             return None
         gathered: list[Any] = [None] * self.job.num_ranks
-        dist.all_gather_object(gathered, (x @ self.router).softmax(-1))
+        dist.all_gather_object(gathered, self.oracle.logits(x).detach().softmax(-1))
         kept = self.system.kept(self.case, gathered)
         return None if kept is None else kept[self.job.rank]
 
@@ -243,33 +244,33 @@ def make_case(
 ) -> Case:
     """The layer that ``experiment`` asks for, experts in index order. A natural routing is planned as uniform."""
     model, workload = experiment.model, experiment.workload
-    routing = make_routing(workload, model, topology, step=step, layer=layer)
-    if routing is None:
-        routing = make_routing(workload.model_copy(update={"generator": "uniform"}), model, topology)
-    assert routing is not None
     return Case(
         model,
         experiment.dtype,
         topology,
         Placement.contiguous(model.num_experts, topology.num_ranks),
-        routing,
+        planned_routing(workload, model, topology, step=step, layer=layer),
         device,
         experiment.phase == "exchange",
         dict(experiment.options),
     )
 
 
-def draw_inputs(routing: Routing, router: torch.Tensor, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x that the real gate routes as ``routing`` says, and a gradient of y; float64 [T_rank, M] each."""
+def draw_inputs(
+    routing: Routing, hidden: int, directions: torch.Tensor | None, rank: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and a gradient of y, float64 [T_rank, M] each. Given ``Weights.directions``, the real gate routes x as
+    ``routing`` says."""
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + rank)
-    z, dy = torch.randn((2, routing.tokens[rank], len(router)), generator=generator, dtype=torch.float64)
-    ids = torch.as_tensor(routing.of_rank(rank).astype(np.int64))
-    return gates.steer(z, router, ids), dy
+    z, dy = torch.randn((2, routing.tokens[rank], hidden), generator=generator, dtype=torch.float64)
+    if directions is None:
+        return z, dy
+    return gates.steer(z, directions, torch.as_tensor(routing.of_rank(rank).astype(np.int64))), dy
 
 
-def check_routing(case: Case, weights: Weights, x: torch.Tensor, rank: int) -> None:
+def check_routing(case: Case, oracle: Oracle, x: torch.Tensor, rank: int) -> None:
     """The gate must choose what the certificate will state: an error if it does not, for any token of this rank."""
-    chosen, _ = gates.route(case.model, x @ weights.router.double(), weights.bias.double())
+    chosen, _ = gates.route(case.model, oracle.logits(x).detach(), oracle.bias)
     wanted = torch.as_tensor(case.routing.of_rank(rank).astype(np.int64))
     different = int((chosen.sort(-1).values != wanted.sort(-1).values).any(-1).sum())
     if different:

@@ -193,7 +193,10 @@ def _check_case(experiment: Experiment, here: str) -> None:
             raise bad(
                 "cluster", experiment.cluster.name, "is a published set-up to be simulated; run on local or emulated"
             )
-        if workload.generator == "natural" and experiment.phase != "train_step":
+        may_choose = experiment.phase == "train_step" or (
+            experiment.phase == "layer" and not experiment.model.takes_routing
+        )
+        if workload.generator == "natural" and not may_choose:
             raise bad("workload", workload.name, f"has no prescribed routing; phase {experiment.phase} needs one")
         if workload.generator not in KNOWN_GENERATORS:
             raise bad(

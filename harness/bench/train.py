@@ -26,9 +26,9 @@ from harness.layer.gpt import GPT
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.placement import Placement
-from harness.routing import Routing, make_routing
+from harness.routing import Routing, make_routing, planned_routing
 from harness.routing.corpus import python_corpus
-from harness.specs import Dtype, Experiment, Model
+from harness.specs import EXPERTS_CHOOSE, Dtype, Experiment, Model
 from harness.system import Case, MoELayer, System
 from harness.topology import Topology
 
@@ -42,17 +42,18 @@ LOSS_TOLERANCE: dict[Dtype, float] = {"float64": 1e-7, "float32": 2e-5, "bfloat1
 class Steered(nn.Module):
     """``layer`` behind a prescribed routing: ``ids`` of the current step, or None to let the gate choose."""
 
-    def __init__(self, layer: nn.Module, router: torch.Tensor):
+    def __init__(self, layer: nn.Module, directions: torch.Tensor | None):
         super().__init__()
         self.layer = layer
-        self.router: torch.Tensor
-        self.register_buffer("router", router)  # [M, E], float32 or float64
+        self.directions: torch.Tensor | None
+        self.register_buffer("directions", directions)  # ``Weights.directions`` in float32 or float64; None: natural
         self.ids: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, M] -> y [T, M]."""
         if self.ids is not None:
-            x = gates.steer(x.to(self.router.dtype), self.router, self.ids).to(x.dtype)
+            assert self.directions is not None
+            x = gates.steer(x.to(self.directions.dtype), self.directions, self.ids).to(x.dtype)
         return self.layer(x)
 
 
@@ -61,12 +62,12 @@ class OracleLayer(nn.Module):
 
     def __init__(self, weights: Weights, system: type[System], case: Case):
         super().__init__()
-        self.oracle, self.system, self.case = Oracle(weights), system, case
+        self.oracle, self.system, self.case = Oracle(weights, tokens=case.routing.tokens), system, case
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kept = None
-        if self.case.model.capacity_factor is not None:
-            probabilities = (x @ self.oracle.router).softmax(-1).detach()
+        if self.case.model.capacity_factor is not None and self.case.model.gate not in EXPERTS_CHOOSE:
+            probabilities = self.oracle.logits(x).softmax(-1).detach()
             kept = self.system.kept(self.case, list(probabilities.split(list(self.case.routing.tokens))))
         return self.oracle(x, None if kept is None else torch.cat(kept))
 
@@ -92,7 +93,8 @@ class Training:
 
         def make(layer: int) -> nn.Module:
             weights = Weights(model, experiment.dtype, seed=seed, layer=layer)
-            return Steered(moe(layer, weights), weights.router.to(device, steer_dtype))
+            directions = weights.directions.to(device, steer_dtype) if self.prescribed else None
+            return Steered(moe(layer, weights), directions)
 
         self.gpt = GPT(model, make, seed=seed, dtype=dtype, device=device)
         # Drawn in the experiment's format, so that the oracle starts from the same numbers.
@@ -110,13 +112,18 @@ class Training:
             if isinstance(steered.layer, MoELayer):
                 yield from steered.layer.shared_parameters()
             elif isinstance(steered.layer, OracleLayer):
-                yield steered.layer.oracle.router
+                yield from (getattr(steered.layer.oracle, name) for name in steered.layer.oracle.gate_names)
 
     def prepare(self, step: int) -> torch.Tensor:
         """Untimed: clear gradients, set the step's routing -> tokens int64 [B, L + 1] of this copy's ranks."""
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.routers():
             parameter.grad = None
+        for steered in self.steered:
+            if isinstance(steered.layer, MoELayer):
+                steered.layer.step = step
+            elif isinstance(steered.layer, OracleLayer):
+                steered.layer.oracle.step = step
         if self.prescribed:
             for layer, steered in enumerate(self.steered):
                 routing = make_routing(
@@ -249,10 +256,7 @@ def oracle_losses(experiment: Experiment, system: type[System], topology: Topolo
 def training_case(experiment: Experiment, topology: Topology, device: str, layer: int) -> Case:
     """MoE layer ``layer`` of the GPT; a natural routing is planned as a uniform one."""
     model, workload = experiment.model, experiment.workload
-    routing = make_routing(workload, model, topology, layer=layer)
-    if routing is None:
-        routing = make_routing(workload.model_copy(update={"generator": "uniform"}), model, topology, layer=layer)
-    assert routing is not None
+    routing = planned_routing(workload, model, topology, layer=layer)
     placement = Placement.contiguous(model.num_experts, topology.num_ranks)
     return Case(model, experiment.dtype, topology, placement, routing, device, False, dict(experiment.options))
 

@@ -1,26 +1,85 @@
-"""Gates: from logits to (expert ids, weights), which assignments a capacity drops, and inputs with a given routing.
+"""Gates: from tokens to (expert ids, weights), which assignments a capacity drops, and inputs with a given routing.
 
-- ``gshard`` (GShard top-k without noise): softmax over all E, the k largest, renormalised over them when k > 1.
+Tokens choose their experts:
+
+- ``gshard`` (GShard top-k): softmax over all E, the k largest, renormalised over them when k > 1. With ``gate_noise``
+  the logits are (x W_g) + N(0, 1) * softplus(x W_noise).
 - ``softmax_topk`` (Mixtral): the k largest logits, softmax over these.
 - ``sigmoid`` (DeepSeek-V3): scores sigmoid(logits); selection by score + bias, limited to ``topk_groups`` of
   ``num_groups`` expert groups ranked by the sum of their two best biased scores; weights are the chosen unbiased
-  scores, normalised to 1, times ``routed_scale``.
+  scores, normalised to 1, times ``routed_scale``. With neither bias nor normalisation it is the sigmoid gate of BASE
+  and StableMoE.
+- ``xmoe`` (X-MoE): logits cos(x W_proj, W_g column) / temperature, then as gshard. The temperature is fixed at 0.3;
+  X-MoE learns it.
+
+Experts choose, on each rank among its own T tokens; with C = ceil(f k T / E) an expert's load is the same from every
+rank:
+
+- ``expert_choice`` (Zhou et al., 2022): softmax over the experts, each takes the C tokens where its share is largest,
+  weighted by that share, not renormalised. FSMoE prints a softmax over the chosen tokens instead.
+- ``softmoe`` (Soft MoE): each of C slots per expert is a mean of all tokens, weighted by a softmax of x W_g over the
+  tokens; a token is a mean of all slots' outputs, weighted by the softmax over the slots. Without that paper's
+  normalisation of x and W_g.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from harness.errors import bad
+from harness.layer.weights import capacity
 from harness.specs import Model
+
+XMOE_TEMPERATURE = 0.3
+Parameters = Mapping[str, torch.Tensor] | nn.ParameterDict  # by the names of ``Weights.gate``
+
+
+class Gated(NamedTuple):
+    """What a gate hands to an exchange: of each row that travels its experts and their weights.
+
+    The rows are the T tokens, except in softmoe: there they are E C slots, made as ``mix`` @ x, and ``unmix`` @ their
+    outputs is y."""
+
+    ids: torch.Tensor  # int64 [rows, k]
+    weights: torch.Tensor  # [rows, k]
+    kept: torch.Tensor | None = None  # bool [rows, k]; None: nothing is left out
+    mix: torch.Tensor | None = None  # [rows, T]
+    unmix: torch.Tensor | None = None  # [T, rows]
+
+
+def choose(
+    model: Model,
+    x: torch.Tensor,
+    parameters: Parameters,
+    bias: torch.Tensor | None = None,
+    normal: torch.Tensor | None = None,
+) -> Gated:
+    """The whole gate on one rank: x [T, M] and ``parameters`` (``Weights.gate``), all in the gate's format; ``bias``
+    [E] of the sigmoid gate, ``normal`` N(0, 1) [T, E] of the noisy one."""
+    if model.gate == "softmoe":
+        return _soft(model, x, parameters["router"])
+    return Gated(*gate(model, logits(model, x, parameters, normal), bias))
+
+
+def logits(model: Model, x: torch.Tensor, parameters: Parameters, normal: torch.Tensor | None = None) -> torch.Tensor:
+    """What tokens and experts are compared by, [T, E]; arguments as ``choose`` has them."""
+    if model.gate == "xmoe":
+        projected = F.normalize(x @ parameters["proj"], dim=-1)
+        return projected @ F.normalize(parameters["router"], dim=0) / XMOE_TEMPERATURE
+    clean = x @ parameters["router"]
+    return clean if normal is None else clean + normal.to(clean) * F.softplus(x @ parameters["noise"])
 
 
 def route(model: Model, logits: torch.Tensor, bias: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [T, E] (and bias [E] for ``sigmoid``) -> ids int64 [T, k] best first, weights [T, k]."""
+    """Tokens choose: logits [T, E] (and bias [E] for ``sigmoid``) -> ids int64 [T, k] best first, weights [T, k]."""
     k = model.top_k
-    if model.gate == "gshard":
+    if model.gate in ("gshard", "xmoe"):
         weights, ids = logits.softmax(-1).topk(k, dim=-1)
         if k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -28,8 +87,9 @@ def route(model: Model, logits: torch.Tensor, bias: torch.Tensor | None = None) 
     if model.gate == "softmax_topk":
         chosen, ids = logits.topk(k, dim=-1)
         return ids, chosen.softmax(-1)
+    assert model.gate == "sigmoid", model.gate
     scores = logits.sigmoid()
-    biased = (scores if bias is None else scores + bias).detach()
+    biased = (scores + bias if model.selection_bias and bias is not None else scores).detach()
     if model.topk_groups is not None and model.topk_groups < model.num_groups:
         grouped = biased.unflatten(-1, (model.num_groups, -1))  # [T, groups, E / groups]
         strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
@@ -38,13 +98,9 @@ def route(model: Model, logits: torch.Tensor, bias: torch.Tensor | None = None) 
         biased = grouped.masked_fill(~kept.unsqueeze(-1), -math.inf).flatten(-2)
     ids = biased.topk(k, dim=-1).indices
     weights = scores.gather(-1, ids)
-    return ids, weights / weights.sum(-1, keepdim=True) * model.routed_scale
-
-
-def capacity(model: Model, num_tokens: int) -> int:
-    """Assignments that one expert takes from one rank's ``num_tokens`` tokens: ceil(f k T / E)."""
-    assert model.capacity_factor is not None
-    return math.ceil(model.capacity_factor * model.top_k * num_tokens / model.num_experts)
+    if model.normalise_weights:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return ids, weights * model.routed_scale
 
 
 def drop(model: Model, ids: torch.Tensor, weights: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -68,35 +124,54 @@ def drop(model: Model, ids: torch.Tensor, weights: torch.Tensor, probabilities: 
 def gate(
     model: Model, logits: torch.Tensor, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """``route`` and, with a capacity factor, ``drop``: ids, weights, kept (None: nothing dropped).
+    """Every gate but softmoe: logits [T, E] -> ids, weights, kept (None: nothing left out), each [T, k].
 
-    Weights of dropped assignments are 0 and the others renormalised as before the drop (DeepSpeed's rule).
+    Tokens choose: ``route`` and, with a capacity factor, ``drop``. Weights of dropped assignments are 0 and the others
+    renormalised as before the drop (DeepSpeed's rule). Experts choose: as if k were E, and all but the choices dropped.
     """
+    if model.gate == "expert_choice":
+        return _expert_choice(model, logits)
     ids, weights = route(model, logits, bias)
     if model.capacity_factor is None:
         return ids, weights, None
     kept = drop(model, ids, weights, logits.softmax(-1))
     weights = weights * kept
-    if model.top_k > 1:
+    if model.top_k > 1 and model.normalise_weights:
         total = model.routed_scale if model.gate == "sigmoid" else 1.0
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps) * total
     return ids, weights, kept
 
 
-def steer(z: torch.Tensor, router: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Move z by the smallest amount so that the real gate, x @ router, chooses ``ids`` in that order.
+def _expert_choice(model: Model, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_tokens, num_experts = logits.shape
+    shares = logits.softmax(-1)
+    chosen = shares.topk(min(capacity(model, num_tokens), num_tokens), dim=0).indices  # [C, E]
+    kept = torch.zeros_like(shares, dtype=torch.bool).scatter(0, chosen, True)
+    ids = torch.arange(num_experts, device=logits.device).expand(num_tokens, num_experts)
+    return ids.contiguous(), shares * kept, kept
 
-    z [T, M] (float64 or float32), router [M, E], ids [T, k] best first -> x [T, M], differentiable in z.
-    Chosen logits run from 3 down to just above 2, the others stay within -2 +- 0.5: margins that bfloat16 keeps.
-    So a real package's own gate takes a prescribed routing without being touched.
+
+def _soft(model: Model, x: torch.Tensor, router: torch.Tensor) -> Gated:
+    num_slots = capacity(model, len(x))
+    affinity = x @ router[..., :num_slots].flatten(1)  # [T, E C]
+    ids = torch.arange(model.num_experts, device=x.device).repeat_interleave(num_slots).unsqueeze(1)
+    return Gated(ids, x.new_ones(ids.shape), None, affinity.softmax(0).T, affinity.softmax(1))
+
+
+def steer(z: torch.Tensor, directions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Move z by the smallest amount so that the real gate, by x @ directions, chooses ``ids`` in that order.
+
+    z [T, M] (float64 or float32), ``Weights.directions`` [M, E], ids [T, k] best first -> x [T, M], differentiable in
+    z. Of x @ directions the chosen run from 3 down to just above 2, the others stay within -2 +- 0.5: margins that
+    bfloat16 keeps. So a real package's own gate takes a prescribed routing without being touched.
     """
-    hidden, num_experts = router.shape
+    hidden, num_experts = directions.shape
     if hidden < num_experts:
         raise bad("model.hidden", hidden, f"must be at least num_experts = {num_experts} to prescribe a routing")
-    router = router.detach().to(z.dtype)
+    directions = directions.detach().to(z.dtype)
     k = ids.shape[1]
-    logits = z @ router
-    target = -2 + 0.5 * torch.tanh(logits)
+    found = z @ directions
+    target = -2 + 0.5 * torch.tanh(found)
     chosen = 3 - torch.arange(k, device=z.device, dtype=z.dtype) / k
     target = target.scatter(-1, ids.to(z.device, torch.int64), chosen.expand(len(z), k))
-    return z + (target - logits) @ torch.linalg.pinv(router)
+    return z + (target - found) @ torch.linalg.pinv(directions)

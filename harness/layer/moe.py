@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,9 +13,11 @@ from harness.comm.job import Job
 from harness.comm.rows import accumulator
 from harness.layer import gates
 from harness.layer.experts import Experts, IdentityExperts
+from harness.layer.gates import Gated
 from harness.layer.oracle import keep_strongest
 from harness.layer.weights import Weights
-from harness.specs import Dtype
+from harness.routing.types import Routing
+from harness.specs import EXPERTS_CHOOSE, Dtype
 from harness.system import Case, Gradients, MoELayer, System
 
 
@@ -26,45 +28,57 @@ class NativeLayer(MoELayer):
 
     def __init__(self, case: Case, exchange: Exchange, weights: Weights, rank: int):
         super().__init__()
-        self.model = case.model
+        self.model, self.weights, self.rank = case.model, weights, rank
         self.exchange_ = exchange
         # The gate computes in the accumulator's format, as Megatron, Tutel and DeepSpeed can: top-k needs the digits.
-        self.router = nn.Parameter(weights.router.to(case.device, accumulator(case.torch_dtype)))
+        self.gate_dtype = accumulator(case.torch_dtype)
+        parameters = weights.gate(max(case.routing.tokens)).items()
+        self.gate = nn.ParameterDict({name: value.to(case.device, self.gate_dtype) for name, value in parameters})
         self.bias: torch.Tensor
-        self.register_buffer("bias", weights.bias.to(self.router.detach()))
+        self.register_buffer("bias", weights.bias.to(case.device, self.gate_dtype))
         if case.identity_experts:
             self.experts: Experts | IdentityExperts = IdentityExperts()
         else:
             self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ids, weights, kept = self._gate(x)
-        return self._exchange(x, ids, weights, kept)
+        return self._exchange(x, self._gate(x))
 
-    def prepare(self, x: torch.Tensor) -> Any:
+    def prepare(self, x: torch.Tensor) -> Gated:
         with torch.no_grad():
-            ids, weights, kept = self._gate(x)
-        return ids, weights.requires_grad_(), kept
+            gated = self._gate(x)
+        gated.weights.requires_grad_()
+        return gated
 
-    def exchange(self, x: torch.Tensor, state: Any) -> torch.Tensor:
-        return self._exchange(x, *state)
+    def exchange(self, x: torch.Tensor, state: Gated) -> torch.Tensor:
+        return self._exchange(x, state)
 
-    def _gate(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return gates.gate(self.model, x.to(self.router.dtype) @ self.router, self.bias)
+    def _gate(self, x: torch.Tensor) -> Gated:
+        normal = None
+        if self.model.gate_noise:
+            normal = self.weights.normal_noise(self.step, self.rank, len(x)).to(x.device)
+        return gates.choose(self.model, x.to(self.gate_dtype), self.gate, self.bias, normal)
 
-    def _exchange(
+    def _exchange(self, x: torch.Tensor, gated: Gated) -> torch.Tensor:
+        rows = x if gated.mix is None else (gated.mix @ x.to(gated.mix.dtype)).to(x.dtype)
+        rows = self._travel(rows, gated.ids, gated.weights, gated.kept)
+        return rows if gated.unmix is None else (gated.unmix @ rows.to(gated.unmix.dtype)).to(x.dtype)
+
+    def _travel(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
     ) -> torch.Tensor:
+        """To the experts and back: x [rows, M] -> weighted sums of the experts' outputs [rows, M]."""
         plan = self.exchange_.plan(ids, weights, kept)
         rows = self.exchange_.dispatch(x, plan)
         rows = self.experts(rows, plan.counts)
         return self.exchange_.combine(rows, plan)
 
     def gradients(self) -> Gradients:
-        return Gradients(self.router.grad, self.experts.gradients())
+        gate = {name: parameter.grad for name, parameter in self.gate.items() if parameter.grad is not None}
+        return Gradients(gate, self.experts.gradients())
 
     def shared_parameters(self) -> list[nn.Parameter]:
-        return [self.router]
+        return list(self.gate.values())
 
 
 class NativeSystem(System):
@@ -87,7 +101,19 @@ class NativeSystem(System):
         return NativeLayer(case, cls.exchange(case, job), weights, job.rank)
 
     @classmethod
+    def planned_routing(cls, case: Case) -> Routing | None:
+        """The routing that the exchange is given, for planning its bytes; None where the gate alone knows it."""
+        model, tokens = case.model, case.routing.tokens
+        if model.gate == "softmoe":  # C slots of every rank for every expert
+            num_slots = [gates.capacity(model, count) for count in tokens]
+            ids = [np.repeat(np.arange(model.num_experts, dtype=np.int32), count)[:, None] for count in num_slots]
+            return Routing(np.concatenate(ids), tuple(map(len, ids)), model.num_experts)
+        if model.capacity_factor is not None or not model.takes_routing:
+            return None
+        return case.routing
+
+    @classmethod
     def kept(cls, case: Case, probabilities: list[torch.Tensor]) -> list[torch.Tensor] | None:
-        if case.model.capacity_factor is None:
+        if case.model.capacity_factor is None or case.model.gate in EXPERTS_CHOOSE:
             return None
         return [keep_strongest(case.model, p) for p in probabilities]

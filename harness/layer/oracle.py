@@ -16,17 +16,29 @@ from harness.specs import Model
 
 
 class Oracle(nn.Module):
-    """One MoE layer in float64; parameters ``router`` [M, E], ``w1`` [E, M, H], ``w2`` [E, H, M], ``w3`` [E, M, H]."""
+    """One MoE layer in float64; parameters ``router`` [M, E], ``w1`` [E, M, H], ``w2`` [E, H, M], ``w3`` [E, M, H], and
+    what ``Weights.gate`` has beside the router.
 
-    def __init__(self, weights: Weights, identity_experts: bool = False):
+    ``tokens``: of each rank, summing to T. They matter where experts choose (each rank by itself) and for noise
+    (another at every ``step``); None: all tokens are one rank's."""
+
+    def __init__(self, weights: Weights, identity_experts: bool = False, tokens: tuple[int, ...] | None = None):
         super().__init__()
-        self.model: Model = weights.model
+        self.weights, self.model, self.tokens = weights, weights.model, tokens
         self.identity_experts = identity_experts
-        self.router = nn.Parameter(weights.router.double())
+        self.step = 0
         self.bias: torch.Tensor
+        self.router: torch.Tensor
         self.w1: torch.Tensor
         self.w2: torch.Tensor
         self.w3: torch.Tensor
+        self.proj: torch.Tensor
+        self.noise: torch.Tensor
+        #: what of the parameters is the gate's, replicated on every rank
+        self.gate_names: list[str] = []
+        for name, value in weights.gate(max(tokens) if tokens else 1).items():
+            self.register_parameter(name, nn.Parameter(value.double()))
+            self.gate_names.append(name)
         self.register_buffer("bias", weights.bias.double())
         if not identity_experts:
             experts = [weights.expert(e) for e in range(self.model.num_experts)]
@@ -34,31 +46,53 @@ class Oracle(nn.Module):
                 stacked = torch.stack([expert[name] for expert in experts]).double()
                 self.register_parameter(name, nn.Parameter(stacked))
 
-    def forward(self, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """x float64 [T, M] -> y [T, M]. ``kept`` bool [T, E]: assignments that a capacity left."""
-        gates = self.gates(x @ self.router, kept)  # [T, E]
+    def forward(self, x: torch.Tensor, kept: torch.Tensor | None = None, constant_gate: bool = False) -> torch.Tensor:
+        """x float64 [T, M] -> y [T, M]. ``kept`` bool [T, E]: assignments that a capacity left. ``constant_gate``: no
+        gradient through the gate."""
+        seen = x.detach() if constant_gate else x  # by the gate
+        if self.model.gate == "softmoe":
+            sizes = self._tokens_of_ranks(x)
+            return torch.cat([self._soft(*part) for part in zip(x.split(sizes), seen.split(sizes), strict=True)])
+        gates = self.gates(self.logits(seen), kept)  # [T, E]
         if self.identity_experts:
             return gates.sum(-1, keepdim=True) * x
         return torch.einsum("te,etm->tm", gates, self._experts(x))
 
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """What the gate compares tokens and experts by, [T, E]."""
+        if self.model.gate == "xmoe":
+            inner = torch.einsum("tm,md,de->te", x, self.proj, self.router)
+            lengths = (x @ self.proj).square().sum(1).sqrt()[:, None] * self.router.square().sum(0).sqrt()
+            return inner / lengths / 0.3
+        logits = x @ self.router
+        if self.model.gate_noise:
+            sizes = enumerate(self._tokens_of_ranks(x))
+            normal = torch.cat([self.weights.normal_noise(self.step, rank, size) for rank, size in sizes])
+            logits = logits + normal.to(x.device) * torch.log1p((x @ self.noise).exp())
+        return logits
+
     def gates(self, logits: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
         """Dense gate matrix [T, E]: zero outside the chosen experts."""
         model = self.model
+        if model.gate == "expert_choice":
+            parts = logits.softmax(-1).split(self._tokens_of_ranks(logits))
+            return torch.cat([p * _is_among_largest(p.t(), self._num_slots(len(p))).t() for p in parts])
         scores = logits.sigmoid() if model.gate == "sigmoid" else logits.softmax(-1)
         chosen = self._chosen(scores)
         if kept is not None:
             chosen = chosen & kept
         gates = torch.where(chosen, scores, torch.zeros_like(scores))
-        if model.gate == "gshard" and model.top_k == 1:
-            return gates
         scale = model.routed_scale if model.gate == "sigmoid" else 1.0
+        if (model.gate in ("gshard", "xmoe") and model.top_k == 1) or not model.normalise_weights:
+            return scale * gates
         total = gates.sum(-1, keepdim=True)
         return scale * gates / torch.where(total > 0, total, torch.ones_like(total))
 
     def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
         model = self.model
         if model.gate == "sigmoid":
-            scores = scores + self.bias
+            if model.selection_bias:
+                scores = scores + self.bias
             if model.topk_groups is not None:
                 groups = scores.unflatten(-1, (model.num_groups, -1)).sort(-1, descending=True).values
                 best_two = groups[..., :2].sum(-1)
@@ -67,14 +101,26 @@ class Oracle(nn.Module):
                 scores = torch.where(allowed, scores, torch.full_like(scores, -torch.inf))
         return _is_among_largest(scores, model.top_k)
 
+    def _soft(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Soft MoE of one rank's tokens: every slot a mean of tokens, every token a mean of slots."""
+        affinity = torch.einsum("tm,mec->tec", seen, self.router[..., : self._num_slots(len(x))])
+        exp = affinity.exp()
+        slots = torch.einsum("tec,tm->ecm", exp / exp.sum(0), x)
+        outputs = slots if self.identity_experts else self._experts(slots)
+        return torch.einsum("tec,ecm->tm", exp / exp.sum((1, 2), keepdim=True), outputs)
+
     def _experts(self, x: torch.Tensor) -> torch.Tensor:
-        """f_e(x_t) for every expert and token, [E, T, M]."""
-        h = torch.einsum("tm,emh->eth", x, self.w1)
-        if self.model.ffn_type == "swiglu":
-            h = F.silu(h) * torch.einsum("tm,emh->eth", x, self.w3)
-        else:
-            h = F.gelu(h)
-        return torch.einsum("eth,ehm->etm", h, self.w2)
+        """f_e(x) for every expert: x [T, M], or [E, C, M] with each expert's own -> [E, T or C, M]."""
+        h = x @ self.w1
+        h = F.silu(h) * (x @ self.w3) if self.model.ffn_type == "swiglu" else F.gelu(h)
+        return h @ self.w2
+
+    def _num_slots(self, num_tokens: int) -> int:
+        model = self.model
+        return math.ceil((model.capacity_factor or 1.0) * model.top_k * num_tokens / model.num_experts)
+
+    def _tokens_of_ranks(self, x: torch.Tensor) -> list[int]:
+        return [len(x)] if self.tokens is None else list(self.tokens)
 
 
 def _is_among_largest(values: torch.Tensor, count: int) -> torch.Tensor:

@@ -8,10 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 
 from harness.dtypes import TORCH_DTYPE
 from harness.specs import Dtype, Model
+
+# Streams of the generators: 0 and 1 the router and its bias, 3 e + 2 and on expert e, and above all experts these.
+_PROJECTION, _NOISE, _SLOTS = 900_000, 900_001, 900_002
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +34,50 @@ class Weights:
 
     @property
     def router(self) -> torch.Tensor:
-        """W_g [M, E]."""
-        return self._draw(0, (self.model.hidden, self.model.num_experts), 1 / math.sqrt(self.model.hidden))
+        """W_g [M, E]; of xmoe [d, E]."""
+        rows = self.model.projection_dim if self.model.gate == "xmoe" else self.model.hidden
+        return self._draw(0, (rows, self.model.num_experts), 1 / math.sqrt(rows))
+
+    @property
+    def _projection(self) -> torch.Tensor:
+        """W_proj of xmoe [M, d]."""
+        return self._draw(_PROJECTION, (self.model.hidden, self.model.projection_dim), 1 / math.sqrt(self.model.hidden))
 
     @property
     def bias(self) -> torch.Tensor:
         """Selection bias of the sigmoid gate [E] (DeepSeek-V3's e_score_correction_bias); small, never in weights."""
         return self._draw(1, (self.model.num_experts,), 0.01)
+
+    def gate(self, max_tokens: int) -> dict[str, torch.Tensor]:
+        """The gate's trainable parameters by name. ``max_tokens``: of the rank with the most tokens.
+
+        ``router`` [M, E]; with noise also ``noise`` [M, E]; of xmoe ``proj`` [M, d] and ``router`` [d, E]; of softmoe
+        ``router`` [M, E, C], a column for each of the C slots of an expert: a rank of fewer tokens uses the first.
+        """
+        model = self.model
+        shape, scale = (model.hidden, model.num_experts), 1 / math.sqrt(model.hidden)
+        if model.gate == "softmoe":
+            num_slots = max(1, capacity(model, max_tokens))
+            return {"router": torch.stack([self._draw(_SLOTS + s, shape, scale) for s in range(num_slots)], -1)}
+        parameters = {"router": self.router}
+        if model.gate == "xmoe":
+            parameters["proj"] = self._projection
+        if model.gate_noise:
+            parameters["noise"] = self._draw(_NOISE, shape, scale)
+        return parameters
+
+    @property
+    def directions(self) -> torch.Tensor:
+        """[M, E]: the order of a row of x @ directions is the order in which the gate prefers experts."""
+        if self.model.gate != "xmoe":
+            return self.router
+        router = self.router.double()
+        return self._projection.double() @ (router / router.norm(dim=0))
+
+    def normal_noise(self, step: int, rank: int, num_tokens: int) -> torch.Tensor:
+        """N(0, 1) of the noisy gate for the tokens of one rank at one step, float64 [T_rank, E]."""
+        rng = np.random.default_rng([_NOISE, self.seed, self.layer, step, rank])
+        return torch.from_numpy(rng.standard_normal((num_tokens, self.model.num_experts)))
 
     def expert(self, index: int) -> dict[str, torch.Tensor]:
         """w1 [M, H], w2 [H, M]; for swiglu w1 is the gate projection and w3 [M, H] the up projection."""
@@ -48,3 +89,9 @@ class Weights:
         if self.model.ffn_type == "swiglu":
             weights["w3"] = self._draw(3 * index + 4, (m, h), 1 / math.sqrt(m))
         return weights
+
+
+def capacity(model: Model, num_tokens: int) -> int:
+    """Assignments that one expert takes from one rank's ``num_tokens`` tokens: ceil(f k T / E); f is 1 where the
+    model has none (gates in which experts choose need one)."""
+    return math.ceil((model.capacity_factor or 1.0) * model.top_k * num_tokens / model.num_experts)

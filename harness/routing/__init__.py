@@ -28,12 +28,20 @@ def make_routing(
     last), whatever ``step`` is, and the first tokens of the trace in order, rank after rank. A model whose gate limits
     a token's expert groups gets the nearest routing within them.
 
-    Errors (``UserError``): unknown generator, unknown or impossible params, a trace that does not fit.
+    Errors (``UserError``): a gate that takes no prescribed routing (``Model.takes_routing``), unknown generator,
+    unknown or impossible params, a trace that does not fit.
     """
     if workload.generator == "natural":
         if workload.params:
             raise bad(f"workload {workload.name} (natural).params", workload.params, "natural routing has no params")
         return None
+    if not model.takes_routing:
+        field, remedy = "gate", "takes no prescribed routing; use a natural workload"
+        if model.gate == "xmoe":
+            field, remedy = "gate_dim", f"must be at least num_experts = {model.num_experts} to prescribe a routing"
+        elif model.gate_noise:
+            field = "gate_noise"
+        raise bad(f"model {model.name}.{field}", getattr(model, field), remedy)
     if workload.generator == "trace":
         from harness.routing.trace import from_trace  # pyarrow only where a trace is read
 
@@ -48,4 +56,14 @@ def make_routing(
     return Routing(ids, workload.tokens(topology.num_ranks), model.num_experts)
 
 
-__all__ = ["KNOWN_GENERATORS", "Certificate", "Routing", "certify", "make_routing"]
+def planned_routing(workload: Workload, model: Model, topology: Topology, *, step: int = 0, layer: int = 0) -> Routing:
+    """What a case is planned with: ``make_routing``'s, or a uniform one in the place of a natural one."""
+    routing = make_routing(workload, model, topology, step=step, layer=layer)
+    if routing is not None:
+        return routing
+    uniform = workload.model_copy(update={"generator": "uniform"})
+    ids = within_groups(generate(uniform, model, topology, step, layer), model, np.random.default_rng(workload.seed))
+    return Routing(ids, workload.tokens(topology.num_ranks), model.num_experts)
+
+
+__all__ = ["KNOWN_GENERATORS", "Certificate", "Routing", "certify", "make_routing", "planned_routing"]

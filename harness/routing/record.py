@@ -22,7 +22,7 @@ from harness.layer.weights import Weights
 from harness.routing.corpus import Corpus, python_corpus
 from harness.routing.trace import Header, Recorded, check_writable, write_trace
 from harness.routing.types import Routing
-from harness.specs import Model
+from harness.specs import EXPERTS_CHOOSE, Model
 
 WARMUP_STEPS = 40
 EVALUATION_WINDOWS = 32  # sequences of one forward pass over the recorded tokens
@@ -35,7 +35,7 @@ class LocalMoE(nn.Module):
         super().__init__()
         weights = Weights(model, "float32", seed, layer)
         self.model = model
-        self.router = nn.Parameter(weights.router)
+        self.gate = nn.ParameterDict(weights.gate(1))
         self.bias: torch.Tensor
         self.register_buffer("bias", weights.bias)
         self.experts = Experts(weights, range(model.num_experts))
@@ -46,7 +46,7 @@ class LocalMoE(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, M] -> [T, M]."""
         top_k, num_experts = self.model.top_k, self.model.num_experts
-        logits = x @ self.router
+        logits = gates.logits(self.model, x, self.gate)
         ids, weights = gates.route(self.model, logits, self.bias)
         order = ids.flatten().argsort(stable=True)  # assignments by expert
         counts = torch.bincount(ids.flatten(), minlength=num_experts)
@@ -119,6 +119,10 @@ def record(
     steps = tuple(default_steps(num_steps)) if steps is None else tuple(sorted(set(steps)))
     if not steps or steps[0] < 0 or steps[-1] > num_steps:
         raise bad("record.steps", list(steps), f"must lie in 0..{num_steps} and not be empty")
+    if model.gate in EXPERTS_CHOOSE:
+        raise bad("model.gate", model.gate, "has no k experts per token to record; use a gate in which tokens choose")
+    if model.gate_noise:
+        raise bad("model.gate_noise", True, "a routing with noise is not the model's; record without it")
     if model.vocab < 256:
         raise bad("model.vocab", model.vocab, "must be at least 256: the text is read as bytes")
     if num_tokens < model.seq or num_tokens % model.seq:

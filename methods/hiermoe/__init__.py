@@ -33,10 +33,11 @@ class HierMoEHD2(NativeSystem):
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
-        if case.model.capacity_factor is not None:
-            return None  # which rows are dropped is known to the gate alone
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
         return hier_bytes(
-            case.routing,
+            routing,
             case.placement,
             case.topology,
             row_bytes=case.model.hidden * DTYPE_BYTES[case.dtype],

@@ -23,7 +23,7 @@ class EmptyLayer(MoELayer):
         return x.view_as(x)
 
     def gradients(self) -> Gradients:
-        return Gradients(None, {})
+        return Gradients({}, {})
 
     def shared_parameters(self) -> list[torch.nn.Parameter]:
         return []
