@@ -71,24 +71,23 @@ def test_never_worse_than_step_one_with_the_rest_in_its_own_layer(testbed: str, 
     assert max(gains) > 1.001
 
 
-def test_near_the_best_of_all_splits() -> None:
-    """Three layers with room, every split of it in sixty-fourths: evolution is within 0.2 percent, and gains by it."""
-    gained = 0
-    for seed in range(4):
-        costs, reduce, gradient, dense_s = model("fsmoe-b", 4, seed, times=6)
+@pytest.mark.parametrize("testbed", ["fsmoe-a", "fsmoe-b"])
+def test_near_the_best_of_all_splits(testbed: str) -> None:
+    """Four layers with room, every split of it in sixteenths: evolution comes as near as 1e-4, and gains by it."""
+    steps = np.linspace(0, 1, 17)
+    shares = np.array([(0.0, *rest) for rest in itertools.product(steps, repeat=4)]).T  # [n, S]
+    gains = []
+    for seed in (0, 1, 3):
+        costs, reduce, gradient, dense_s = model(testbed, 5, seed, times=2)
         moe, dense, room = step_one(costs, reduce, gradient, dense_s)
-        steps = np.linspace(0, 1, 65)
-        shares = np.array([(0.0, *rest) for rest in itertools.product(steps, repeat=3)]).T  # [n, S]
-        extra = within_room(shares * room[-1], room)
-        slices = moe[:, None] + extra
+        slices = moe[:, None] + within_room(shares * room[-1], room)
         link, olp = (table[:, :, None] for table in degree_terms(costs))
-        every = (link + np.maximum(olp, reduce.time_s(slices))).min(axis=0).sum(axis=0)
-        best = float((every + reduce.time_s(gradient.sum() - dense.sum() - slices.sum(axis=0))).min())
+        moe_s = (link + np.maximum(olp, reduce.time_s(slices))).min(axis=0).sum(axis=0)
+        best = float((moe_s + reduce.time_s(gradient.sum() - dense.sum() - slices.sum(axis=0))).min())
         found = adaptive_partition(costs, reduce, gradient, dense_s)
-        assert found.exposed_s <= best * 1.002
-        own = seconds(costs, reduce, gradient, dense, moe + np.diff(room, prepend=0))
-        gained += found.exposed_s < own * (1 - 1e-6)
-    assert gained > 0
+        assert found.exposed_s <= best * (1 + 1e-4)
+        gains.append(seconds(costs, reduce, gradient, dense, moe + np.diff(room, prepend=0)) / found.exposed_s)
+    assert max(gains) > 1.01
 
 
 def test_candidates_are_cut_layer_by_layer() -> None:
