@@ -10,8 +10,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -47,6 +47,12 @@ class Spec(BaseModel):
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, which would hand the cached hash on to a copy that is another experiment."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("digest", None)
+        return copied
 
     @functools.cached_property
     def digest(self) -> str:

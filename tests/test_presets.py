@@ -170,6 +170,14 @@ def test_a_collective_is_keyed_by_operation_scope_and_ranks(key):
         )
 
 
+def test_a_changed_copy_is_another_experiment():
+    model = presets.model("moe-tiny")
+    before = model.digest
+    changed = model.model_copy(update={"hidden": 128})
+    assert changed.digest != before
+    assert changed.model_copy(update={"hidden": model.hidden}).digest == before
+
+
 def test_rewording_a_note_makes_no_other_experiment():
     def experiment(note, **changes):
         model = Model.parse(fields(interpretation=note, **changes), "m")

@@ -5,6 +5,9 @@ outgoing data. Its own ``all_to_all_single`` therefore blocks at the head of the
 link, which NCCL does not. ``install("recv_first")`` replaces ``torch.distributed.all_to_all_single`` on gloo groups by
 one that posts every receive before any send; ``install("gloo")`` puts gloo's own back. Groups of other backends are
 untouched either way.
+
+gloo's ``reduce_scatter_tensor`` is an all-reduce of which most is thrown away, at twice the bytes; the same switch
+replaces it by an exchange of the parts and a sum.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 _gloo_all_to_all_single = distributed_c10d.all_to_all_single
+_gloo_reduce_scatter_tensor = distributed_c10d.reduce_scatter_tensor
 _installed = "gloo"
 #: number of exchanges that went over the receive-first wire in this process, for tests and provenance
 num_calls = 0
@@ -29,13 +33,16 @@ def installed() -> str:
 
 
 def install(kind: str) -> None:
-    """Choose the all-to-all of this process; ``kind`` is ``recv_first`` or ``gloo``."""
+    """Choose the all-to-all and the reduce-scatter of this process; ``kind`` is ``recv_first`` or ``gloo``."""
     global _installed
     if kind not in ("recv_first", "gloo"):
         raise ValueError(f"wire: {kind!r}: must be recv_first or gloo")
-    function = all_to_all_single if kind == "recv_first" else _gloo_all_to_all_single
-    dist.all_to_all_single = function
-    distributed_c10d.all_to_all_single = function  # type: ignore[assignment]
+    own = kind == "recv_first"
+    for module in (dist, distributed_c10d):
+        module.all_to_all_single = all_to_all_single if own else _gloo_all_to_all_single  # type: ignore[attr-defined]
+        module.reduce_scatter_tensor = (  # type: ignore[attr-defined]
+            reduce_scatter_tensor if own else _gloo_reduce_scatter_tensor
+        )
     _installed = kind
 
 
@@ -95,6 +102,26 @@ def all_to_all_single(
     if async_op:
         return exchange
     exchange.wait()
+    return None
+
+
+def reduce_scatter_tensor(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+) -> dist.Work | None:
+    """As ``torch.distributed.reduce_scatter_tensor``; a blocking SUM on gloo exchanges parts and adds them, low
+    precision in float32. Anything else is left to torch."""
+    pg = group if group is not None else dist.group.WORLD
+    if output.device.type != "cpu" or dist.get_backend(pg) != dist.Backend.GLOO or op != dist.ReduceOp.SUM or async_op:
+        return _gloo_reduce_scatter_tensor(output, input, op, group, async_op)
+    assert pg is not None
+    parts = torch.empty_like(input).view(pg.size(), *output.shape)
+    all_to_all_single(parts, input.view_as(parts), group=pg)
+    low = output.dtype in (torch.bfloat16, torch.float16)
+    output.copy_(parts.sum(0, dtype=torch.float32 if low else output.dtype))
     return None
 
 

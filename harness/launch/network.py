@@ -2,7 +2,8 @@
 
 Runs inside a user, network, mount and pid namespace of its own (``launcher`` is its pid 1), so it needs no root and
 the kernel removes all of it with that process. A unit of every level but the innermost owns a port at that level's
-bandwidth, full duplex; units above the nodes are switches. Ranks of one node talk over its unshaped loopback.
+bandwidth, full duplex; units above the nodes are switches. Ranks of one node talk over its loopback, one bus that they
+share: unshaped, or at the cluster's ``loopback_bytes_per_s``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SLOW_BITS_PER_S = 1e9
 #: the kernel hands over packets of 64 KiB data, 68 KB with the headers of their segments; a smaller bucket makes tbf
 #: cut each into 45 pieces, at 10 to 20 times the CPU
 BURST_BYTES = {"slow": 72 << 10, "fast": 128 << 10}
+LOOPBACK_BURST_BYTES = 140 << 10  # its packets are whole 64 KiB, so two fit
 BACK_PRESSURE = 1.025  # a tbf this much above the switch's rate keeps each socket from filling the switch's queue
 
 
@@ -123,6 +125,9 @@ def _build(cluster: Cluster) -> Network:
     elif levels:
         _join_by_veth(units, nodes, cluster)
     _address(nodes)
+    if cluster.loopback_bytes_per_s is not None:
+        for node in nodes:
+            _batch("tc", ["-n", node.namespace], [_tbf("lo", cluster.loopback_bytes_per_s, LOOPBACK_BURST_BYTES)])
 
     for unit in units:
         if delayed and unit not in nodes:
@@ -137,6 +142,7 @@ def _build(cluster: Cluster) -> Network:
         "gso_max_bytes": _gso_max_bytes(nodes[0]) if levels else None,
         "shaper": "delay line and tbf" if delayed else "tbf",
         "mtu": switch.MTU if delayed else 1500,
+        "loopback_bytes_per_s": cluster.loopback_bytes_per_s,
         "levels": [
             {
                 "name": level.name,
@@ -171,7 +177,7 @@ def _join_by_veth(units: list[Unit], nodes: list[Unit], cluster: Cluster) -> Non
         inside[parent].extend([f"link set dev {port} master bridge", f"link set dev {port} up"])
         if level.bandwidth_bytes_per_s is not None:
             for name, interface in ((here, INTERFACE), (parent, port)):
-                shaping.setdefault(name, []).append(_tbf(interface, level, level.bandwidth_bytes_per_s))
+                shaping.setdefault(name, []).append(_tbf(interface, level.bandwidth_bytes_per_s, burst_bytes(level)))
     _batch("ip", [], links)
     for name, commands in inside.items():
         _batch("ip", ["-n", name], commands)
@@ -189,7 +195,8 @@ def _join_by_switch(nodes: list[Unit], cluster: Cluster, sent_bytes: np.ndarray)
         _batch(
             "ip", ["-n", node.namespace], [f"link set dev {INTERFACE} mtu {switch.MTU}", f"link set dev {INTERFACE} up"]
         )
-        _batch("tc", ["-n", node.namespace], [_tbf(INTERFACE, level, level.bandwidth_bytes_per_s * BACK_PRESSURE)])
+        rate = level.bandwidth_bytes_per_s * BACK_PRESSURE
+        _batch("tc", ["-n", node.namespace], [_tbf(INTERFACE, rate, burst_bytes(level))])
     pid = os.fork()
     if pid == 0:
         try:
@@ -201,9 +208,9 @@ def _join_by_switch(nodes: list[Unit], cluster: Cluster, sent_bytes: np.ndarray)
     return pid
 
 
-def _tbf(interface: str, level: Level, rate_bytes_per_s: float) -> str:
+def _tbf(interface: str, rate_bytes_per_s: float, burst: int) -> str:
     bits = round(rate_bytes_per_s * 8)
-    return f"qdisc add dev {interface} root tbf rate {bits}bit burst {burst_bytes(level)} limit {QUEUE_BYTES}"
+    return f"qdisc add dev {interface} root tbf rate {bits}bit burst {burst} limit {QUEUE_BYTES}"
 
 
 def _address(nodes: list[Unit]) -> None:

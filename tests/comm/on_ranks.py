@@ -50,3 +50,21 @@ def bad_splits(job: Job, payload: dict[str, Any]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def scattered(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """The parts' sums equal gloo's own reduce-scatter; a bfloat16 sum is rounded once."""
+    generator = torch.Generator().manual_seed(job.rank)
+    same = True
+    for dtype in (torch.float64, torch.int64):
+        whole = (torch.randn(job.num_ranks * 3, 2, generator=generator) * 50).to(dtype)
+        found, expected = torch.zeros(2, 3, 2, dtype=dtype)
+        dist.reduce_scatter_tensor(found, whole)
+        wire._gloo_reduce_scatter_tensor(expected, whole)
+        same &= torch.allclose(found, expected, rtol=1e-12)
+    low = torch.full((job.num_ranks, 4), 1 + 2.0**-7, dtype=torch.bfloat16)
+    low[:, 0] = 256.0 if job.rank == 0 else 1.0  # in bfloat16 alone 256 + 1 is 256
+    found = torch.empty(4, dtype=torch.bfloat16)
+    calls = wire.num_calls
+    dist.reduce_scatter_tensor(found, low.view(-1))
+    return {"same": same, "first": float(found[0]), "calls": wire.num_calls - calls}

@@ -48,6 +48,13 @@ def test_loopback_in_a_node_is_fast(shaped):
     assert best_time(shaped(EMULATED), 1, 4 * MIB) < 4 * MIB / BYTES_PER_S / 4
 
 
+def test_a_nodes_ranks_share_its_loopback(shaped):
+    slow, size = EMULATED.model_copy(update={"name": "slow-loopback", "loopback_bytes_per_s": BYTES_PER_S / 2}), 2 * MIB
+    seconds = best_time(shaped(slow), 1, size)
+    ideal = (size - 140 * 1024) / (BYTES_PER_S / 2)
+    assert 0.98 * ideal - 2e-3 <= seconds <= 1.10 * ideal
+
+
 def test_each_level_of_a_nested_network_has_its_rate(shaped):
     ranks, size = shaped(NESTED), 4 * MIB
     within, across = best_time(ranks, 2, size), best_time(ranks, 4, size)
