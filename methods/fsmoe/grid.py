@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from harness import presets
+from harness.errors import bad
 from harness.plan.graph import COMPUTE, INTRA, Cost, Plan
 from harness.plan.prices import Contention, Prices
 from harness.plan.simulate import simulate
@@ -33,9 +35,12 @@ class Assumptions:
 
     top_k: int = 2
     no_drop: float | None = None
-    contention: Contention = dataclasses.field(default_factory=dict)
     dense: bool = True  # the configured layer has attention and its model-parallel collectives
     gradient: bool = True
+    attention: Literal["gemm", "driver"] = "gemm"  # priced as GEMMs, or by the time model in the authors' driver
+    least_a2a_s: float = 0.0  # a layer whose all-to-all is shorter is not cut; the authors' code has 1 ms
+    contention: Contention = dataclasses.field(default_factory=dict)  # between lanes; the paper's model has none
+    revise: Callable[[Cluster], Cluster] = lambda published: published  # other readings of the published constants
 
 
 def table4(lengths: tuple[int, ...]) -> pd.DataFrame:
@@ -71,6 +76,7 @@ def layers(
     num_gemms: Any,
     kv_fraction: Any = 1.0,
     biased: Any = True,
+    attention_s: Any = None,
     dense: bool = True,
     gradient: bool = True,
     num_ranks: int | None = None,
@@ -78,7 +84,8 @@ def layers(
     """Layers of ``batch`` B samples of ``seq`` L tokens per node, ``copies`` F = k f rows a token; arrays [N].
 
     The dense part: an all-gather and a reduce-scatter of the tokens among the model-parallel ranks of a node, and
-    attention between them, priced as four GEMMs (projections, scores, values, output; twice that in backward).
+    attention between them, priced as four GEMMs (projections, scores, values, output; twice that in backward) or
+    given as ``attention_s``, the seconds of its forward.
     """
     num_mp = cluster.shape[-1]
     tokens = np.asarray(batch, dtype=np.float64) * seq
@@ -91,9 +98,13 @@ def layers(
     token_bytes = tokens * hidden * ELEMENT_BYTES
 
     def parts(times: int) -> list[Dense]:
+        if attention_s is None:
+            cost = Cost("gemm", amount=times * attention, count=4 * times)
+        else:
+            cost = Cost("wait", amount=times * np.asarray(attention_s))
         return [
             Dense("mp-gather", INTRA, Work(Cost("ag", "intra", token_bytes))),
-            Dense("attention", COMPUTE, Work(Cost("gemm", amount=times * attention, count=4 * times))),
+            Dense("attention", COMPUTE, Work(cost)),
             Dense("mp-scatter", INTRA, Work(Cost("rs", "intra", token_bytes))),
         ]
 
@@ -121,13 +132,16 @@ def layers(
     )
 
 
-def step_s(given: Layers, policy: Policy, contention: Contention | None = None) -> tuple[np.ndarray, Decision]:
+def step_s(
+    given: Layers, policy: Policy, contention: Contention | None = None, *, least_a2a_s: float = 0.0
+) -> tuple[np.ndarray, Decision]:
     """Forward and backward of each layer with one layer's gradient to reduce, simulated: seconds [N], and what the
-    policy decided. Layers that were cut alike are simulated together."""
+    policy decided. Layers that were cut alike are simulated together. The policies decide as if lanes were ideal,
+    whatever the ``contention``."""
     prices = Prices(given.cluster, given.num_ranks, contention or {})
     dense_s = sum(np.asarray(prices.seconds(part.work.cost)) for part in given.dense_backward)
     reduce = reduce_costs(given.cluster, given.num_ranks)
-    decided = Decision(policy, given.costs, given.costs.backward(), reduce, given.gradient_bytes, dense_s)
+    decided = Decision(policy, given.costs, given.costs.backward(), reduce, given.gradient_bytes, dense_s, least_a2a_s=least_a2a_s)
     num_layers = len(decided.forward)
     seconds = np.empty(num_layers)
     for pair in sorted(set(zip(decided.forward.tolist(), decided.backward.tolist(), strict=True))):
@@ -183,7 +197,7 @@ def configured_layers(testbed: str, assumed: Assumptions) -> tuple[pd.DataFrame,
     copies = np.where(rows["factor"].isna(), no_drop, assumed.top_k * rows["factor"])
     swiglu = (rows["ffn_type"] == "swiglu").to_numpy()
     given = layers(
-        presets.cluster(preset),
+        assumed.revise(presets.cluster(preset)),
         batch=rows["batch"].to_numpy(),
         seq=rows["seq"].to_numpy(),
         hidden=rows["hidden"].to_numpy(),
@@ -191,20 +205,36 @@ def configured_layers(testbed: str, assumed: Assumptions) -> tuple[pd.DataFrame,
         copies=copies,
         num_gemms=np.where(swiglu, GEMMS["swiglu"], GEMMS["gpt"]),
         kv_fraction=1.0,
+        attention_s=driver_attention_s(rows) if assumed.attention == "driver" else None,
         dense=assumed.dense,
         gradient=assumed.gradient,
     )
     return rows, given
 
 
-def simulate_grid(assumed: Assumptions | None = None) -> pd.DataFrame:
+def driver_attention_s(rows: pd.DataFrame) -> np.ndarray:
+    """Seconds [N] of attention's forward by the time model in the authors' driver, half of its backward.
+
+    Its constants are for four model-parallel ranks and L of 256, 512 and 1024, which is testbed B; ``UserError`` for
+    another length."""
+    table = {256: (0.9061728879, 1.6690605555e-10), 512: (0.7674542565, 1.7435315251e-10)}
+    table[1024] = (0.64634952121, 2.5884462453e-10)
+    if strangers := sorted(set(rows["seq"]) - set(table)):
+        raise bad("seq", strangers, f"the driver's attention model is for {', '.join(map(str, table))} tokens")
+    alpha_ms, beta_ms = np.array([table[length] for length in rows["seq"]]).T
+    batch, length, hidden = (rows[name].to_numpy(float) for name in ("batch", "seq", "hidden"))
+    work = batch * length * hidden**2 + 2 * batch * length**2 * hidden / 4
+    return (alpha_ms + work * beta_ms) / 1e3
+
+
+def simulate_grid(assumed: Assumptions | None = None, testbeds: Iterable[str] = tuple(TESTBEDS)) -> pd.DataFrame:
     """Every configured layer on both testbeds under every schedule: seconds, degrees and gradient bytes by place."""
     assumed = assumed or Assumptions()
     found = []
-    for testbed in TESTBEDS:
+    for testbed in testbeds:
         rows, given = configured_layers(testbed, assumed)
         for name, policy in POLICIES.items():
-            seconds, decided = step_s(given, policy, assumed.contention)
+            seconds, decided = step_s(given, policy, assumed.contention, least_a2a_s=assumed.least_a2a_s)
             found.append(
                 rows.assign(
                     testbed=testbed,
