@@ -264,31 +264,34 @@ def run(
 @app.command()
 def report(
     name: Annotated[str, typer.Argument(help="A notebook (summary), or the name of a run.")] = "summary",
-    run: Annotated[str, typer.Option(help="Run to report on; by default the latest.")] = "",
+    run: Annotated[str, typer.Option(help="Run to report on; by default the latest, or a paper's own.")] = "",
     param: Annotated[list[str] | None, typer.Option("-p", "--param", help="KEY=VALUE for the notebook.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
 ) -> None:
-    """Render a run as one self-contained HTML page, and print its path.
+    """Render a run, or a paper's experiments, as one self-contained HTML page, and print its path.
 
-    The tables lie beside it as CSV, and the executed notebook with them.
+    The tables lie beside it as CSV, and the executed notebook with them. A paper's page needs no run: what a run
+    would add to it says which command makes that run.
 
     ```
     moebench report quick
     moebench report summary --run quick -p baseline=flat
+    moebench report fsmoe
     ```
     """
-    from harness.report import render
+    from harness.report import render, suite
 
     parameters = dict(_key_value(each) for each in param or [])
     notebook, run_dir = _notebook_and_run(name, run, results)
-    with console.progress(f"report on {run_dir.name}") as bar:
-        page = render(notebook, run_dir, parameters=parameters, progress=lambda text: console.say(bar, text))
+    out = results.parent / "report" if suite(notebook) else None
+    with console.progress(f"report {notebook}{f' on {run_dir.name}' if run_dir else ''}") as bar:
+        page = render(notebook, run_dir, out=out, parameters=parameters, progress=lambda text: console.say(bar, text))
     typer.echo(page)
 
 
-def _notebook_and_run(name: str, run: str, results: Path) -> tuple[str, Path]:
+def _notebook_and_run(name: str, run: str, results: Path) -> tuple[str, Path | None]:
     """``name`` may be a notebook, or (without --run) a run, which the summary then shows."""
-    from harness.report import notebooks
+    from harness.report import notebooks, suite
 
     runs = {path.name: path for path in results.glob("*/") if path.is_dir()}
     if not run and name in runs:
@@ -296,6 +299,8 @@ def _notebook_and_run(name: str, run: str, results: Path) -> tuple[str, Path]:
     if name not in notebooks():
         known = f"notebooks are {', '.join(notebooks())}; runs in {results} are {', '.join(sorted(runs)) or 'none yet'}"
         raise bad("report", name, f"unknown; {known}")
+    if not run and (own := suite(name)):
+        return name, runs.get(own)
     if not run and not runs:
         raise bad("run", str(results), "holds no run yet; make one with moebench run --suite quick")
     return name, results / run if run else max(runs.values(), key=lambda path: path.stat().st_mtime)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from harness.report.render import notebooks, render
+from harness.report.render import notebooks, render, suite
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # notes about its font cache have no place on a page
 
-__all__ = ["notebooks", "render"]
+__all__ = ["notebooks", "render", "suite"]

@@ -5,6 +5,7 @@ Only selection and joining happens here; every estimate is ``harness.bench.stats
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -89,6 +90,39 @@ def speedups(run: Run, reference: str) -> pd.DataFrame:
 
     columns = [*IDENTITY, "direction", "reference", *ESTIMATE, "verdict", "status", "reason"]
     return _each(run, timed, ["cell", "direction"], row, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooled:
+    """One ratio over several races, which are weighed alike; ``evidence``: the levels of their rows."""
+
+    estimate: stats.Estimate
+    num_races: int
+    evidence: tuple[str, ...]
+
+
+def pooled_speedup(run: Run, label: str, reference: str, direction: str = "total") -> Pooled | None:
+    """Geometric mean over races of the time of ``reference`` over that of ``label``; None where no race has both.
+
+    Both name a label, or a system where a race has one cell of it. Paired by launch and repetition; of each launch,
+    the repetitions that every race has. The races are the question, not a sample of it: the interval speaks of
+    launches and repetitions.
+    """
+    timed = samples(run)
+    timed = timed[timed["direction"] == direction]
+    mine, base = references(run, label), references(run, reference)
+    logs, evidence = {}, set()
+    for race in sorted(set(mine) & set(base)):
+        own, other = (
+            timed[timed["cell"] == cells[race]].set_index(["launch", "rep"])["value"] for cells in (mine, base)
+        )
+        if len(quotient := pd.Series(np.log(other / own)).dropna()):
+            logs[race] = quotient
+            evidence |= set(timed[timed["race"] == race]["evidence"])
+    if not logs:
+        return None
+    pooled = np.exp(pd.DataFrame(logs).dropna().mean(axis=1)).rename("value").reset_index()
+    return Pooled(stats.interval(pooled), len(logs), tuple(sorted(evidence)))
 
 
 def verdict(low: float, high: float) -> str:

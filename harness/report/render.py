@@ -1,4 +1,8 @@
-"""A run's folder and a notebook -> the executed notebook and one self-contained HTML page beside the run."""
+"""A notebook, and a run's folder -> the executed notebook and one self-contained HTML page.
+
+A notebook reports on a run, and its page lies beside it. One of a paper has a page of its own: it says in its metadata
+(``moebench: {suite: NAME}``) which suite's run it shows where that run is there, and does without where it is not.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,18 @@ Progress = Callable[[str], None]
 
 
 def render(
-    name: str, run_dir: Path, *, parameters: dict[str, Any] | None = None, progress: Progress | None = None
+    name: str,
+    run_dir: Path | None,
+    *,
+    out: Path | None = None,
+    parameters: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
-    """Execute ``notebooks/NAME.ipynb`` over ``run_dir`` and return the path of ``run_dir/report/NAME.html``.
+    """Execute ``notebooks/NAME.ipynb`` over ``run_dir`` and return the path of ``out``/NAME.html.
 
+    ``run_dir``: None for a notebook whose run is not there and not needed. ``out``: ``run_dir``/report by default.
     ``parameters`` go into the notebook's ``parameters`` cell (``baseline``, ``control``); ``progress`` hears one
-    line per stage. The executed notebook lands beside the page, the tables as CSV in ``run_dir/report/tables``.
+    line per stage. The executed notebook lands beside the page, the tables as CSV in ``out``/tables.
     ``UserError``: no such notebook, parameter or run, a run without rows, a report folder that cannot be written.
     """
     import papermill
@@ -39,11 +49,17 @@ def render(
     known = papermill.inspect_notebook(str(notebook))
     if unknown := set(parameters or {}) - set(known):
         raise bad("notebook parameter", sorted(unknown)[0], f"unknown; {name} takes {', '.join(known)}")
-    run_dir = Path(run_dir).resolve()
-    load(run_dir)  # before a kernel starts: a user's error is one line, not a traceback inside a notebook
-    out = run_dir / "report"
+    if run_dir is not None:
+        run_dir = Path(run_dir).resolve()
+        load(run_dir)  # before a kernel starts: a user's error is one line, not a traceback inside a notebook
+    elif suite(name) is None:
+        raise bad("run", None, f"{name} reports on a run; make one with moebench run --suite quick")
+    if out is None:
+        out = (run_dir or Path.cwd()) / "report"
+    out = out.resolve()
+    folders = {"run_dir": str(run_dir or ""), "out_dir": str(out)}
     try:
-        out.mkdir(exist_ok=True)
+        out.mkdir(exist_ok=True, parents=run_dir is None or out.parent != run_dir)
         executed = out / f"{name}.ipynb"
         executed.touch()
     except OSError as error:
@@ -56,17 +72,19 @@ def render(
         papermill.execute_notebook(
             str(notebook),
             str(executed),
-            parameters={**(parameters or {}), "run_dir": str(run_dir)},
+            parameters={**(parameters or {}), **{key: folders[key] for key in folders if key in known}},
             kernel_name="python3",
             progress_bar=False,
             start_timeout=CELL_TIMEOUT_S,
             execution_timeout=CELL_TIMEOUT_S,
-            cwd=str(run_dir),
+            cwd=str(out),
         )
     say("writing HTML")
     page = out / f"{name}.html"
     part = page.with_suffix(".html.part")
-    part.write_text(to_html(executed, f"moebench: {run_dir.name}"), encoding="utf-8")
+    part.write_text(
+        to_html(executed, f"moebench: {name if suite(name) or not run_dir else run_dir.name}"), encoding="utf-8"
+    )
     part.replace(page)
     return page
 
@@ -98,6 +116,13 @@ def to_html(executed: Path, title: str) -> str:
 def notebooks() -> list[str]:
     """Names that ``render`` knows."""
     return sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+
+
+def suite(name: str) -> str | None:
+    """The suite whose run notebook ``name`` shows but does not need; None where it is about a run of any suite."""
+    metadata = json.loads(_notebook(name).read_text(encoding="utf-8"))["metadata"]
+    found = metadata.get("moebench", {}).get("suite")
+    return str(found) if found else None
 
 
 def _notebook(name: str) -> Path:
@@ -141,4 +166,4 @@ def _own_kernel(scratch: Path) -> Iterator[None]:
                 os.environ[key] = value
 
 
-__all__ = ["UserError", "known_runs", "render", "to_html"]
+__all__ = ["UserError", "known_runs", "render", "suite", "to_html"]
