@@ -27,6 +27,7 @@ CASES: dict[int, tuple[tuple[int, ...], ...]] = {
     3: ((1, -2, -4),),  # all-to-all bound
     4: ((-1, -3, -6),),  # intra-node bound
 }
+MAX_ITERATIONS = 20  # of SLSQP: every search that converges at all on the paper's grid needs fewer than 15
 TOLERANCE_S = 1e-8  # of a rounded degree's conditions: the authors' 1e-5, whose unit is the millisecond
 
 
@@ -166,8 +167,14 @@ def slsqp_degree(
         def feasible(x: Array) -> Array:
             return slack_s(conjunction, float(x[0])) / unit_s
 
-        condition = {"type": "ineq", "fun": feasible}
-        found = minimize(objective, [start], method="SLSQP", bounds=[(1.0, None)], constraints=condition)  # type: ignore[call-overload]
+        found = minimize(  # type: ignore[call-overload]
+            objective,
+            [start],
+            method="SLSQP",
+            bounds=[(1.0, None)],
+            constraints={"type": "ineq", "fun": feasible},
+            options={"maxiter": MAX_ITERATIONS},
+        )
         return float(found.x[0])
 
     best: list[tuple[float, int]] = []
