@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,25 +22,28 @@ from harness.specs import EXPERTS_CHOOSE, Dtype
 from harness.system import Case, Gradients, MoELayer, System
 
 
-class NativeLayer(MoELayer):
-    """What every native system builds; systems differ in the exchange (and later in placement and schedule)."""
+class UnifiedLayer(MoELayer):
+    """The gate and what it mixes; ``travel`` is left to the system."""
 
     gate_in_exchange = False
+    experts: Any  # a module with ``gradients()``, as ``Experts``
 
-    def __init__(self, case: Case, exchange: Exchange, weights: Weights, rank: int):
+    def __init__(self, case: Case, weights: Weights, rank: int):
         super().__init__()
         self.model, self.weights, self.rank = case.model, weights, rank
-        self.exchange_ = exchange
         # The gate computes in the accumulator's format, as Megatron, Tutel and DeepSpeed can: top-k needs the digits.
         self.gate_dtype = accumulator(case.torch_dtype)
         parameters = weights.gate(max(case.routing.tokens)).items()
         self.gate = nn.ParameterDict({name: value.to(case.device, self.gate_dtype) for name, value in parameters})
         self.bias: torch.Tensor
         self.register_buffer("bias", weights.bias.to(case.device, self.gate_dtype))
-        if case.identity_experts:
-            self.experts: Experts | IdentityExperts = IdentityExperts()
-        else:
-            self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
+
+    @abc.abstractmethod
+    def travel(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        """To the experts and back: x [rows, M], ids and weights [rows, k], kept bool [rows, k] or None -> weighted
+        sums of the experts' outputs [rows, M], differentiable."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._exchange(x, self._gate(x))
@@ -47,7 +51,8 @@ class NativeLayer(MoELayer):
     def prepare(self, x: torch.Tensor) -> Gated:
         with torch.no_grad():
             gated = self._gate(x)
-        gated.weights.requires_grad_()
+        if gated.mix is None:  # slots weigh 1
+            gated.weights.requires_grad_()
         return gated
 
     def exchange(self, x: torch.Tensor, state: Gated) -> torch.Tensor:
@@ -61,17 +66,8 @@ class NativeLayer(MoELayer):
 
     def _exchange(self, x: torch.Tensor, gated: Gated) -> torch.Tensor:
         rows = x if gated.mix is None else (gated.mix @ x.to(gated.mix.dtype)).to(x.dtype)
-        rows = self._travel(rows, gated.ids, gated.weights, gated.kept)
+        rows = self.travel(rows, gated.ids, gated.weights, gated.kept)
         return rows if gated.unmix is None else (gated.unmix @ rows.to(gated.unmix.dtype)).to(x.dtype)
-
-    def _travel(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
-    ) -> torch.Tensor:
-        """To the experts and back: x [rows, M] -> weighted sums of the experts' outputs [rows, M]."""
-        plan = self.exchange_.plan(ids, weights, kept)
-        rows = self.exchange_.dispatch(x, plan)
-        rows = self.experts(rows, plan.counts)
-        return self.exchange_.combine(rows, plan)
 
     def gradients(self) -> Gradients:
         gate = {name: parameter.grad for name, parameter in self.gate.items() if parameter.grad is not None}
@@ -81,24 +77,35 @@ class NativeLayer(MoELayer):
         return list(self.gate.values())
 
 
-class NativeSystem(System):
-    """A native system: the unified layer over an exchange of its own."""
+class NativeLayer(UnifiedLayer):
+    """Whole experts on their ranks behind an exchange."""
+
+    def __init__(self, case: Case, exchange: Exchange, weights: Weights, rank: int):
+        super().__init__(case, weights, rank)
+        self.exchange_ = exchange
+        if case.identity_experts:
+            self.experts = IdentityExperts()
+        else:
+            self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
+
+    def travel(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
+    ) -> torch.Tensor:
+        plan = self.exchange_.plan(ids, weights, kept)
+        rows = self.exchange_.dispatch(x, plan)
+        rows = self.experts(rows, plan.counts)
+        return self.exchange_.combine(rows, plan)
+
+
+class UnifiedSystem(System):
+    """A native system: the unified layer, exact to the last digits."""
 
     kind = "native"
-
-    @classmethod
-    @abc.abstractmethod
-    def exchange(cls, case: Case, job: Job) -> Exchange:
-        """Collective: the exchange of this rank."""
 
     @classmethod
     def tolerance(cls, dtype: Dtype) -> float:
         # float64 and float32: 1e-10 and 1e-5 are promised. bfloat16 has 8 bits: a few roundings of 2^-8 in a row.
         return {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}[dtype]
-
-    @classmethod
-    def build(cls, case: Case, job: Job, weights: Weights) -> NativeLayer:
-        return NativeLayer(case, cls.exchange(case, job), weights, job.rank)
 
     @classmethod
     def planned_routing(cls, case: Case) -> Routing | None:
@@ -117,3 +124,16 @@ class NativeSystem(System):
         if case.model.capacity_factor is None or case.model.gate in EXPERTS_CHOOSE:
             return None
         return [keep_strongest(case.model, p) for p in probabilities]
+
+
+class NativeSystem(UnifiedSystem):
+    """A native system that differs by its exchange alone."""
+
+    @classmethod
+    @abc.abstractmethod
+    def exchange(cls, case: Case, job: Job) -> Exchange:
+        """Collective: the exchange of this rank."""
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> NativeLayer:
+        return NativeLayer(case, cls.exchange(case, job), weights, job.rank)

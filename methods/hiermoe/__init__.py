@@ -36,7 +36,7 @@ class HierMoEHD2(NativeSystem):
         routing = cls.planned_routing(case)
         if routing is None:
             return None
-        return hier_bytes(
+        parts = hier_bytes(
             routing,
             case.placement,
             case.topology,
@@ -44,6 +44,9 @@ class HierMoEHD2(NativeSystem):
             weight_bytes=8 if case.dtype == "float64" else 4,
             num_chunks=_chunks(case),
         )
+        if case.model.gate == "softmoe":
+            del parts["metadata_grad"]  # slots weigh 1, so no gradients of weights return
+        return parts
 
 
 def _chunks(case: Case) -> int:

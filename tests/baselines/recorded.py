@@ -17,7 +17,7 @@ from harness.comm.job import Job
 from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.registry import system
-from harness.routing import make_routing
+from harness.routing import planned_routing
 from harness.specs import Model, Workload
 from harness.system import Case
 from harness.topology import Topology
@@ -32,8 +32,7 @@ def make_case(topology: Topology, **given: Any) -> Case:
     tokens = tuple(np.resize(given.pop("tokens", 16), topology.num_ranks).tolist())
     generator, params = given.pop("generator", "uniform"), given.pop("params", {})
     workload = Workload(name="small", tokens_per_rank=tokens, generator=generator, params=params)
-    routing = make_routing(workload, model, topology)
-    assert routing is not None
+    routing = planned_routing(workload, model, topology)
     placement = Placement.contiguous(model.num_experts, topology.num_ranks)
     return Case(
         **(
@@ -52,7 +51,7 @@ def step(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     case = make_case(job.topology, **payload["case"])
     assert chosen.refuse(case) is None
     weights = Weights(case.model, case.dtype)
-    xs, dys = conformance.draw_tokens(weights, case.routing)
+    xs, dys = conformance.draw_tokens(weights, case.routing, case.model.takes_routing)
     layer = chosen.build(case, job, weights)
     x = xs[job.rank].requires_grad_()
     state = layer.prepare(x) if case.identity_experts else None

@@ -31,7 +31,6 @@ REFUSED_BY_ALL = {
     "xmoe-gate": "cosine",
     "xmoe-gate-drops": "cosine",
     "expert-choice": "experts choose",
-    "expert-choice-factor": "experts choose",
     "softmoe": "Soft MoE",
     "noisy-gate": "noise",
 }

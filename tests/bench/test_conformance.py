@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from baselines.flat import Flat
-from harness import registry
+from harness import presets, registry
 from harness.bench import conformance
+from harness.bench.race import make_case
 from harness.comm.job import Job
 from harness.layer.moe import NativeLayer
 from harness.routing import Routing
+from harness.specs import Experiment
+from harness.topology import Topology
 
 
 def sabotage(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
@@ -65,3 +68,25 @@ def odd_experts(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     model = conformance.BASE.model_copy(update={"num_experts": 15})
     routing = Routing(np.arange(16, dtype=np.int32).reshape(8, 2) % 15, (4, 4), 15)
     return conformance.compare(job, Flat, model, "float64", routing)
+
+
+@pytest.mark.parametrize("gate", ["expert_choice", "softmoe"])
+def test_a_gate_whose_experts_choose_races_whole_layers(session, gate: str) -> None:
+    experiment = Experiment.parse(
+        {
+            "model": conformance.BASE.model_dump() | {"gate": gate},
+            "cluster": presets.cluster("local-2"),
+            "workload": {"name": "natural", "tokens_per_rank": 40, "generator": "natural"},
+            "system": "flat",
+            "phase": "layer",
+            "dtype": "float32",
+        },
+        "test",
+    )
+    payload = {"experiments": [experiment.model_dump(mode="json")], "repeats": 1, "warmup": 1}
+    for answer in session("local-2").call("harness.bench.race:run_race", payload, timeout_s=60):
+        cell = answer["cells"][experiment.digest]
+        assert cell["status"] == "ok", cell
+        assert len(cell["samples"]) == 2
+    planned = Flat.planned_bytes(make_case(experiment, Topology((1, 2))))
+    assert (planned is None) == (gate == "expert_choice")

@@ -32,12 +32,10 @@ def loss_gate(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         train.Trainer._sum_gradients = whole  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("generator", ["natural", "uniform"])
-@pytest.mark.parametrize("without", ["", "sum", "experts"])
-def test_losses_must_be_the_oracles(session: Callable[[str], Session], generator: str, without: str) -> None:
+def flat_training(generator: str, **model: Any) -> dict[str, Any]:
     experiment = Experiment.parse(
         {
-            "model": presets.model("gpt-tiny-moe"),
+            "model": presets.model("gpt-tiny-moe").model_dump() | model,
             "cluster": presets.cluster("local-2"),
             "workload": {"name": "w", "tokens_per_rank": 64, "generator": generator},
             "system": "flat",
@@ -46,7 +44,27 @@ def test_losses_must_be_the_oracles(session: Callable[[str], Session], generator
         },
         "test",
     )
-    payload = {"experiment": experiment.model_dump(mode="json"), "without": without}
+    return experiment.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("generator", ["natural", "uniform"])
+@pytest.mark.parametrize("without", ["", "sum", "experts"])
+def test_losses_must_be_the_oracles(session: Callable[[str], Session], generator: str, without: str) -> None:
+    payload = {"experiment": flat_training(generator), "without": without}
     for row in session("local-2").call("tests.bench.test_train:loss_gate", payload):
         assert row["status"] == ("nonconforming" if without else "ok"), row
         assert row["errors"]["loss"] < (1e-2 if without else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [{"gate": "xmoe"}, {"gate": "expert_choice", "capacity_factor": 1.5}, {"gate": "softmoe"}, {"gate_noise": True}],
+    ids=str,
+)
+def test_gates_that_take_no_prescribed_routing_train_on_their_own(
+    session: Callable[[str], Session], model: dict[str, Any]
+) -> None:
+    payload = {"experiment": flat_training("natural", **model), "without": ""}
+    for row in session("local-2").call("tests.bench.test_train:loss_gate", payload):
+        assert row["status"] == "ok", row
+        assert row["errors"]["loss"] < 1e-5

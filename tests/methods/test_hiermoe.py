@@ -37,9 +37,10 @@ def test_native_systems_equal_the_oracle(session, shape: tuple[int, ...]) -> Non
 
 @pytest.mark.parametrize("system", ["flat", "hiermoe-hd2"])
 @pytest.mark.parametrize("shape", [(2, 2), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_bytes_sent_are_the_bytes_planned(session, system: str, shape: tuple[int, ...], dtype: str) -> None:
-    given: dict[str, Any] = {"dtype": dtype, "tokens": (9, 4, 13, 0), "model": {"top_k": 4}}
+@pytest.mark.parametrize(("dtype", "gate"), [("bfloat16", "gshard"), ("float64", "gshard"), ("bfloat16", "softmoe")])
+def test_bytes_sent_are_the_bytes_planned(session, system: str, shape: tuple[int, ...], dtype: str, gate: str) -> None:
+    given: dict[str, Any] = {"dtype": dtype, "tokens": (9, 4, 13, 0), "model": {"top_k": 4, "gate": gate}}
+    given["generator"] = "natural" if gate == "softmoe" else "uniform"
     results = session(cluster(shape)).call("tests.baselines.recorded:step", {"system": system, "case": given})
     planned = registry.system(system).planned_bytes(make_case(Topology(shape), **given))
     assert planned is not None
