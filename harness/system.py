@@ -17,7 +17,7 @@ from torch import nn
 from harness.dtypes import TORCH_DTYPE
 from harness.placement import Placement
 from harness.routing.types import Routing
-from harness.specs import Dtype, Model
+from harness.specs import Cluster, Dtype, Model
 from harness.topology import Topology
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Case:
     device: str = "cpu"
     identity_experts: bool = False
     options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
+    cluster: Cluster | None = None  # for systems that plan by its costs; None: there is no timing to plan for
 
     @property
     def torch_dtype(self) -> torch.dtype:

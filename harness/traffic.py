@@ -7,7 +7,10 @@ import numpy as np
 from harness.topology import Topology
 
 #: parts of ``System.planned_bytes`` that belong to a direction
-PARTS = {"forward": ("metadata", "dispatch", "combine"), "backward": ("combine_grad", "dispatch_grad", "metadata_grad")}
+PARTS = {
+    "forward": ("metadata", "dispatch", "combine"),
+    "backward": ("combine_grad", "dispatch_grad", "metadata_grad", "gradients"),
+}
 
 
 def direction_bytes(parts: dict[str, np.ndarray], direction: str) -> np.ndarray:

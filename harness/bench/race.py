@@ -253,6 +253,7 @@ def make_case(
         device,
         experiment.phase == "exchange",
         dict(experiment.options),
+        experiment.cluster,
     )
 
 

@@ -42,7 +42,13 @@ class Sizes:
     num_local: int  # ranks of a node, N_ESP: the all-gather's buffer is so many times larger
     macs: Any  # multiply-adds of one rank's expert shards
     gemms: Any  # one after another per chunk
-    wait_s: Any = None  # stand-in: the experts are a timed wait of so many seconds (whole layer) instead
+    #: stand-in: the experts are a timed wait instead, of a start-up per chunk and so many seconds for the whole layer
+    wait_s: tuple[Any, Any] | None = None
+
+    def chunk_wait_s(self, degree: int) -> Any:
+        """Seconds of the stand-in for one chunk's experts."""
+        assert self.wait_s is not None
+        return self.wait_s[0] + self.wait_s[1] / degree
 
 
 class Priced:
@@ -59,7 +65,7 @@ class Priced:
 
     def experts(self, chunk: int) -> Work:
         if self.sizes.wait_s is not None:
-            return Work(Cost("wait", amount=self.sizes.wait_s / self.degree))
+            return Work(Cost("wait", amount=self.sizes.chunk_wait_s(self.degree)))
         return Work(Cost("gemm", amount=self.sizes.macs / self.degree, count=self.sizes.gemms))
 
     def scatter(self, chunk: int) -> Work:

@@ -44,9 +44,6 @@ class Shards(nn.Module):
             shard = whole.chunk(self.num_local, dim=1 if name == "w2" else 2)[place].contiguous()
             self.register_parameter(name, nn.Parameter(shard.to(job.device)))
 
-    def parameters_in_order(self) -> list[nn.Parameter]:
-        return [getattr(self, name) for name in self.names]
-
     def gradients(self) -> dict[int, dict[str, torch.Tensor]]:
         """Collective over the node: whole gradients of its experts, put together from the shards."""
         found: dict[int, dict[str, torch.Tensor]] = {e: {} for e in self.experts}
@@ -71,7 +68,13 @@ class Travel(Priced, abc.ABC):
     """
 
     def __init__(
-        self, job: Job, source: torch.Tensor, degree: int, gemms: int, hidden_shard: int, wait_s: float | None = None
+        self,
+        job: Job,
+        source: torch.Tensor,
+        degree: int,
+        gemms: int,
+        hidden_shard: int,
+        wait_s: tuple[float, float] | None = None,
     ):
         self.rail, self.inner = job.rail(0), job.inner(0)
         self.nodes = job.topology.shape[0]
@@ -110,7 +113,7 @@ class Travel(Priced, abc.ABC):
     def experts(self, chunk: int) -> Work:
         def run() -> None:
             if self.sizes.wait_s is not None:
-                time.sleep(self.sizes.wait_s / self.degree)
+                time.sleep(self.sizes.chunk_wait_s(self.degree))
                 return
             arrived = self._held[chunk].view(self.num_local, *self.shape)  # [L, nodes, E_node, c, M]
             rows = arrived.permute(2, 0, 1, 3, 4).flatten(1, 2)
@@ -146,10 +149,17 @@ class Travel(Priced, abc.ABC):
 
 
 class Forward(Travel):
-    """Keeps ``x`` [E_node, N, C, M] and the pre-activations [E_node, N, C, H / L] for backward."""
+    """``weights``: of ``Shards``, none for identity experts. Keeps ``x`` [E_node, N, C, M] and the pre-activations
+    [E_node, N, C, H / L] for backward."""
 
-    def __init__(self, job: Job, source: torch.Tensor, degree: int, shards: Shards | None, wait_s: float | None = None):
-        weights = [] if shards is None else [w.detach() for w in shards.parameters_in_order()]
+    def __init__(
+        self,
+        job: Job,
+        source: torch.Tensor,
+        degree: int,
+        weights: Sequence[torch.Tensor],
+        wait_s: tuple[float, float] | None = None,
+    ):
         super().__init__(job, source, degree, len(weights), weights[0].shape[2] if weights else 0, wait_s)
         self.weights = weights
         num_experts, capacity, hidden = source.shape
@@ -173,7 +183,9 @@ class Forward(Travel):
 class Backward(Travel):
     """From the gradient of the forward walk's result to that of its source; ``dweights`` are summed over chunks."""
 
-    def __init__(self, job: Job, dresult: torch.Tensor, degree: int, forward: Forward, wait_s: float | None = None):
+    def __init__(
+        self, job: Job, dresult: torch.Tensor, degree: int, forward: Forward, wait_s: tuple[float, float] | None = None
+    ):
         weights = forward.weights
         super().__init__(job, dresult, degree, 2 * len(weights), weights[0].shape[2] if weights else 0, wait_s)
         self.forward = forward

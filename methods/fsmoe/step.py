@@ -45,7 +45,8 @@ LINA_CHUNK_BYTES = 30e6  # Lina's fixed chunk, as the paper sets it
 class Decision:
     """What a policy does with layers [N]: degrees [N] forward and backward, and bytes of the gradient all-reduce [N]
     in the MoE part, beside the dense part, and after the layer; each in so many ``chunks`` [N] (equal ones).
-    Layers whose whole all-to-all takes less than ``least_a2a_s`` are not cut."""
+    Layers whose whole all-to-all takes less than ``least_a2a_s`` are not cut. ``forced``: degrees forward and backward
+    that are given and not chosen."""
 
     def __init__(
         self,
@@ -59,14 +60,17 @@ class Decision:
         chunk_bytes: float = LINA_CHUNK_BYTES,
         degrees: Sequence[int] = DEGREES,
         least_a2a_s: float = 0.0,
+        forced: tuple[int, int] | None = None,
     ):
         if not policy.overlap:
             forward, backward = forward.folded(), backward.folded()
         shape = np.broadcast_shapes(forward.shape, np.shape(gradient_bytes), np.shape(dense_backward_s))
         total = np.broadcast_to(np.asarray(gradient_bytes, dtype=np.float64), shape)
         self.forward, self.backward = _degrees(policy, forward, backward, shape, degrees)
-        worth = np.broadcast_to(forward.a2a.chunk_s(1) >= least_a2a_s, shape)
+        worth = np.broadcast_to(forward.a2a.chunk_s(1) >= least_a2a_s, shape) & (forced is None)
         self.forward, self.backward = np.where(worth, self.forward, 1), np.where(worth, self.backward, 1)
+        if forced is not None:
+            self.forward, self.backward = (np.full(shape, degree) for degree in forced)
         none, one = np.zeros(shape), np.ones(shape)
         self.moe_bytes, self.dense_bytes, self.moe_chunks, self.dense_chunks = none, none, one, one
         idle_s = np.maximum(overlappable(backward, self.backward), 0.0)
@@ -87,7 +91,7 @@ class Decision:
             rest = total - self.moe_bytes - self.dense_bytes
             degree, with_rest = scan_degree(backward, reduce.time_s(self.moe_bytes + rest), degrees)
             _, without = scan_degree(backward, reduce.time_s(self.moe_bytes), degrees)
-            inside = with_rest < without + reduce.time_s(rest)
+            inside = (rest > 0) & (with_rest < without + reduce.time_s(rest))
             self.moe_bytes = np.where(inside, self.moe_bytes + rest, self.moe_bytes)
             self.backward = np.where(inside & worth, degree, self.backward)
         self.after_bytes = total - self.moe_bytes - self.dense_bytes

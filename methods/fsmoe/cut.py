@@ -1,0 +1,149 @@
+"""From a case and the cluster's costs to how the layer is cut: what FSMoE's planners decide before training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from harness import ledger
+from harness.errors import bad
+from harness.layer import gates
+from harness.plan.prices import Prices
+from harness.routing.certificate import expert_counts
+from harness.routing.types import Routing
+from harness.specs import DTYPE_BYTES, Cluster
+from harness.system import Case
+from methods.fsmoe.costs import NOTHING, LayerCosts, Linear, attention_gradient_elements, reduce_costs
+from methods.fsmoe.degree import DEGREES
+from methods.fsmoe.layer import Cut
+from methods.fsmoe.schedule import Sizes
+from methods.fsmoe.step import Decision, Policy
+
+GEMMS = {"gpt": 2, "swiglu": 3}
+#: Lina's fixed chunk is 30 MB beside all-to-alls of tens of MB: on small links half of one all-to-all's buffer
+LINA_CHUNK_SHARE = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSizes:
+    """One generalized layer on one rank: what it moves and computes, and its dense part."""
+
+    forward: Sizes
+    backward: Sizes
+    dense_s: tuple[float, float]
+    gradient_bytes: int
+
+
+def layer_sizes(case: Case, capacity: int) -> LayerSizes:
+    """Sizes of a case with ``capacity`` slots an expert and rank; its stand-ins priced by the cluster's gemm."""
+    model, topology = case.model, case.topology
+    num_local = topology.num_ranks // topology.shape[0]
+    gemms = 0 if case.identity_experts else GEMMS[model.ffn_type]
+    slots = model.num_experts * capacity * model.hidden  # elements of one rank's buffer
+    macs = gemms * slots * model.ffn  # num_local ranks' slots through 1 / num_local of the FFN
+    slot_bytes = slots * DTYPE_BYTES[case.dtype]
+    gradient_bytes = int(case.options.get("gradient_bytes", 0))
+    forward = Sizes(slot_bytes, num_local, macs, gemms)
+    backward = Sizes(slot_bytes, num_local, 2 * macs, 2 * gemms)
+    if not case.options.get("stand_in") or case.cluster is None:
+        return LayerSizes(forward, backward, (0.0, 0.0), gradient_bytes)
+    alpha, beta = Prices(case.cluster).linear("gemm")
+    forward, backward = (
+        dataclasses.replace(sizes, wait_s=(sizes.gemms * alpha, sizes.macs * beta)) for sizes in (forward, backward)
+    )
+    tokens = max(case.routing.tokens) * num_local  # of a node
+    attention = tokens * model.hidden * (4 * model.hidden + 2 * model.seq) / num_local
+    if "gradient_bytes" not in case.options:
+        elements = int(attention_gradient_elements(model.hidden, num_local))
+        gradient_bytes = elements * DTYPE_BYTES[case.dtype]
+    dense_s = (4 * alpha + attention * beta, 8 * alpha + 2 * attention * beta)
+    return LayerSizes(forward, backward, dense_s, gradient_bytes)
+
+
+def planned_capacity(case: Case, routing: Routing) -> int:
+    """Slots an expert and rank that the case's routing will need, as ``FSMoELayer`` finds out by an all-reduce."""
+    model, most = case.model, int(expert_counts(routing).max())
+    if model.capacity_factor is not None:
+        most = min(most, max(gates.capacity(model, count) for count in routing.tokens))
+    return max(1, most)
+
+
+def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None) -> Cut:
+    """What ``policy`` decides for a case by ``costs`` (by default the latest calibration of the case's cluster).
+
+    Without costs nothing can be weighed: one chunk, and gradients in the MoE part where the policy puts them anywhere.
+    Given degrees (``options``) are taken; ``UserError`` if only one is given."""
+    forced = _forced(case)
+    sizes = layer_sizes(case, planned_capacity(case, case.routing))
+    costs = costs or calibrated(case.cluster)
+    waits = None
+    if sizes.forward.wait_s is not None and sizes.backward.wait_s is not None:
+        waits = (sizes.forward.wait_s, sizes.backward.wait_s)
+    if costs is None:
+        degrees = forced or (1, 1)
+        part = {"after": 2, "dense": 1}.get(policy.gradients, 0)
+        reduced = tuple(sizes.gradient_bytes if i == part else 0 for i in range(3))
+        return Cut(*degrees, reduced, (1, 1, 1), waits, sizes.dense_s)  # type: ignore[arg-type]
+    decided = Decision(
+        policy,
+        linear_costs(sizes.forward, costs),
+        linear_costs(sizes.backward, costs),
+        reduce_costs(costs),
+        sizes.gradient_bytes,
+        sizes.dense_s[1],
+        chunk_bytes=LINA_CHUNK_SHARE * sizes.forward.slot_bytes,
+        forced=forced,
+    )
+    element = DTYPE_BYTES[case.dtype]
+    in_moe, beside = (int(part) // element * element for part in (decided.moe_bytes, decided.dense_bytes))
+    return Cut(
+        int(decided.forward),
+        int(decided.backward),
+        (in_moe, beside, sizes.gradient_bytes - in_moe - beside),
+        (max(1, int(decided.moe_chunks)), max(1, int(decided.dense_chunks)), 1),
+        waits,
+        sizes.dense_s,
+    )
+
+
+def linear_costs(sizes: Sizes, costs: Cluster) -> LayerCosts:
+    """A walk's sizes at a cluster's constants, as the planners take them."""
+    prices = Prices(costs)
+
+    def priced(key: str, amount: float) -> Linear:
+        alpha, beta = prices.linear(key)
+        return Linear(np.asarray(alpha), np.asarray(beta), np.asarray(float(amount)))
+
+    if sizes.wait_s is not None:
+        experts = Linear(np.asarray(sizes.wait_s[0]), np.ones(()), np.asarray(sizes.wait_s[1]))
+    elif sizes.gemms:
+        alpha, beta = prices.linear("gemm")
+        experts = Linear(np.asarray(sizes.gemms * alpha), np.asarray(beta), np.asarray(float(sizes.macs)))
+    else:
+        experts = NOTHING
+    gathered = sizes.slot_bytes * sizes.num_local
+    return LayerCosts(
+        priced("a2a.inter", sizes.slot_bytes), priced("ag.intra", gathered), priced("rs.intra", gathered), experts
+    )
+
+
+def calibrated(cluster: Cluster | None) -> Cluster | None:
+    """The cluster with fitted costs: those of its latest calibration, or its own if it comes with some."""
+    if cluster is None:
+        return None
+    found = ledger.latest(cluster)
+    if found is not None:
+        return found.cluster()
+    return cluster if cluster.collectives else None
+
+
+def _forced(case: Case) -> tuple[int, int] | None:
+    given = [case.options.get(f"degree_{direction}") for direction in ("forward", "backward")]
+    if given == [None, None]:
+        return None
+    for direction, degree in zip(("forward", "backward"), given, strict=True):
+        if degree not in DEGREES:
+            remedy = f"must be one of {', '.join(map(str, DEGREES))}; give both directions or none"
+            raise bad(f"options.degree_{direction}", degree, remedy)
+    return int(given[0]), int(given[1])  # type: ignore[arg-type]

@@ -1,0 +1,56 @@
+"""FSMoE's layer, executed: equal to the oracle however it is cut, gradients really in flight, bytes as planned."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from harness import registry
+from harness.topology import Topology
+from harness.traffic import crossing, direction_bytes
+from methods.fsmoe.step import POLICIES
+from tests.baselines.recorded import make_case
+from tests.methods.test_hiermoe import cluster
+
+ON_RANKS = "tests.methods.fsmoe_on_ranks:"
+SYSTEMS = [name for name in registry.systems() if name.startswith("fsmoe")]
+
+
+def test_every_schedule_is_a_system():
+    assert {registry.system(name).policy for name in SYSTEMS} == set(POLICIES.values())
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2)], ids=str)
+def test_every_pair_of_degrees_equals_the_oracle(session, shape):
+    payload = {"system": "fsmoe", "degrees": [1, 2, 4, 8]}
+    assert session(cluster(shape)).call(ON_RANKS + "every_cut", payload, timeout_s=120)[0] == []
+
+
+@pytest.mark.parametrize("system", ["fsmoe", "fsmoe-no-iio"])
+def test_every_gate_equals_the_oracle(session, system):
+    payload = {"system": system, "degrees": [2, 4], "gates": True}
+    assert session(cluster((2, 2))).call(ON_RANKS + "every_cut", payload, timeout_s=120)[0] == []
+
+
+def test_gradients_travel_between_dispatches_and_combines(session):
+    options = {"degree_forward": 4, "degree_backward": 2, "gradient_bytes": 4096}
+    for found in session(cluster((2, 2))).call(ON_RANKS + "gradients_in_flight", {"options": options}):
+        assert found == {
+            "reduced": True,
+            "elements": 1024,
+            "after_dispatch": True,
+            "before_combine": True,
+            "forward_chunks": 4,
+        }
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (4, 2)], ids=str)
+def test_bytes_between_nodes_are_the_bytes_planned(session, shape):
+    given = {"dtype": "bfloat16", "tokens": (9, 4, 13, 0), "options": {"degree_forward": 2, "degree_backward": 4}}
+    results = session(cluster(shape)).call("tests.baselines.recorded:step", {"system": "fsmoe", "case": given})
+    topology = Topology(shape)
+    planned = registry.system("fsmoe").planned_bytes(make_case(topology, **given))
+    for direction in ("forward", "backward"):
+        sent = np.stack([result["sent"][(direction, "all_to_all")] for result in results])
+        wanted = direction_bytes(planned, direction)
+        assert crossing(sent, topology)[0] == crossing(wanted, topology)[0] > 0
