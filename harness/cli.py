@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 STATUS_COLOURS = {"refused": "yellow", "nonconforming": "bold red", "failed": "bold red", "hung": "bold red"}
 RUNS = Path("results/runs")
+SIMULATED = Path("results/simulated")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead of a table.")]
 
 
@@ -190,14 +191,19 @@ def record_(
 @app.command()
 def profile(
     cluster: Annotated[str, typer.Argument(help="A local or emulated cluster preset (moebench list clusters).")],
+    system: Annotated[list[str] | None, typer.Option(help="Fit this system's layer too; may be repeated.")] = None,
+    model: Annotated[str, typer.Option(help="Model preset whose layer that is.")] = "local-m512-e16k2",
     as_json: Json = False,
 ) -> None:
-    """Fit start-up time and time per byte of every collective on every link level, and of a matrix product.
+    """Fit what a simulator needs to know of a cluster, and add it to the ledger in results/ledger.
 
-    n bytes are one rank's buffer; all groups of a level work at once. The result is kept in results/profiles.
+    Start-up time and time per byte of every collective on every link level (n bytes are one rank's buffer; all groups
+    of a level work at once) and of matrix products, each with its error at sizes that were held out; how much busy
+    lanes slow each other down; with --system, a whole layer over its tokens.
 
     ```
     moebench profile emulated-2x4
+    moebench profile emulated-2x4 --system megatron --system flat
     moebench profile local-4 --json
     ```
     """
@@ -205,22 +211,52 @@ def profile(
 
     spec = presets.cluster(cluster)
     with console.progress(f"profiling {spec.name}") as bar:
-        found = profiling.profile(spec, lambda text: console.say(bar, text))
+        made, path = profiling.profile(spec, lambda text: console.say(bar, text), system or [], model)
     if as_json:
-        return console.print_json(found)
-    fits = [{"operation": key, **fit} for key, fit in {**found["collectives"], "gemm": found["gemm"]}.items()]
-    rows = [
-        {
-            "operation": f["operation"],
-            "alpha_s": f["alpha_s"],
-            "per byte (gemm: per multiply-add)": f.get("beta_s_per_byte", f.get("beta_s_per_mac")),
-            "r2": f["r2"],
-            "held-out error": f["held_out_error"],
-            "refused": f["refused"],
-        }
-        for f in fits
-    ]
-    console.show(rows, f"{spec.name}, {found['evidence']}, {found['network']['network']}: {found['path']}")
+        return console.print_json(made.model_dump(mode="json") | {"path": str(path)})
+    from harness import ledger
+
+    network = made.network["network"]
+    console.show(ledger.fit_rows(made), f"{spec.name}, {made.evidence}, {network}: {path}", {"refused": "yellow"})
+    console.show(ledger.contention_rows(made), "how much longer work on a lane takes while another is busy")
+
+
+@app.command()
+def simulate(
+    name: Annotated[str, typer.Argument(help="A study; without one, they are listed.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the tables; each study gets one of its own in it.")] = SIMULATED,
+    as_json: Json = False,
+) -> None:
+    """Run a simulated study: a paper's experiments computed from published or profiled constants.
+
+    Every row says what evidence it is: simulated, or reported where the paper prints the same quantity. Tables are
+    kept as CSV, what they were made from as Parquet.
+
+    ```
+    moebench simulate
+    moebench simulate fsmoe-grid
+    moebench simulate fsmoe-models --json --out my-results
+    ```
+    """
+    from harness import studies
+
+    if not name:
+        rows = [{"name": name, "title": study.title} for name, study in studies.studies().items()]
+        return console.print_json(rows) if as_json else console.show(rows, "studies")
+    study = studies.study(name)
+    with console.progress(f"simulating {name}") as bar:
+        found = study.run(lambda text: console.say(bar, text))
+    paths = found.write(out / name)
+    tables = {title: console.plain_rows(table) for title, table in found.tables.items()}
+    if as_json:
+        return console.print_json(
+            {"study": name, "tables": tables, "notes": list(found.notes), "files": [str(path) for path in paths]}
+        )
+    for title, rows in tables.items():
+        console.show(rows, title)
+    for note in found.notes:
+        typer.echo(f"- {note}")
+    typer.echo(f"{out / name}: {', '.join(path.name for path in paths)}")
 
 
 @app.command()

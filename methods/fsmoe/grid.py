@@ -17,7 +17,8 @@ from harness.plan.prices import Contention, Prices
 from harness.plan.simulate import simulate
 from harness.specs import Cluster
 from methods.fsmoe.costs import LayerCosts, attention_gradient_elements, layer_costs, reduce_costs
-from methods.fsmoe.schedule import Priced, Sizes, Work
+from methods.fsmoe.degree import DEGREES, closed_form, scan_degree
+from methods.fsmoe.schedule import Priced, Sizes, Work, moe
 from methods.fsmoe.step import POLICIES, Decision, Dense, Policy, backward_layer, forward_layer, reduction
 
 ELEMENT_BYTES = 4  # the authors' driver runs in float32
@@ -141,7 +142,9 @@ def step_s(
     prices = Prices(given.cluster, given.num_ranks, contention or {})
     dense_s = sum(np.asarray(prices.seconds(part.work.cost)) for part in given.dense_backward)
     reduce = reduce_costs(given.cluster, given.num_ranks)
-    decided = Decision(policy, given.costs, given.costs.backward(), reduce, given.gradient_bytes, dense_s, least_a2a_s=least_a2a_s)
+    decided = Decision(
+        policy, given.costs, given.costs.backward(), reduce, given.gradient_bytes, dense_s, least_a2a_s=least_a2a_s
+    )
     num_layers = len(decided.forward)
     seconds = np.empty(num_layers)
     for pair in sorted(set(zip(decided.forward.tolist(), decided.backward.tolist(), strict=True))):
@@ -267,3 +270,52 @@ def speedups(grid: pd.DataFrame, over: str = "tutel") -> pd.DataFrame:
             "num_layers": by.size(),
         }
     ).reset_index()
+
+
+def closed_form_gap(testbed: str) -> pd.DataFrame:
+    """How far the paper's formula lies from the plan on Table 4's layers, MoE part alone: one row for each direction,
+    degree, and whether a slice of the whole gradient is between the all-to-alls. Gaps are formula over plan, minus 1.
+    """
+    _, given = configured_layers(testbed, Assumptions(dense=False))
+    prices = Prices(given.cluster)
+    slice_s = reduce_costs(given.cluster).time_s(given.gradient_bytes)
+    directions = {"forward": (given.forward, given.costs), "backward": (given.backward, given.costs.backward())}
+    rows = []
+    for (direction, (sizes, costs)), degree, sliced in itertools.product(directions.items(), DEGREES, (False, True)):
+        if direction == "forward" and sliced:
+            continue
+        plan = Plan()
+        moe(plan, Priced(sizes, degree), gradients=reduction(given.gradient_bytes) if sliced else None)
+        planned = simulate(plan, prices).total_s
+        gap = closed_form(costs, degree, slice_s if sliced else 0.0) / planned - 1
+        rows.append(
+            {
+                "testbed": testbed,
+                "direction": direction,
+                "degree": degree,
+                "gradient_slice": sliced,
+                "equal": int((np.abs(gap) < 1e-9).sum()),
+                "mean_gap": float(np.abs(gap).mean()),
+                "most_below": float(gap.min()),
+                "most_above": float(gap.max()),
+                "num_layers": len(gap),
+                "evidence": "simulated",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def different_degrees(testbed: str) -> dict[str, int]:
+    """Of Table 4's layers on a testbed: how many want other degrees backward than forward, without a gradient slice,
+    with all of their gradient as one, and as FSMoE places it."""
+    _, given = configured_layers(testbed, Assumptions())
+    backward = given.costs.backward()
+    wanted = scan_degree(given.costs)[0]
+    slice_s = reduce_costs(given.cluster).time_s(given.gradient_bytes)
+    decided = step_s(given, POLICIES["fsmoe"])[1]
+    return {
+        "num_layers": len(wanted),
+        "without_slice": int((wanted != scan_degree(backward)[0]).sum()),
+        "whole_gradient": int((wanted != scan_degree(backward, slice_s)[0]).sum()),
+        "as_placed": int((decided.forward != decided.backward).sum()),
+    }

@@ -1,0 +1,100 @@
+"""Studies: named simulations that a method's folder brings, with what they found as tables.
+
+A study is found as a system is: ``methods/<name>/studies.py`` holds ``STUDIES``, a mapping from names to ``Study``. The
+harness knows none by name. Every row of every table says what evidence it is; a simulated value and the reported one
+beside it are two rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness.errors import bad
+from harness.registry import FOLDERS
+
+REPORTED = Path(__file__).resolve().parents[1] / "results" / "reported"
+LEVELS = ("simulated", "reported")
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Findings:
+    """What a study found. ``tables`` are for reading, ``raw`` is what they were made from, ``notes`` say what to know
+    before believing them (assumptions, what was left out, what stands out)."""
+
+    tables: Mapping[str, pd.DataFrame]
+    notes: tuple[str, ...] = ()
+    raw: Mapping[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, table in {**self.tables, **self.raw}.items():
+            assert set(table["evidence"]) <= set(LEVELS), f"{name}: evidence must be one of {LEVELS}"
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """A table row by row; what is missing is None."""
+        table = self.tables[name]
+        return table.astype(object).where(table.notna(), None).to_dict("records")  # type: ignore[return-value]
+
+    def write(self, folder: Path) -> list[Path]:
+        """Tables as CSV, raw ones as Parquet; returns the files."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise bad("--out", str(folder), f"cannot be made: {error.strerror}; name another folder") from None
+        paths = [folder / f"{name}.csv" for name in self.tables] + [folder / f"{name}.parquet" for name in self.raw]
+        for path, table in zip(paths, [*self.tables.values(), *self.raw.values()], strict=True):
+            if path.suffix == ".csv":
+                table.to_csv(path, index=False)
+            else:
+                table.to_parquet(path, index=False)
+        return paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """``run`` is told whom to tell about progress."""
+
+    title: str
+    run: Callable[[Progress], Findings]
+
+
+@functools.cache
+def studies() -> dict[str, Study]:
+    """Every study by name, sorted."""
+    found: dict[str, Study] = {}
+    for folder in FOLDERS:
+        for info in pkgutil.iter_modules(importlib.import_module(folder).__path__, prefix=f"{folder}."):
+            if info.ispkg and importlib.util.find_spec(f"{info.name}.studies"):
+                for name, study in importlib.import_module(f"{info.name}.studies").STUDIES.items():
+                    if name in found:
+                        raise RuntimeError(f"two studies are named {name}: one of them in {info.name}")
+                    found[name] = study
+    return dict(sorted(found.items()))
+
+
+def study(name: str) -> Study:
+    """The study called ``name``; ``UserError`` with the nearest known name if there is none."""
+    known = studies()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise bad("study", name, f"unknown; {hint}known studies are {', '.join(known)}")
+    return known[name]
+
+
+def reported(paper: str) -> pd.DataFrame:
+    """What a paper prints, one value a row (``results/reported`` of the repository); ``UserError`` if it is not there."""
+    path = REPORTED / f"{paper}.csv"
+    if not path.is_file():
+        raise bad("reported values", str(path), "are not there; run from a clone of the repository")
+    return pd.read_csv(path, keep_default_na=False)

@@ -1,0 +1,118 @@
+"""FSMoE's layers under pipeline parallelism (arXiv 2501.10714, section 6.4): GPipe over two halves of the nodes.
+
+All micro-batches go forward through the stages, then all go back in the opposite order; gradients are accumulated, so
+that they are reduced beside the last micro-batch's backward alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from harness.plan.graph import INTER, LANES, Cost, Plan
+from harness.plan.prices import Prices
+from harness.plan.simulate import simulate
+from harness.specs import Cluster, Model
+from methods.fsmoe import models
+from methods.fsmoe.grid import ELEMENT_BYTES, Layers
+from methods.fsmoe.models import SCHEDULES, Slices
+from methods.fsmoe.step import Policy
+
+
+class Stage(Plan):
+    """The lanes of one pipeline stage in a ``whole`` plan: what is added here goes there, names unchanged."""
+
+    def __init__(self, whole: Plan, stage: int):
+        super().__init__()
+        self.whole, self.stage = whole, stage
+
+    def add(
+        self,
+        name: str,
+        lane: str,
+        after: Iterable[str] = (),
+        cost: Cost | None = None,
+        run: Callable[[], None] | None = None,
+        kind: str = "",
+    ) -> str:
+        return self.whole.add(name, f"{lane}@{self.stage}", after, cost, run, kind)
+
+
+def gpipe_step(
+    layer: Layers,
+    policy: Policy,
+    slices: Slices,
+    *,
+    layers_per_stage: int,
+    num_micro_batches: int,
+    num_stages: int,
+    send_s: float,
+    optimizer_s: float | None = None,
+) -> Plan:
+    """A step of ``num_stages`` stages of equal layers; ``slices`` place one stage's gradients. ``send_s``: a
+    micro-batch's activations, or their gradients, from one stage to the next."""
+    whole = Plan(tuple(f"{lane}@{stage}" for stage in range(num_stages) for lane in LANES))
+    stack = [layer] * layers_per_stage
+
+    def sent(stage: int, micro: int, direction: str) -> str:
+        return f"stage{stage}.micro{micro}.{direction}.send"
+
+    for stage in range(num_stages):
+        lanes = Stage(whole, stage)
+        done: list[str] = []
+        for micro in range(num_micro_batches):
+            before = [sent(stage - 1, micro, "forward")] if stage else []
+            done = models.forward(lanes, stack, policy, slices, prefix=f"stage{stage}.micro{micro}.", after=before)
+            if stage < num_stages - 1:
+                lanes.add(sent(stage, micro, "forward"), INTER, done, Cost("wait", amount=send_s))
+        for micro in reversed(range(num_micro_batches)):
+            before = [sent(stage + 1, micro, "backward")] if stage < num_stages - 1 else []
+            done = models.backward(
+                lanes,
+                stack,
+                policy,
+                slices,
+                prefix=f"stage{stage}.micro{micro}.",
+                after=[*before, *done],
+                reduce=micro == 0,
+            )
+            if stage:
+                lanes.add(sent(stage, micro, "backward"), INTER, done, Cost("wait", amount=send_s))
+        models.finish(lanes, slices, layers_per_stage, optimizer_s, prefix=f"stage{stage}.", after=done)
+    return whole
+
+
+def pipeline_times(
+    model: Model,
+    cluster: Cluster,
+    *,
+    num_micro_batches: int,
+    num_stages: int = 2,
+    num_ranks: int | None = None,
+    schedules: Iterable[str] = tuple(SCHEDULES),
+) -> list[dict[str, Any]]:
+    """Seconds of a step of ``num_micro_batches`` samples a node under each schedule.
+
+    ``cluster`` is that of one stage. A rank sends its 1 / N_MP of the activations; the ranks of a node share its port.
+    """
+    width = cluster.levels[0].bandwidth_bytes_per_s
+    assert width is not None
+    layers_per_stage = -(-model.num_layers // num_stages)
+    send_s = model.seq * model.hidden * ELEMENT_BYTES / width
+    rows = []
+    for name in schedules:
+        given = models.model_layer(model, cluster, num_ranks=num_ranks)
+        layer, slices = models.prepare(name, given, layers_per_stage)
+        plan = gpipe_step(
+            layer,
+            SCHEDULES[name],
+            slices,
+            layers_per_stage=layers_per_stage,
+            num_micro_batches=num_micro_batches,
+            num_stages=num_stages,
+            send_s=send_s,
+            optimizer_s=models.optimizer_s(model, cluster),
+        )
+        seconds = float(simulate(plan, Prices(cluster, num_ranks)).total_s)
+        rows.append({"model": model.name, "schedule": name, "step_s": seconds})
+    return rows
