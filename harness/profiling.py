@@ -1,49 +1,62 @@
-"""``moebench profile``: fitted costs of one cluster, kept as JSON beside where they came from."""
+"""``moebench profile``: measure one cluster, fit what a simulator needs, and add it to the ledger."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
-from harness.bench import provenance
-from harness.comm.profile import fit
-from harness.errors import bad
+from harness import ledger
+from harness.bench import contention, layer_cost, provenance
+from harness.comm import profile as operations
 from harness.launch.session import open_session
+from harness.ledger import Calibration, LayerFit
 from harness.specs import Cluster
 
-PROFILES = Path("results/profiles")
 TIMEOUT_S = 300.0
+MODEL = "local-m512-e16k2"
+PERSONAL = ("host", "job")  # of the provenance; the ledger is shared
 
 
-def profile(cluster: Cluster, say: Callable[[str], None], folder: Path = PROFILES) -> dict[str, Any]:
-    """Measure ``cluster``, fit, and write ``folder``/NAME.json. Returns what the file holds, and its ``path``."""
-    path = folder / f"{cluster.name}.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise bad("profiles folder", str(folder), f"cannot be made ({error.strerror}); choose another folder") from None
+def profile(
+    cluster: Cluster,
+    say: Callable[[str], None],
+    systems: Iterable[str] = (),
+    model: str = MODEL,
+    folder: Path = ledger.LEDGER,
+) -> tuple[Calibration, Path]:
+    """Measure collectives, matrix products and contention on ``cluster``, and of each of ``systems`` a layer of
+    ``model``. The calibration, and the file of the ledger that it was added to."""
+    ledger.history(cluster.name, folder)  # a damaged one is found before anything is measured
+    layers = {name: layer_cost.experiments(cluster, name, model) for name in systems}
     with (
         tempfile.TemporaryDirectory(prefix="moebench-profile-") as logs,
         open_session(cluster, log_dir=Path(logs), preload=("harness.comm.profile",)) as session,
     ):
-        say(f"timing collectives on {cluster.num_ranks} ranks of {cluster.name}")
+        say(f"collectives and matrix products on {cluster.num_ranks} ranks of {cluster.name}")
         payload = {"levels": [level.name for level in cluster.levels]}
-        of_ranks = session.call("harness.comm.profile:measure", payload, timeout_s=TIMEOUT_S)
+        fits, products = operations.fit(session.call("harness.comm.profile:measure", payload, timeout_s=TIMEOUT_S))
+        say("lanes side by side")
+        slowdown, spread = contention.matrix(session.call("harness.bench.contention:measure", timeout_s=TIMEOUT_S))
+        costs = {}
+        for name, experiments in layers.items():
+            say(f"a layer of {name}")
+            data = {"experiments": [experiment.model_dump(mode="json") for experiment in experiments]}
+            found = layer_cost.fit(session.call("harness.bench.layer_cost:measure", data, timeout_s=TIMEOUT_S))
+            costs[name] = LayerFit(model=model, dtype=layer_cost.DTYPE, **found)
         evidence, network = session.evidence, dict(session.network)
-    collectives, gemm = fit(of_ranks)
-    found = {
-        "cluster": cluster.model_dump(mode="json"),
-        "digest": cluster.digest,
-        "evidence": evidence,
-        "network": network,
-        "collectives": {key: each.model_dump() for key, each in collectives.items()},
-        "gemm": gemm.model_dump(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **provenance.collect([]),
-    }
-    path.write_text(json.dumps(found, indent=2, default=str) + "\n", encoding="utf-8")
-    return found | {"path": str(path)}
+    facts = provenance.collect(layers)
+    calibration = Calibration(
+        profiled=cluster,
+        evidence=evidence,
+        network=network,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        provenance={key: value for key, value in facts.items() if key not in PERSONAL},
+        fits=fits,
+        products=products,
+        contention=slowdown,
+        contention_spread=spread,
+        layers=costs,
+    )
+    return calibration, ledger.record(calibration, folder)

@@ -1,0 +1,204 @@
+"""Every calibration of every cluster that was profiled: what was fitted, how well, where it holds, and on what.
+
+One JSON file a cluster under ``results/ledger``, one calibration a line, in order of time. Calibrations are added and
+never changed; a file is written whole or not at all. What a simulator may use of them it gets from
+``Calibration.cluster`` and ``Calibration.slowdown``, and no refused fit is among it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from harness.comm.fits import Fit, GemmFit, Judged, TokensFit
+from harness.errors import UserError, bad
+from harness.specs import Cluster, Collective, Gemm, Spec
+
+LEDGER = Path("results/ledger")
+SCHEMA_VERSION = 1
+STAND_IN = "stand-in"  # as in harness.bench.contention
+
+
+class LayerFit(Spec):
+    """A system's whole MoE layer over the tokens of one rank, balanced, as a black box."""
+
+    model: str
+    dtype: str
+    forward: TokensFit
+    backward: TokensFit
+
+
+class Calibration(Spec):
+    """What ``moebench profile`` found on one cluster at one time."""
+
+    profiled: Cluster  # as its preset has it; its digest is what the ledger finds it by
+    evidence: Literal["measured", "emulated"]
+    network: dict[str, Any]
+    date: str  # UTC
+    provenance: dict[str, Any]  # versions, commit, machine
+    fits: dict[str, Fit]  # by operation.level, and operation.flat
+    products: dict[str, GemmFit]  # gemm, grouped_gemm
+    contention: dict[str, dict[str, float]] = {}  # c[a][b]: what is done on lane a slows down by while b is busy
+    contention_spread: dict[str, dict[str, tuple[float, float]]] = {}  # lowest and highest repetition
+    layers: dict[str, LayerFit] = {}  # by system
+
+    def fit(self, key: str) -> Judged:
+        """The fit of ``operation.scope`` (scopes: the link levels, ``flat``, and the roles ``inter`` for the outermost
+        level and ``intra`` for all inside it), of ``gemm`` or of ``grouped_gemm``. Raises ``UserError`` where there is
+        none, and where it was refused, with the points."""
+        operation, _, scope = key.partition(".")
+        found = {**self.fits, **self.products}.get(f"{operation}.{self._level(scope)}" if scope else operation)
+        field = f"calibration of {self.profiled.name} ({self.date}): {key}"
+        if found is None:
+            known = ", ".join([*sorted(self.fits), *self.products])
+            raise bad(field, None, f"was not measured; known are {known}")
+        if found.refused:
+            points = "; ".join(f"{x:.0f}: {'none' if t is None else f'{t * 1e3:.3f} ms'}" for x, t in found.points)
+            again = f"profile a quieter machine again (moebench profile {self.profiled.name})"
+            raise UserError(f"{field}: refused, {found.refused}; {again}; the points were {points}")
+        return found
+
+    def _level(self, scope: str) -> str:
+        levels = [level.name for level in self.profiled.levels]
+        if scope == "inter":
+            return levels[0]
+        if scope == "intra" and len(levels) == 2:
+            return levels[1]
+        return scope
+
+    def cluster(self, keys: Iterable[str] | None = None) -> Cluster:
+        """The profiled cluster with ``collectives`` and ``gemm`` as fitted, keyed as in the presets of real clusters
+        (``a2a.inter``, ``ag.intra``, ``gemm``). ``keys``: those wanted; by default every operation's inter and intra,
+        and gemm. Raises ``UserError`` if one of them was refused, with the points."""
+        if keys is None:
+            roles = {role: self._level(role) for role in ("inter", "intra")}
+            measured = [key.split(".") for key in self.fits]
+            keys = [f"{op}.{role}" for role, level in roles.items() for op, scope in measured if scope == level]
+            keys = [*keys, "gemm"]
+        fits = {key: self.fit(key) for key in keys}
+        as_given = {
+            key: Collective(alpha_s=fit.alpha_s, beta_s_per_byte=fit.beta_s_per_byte, r2=fit.r2)
+            for key, fit in fits.items()
+            if isinstance(fit, Fit)
+        }
+        product = fits.get("gemm")
+        update: dict[str, Any] = {"collectives": as_given}
+        if isinstance(product, GemmFit):
+            update["gemm"] = Gemm(alpha_s=product.alpha_s, beta_s_per_mac=product.beta_s_per_mac, r2=product.r2)
+        return Cluster.model_validate({**self.profiled.model_dump(), **update})
+
+    def slowdown(self, compute: Literal["real", "stand-in"] = "real") -> dict[str, dict[str, float]]:
+        """``contention`` among the lanes compute, inter and intra, where tasks of the lane compute really compute, or
+        are timed waits: what the simulator takes."""
+        left_out, kept = (STAND_IN, "compute") if compute == "real" else ("compute", STAND_IN)
+        return {
+            "compute" if a == kept else a: {"compute" if b == kept else b: c for b, c in row.items() if b != left_out}
+            for a, row in self.contention.items()
+            if a != left_out
+        }
+
+
+def record(calibration: Calibration, folder: Path = LEDGER) -> Path:
+    """Add ``calibration`` to its cluster's file, which is returned. ``UserError`` if that is damaged, was written by a
+    newer moebench, or cannot be written."""
+    path = folder / f"{calibration.profiled.name}.json"
+    with _locked(folder):
+        known = [each.model_dump_json() for each in [*history(calibration.profiled.name, folder), calibration]]
+        text = f'{{"schema_version": {SCHEMA_VERSION}, "calibrations": [\n' + ",\n".join(known) + "\n]}\n"
+        handle, name = tempfile.mkstemp(prefix=".ledger-", dir=folder)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                os.fchmod(file.fileno(), 0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    return path
+
+
+def latest(cluster: Cluster, folder: Path = LEDGER) -> Calibration | None:
+    """The newest calibration of exactly this cluster (by its digest); None if there is none."""
+    same = [each for each in history(cluster.name, folder) if each.profiled.digest == cluster.digest]
+    return same[-1] if same else None
+
+
+def history(name: str, folder: Path = LEDGER) -> list[Calibration]:
+    """All calibrations of the clusters of this name, oldest first. ``UserError`` for a damaged file or a newer one."""
+    path = folder / f"{name}.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version = data["schema_version"]
+        if version > SCHEMA_VERSION:
+            raise bad(
+                "ledger", str(path), f"has schema version {version}, newer than {SCHEMA_VERSION}; update moebench"
+            )
+        return [Calibration.model_validate(each) for each in data["calibrations"]]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise bad("ledger", str(path), f"{error.strerror}; choose a file that can be read") from None
+    except UserError:
+        raise
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
+        raise bad("ledger", str(path), f"is damaged ({why}); restore it (git checkout) or move it away") from None
+
+
+def fit_rows(calibration: Calibration) -> list[dict[str, Any]]:
+    """Every fit as a row of a table."""
+    fits: dict[str, Judged] = {**calibration.fits, **calibration.products}
+    for system, layer in calibration.layers.items():
+        fits |= {f"{system} forward": layer.forward, f"{system} backward": layer.backward}
+    return [
+        {
+            "operation": name,
+            "alpha_s": fit.alpha_s,
+            "per x": getattr(fit, fit.RATE),
+            "x": fit.RANGE.removeprefix("range_"),
+            "from": getattr(fit, fit.RANGE)[0],
+            "to": getattr(fit, fit.RANGE)[1],
+            "r2": fit.r2,
+            "held-out error": fit.held_out_error,
+            "refused": fit.refused,
+        }
+        for name, fit in fits.items()
+    ]
+
+
+def contention_rows(calibration: Calibration) -> list[dict[str, Any]]:
+    """Every measured pair of lanes as a row of a table."""
+    return [
+        {"lane": a, "busy": b, "slowdown": c, "lowest": spread[0], "highest": spread[1]}
+        for a, row in calibration.contention.items()
+        for b, c in row.items()
+        for spread in [calibration.contention_spread[a][b]]
+    ]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone with ``folder``, which is made: of two that add at once, both are kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise bad("ledger", str(folder), f"{error.strerror}; choose a folder that can be written") from None
+
+
+__all__ = ["LEDGER", "Calibration", "LayerFit", "contention_rows", "fit_rows", "history", "latest", "record"]
