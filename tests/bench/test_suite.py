@@ -28,6 +28,18 @@ def test_lists_expand_as_a_grid_and_races_gather_systems() -> None:
     assert {(race.repeats, race.warmup, race.launches) for race in found.races} == {(2, 1, 3)}
 
 
+def test_a_gate_that_takes_no_prescribed_routing_races_layers_and_not_exchanges() -> None:
+    text = GOOD.replace("balanced-512, ", "").replace("generator: uniform", "generator: natural")
+    text = text.replace(
+        "model: moe-tiny", "model: {num_layers: 1, hidden: 8, ffn: 8, num_experts: 4, top_k: 2, gate: softmoe}"
+    )
+    assert len(suite.parse(text.replace("[exchange, layer]", "layer"), "demo.yaml").races) == 2
+    with pytest.raises(UserError, match="has no prescribed routing; phase exchange needs one"):
+        suite.parse(text, "demo.yaml")
+    with pytest.raises(UserError, match="takes no prescribed routing; use a natural workload"):
+        suite.parse(text.replace("generator: natural", "generator: uniform"), "demo.yaml")
+
+
 def test_the_most_demanding_entry_decides_and_a_cell_stands_once() -> None:
     again = GOOD + (
         "  - {model: moe-tiny, cluster: local-1, workload: balanced-512, system: [flat, megatron],"
