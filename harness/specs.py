@@ -238,6 +238,7 @@ class Experiment(Spec):
     dtype: Dtype = "bfloat16"
     backward: bool = True
     wire: Literal["recv_first", "gloo"] = "recv_first"  # whose all-to-all runs under torch.distributed
+    compute: Literal["real", "stand-in"] = "real"  # stand-in: a timed wait, as long as the cluster's gemm costs say
     options: dict[str, bool | int | float | str] = {}  # the system's own (pipeline chunks, 2DH, ...)
 
     @property

@@ -42,6 +42,7 @@ class Case:
     identity_experts: bool = False
     options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     cluster: Cluster | None = None  # for systems that plan by its costs; None: there is no timing to plan for
+    stand_in: bool = False  # computation is a timed wait, as long as the cluster's gemm costs say
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -105,6 +106,7 @@ class System(abc.ABC):
     kind: ClassVar[Literal["package", "native"]]
     source: ClassVar[str]  # paper, section, or where the package comes from
     options: ClassVar[dict[str, str]] = {}  # option -> one-line meaning with its default
+    stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked
 
     @classmethod

@@ -24,7 +24,7 @@ from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.routing import planned_routing
 from harness.routing.types import Routing
-from harness.specs import EXPERTS_CHOOSE, Dtype, Experiment, Model, Workload
+from harness.specs import EXPERTS_CHOOSE, Cluster, Dtype, Experiment, Model, Workload
 from harness.system import Case, System
 
 BASE = Model(name="conformance", num_layers=1, hidden=48, ffn=24, num_experts=16, top_k=2)
@@ -134,6 +134,7 @@ def compare(
     prescribed: bool = True,
     identity_experts: bool = False,
     options: dict[str, Any] | None = None,
+    cluster: Cluster | None = None,
 ) -> dict[str, Any]:
     """Collective: forward and backward of ``system`` against the oracle -> status, errors, tolerance, reason.
 
@@ -149,6 +150,7 @@ def compare(
         str(job.device),
         identity_experts,
         options or {},
+        cluster,
     )
     reason = system.missing() or system.refuse(case)
     if reason:

@@ -93,7 +93,7 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int) -> Co
     system = registry.system(experiment.system)
     case = make_case(experiment, job.topology, str(job.device))
     name_phase(job, experiment, "asking whether it can run")
-    if reason := first_said(job, system.missing() or system.refuse(case)):
+    if reason := first_said(job, system.missing() or _no_stand_in(system, case) or system.refuse(case)):
         outcome.status, outcome.reason = "refused", reason
         return None
 
@@ -127,6 +127,10 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int) -> Co
         outcome.status, outcome.reason = _status_of(reason), reason
         return None
     return contender if outcome.status == "ok" else None
+
+
+def _no_stand_in(system: type[System], case: Case) -> str | None:
+    return f"{system.name} has no stand-in for its computation" if case.stand_in and not system.stands_in else None
 
 
 def conforms(job: Job, system: type[System], experiment: Experiment) -> dict[str, Any]:
@@ -254,6 +258,7 @@ def make_case(
         experiment.phase == "exchange",
         dict(experiment.options),
         experiment.cluster,
+        experiment.compute == "stand-in",
     )
 
 

@@ -36,6 +36,7 @@ _DEFAULTS: dict[str, Any] = {
     "options": {},
     "backward": True,
     "wire": "recv_first",
+    "compute": "real",
     "repeats": 5,
     "warmup": 1,
     "launches": 3,
@@ -160,7 +161,7 @@ def _experiment(choice: dict[str, Any], here: str) -> Experiment:
     for key, values in (("phase", get_args(Phase)), ("dtype", get_args(Dtype))):
         if choice[key] not in values:
             raise bad(f"{here}.{key}", choice[key], f"must be one of {', '.join(values)}")
-    fields |= {key: choice[key] for key in ("phase", "dtype", "backward", "wire")}
+    fields |= {key: choice[key] for key in ("phase", "dtype", "backward", "wire", "compute")}
     experiment: Experiment = Experiment.parse({**fields, "system": system, "options": dict(options)}, here)
     return experiment
 

@@ -97,7 +97,7 @@ class _Cell:
             "wire": str(setting.network.get("wire", experiment.wire)),
             "evidence": setting.evidence,
             "network": str(setting.network["network"]),
-            "compute": "real",
+            "compute": self.experiment.compute,
             "time_utc": time_utc,
             "schema_version": SCHEMA_VERSION,
             "status": "ok",

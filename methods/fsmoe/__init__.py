@@ -31,10 +31,10 @@ class FSMoE(UnifiedSystem):
         "degree_forward": "chunks of the capacity in forward, 1, 2, 4 or 8 (default: planned from the cluster's costs)",
         "degree_backward": "likewise in backward",
         "order": f"gshard (matrix products) or tutel (copied rows); default {ORDER}",
-        "stand_in": "true: the experts and an attention before them are timed waits as long as the cluster's gemm "
-        "constants say, and one layer's attention gradients are all-reduced between nodes (default: false)",
-        "gradient_bytes": "gradients to all-reduce between nodes in backward (default: 0; of attention with stand_in)",
+        "gradient_bytes": "gradients to all-reduce between nodes in backward (default: 0; with stand-in compute, where "
+        "a layer has an attention too, those of one attention)",
     }
+    stands_in = True
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:
@@ -44,11 +44,11 @@ class FSMoE(UnifiedSystem):
             return f"num_experts = {case.model.num_experts} does not divide over {nodes} nodes"
         if case.model.ffn % ranks:
             return f"ffn = {case.model.ffn} does not divide over the {ranks} ranks of a node that share an expert"
-        if case.options.get("stand_in"):
+        if case.stand_in:
             if case.device != "cpu":
                 return "stand-in compute is for ranks that share a CPU"
-            if case.cluster is not None and case.cluster.gemm is None:
-                return f"stand-in compute needs the gemm constants of cluster {case.cluster.name}"
+            if case.cluster is None or case.cluster.gemm is None:
+                return "stand-in compute needs the gemm constants of the cluster"
         return None
 
     @classmethod

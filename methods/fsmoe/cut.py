@@ -21,6 +21,7 @@ from methods.fsmoe.schedule import Sizes
 from methods.fsmoe.step import Decision, Policy
 
 GEMMS = {"gpt": 2, "swiglu": 3}
+KEYS = ("a2a.inter", "ag.intra", "rs.intra", "ar.inter")  # costs that the planners need beside gemm
 #: Lina's fixed chunk is 30 MB beside all-to-alls of tens of MB: on small links half of one all-to-all's buffer
 LINA_CHUNK_SHARE = 0.5
 
@@ -46,8 +47,9 @@ def layer_sizes(case: Case, capacity: int) -> LayerSizes:
     gradient_bytes = int(case.options.get("gradient_bytes", 0))
     forward = Sizes(slot_bytes, num_local, macs, gemms)
     backward = Sizes(slot_bytes, num_local, 2 * macs, 2 * gemms)
-    if not case.options.get("stand_in") or case.cluster is None:
+    if not case.stand_in:
         return LayerSizes(forward, backward, (0.0, 0.0), gradient_bytes)
+    assert case.cluster is not None
     alpha, beta = Prices(case.cluster).linear("gemm")
     forward, backward = (
         dataclasses.replace(sizes, wait_s=(sizes.gemms * alpha, sizes.macs * beta)) for sizes in (forward, backward)
@@ -69,6 +71,11 @@ def planned_capacity(case: Case, routing: Routing) -> int:
     return max(1, most)
 
 
+def padded_capacity(case: Case, routing: Routing, cut: Cut) -> int:
+    """``planned_capacity`` as ``cut`` pads it."""
+    return -(-planned_capacity(case, routing) // cut.multiple) * cut.multiple
+
+
 def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None) -> Cut:
     """What ``policy`` decides for a case by ``costs`` (by default the latest calibration of the case's cluster).
 
@@ -76,7 +83,7 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None) -> Cut:
     Given degrees (``options``) are taken; ``UserError`` if only one is given."""
     forced = _forced(case)
     sizes = layer_sizes(case, planned_capacity(case, case.routing))
-    costs = costs or calibrated(case.cluster)
+    costs = costs or calibrated(case.cluster, case.stand_in)
     waits = None
     if sizes.forward.wait_s is not None and sizes.backward.wait_s is not None:
         waits = (sizes.forward.wait_s, sizes.backward.wait_s)
@@ -128,13 +135,14 @@ def linear_costs(sizes: Sizes, costs: Cluster) -> LayerCosts:
     )
 
 
-def calibrated(cluster: Cluster | None) -> Cluster | None:
+def calibrated(cluster: Cluster | None, stand_in: bool) -> Cluster | None:
     """The cluster with fitted costs: those of its latest calibration, or its own if it comes with some."""
     if cluster is None:
         return None
     found = ledger.latest(cluster)
     if found is not None:
-        return found.cluster()
+        keys = KEYS if stand_in else (*KEYS, "gemm")
+        return found.cluster(keys)
     return cluster if cluster.collectives else None
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES
 from harness.system import Case
-from methods.fsmoe.cut import planned_capacity
+from methods.fsmoe.cut import padded_capacity
 from methods.fsmoe.layer import Cut
 
 
@@ -19,7 +19,7 @@ def sharded_bytes(case: Case, routing: Routing, cut: Cut) -> dict[str, np.ndarra
     between nodes is a ring: each rank sends its buffer 2 (nodes - 1) / nodes times to the next."""
     topology = case.topology
     nodes, num_ranks = topology.shape[0], topology.num_ranks
-    capacity = -(-planned_capacity(case, routing) // cut.multiple) * cut.multiple
+    capacity = padded_capacity(case, routing, cut)
     slot_bytes = case.model.num_experts * capacity * case.model.hidden * DTYPE_BYTES[case.dtype]
     unit, place = topology.unit_of(0), np.arange(num_ranks) % (num_ranks // nodes)
     across = (place[:, None] == place) & (unit[:, None] != unit)

@@ -1,0 +1,105 @@
+"""What the simulator says of executed layers, from the profiler's calibration alone: the same plans, priced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau
+
+from harness.bench.race import make_case
+from harness.ledger import Calibration
+from harness.plan.graph import COMPUTE, Cost, Plan, Timeline
+from harness.plan.prices import Prices
+from harness.plan.simulate import simulate
+from harness.registry import system
+from harness.specs import Experiment
+from harness.topology import Topology
+from methods.fsmoe.cut import KEYS, choose_cut, layer_sizes, padded_capacity
+from methods.fsmoe.schedule import Priced, Work
+from methods.fsmoe.step import Dense, backward_layer, forward_layer, reduction
+
+
+def timelines(experiment: Experiment, calibration: Calibration) -> dict[str, Timeline]:
+    """The forward and backward plans of phase ``layer`` of one of FSMoE's systems, simulated."""
+    policy = system(experiment.system).policy  # type: ignore[attr-defined]
+    case = make_case(experiment, Topology(experiment.cluster.shape))
+    costs = calibration.cluster(KEYS if case.stand_in else (*KEYS, "gemm"))
+    cut = choose_cut(case, policy, costs)
+    sizes = layer_sizes(case, padded_capacity(case, case.routing, cut))
+
+    def dense(seconds: float) -> list[Dense]:
+        return [Dense("attention", COMPUTE, Work(Cost("wait", amount=seconds)))] if seconds else []
+
+    forward, backward = Plan(), Plan()
+    forward_layer(forward, policy, Priced(sizes.forward, cut.degree_forward), dense(cut.dense_s[0]))
+    slices = [
+        reduction(num_bytes, count) if num_bytes else None
+        for num_bytes, count in zip(cut.reduced_bytes, cut.messages, strict=True)
+    ]
+    walk = Priced(sizes.backward, cut.degree_backward)
+    backward_layer(
+        backward,
+        policy,
+        walk,
+        dense(cut.dense_s[1]),
+        in_moe=slices[0],
+        beside_dense=slices[1],
+        after_layer=slices[2],
+    )
+    prices = Prices(costs, contention=calibration.slowdown("stand-in" if case.stand_in else "real"))
+    return {"forward": simulate(forward, prices), "backward": simulate(backward, prices)}
+
+
+def predict_s(experiment: Experiment, calibration: Calibration) -> dict[str, float]:
+    """Seconds of a layer's forward and backward, and of both (``total``)."""
+    found = {direction: float(timeline.total_s) for direction, timeline in timelines(experiment, calibration).items()}
+    return {**found, "total": sum(found.values())}
+
+
+def predictions(experiments: Mapping[str, Experiment], calibration: Calibration) -> pd.DataFrame:
+    """One row a cell (its digest) and direction: ``predicted_s``."""
+    rows = [
+        {"cell": cell, "direction": direction, "predicted_s": seconds}
+        for cell, experiment in experiments.items()
+        for direction, seconds in predict_s(experiment, calibration).items()
+    ]
+    return pd.DataFrame(rows, columns=["cell", "direction", "predicted_s"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How well predictions meet what ran: errors relative to the measured time, and the order of the schedules of each
+    layer (Kendall's tau-b, mean and least over layers)."""
+
+    num_cells: int
+    mean_error: float
+    p95_error: float
+    largest_error: float
+    bias: float  # mean of predicted / measured - 1
+    mean_tau: float
+    least_tau: float
+
+
+def agreement(cells: pd.DataFrame) -> Agreement:
+    """``cells``: columns race, measured_s, predicted_s; one row a cell."""
+    error = cells["predicted_s"] / cells["measured_s"] - 1
+    taus = [kendalltau(race["measured_s"], race["predicted_s"]).statistic for _, race in cells.groupby("race")]
+    return Agreement(
+        len(cells),
+        float(error.abs().mean()),
+        float(np.quantile(error.abs(), 0.95)),
+        float(error.abs().max()),
+        float(error.mean()),
+        float(np.mean(taus)),
+        float(np.min(taus)),
+    )
+
+
+def experiments_of(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Experiment]:
+    """Resolved experiments of a stored run by cell, FSMoE's systems alone."""
+    found = {cell: Experiment.model_validate(data) for cell, data in records.items()}
+    return {cell: each for cell, each in found.items() if each.system.startswith("fsmoe") and each.phase == "layer"}
