@@ -216,8 +216,10 @@ def profile(
         return console.print_json(made.model_dump(mode="json") | {"path": str(path)})
     from harness import ledger
 
-    network = made.network["network"]
-    console.show(ledger.fit_rows(made), f"{spec.name}, {made.evidence}, {network}: {path}", {"refused": "yellow"})
+    title = f"{spec.name}, {made.evidence}, {made.network['network']}: {path}"
+    if made.foreign_cores > 0.3:
+        title += f" (other programs kept {made.foreign_cores:.1f} cores busy: profile again when they do not)"
+    console.show(ledger.fit_rows(made), title)
     console.show(ledger.contention_rows(made), "how much longer work on a lane takes while another is busy")
 
 
@@ -247,7 +249,7 @@ def simulate(
     with console.progress(f"simulating {name}") as bar:
         found = study.run(lambda text: console.say(bar, text))
     paths = found.write(out / name)
-    tables = {title: console.plain_rows(table) for title, table in found.tables.items()}
+    tables = {title: found.rows(title) for title in found.tables}
     if as_json:
         return console.print_json(
             {"study": name, "tables": tables, "notes": list(found.notes), "files": [str(path) for path in paths]}

@@ -23,7 +23,7 @@ from harness.errors import bad
 from harness.registry import FOLDERS
 
 REPORTED = Path(__file__).resolve().parents[1] / "results" / "reported"
-LEVELS = ("simulated", "reported")
+LEVELS = ("measured", "simulated", "reported")
 Progress = Callable[[str], None]
 
 
@@ -93,7 +93,7 @@ def study(name: str) -> Study:
 
 
 def reported(paper: str) -> pd.DataFrame:
-    """What a paper prints, one value a row (``results/reported`` of the repository); ``UserError`` if it is not there."""
+    """What a paper prints, one value a row (``results/reported`` of the repository); ``UserError`` if it is missing."""
     path = REPORTED / f"{paper}.csv"
     if not path.is_file():
         raise bad("reported values", str(path), "are not there; run from a clone of the repository")

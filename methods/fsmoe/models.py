@@ -78,8 +78,8 @@ def duplicated(layer: Layers) -> Layers:
 
 
 def optimizer_s(model: Model, cluster: Cluster) -> float | None:
-    """Adam over one rank's float32 weights of a layer, as long as its memory traffic takes; None if the cluster does not
-    say how fast that is. One expert per node, sharded over its ranks."""
+    """Adam over one rank's float32 weights of a layer, as long as its memory traffic takes; None if the cluster does
+    not say how fast that is. One expert per node, sharded over its ranks."""
     if cluster.device_bytes_per_s is None:
         return None
     num_mp = cluster.shape[-1]
