@@ -1,0 +1,119 @@
+"""From costs to how a layer is cut, and what the simulator says of it."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from harness import presets
+from harness.bench import suite
+from harness.bench.race import make_case
+from harness.errors import UserError
+from harness.plan.graph import Plan
+from harness.plan.prices import Prices
+from harness.plan.simulate import simulate
+from harness.registry import system
+from harness.specs import Cluster, Experiment
+from harness.topology import Topology
+from methods.fsmoe.cut import choose_cut, layer_sizes, linear_costs, padded_capacity
+from methods.fsmoe.degree import pipeline_time
+from methods.fsmoe.predict import agreement
+from methods.fsmoe.schedule import Priced, moe
+from methods.fsmoe.step import POLICIES
+
+SUITE = suite.load("fsmoe-emulated")
+COSTS = {
+    "a2a.inter": {"alpha_s": 5e-4, "beta_s_per_byte": 8e-8},
+    "ag.intra": {"alpha_s": 3e-3, "beta_s_per_byte": 1.2e-8},
+    "rs.intra": {"alpha_s": 3e-3, "beta_s_per_byte": 1.2e-8},
+    "ar.inter": {"alpha_s": 4e-4, "beta_s_per_byte": 1.7e-7},
+}
+
+
+def case_and_costs(experiment: Experiment) -> tuple:
+    case = make_case(experiment, Topology(experiment.cluster.shape))
+    return case, Cluster.model_validate({**experiment.cluster.model_dump(), "collectives": COSTS})
+
+
+def cell(model: str, name: str) -> Experiment:
+    return next(
+        e for e in SUITE.experiments if e.model.name == model and e.system == name and e.workload.name == "balanced-256"
+    )
+
+
+def test_the_emulated_grid_has_24_layers_under_six_schedules_with_stand_in_compute():
+    assert len(SUITE.races) == 24
+    for race in SUITE.races:
+        assert {system(e.system).policy for e in race.experiments} == set(POLICIES.values())
+        assert {e.compute for e in race.experiments} == {"stand-in"}
+
+
+def test_gradients_go_where_the_policy_says_and_none_is_lost():
+    for name, filled in {
+        "": (0,),
+        "-no-iio": (0,),
+        "-tutel": (2,),
+        "-tutel-improved": (1,),
+        "-no-overlap": (2,),
+    }.items():
+        case, costs = case_and_costs(cell("m512-h1024-swiglu", f"fsmoe{name}"))
+        cut = choose_cut(case, system(f"fsmoe{name}").policy, costs)
+        assert sum(cut.reduced_bytes) == layer_sizes(case, 1).gradient_bytes > 0
+        assert cut.reduced_bytes[filled[0]] > 0
+    case, costs = case_and_costs(cell("m512-h1024-swiglu", "fsmoe-lina"))
+    cut = choose_cut(case, POLICIES["lina"], costs)
+    assert sum(cut.messages[:2]) >= 2
+
+
+def test_a_longer_layer_is_cut_finer_and_a_rival_has_one_degree():
+    degrees = []
+    for model in ("m256-h256-gpt", "m1024-h2048-swiglu"):
+        case, costs = case_and_costs(cell(model, "fsmoe"))
+        cut = choose_cut(case, POLICIES["fsmoe"], costs)
+        degrees.append(cut.degree_forward)
+        assert padded_capacity(case, case.routing, cut) % cut.multiple == 0
+        tutel = choose_cut(case, POLICIES["tutel"], costs)
+        assert tutel.degree_forward == tutel.degree_backward
+    assert degrees[0] < degrees[1]
+
+
+def test_the_simulated_walk_is_the_formula_where_gather_and_scatter_take_as_long():
+    case, costs = case_and_costs(cell("m1024-h2048-gpt", "fsmoe"))
+    sizes = layer_sizes(case, 64).forward
+    for degree in (1, 2, 4, 8):
+        plan = Plan()
+        moe(plan, Priced(sizes, degree))
+        found = float(simulate(plan, Prices(costs)).total_s)
+        assert found == pytest.approx(float(pipeline_time(linear_costs(sizes, costs), degree)), rel=1e-9)
+
+
+def test_one_degree_alone_is_refused_and_bad_ones_name_the_remedy():
+    case, costs = case_and_costs(cell("m256-h256-gpt", "fsmoe"))
+    for options in ({"degree_forward": 2}, {"degree_forward": 2, "degree_backward": 3}):
+        case.options.clear()
+        case.options.update(options)
+        with pytest.raises(UserError, match=r"options.degree_backward: .*must be one of 1, 2, 4, 8; give both"):
+            choose_cut(case, POLICIES["fsmoe"], costs)
+
+
+def test_packages_have_no_stand_in():
+    from harness.bench.race import _no_stand_in
+
+    case, _ = case_and_costs(cell("m256-h256-gpt", "fsmoe"))
+    assert _no_stand_in(system("megatron"), case) == "megatron has no stand-in for its computation"
+    assert _no_stand_in(system("fsmoe"), case) is None
+    assert presets.cluster("emulated-2x4-balanced").loopback_bytes_per_s
+
+
+def test_agreement_counts_errors_and_orders():
+    cells = pd.DataFrame(
+        {
+            "race": ["a"] * 3 + ["b"] * 3,
+            "measured_s": [1.0, 2.0, 3.0, 1.0, 2.0, 4.0],
+            "predicted_s": [1.1, 2.0, 3.0, 2.0, 1.8, 4.0],
+        }
+    )
+    found = agreement(cells)
+    assert found.mean_error == pytest.approx((0.1 + 1.0 + 0.1) / 6)
+    assert found.largest_error == pytest.approx(1.0)
+    assert (found.mean_tau, found.least_tau) == pytest.approx(((1 + 1 / 3) / 2, 1 / 3))
