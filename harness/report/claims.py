@@ -29,7 +29,7 @@ LEVELS = ("measured", "emulated", "simulated")
 
 Outcome = Literal["reproduced", "partly", "not", "not attempted"]
 Text = Annotated[str, Field(min_length=1)]
-Where = dict[str, str | int | float | bool]
+Where = dict[str, str | int | float | bool | tuple[str, ...]]  # a list: any of them
 
 
 class Reported(Spec):
@@ -113,7 +113,7 @@ class Experiments(Spec):
     def basis(self) -> str:
         """In words."""
         source = f"study {self.study}" if self.study else f"run {self.run}" if self.run else "ledger of calibrations"
-        return ", ".join([source, *(f"{key} {value}" for key, value in self.where.items())])
+        return ", ".join([source, *(f"{key} {_shown(value)}" for key, value in self.where.items())])
 
     @property
     def method(self) -> str:
@@ -123,6 +123,10 @@ class Experiments(Spec):
             each = f"ratio over {', '.join(str(v) for v in self.over.values())}"
         words = f"{self.estimator.replace('_', ' ')} of {each}"
         return f"{words}, least and largest per {', '.join(self.per)}" if self.per else words
+
+
+def _shown(value: object) -> str:
+    return " or ".join(value) if isinstance(value, tuple) else str(value)
 
 
 class Claim(Spec):
@@ -368,7 +372,7 @@ def _select(table: pd.DataFrame, where: Where | dict[str, Any], name: str = "whe
     _needed(table, list(where), name)
     chosen = pd.Series(True, index=table.index)
     for column, value in where.items():
-        chosen &= table[column] == value
+        chosen &= table[column].isin(value) if isinstance(value, tuple) else table[column] == value
     return table[chosen]
 
 

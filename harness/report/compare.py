@@ -125,6 +125,15 @@ def pooled_speedup(run: Run, label: str, reference: str, direction: str = "total
     return Pooled(stats.interval(pooled), len(logs), tuple(sorted(evidence)))
 
 
+def beside_predictions(run: Run, predicted: pd.DataFrame, direction: str = "total") -> pd.DataFrame:
+    """Cells with a time and a prediction (``predicted``: cell, direction, predicted_s): ``IDENTITY``, measured_s (the
+    estimate of what ran, on the run's evidence), predicted_s, and error, the prediction over the time less one."""
+    found = times(run).rename(columns={"point": "measured_s"}).merge(predicted, on=["cell", "direction"])
+    found = found[found["direction"] == direction].reset_index(drop=True)
+    found["error"] = found["predicted_s"] / found["measured_s"] - 1
+    return found[[*IDENTITY, "measured_s", "predicted_s", "error"]]
+
+
 def verdict(low: float, high: float) -> str:
     """What an interval of a ratio allows to say."""
     if not (math.isfinite(low) and math.isfinite(high)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from harness.report import page
 from harness.report.run import GROUP, Run
 from harness.report.words import DIRECTIONS, group_title, main_direction
 
@@ -69,12 +70,18 @@ def styled() -> contextlib.AbstractContextManager[None]:
     return plt.rc_context(dict(sns.axes_style("ticks"), **STYLE))
 
 
-def looks(run: Run) -> dict[str, Look]:
+def drawn(make: Callable[[], Figure], alt: str, caption: str) -> str:
+    """What ``make`` draws, in the report's style, as HTML with its alternative text and caption."""
+    with styled():
+        return page.figure(make(), alt, caption)
+
+
+def looks(labels: Iterable[str]) -> dict[str, Look]:
     """Label -> look; colour-blind safe and told apart by shape as well."""
     colors = sns.color_palette("colorblind", 10)
     return {
         label: Look(colors[i % 10], _MARKERS[i % len(_MARKERS)], _HATCHES[i % len(_HATCHES)])
-        for i, label in enumerate(run.labels)
+        for i, label in enumerate(labels)
     }
 
 
@@ -82,14 +89,14 @@ def speedup(run: Run, speedups: pd.DataFrame) -> Figure:
     """Speedup over the reference with its interval: a panel a group, a band a workload, a mark a system."""
     panels = list(_panels(speedups))
     heights = [max(1.0, 0.27 * len(rows) + 0.25 * rows["race"].nunique()) for _, rows in panels]
-    fig, axes = _stack(heights)
-    look = looks(run)
+    fig, axes = stack(heights)
+    look = looks(run.labels)
     for ax, (title, rows) in zip(axes, panels, strict=True):
         _forest(ax, rows, look)
         ax.set_title(title)
     reference = speedups["reference"].iloc[0]
     axes[-1].set_xlabel(f"speedup: time of {reference} / time of the system (log scale; right of 1 is faster)")
-    _legend(fig, look, speedups["label"])
+    legend(fig, look, speedups["label"])
     return fig
 
 
@@ -97,8 +104,8 @@ def light(run: Run, times: pd.DataFrame) -> Figure:
     """Time per cell as a bar with its interval, and its speed of light as a tick on it."""
     panels = list(_panels(times))
     heights = [max(1.0, 0.25 * len(rows) + 0.2 * rows["race"].nunique()) for _, rows in panels]
-    fig, axes = _stack(heights)
-    look = looks(run)
+    fig, axes = stack(heights)
+    look = looks(run.labels)
     for ax, (title, rows) in zip(axes, panels, strict=True):
         ys, centers, names = _bands(rows)
         _bars(ax, ys, rows, rows["point"] * 1e3, look)
@@ -110,7 +117,7 @@ def light(run: Run, times: pd.DataFrame) -> Figure:
         ax.set_xlim(0, 1e3 * min(1.5 * longest_s, 1.04 * float(rows["high"].fillna(rows["point"]).max())))
         ax.set_title(title)
     axes[-1].set_xlabel("time of one repetition, ms (bar: time with 95 % interval; black tick: speed of light)")
-    _legend(fig, look, times["label"], bars=True)
+    legend(fig, look, times["label"], bars=True)
     return fig
 
 
@@ -122,8 +129,8 @@ def bytes_crossing(run: Run, traffic: pd.DataFrame) -> Figure:
         for level, rows in group.groupby("level", sort=False)
     ]
     heights = [max(1.0, 0.25 * len(rows) + 0.2 * rows["race"].nunique()) for _, rows in panels]
-    fig, axes = _stack(heights)
-    look = looks(run)
+    fig, axes = stack(heights)
+    look = looks(run.labels)
     for ax, (title, rows) in zip(axes, panels, strict=True):
         ys, centers, names = _bands(rows)
         _bars(ax, ys, rows, rows["counted_bytes"] / 1e6, look)
@@ -132,7 +139,7 @@ def bytes_crossing(run: Run, traffic: pd.DataFrame) -> Figure:
         ax.set_xlim(left=0)
         ax.set_title(title)
     axes[-1].set_xlabel("bytes over the link in one repetition, MB (bar: counted; white diamond: planned)")
-    _legend(fig, look, traffic["label"], bars=True)
+    legend(fig, look, traffic["label"], bars=True)
     return fig
 
 
@@ -144,7 +151,7 @@ def skew(run: Run, speedups: pd.DataFrame) -> Figure:
     fig, grid = plt.subplots(
         rows_of, columns, figsize=(_WIDTH if columns > 1 else 6.2, 3.1 * rows_of), squeeze=False, layout="constrained"
     )
-    look = looks(run)
+    look = looks(run.labels)
     for ax in list(grid.flat)[len(panels) :]:
         ax.remove()
     for ax, (title, rows) in zip(grid.flat, panels, strict=False):
@@ -160,12 +167,12 @@ def skew(run: Run, speedups: pd.DataFrame) -> Figure:
         ax.grid(True)
         ax.set_title(textwrap.fill(title, 58), fontsize=9.5)
         ax.set_yscale("log")
-        ticks = _ticks(*ax.get_ylim())
-        ax.set_yticks(ticks, [f"{tick:g}×" for tick in ticks])
+        marks = ticks(*ax.get_ylim())
+        ax.set_yticks(marks, [f"{tick:g}×" for tick in marks])
         ax.set_yticks([], minor=True)
         ax.set_xlabel("realised max/mean load per rank")
         ax.set_ylabel(f"speedup over {rows['reference'].iloc[0]}")
-    _legend(fig, look, speedups["label"])
+    legend(fig, look, speedups["label"])
     return fig
 
 
@@ -173,7 +180,7 @@ def loss(run: Run, losses: pd.DataFrame) -> Figure:
     """Loss over training steps, a panel a race; curves that agree lie on each other, so marks are staggered."""
     races = list(losses.groupby("race", sort=False))
     fig, axes = plt.subplots(len(races), 1, figsize=(_WIDTH, 2.7 * len(races)), squeeze=False, layout="constrained")
-    look = looks(run)
+    look = looks(run.labels)
     for ax, (_, rows) in zip(axes.flat, races, strict=True):
         labels = list(rows["label"].unique())
         for i, label in enumerate(labels):
@@ -188,7 +195,7 @@ def loss(run: Run, losses: pd.DataFrame) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(True)
     axes.flat[-1].set_xlabel("training step")
-    _legend(fig, look, losses["label"])
+    legend(fig, look, losses["label"])
     return fig
 
 
@@ -202,7 +209,7 @@ def _panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield title, rows[rows["direction"] == direction].reset_index(drop=True)
 
 
-def _stack(heights: list[float]) -> tuple[Figure, list[Axes]]:
+def stack(heights: list[float]) -> tuple[Figure, list[Axes]]:
     """Panels one below the other, each as high as its content."""
     fig, axes = plt.subplots(
         len(heights),
@@ -239,8 +246,8 @@ def _forest(ax: Axes, rows: pd.DataFrame, look: dict[str, Look]) -> None:
         np.nanmax([rows["high"].max(), rows["point"].max()]),
     )
     ax.set_xlim(min(0.9, low / 1.05), max(1.12, high * 1.18))
-    ticks = _ticks(*ax.get_xlim())
-    ax.set_xticks(ticks, [f"{tick:g}×" for tick in ticks])
+    marks = ticks(*ax.get_xlim())
+    ax.set_xticks(marks, [f"{tick:g}×" for tick in marks])
     ax.set_xticks([], minor=True)
     ax.grid(True, axis="x")
     ax.set_axisbelow(True)
@@ -249,7 +256,7 @@ def _forest(ax: Axes, rows: pd.DataFrame, look: dict[str, Look]) -> None:
     ax.tick_params(axis="y", length=0)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round values of a log axis, as dense as its range allows."""
     steps = {1.6: 0.1, 2.5: 0.2, 4.0: 0.5}
     step = next((step for ratio, step in steps.items() if high / low < ratio), None)
@@ -270,7 +277,7 @@ def _bars(ax: Axes, ys: np.ndarray, rows: pd.DataFrame, widths: pd.Series, look:
     ax.tick_params(axis="y", length=0)
 
 
-def _legend(fig: Figure, look: dict[str, Look], labels: pd.Series, bars: bool = False) -> None:
+def legend(fig: Figure, look: dict[str, Look], labels: pd.Series, bars: bool = False) -> None:
     shown = [label for label in look if label in set(labels)]
     if bars:
         handles: list[Any] = [

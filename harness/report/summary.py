@@ -6,8 +6,7 @@ A section without data says what is missing and which command brings it; none of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -15,9 +14,6 @@ from harness.report import compare, figures, page, words
 from harness.report.context import QUICK, provenance, routing, setbacks, where
 from harness.report.page import Column, Html
 from harness.report.run import GROUP, Run, in_order, load
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _RUN = "moebench run EXPERIMENTS.yaml"
 _EVIDENCE = Column("evidence", "evidence", page.badge)
@@ -76,7 +72,7 @@ def traffic(run: Run) -> Html:
             "with an emulated cluster in that file",
         )
     else:
-        first = _drawn(
+        first = figures.drawn(
             lambda: figures.bytes_crossing(run, counted),
             alt="Bytes over each counted link level per system and workload, beside the planned bytes.",
             caption="Bytes over a link level in one repetition of the whole job, where they were counted. Counted "
@@ -102,7 +98,7 @@ def light(run: Run) -> Html:
     if frame.empty:
         what = "No speed of light is known here: it takes a cluster whose links or devices have a stated rate."
         return Html(page.missing(what, _RUN, "with an emulated cluster in that file"))
-    drawn = _drawn(
+    drawn = figures.drawn(
         lambda: figures.light(run, frame),
         alt="Time of every system per workload as a bar with its interval, and its speed of light as a black tick.",
         caption="The speed of light is a bound that no implementation of the same communication can pass: the bytes "
@@ -130,7 +126,7 @@ def skew(run: Run) -> Html:
         what = f"A skew axis takes a speedup over {run.baseline} on two or more workloads of different imbalance."
         return Html(page.missing(what, _RUN, "with workloads such as zipf-2 and zipf-4 in that file"))
     return Html(
-        _drawn(
+        figures.drawn(
             lambda: figures.skew(run, frame),
             alt=f"Speedup over {run.baseline} against realised max over mean load per rank, with 95 percent intervals.",
             caption="Each mark is one workload at the imbalance that its routing really has (certificate above); bars "
@@ -162,7 +158,7 @@ def training(run: Run) -> Html:
         _EVIDENCE,
     ]
     return Html(
-        _drawn(
+        figures.drawn(
             lambda: figures.loss(run, frame),
             alt="Training loss per step of every system; where systems agree, the curves lie on each other.",
             caption="Loss of every step. Systems that compute the same step must draw the same curve.",
@@ -193,7 +189,7 @@ def _speedup_figure(run: Run, reference: str, ratios: pd.DataFrame) -> str:
         what = f"No other system shares a race with times of {reference}, so there is no ratio to it.{why}"
         return page.missing(what, _RUN, f"with {reference} among the systems of that file")
     role = "the baseline" if reference == run.baseline else "the control: native code without a paper's idea"
-    return _drawn(
+    return figures.drawn(
         lambda: figures.speedup(run, ratios),
         alt=f"Speedup over {reference} of every system per workload with 95 percent intervals, as in the tables below.",
         caption=f"Speedup over {reference} ({role}). Mark: ratio of times, paired by launch and repetition; bar: 95 % "
@@ -258,11 +254,6 @@ def _time(estimate: dict[str, float]) -> str:
 
 def _ratio(value: str | dict[str, float]) -> str:
     return value if isinstance(value, str) else page.ratio(value["point"], value["low"], value["high"])
-
-
-def _drawn(make: Callable[[], Figure], alt: str, caption: str) -> str:
-    with figures.styled():
-        return page.figure(make(), alt, caption)
 
 
 __all__ = [

@@ -194,7 +194,7 @@ def test_one_sample_has_no_interval(maker, make_experiment):
 
 
 def test_every_system_has_its_own_look(full):
-    looks = figures.looks(load(full.path)).values()
+    looks = figures.looks(load(full.path).labels).values()
     assert len({look.color for look in looks}) == len({look.marker for look in looks}) == len(looks)
     assert len({look.hatch for look in looks}) == len(looks)
 

@@ -1,0 +1,355 @@
+"""Sections of a paper's notebook: verdicts on its claims, tables of its studies, and what an own run adds.
+
+Every number says on what evidence it rests, and no row holds two kinds of it, except where a column's heading says
+which kind that column is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from harness.errors import UserError
+from harness.report import claims, compare, figures, gantt, page, study_figures, summary
+from harness.report.claims import Reported, Sources, Value, Verdict
+from harness.report.page import Column, Html
+from harness.report.run import Run, load
+from harness.studies import Findings, reported
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from harness.plan.graph import Timeline
+
+OUTCOMES = ("reproduced", "partly", "not", "not attempted")
+_EVIDENCE = Column("evidence", "evidence", page.badge)
+
+
+class Paper:
+    """What a notebook shows of one paper. ``run``: None where its own run is not there."""
+
+    def __init__(self, name: str, out_dir: str | Path = "", run_dir: str | Path = "", sources: Sources | None = None):
+        """``out_dir``: tables go to its folder ``tables``; nowhere if it is empty."""
+        self.name = name
+        self.tables = Path(out_dir) / "tables" / name if out_dir else None
+        self.run_dir = Path(run_dir) if run_dir else None
+        self.sources = sources or (Sources(runs=self.run_dir.parent) if self.run_dir else Sources())
+        self.reported = reported(name)
+
+    @functools.cached_property
+    def verdicts(self) -> list[Verdict]:
+        return claims.judge(claims.read(claims.RESULTS / "claims" / f"{self.name}.yaml"), self.sources)
+
+    def value(self, **keys: Any) -> float:
+        """A printed number by its keys."""
+        return claims.look_up(self.reported, Reported(**keys))
+
+    def findings(self, study: str) -> Findings | None:
+        return self.sources.study(study)
+
+    def table(self, study: str, table: str) -> pd.DataFrame:
+        """A table of a study, for reading or raw."""
+        found = self.findings(study)
+        return {**found.tables, **found.raw}[table] if found else pd.DataFrame()
+
+    # ------------------------------------------------------------------ sections
+
+    def headline(self) -> Html:
+        """Every claim beside what was found, with its verdict."""
+        rows = pd.DataFrame([_row(verdict) for verdict in self.verdicts])
+        self.keep("verdicts", rows.drop(columns=["shown", "said"]))
+        columns = [
+            Column("statement", "claim", kind="prose", merge=True),
+            Column("source", "where", merge=True),
+            Column("said", "reported", kind="num"),
+            Column("shown", "found here", kind="num"),
+            Column("evidence", "evidence", lambda level: page.badge(level) if level else "–"),
+            Column("verdict", "verdict", verdict_badge),
+            Column("basis", "how it was judged", kind="prose"),
+        ]
+        return Html(_counts(self.verdicts), page.table(rows, columns, "Claims and verdicts"))
+
+    def study(self, name: str, *only: str, folded: Iterable[str] = (), notes: bool = True) -> Html:
+        """The tables of a study for reading (those named in ``only``, or all; ``folded`` ones behind a line to click)
+        and its notes."""
+        found = self.findings(name)
+        if found is None:
+            return Html(page.missing(f"There is no study {name}.", ""))
+        parts = []
+        for key, frame in found.tables.items():
+            if only and key not in (*only, *folded):
+                continue
+            self.keep(f"{name}_{key}", frame)
+            shown = page.table(frame, columns_of(frame), words(key))
+            parts.append(page.folded(f"table: {words(key)}", shown) if key in folded else shown)
+        if notes and found.notes:
+            parts.append(
+                page.fill('<ul class="note">{% for n in notes %}<li>{{ n }}</li>{% endfor %}</ul>', notes=found.notes)
+            )
+        return Html(*parts)
+
+    def spread(
+        self,
+        study: str,
+        raw: str,
+        averages: str,
+        *,
+        reference: str,
+        pair: Sequence[str],
+        order: Sequence[str],
+        caption: str,
+        panel: str = "testbed",
+        label: str = "schedule",
+        column: str = "time_s",
+        mean: str = "mean",
+    ) -> Html:
+        """How the speedup over ``reference`` (a label) spreads over the rows of the study's ``raw`` table, paired by
+        ``pair``; the printed means are the reported rows of its table ``averages``."""
+        rows, keys = self.table(study, raw), [panel, *pair]
+        base = rows[rows[label] == reference][[*keys, column]]
+        pairs = rows.merge(base, on=keys, suffixes=("", "_base"), validate="many_to_one")
+        pairs["speedup"] = pairs[f"{column}_base"] / pairs[column]
+        said = self.table(study, averages).query("evidence == 'reported'")
+        printed = {(str(p), str(each)): v for p, each, v in zip(said[panel], said[label], said[mean], strict=True)}
+        alt = f"Range, middle half and mean of the simulated speedup over {reference}, beside the reported mean."
+
+        def make() -> Figure:
+            return study_figures.spread(
+                pairs,
+                value="speedup",
+                label=label,
+                panel=panel,
+                printed=printed,
+                order=order,
+                xlabel=f"speedup over {reference}'s schedule (right of 1 is faster)",
+            )
+
+        return Html(figures.drawn(make, alt, caption))
+
+    def moves(self, study: str, table: str, *, value: str, caption: str) -> Html:
+        """Where each changed assumption moves the ``value`` of the study's ``table`` (columns testbed, change,
+        evidence), with the reported value as a line."""
+        rows = self.table(study, table)
+        said = rows[rows["evidence"] == "reported"]
+        printed = {str(t): float(v) for t, v in zip(said["testbed"], said[value], strict=True)}
+        alt = f"Mean speedup of {value} under each changed assumption, per testbed, with the reported mean as a line."
+
+        def make() -> Figure:
+            return study_figures.moves(
+                rows[rows["evidence"] != "reported"],
+                value=value,
+                change="change",
+                panel="testbed",
+                printed=printed,
+                xlabel=f"mean speedup of {value}",
+            )
+
+        return Html(figures.drawn(make, alt, caption))
+
+    def lines(
+        self, study: str, table: str, *, x: str, y: str, panels: Sequence[str], without: Sequence[str], caption: str
+    ) -> Html:
+        """``y`` over ``x`` of the study's ``table``, a line a schedule (not those ``without``)."""
+        rows = self.table(study, table)
+        rows = rows[~rows["schedule"].isin(without)]
+        alt = f"{words(y)} over {x} of every schedule, one panel for each of {', '.join(panels)}."
+
+        def make() -> Figure:
+            return study_figures.lines(rows, x=x, y=y, label="schedule", panels=panels, xlabel=x, ylabel=words(y))
+
+        return Html(figures.drawn(make, alt, caption))
+
+    def gantt(self, timelines: Mapping[str, Timeline], caption: str) -> Html:
+        """Timelines below each other on one time axis."""
+        alt = f"Gantt chart, a row a lane and a bar a task, of: {'; '.join(timelines)}."
+        return Html(figures.drawn(lambda: gantt.gantt(timelines), alt, caption))
+
+    def own_run(
+        self,
+        suite: str,
+        label: str,
+        reference: str,
+        predict: Callable[[Run], pd.DataFrame],
+        agreement: Callable[[pd.DataFrame], Any],
+    ) -> Html:
+        """The paper's races as run here: ratios to ``reference`` over all races and of each, and how well the
+        simulator's predictions met them. ``predict``: rows of cell, direction and predicted_s for a run;
+        ``agreement``: a dataclass of figures from race, measured_s and predicted_s."""
+        if self.run_dir is None or not any(self.run_dir.glob("rows-*.parquet")):
+            command = f"moebench run --suite {suite} && moebench report {self.name}"
+            return Html(page.missing("These layers have not been run on this machine, so this part is empty.", command))
+        run = load(self.run_dir, baseline=reference, control=label)
+        parts = [self._pooled(run, reference)]
+        try:
+            parts.append(self._agreement(run, predict(run), agreement))
+        except UserError as error:  # no calibration, or one that is not to be used: the times above stand all the same
+            parts.append(page.missing(f"There are no predictions to compare with: {error}", ""))
+        parts.append(page.folded("every layer", summary.speedups(run).html))
+        parts.append(page.folded("what was refused, failed or marked", summary.setbacks(run).html))
+        return Html(*parts)
+
+    # ------------------------------------------------------------------ plumbing
+
+    def keep(self, name: str, frame: pd.DataFrame) -> None:
+        """As CSV beside the page."""
+        if self.tables is not None:
+            self.tables.mkdir(parents=True, exist_ok=True)
+            frame.to_csv(self.tables / f"{name}.csv", index=False)
+
+    def _pooled(self, run: Run, reference: str) -> str:
+        rows = []
+        for label in run.labels:
+            pooled = compare.pooled_speedup(run, label, reference)
+            if label != reference and pooled is not None:
+                estimate = pooled.estimate
+                ratio = Markup(page.ratio(estimate.point, estimate.low, estimate.high))
+                facts = {"races": pooled.num_races, "scope": estimate.scope, "evidence": " and ".join(pooled.evidence)}
+                rows.append(
+                    {"label": label, "point": estimate.point, "low": estimate.low, "high": estimate.high} | facts
+                )
+                rows[-1]["shown"] = ratio
+        frame = pd.DataFrame(rows, columns=["label", "point", "low", "high", "shown", "races", "scope", "evidence"])
+        if frame.empty:
+            return page.missing(f"No race of this run has a time of {reference}.", "")
+        self.keep("pooled_speedups", frame.drop(columns="shown"))
+        columns = [
+            Column("label", "system"),
+            Column("shown", f"over {reference} [95 % interval]", kind="num"),
+            Column("races", "layers", kind="num"),
+            Column("scope", "interval over"),
+            _EVIDENCE,
+        ]
+        return page.table(frame, columns, "Geometric mean over all layers", "forward and backward together")
+
+    def _agreement(self, run: Run, predicted: pd.DataFrame, agreement: Callable[[pd.DataFrame], Any]) -> str:
+        frame = compare.beside_predictions(run, predicted)
+        if frame.empty:
+            return page.missing("No cell of this run has a prediction.", "")
+        self.keep("predictions", frame)
+        figures_of = pd.DataFrame([dataclasses.asdict(agreement(frame))])
+        shown = frame.assign(error=frame["error"].map(lambda e: f"{e:+.1%}"))
+        columns = [
+            Column("workload", "workload", merge=True),
+            Column("model", "layer", merge=True),
+            Column("label", "system"),
+            Column(
+                "measured_s", f"time, ms ({' and '.join(sorted(set(frame['evidence'])))})", page.milliseconds, "num"
+            ),
+            Column("predicted_s", "predicted, ms (simulated)", page.milliseconds, "num"),
+            Column("error", "error", kind="num"),
+        ]
+        return Html(
+            page.table(
+                figures_of,
+                columns_of(figures_of),
+                "The simulator against what ran",
+                "errors relative to the time that ran; τ: Kendall's, of the order of the systems on a layer",
+            ),
+            page.folded("every cell", page.table(shown, columns, "Predicted and observed")),
+        ).html
+
+
+def verdict_badge(outcome: str) -> Markup:
+    """A verdict as a pill that says its word."""
+    return Markup('<span class="badge verdict {}">{}</span>').format(outcome.replace(" ", "-"), outcome)
+
+
+def columns_of(frame: pd.DataFrame, merge: int = 2) -> list[Column]:
+    """Columns for any tidy table, shown by dtype and by the unit at the end of their name; the first ``merge`` text
+    columns leave repeated values blank."""
+    found = []
+    for key in map(str, frame.columns):
+        if key == "evidence":
+            found.append(_EVIDENCE)
+        elif pd.api.types.is_bool_dtype(frame[key]):
+            found.append(Column(key, words(key), lambda value: "yes" if value else "no"))
+        elif pd.api.types.is_integer_dtype(frame[key]):
+            found.append(Column(key, words(key), lambda value: "–" if pd.isna(value) else f"{value:,}", "num"))
+        elif pd.api.types.is_float_dtype(frame[key]):
+            title, show = _unit(key)
+            found.append(Column(key, title, show, "num"))
+        else:
+            merged = sum(column.merge for column in found) < merge and len(found) < merge
+            found.append(
+                Column(key, words(key), lambda v: "–" if v is None or v != v or v == "" else str(v), merge=merged)
+            )
+    return found
+
+
+def words(name: str) -> str:
+    """A column's or table's name as words."""
+    return name.replace("_", " ")
+
+
+def _unit(key: str) -> tuple[str, Any]:
+    if key.endswith("_s"):
+        return f"{words(key.removesuffix('_s'))}, ms", page.milliseconds
+    if key.endswith("_ms"):
+        return f"{words(key.removesuffix('_ms'))}, ms", page.significant
+    if key.endswith("_bytes"):
+        return f"{words(key.removesuffix('_bytes'))}, MB", page.megabytes
+    return words(key), page.significant
+
+
+def _row(verdict: Verdict) -> dict[str, Any]:
+    claim, bound = verdict.claim, verdict.experiments
+    how = f"{bound.method}; {bound.basis} ({verdict.num_rows:,} rows)" if bound and not verdict.why else verdict.why
+    return {
+        "id": claim.id,
+        "statement": claim.statement,
+        "source": claim.source,
+        "said": _values([Value(value) for value in verdict.reported], claim.unit),
+        "shown": _values(verdict.found, claim.unit),
+        "reported": " to ".join(f"{value:g}" for value in verdict.reported),
+        "found": " to ".join(f"{value.point:.6g}" for value in verdict.found),
+        "low": verdict.found[0].low if verdict.found else math.nan,
+        "high": verdict.found[-1].high if verdict.found else math.nan,
+        "unit": claim.unit,
+        "evidence": verdict.evidence,
+        "verdict": verdict.outcome,
+        "basis": f"{how}. {claim.note}" if claim.note else how,
+    }
+
+
+def _values(values: Iterable[Value], unit: str) -> Markup:
+    """``1.08 to 1.22 ×``, each with its interval where it has one."""
+    parts = [
+        page.fill(
+            "{{ v }}{% if i %} <small>{{ i }}</small>{% endif %}",
+            v=f"{value.point:,.0f}" if unit == "layers" else page.significant(value.point),
+            i=page.interval(value.low, value.high) if math.isfinite(value.low) else "",
+        )
+        for value in values
+    ]
+    if not parts:
+        return Markup("–")
+    joint = "" if unit == "×" else " "
+    return Markup(" to ".join(parts)) + joint + unit
+
+
+def _counts(verdicts: list[Verdict]) -> str:
+    """How many of each, by evidence."""
+    by: Mapping[tuple[str, str], int] = Counter((v.evidence, v.outcome) for v in verdicts)
+    levels = [level for level in (*claims.LEVELS, "") if any(level == found for found, _ in by)]
+    return page.fill(
+        """<ul class="headline">{% for level in levels %}<li{% if not level %} class="unsure"{% endif %}>
+<h3>{% if level %}On {{ badge(level) }} evidence{% else %}Without evidence{% endif %}</h3>
+<p>{% for o in outcomes if (level, o) in by %}{{ by[level, o] }} {{ pill(o) }} {% endfor %}</p></li>
+{% endfor %}</ul>""",
+        levels=levels,
+        outcomes=OUTCOMES,
+        by=by,
+        badge=page.badge,
+        pill=verdict_badge,
+    )
+
+
+__all__ = ["Paper", "columns_of", "verdict_badge"]

@@ -1,0 +1,149 @@
+"""Figures of simulated studies, with the reported numbers as open diamonds where the paper prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.lines import Line2D
+
+from harness.report.figures import legend, looks, stack, ticks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _SOFT = "#1c2430", "#5b6675"
+
+
+def spread(
+    frame: pd.DataFrame,
+    *,
+    value: str,
+    label: str,
+    panel: str,
+    printed: Mapping[tuple[str, str], float],
+    xlabel: str,
+    order: Sequence[str],
+) -> Figure:
+    """How ``value`` spreads over configurations: per ``panel`` and ``label`` the range as a line, the middle half as a
+    bar, the mean as the label's mark, and the mean that the paper prints (``printed``, by panel and label) as a
+    diamond. Several marks above each other need no legend: each row has its name."""
+    panels = list(frame.groupby(panel, sort=True))
+    fig, axes = stack([0.4 * len(order)] * len(panels))
+    look = looks(order)
+    for ax, (name, rows) in zip(axes, panels, strict=True):
+        for y, each in enumerate(order):
+            values = rows[rows[label] == each][value].to_numpy()
+            if not len(values):
+                continue
+            mine = look[each]
+            low, first, third, high = np.quantile(values, [0, 0.25, 0.75, 1])
+            ax.hlines(y, low, high, color=mine.color, lw=1.2)
+            ax.barh(y, third - first, left=first, height=0.5, facecolor=mine.pale, edgecolor=mine.color, lw=0.8)
+            ax.plot(values.mean(), y, mine.marker, color=mine.color, mec="white", ms=7.5, zorder=3)
+            note = f"{values.mean():.2f}"
+            if (str(name), each) in printed:
+                ax.plot(printed[str(name), each], y, "d", mfc="white", mec="black", ms=7, zorder=4)
+                note += f" (reported {printed[str(name), each]:.2f})"
+            ax.annotate(note, (high, y), (7, 0), textcoords="offset points", va="center", fontsize=8.5)
+        _rows(ax, order)
+        ax.set_title(f"{panel} {name} [simulated]")
+        low, high = frame[value].min(), frame[value].max()
+        ax.set_xlim(low - 0.03 * (high - low), high + 0.22 * (high - low))
+    axes[-1].set_xlabel(xlabel)
+    _key(fig, {"range": ("-", ""), "mean, simulated": ("", "o"), "mean, reported": ("", "d")})
+    return fig
+
+
+def moves(
+    frame: pd.DataFrame, *, value: str, change: str, panel: str, printed: Mapping[str, float], xlabel: str
+) -> Figure:
+    """Where each ``change`` of an assumption moves ``value`` to, per ``panel``, from the first change (the default, a
+    dotted line); the reported value (``printed``, by panel) as a dashed line."""
+    changes = list(dict.fromkeys(frame[change]))
+    panels = list(frame.groupby(panel, sort=True))
+    fig, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(9.6, 0.27 * len(changes) + 1.3),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for (ax, (name, rows)), color in zip(zip(axes.flat, panels, strict=True), ("#0173b2", "#de8f05"), strict=False):
+        at = dict(zip(rows[change], rows[value], strict=True))
+        default = at[changes[0]]
+        for y, each in enumerate(changes):
+            if each in at:
+                ax.hlines(y, default, at[each], color=color, lw=2)
+                ax.plot(at[each], y, "o", color=color, ms=6, zorder=3)
+        ax.axvline(default, color=_SOFT, lw=1, ls=":")
+        if str(name) in printed:
+            ax.axvline(printed[str(name)], color=_INK, lw=1.2, ls="--")
+        _rows(ax, changes)
+        ax.set_title(f"{panel} {name} [simulated]")
+        ax.set_xlabel(xlabel)
+    handles = [Line2D([], [], color=_SOFT, ls=":"), Line2D([], [], color=_INK, ls="--")]
+    fig.legend(handles, ["default assumptions", "reported"], loc="outside upper left", ncols=2, frameon=False)
+    return fig
+
+
+def lines(
+    frame: pd.DataFrame, *, x: str, y: str, label: str, panels: Sequence[str], xlabel: str, ylabel: str
+) -> Figure:
+    """``y`` over ``x``, a line a ``label``, a panel for each combination of the columns ``panels``."""
+    parts = list(frame.groupby(list(panels), sort=False)) if panels else [((), frame)]
+    columns = min(2, len(parts))
+    num_rows = -(-len(parts) // columns)
+    fig, grid = plt.subplots(
+        num_rows, columns, figsize=(4.8 * columns, 2.9 * num_rows + 0.4), squeeze=False, layout="constrained"
+    )
+    labels = list(dict.fromkeys(frame[label]))
+    look = looks(labels)
+    for ax in list(grid.flat)[len(parts) :]:
+        ax.remove()
+    for ax, (key, rows) in zip(grid.flat, parts, strict=False):
+        for each, line in rows.groupby(label, sort=False):
+            line = line.sort_values(x)
+            mine = look[str(each)]
+            ax.plot(line[x], line[y], color=mine.color, marker=mine.marker, ms=6, lw=1.5)
+        ax.set_title(", ".join(map(str, key)) + " [simulated]", fontsize=9.5)
+        ax.set_xscale("log", base=2)
+        values = sorted(set(rows[x]))
+        ax.set_xticks(values, [f"{v:g}" for v in values])
+        ax.set_xticks([], minor=True)
+        ax.set_yscale("log")
+        marks = ticks(*ax.get_ylim())
+        ax.set_yticks(marks, [f"{mark:g}×" for mark in marks])
+        ax.set_yticks([], minor=True)
+        ax.grid(True)
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(ylabel)
+    legend(fig, look, frame[label])
+    return fig
+
+
+def _rows(ax: Axes, names: Iterable[str]) -> None:
+    """Named rows, the first on top."""
+    shown = list(names)
+    ax.set_yticks(range(len(shown)), shown)
+    ax.set_ylim(len(shown) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(True, axis="x")
+    ax.set_axisbelow(True)
+
+
+def _key(fig: Figure, entries: Mapping[str, tuple[str, str]]) -> None:
+    """What line styles and marks mean, whatever their colour."""
+    handles = [
+        Line2D([], [], color=_INK, ls=line or "none", marker=mark or None, mfc="white" if mark == "d" else _INK)
+        for line, mark in entries.values()
+    ]
+    fig.legend(handles, list(entries), loc="outside upper left", ncols=len(entries), frameon=False, fontsize=9.5)
+
+
+__all__ = ["lines", "moves", "spread"]
