@@ -89,6 +89,7 @@ class Tutel2DH(Tutel):
     name: ClassVar[str] = "tutel-2dh"
     title: ClassVar[str] = "Tutel MoE layer, two-dimensional hierarchical all-to-all (real package)"
     use_2dh: ClassVar[bool] = True
+    stages: ClassVar[tuple[str, ...]] = ("inter", "intra")
 
 
 class _Layer(MoELayer):

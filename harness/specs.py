@@ -22,6 +22,7 @@ Dtype = Literal["float64", "float32", "bfloat16"]
 #: gates in which each expert takes a fixed number of a rank's tokens, or of mixtures of them
 EXPERTS_CHOOSE = ("expert_choice", "softmoe")
 DTYPE_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
+GEMMS: dict[str, int] = {"gpt": 2, "swiglu": 3}  # of one expert, by Model.ffn_type
 
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
@@ -257,6 +258,7 @@ def with_levels(name: str, levels: Iterable[dict[str, Any]], **fields: Any) -> C
 __all__ = [
     "DTYPE_BYTES",
     "EXPERTS_CHOOSE",
+    "GEMMS",
     "Cluster",
     "Collective",
     "Dtype",

@@ -107,6 +107,7 @@ class System(abc.ABC):
     source: ClassVar[str]  # paper, section, or where the package comes from
     options: ClassVar[dict[str, str]] = {}  # option -> one-line meaning with its default
     stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
+    stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked
 
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 
 from harness.layer.gates import capacity
 from harness.routing.certificate import expert_counts
-from harness.specs import EXPERTS_CHOOSE, Cluster, Experiment
+from harness.specs import EXPERTS_CHOOSE, GEMMS, Cluster, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 from harness.traffic import crossing, direction_bytes, port_load
@@ -22,7 +22,6 @@ MIN_COUNTED = 0.98
 MIN_CHECKED_BYTES = 256 * 1024
 #: the clock of a token bucket against ours
 CLOCK_SLACK = 0.99
-GEMMS = {"gpt": 2, "swiglu": 3}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from harness.layer import gates
 from harness.plan.prices import Prices
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
-from harness.specs import DTYPE_BYTES, Cluster
+from harness.specs import DTYPE_BYTES, GEMMS, Cluster
 from harness.system import Case
 from methods.fsmoe.costs import NOTHING, LayerCosts, Linear, attention_gradient_elements, reduce_costs
 from methods.fsmoe.degree import DEGREES
@@ -20,7 +20,6 @@ from methods.fsmoe.layer import Cut
 from methods.fsmoe.schedule import Sizes
 from methods.fsmoe.step import Decision, Policy
 
-GEMMS = {"gpt": 2, "swiglu": 3}
 KEYS = ("a2a.inter", "ag.intra", "rs.intra", "ar.inter")  # costs that the planners need beside gemm
 #: Lina's fixed chunk is 30 MB beside all-to-alls of tens of MB: on small links half of one all-to-all's buffer
 LINA_CHUNK_SHARE = 0.5
