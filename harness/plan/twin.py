@@ -32,7 +32,8 @@ def twin(system: type[System], case: Case) -> dict[str, Plan] | None:
     macs = gemms * rows * case.model.hidden * case.model.ffn  # of every rank
     plans = {}
     for direction, times in (("forward", 1), ("backward", 2)):
-        plan, last = Plan(), []
+        plan = Plan()
+        last: list[str] = []
         for name in PARTS[direction]:
             if name in ("combine", "dispatch_grad") and gemms:
                 last = [plan.add("experts", COMPUTE, last, Cost("gemm", amount=times * macs, count=times * gemms))]
