@@ -19,11 +19,11 @@ import numpy as np
 from harness.plan.graph import COMPUTE, INTER, Cost, Plan, Timeline
 from harness.plan.prices import Contention, Prices
 from harness.plan.simulate import simulate
-from harness.specs import Cluster, Level, Model
+from harness.specs import GEMMS, Cluster, Level, Model
 from harness.topology import Topology
 from methods.fsmoe.costs import Array, attention_gradient_elements, reduce_costs
 from methods.fsmoe.degree import overlappable
-from methods.fsmoe.grid import ELEMENT_BYTES, GEMMS, Layers, layers
+from methods.fsmoe.grid import ELEMENT_BYTES, Layers, layers
 from methods.fsmoe.partition import adaptive_partition
 from methods.fsmoe.schedule import Priced, Sizes, Work
 from methods.fsmoe.step import (

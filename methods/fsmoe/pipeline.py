@@ -1,7 +1,8 @@
 """FSMoE's layers under pipeline parallelism (arXiv 2501.10714, section 6.4): GPipe over two halves of the nodes.
 
 All micro-batches go forward through the stages, then all go back in the opposite order; gradients are accumulated, so
-that they are reduced beside the last micro-batch's backward alone.
+that they are reduced beside the last micro-batch's backward alone. A stage begins a micro-batch when it has done the
+one before: the compute stream waits for a layer's output.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def gpipe_step(
         done: list[str] = []
         for micro in range(num_micro_batches):
             before = [sent(stage - 1, micro, "forward")] if stage else []
-            done = models.forward(lanes, stack, policy, slices, prefix=f"stage{stage}.micro{micro}.", after=before)
+            done = models.forward(
+                lanes, stack, policy, slices, prefix=f"stage{stage}.micro{micro}.", after=[*before, *done]
+            )
             if stage < num_stages - 1:
                 lanes.add(sent(stage, micro, "forward"), INTER, done, Cost("wait", amount=send_s))
         for micro in reversed(range(num_micro_batches)):
