@@ -130,8 +130,8 @@ def _shown(value: object) -> str:
 
 
 class Claim(Spec):
-    """``statement`` in our words; ``source`` in the paper. ``reproduced`` and ``partly``: criteria, chosen before any
-    result was seen. Without experiments ``not_attempted`` says why."""
+    """``statement`` in our words; ``source`` in the paper. ``reproduced`` and ``partly``: criteria, chosen from what
+    the paper prints and never from a result. Without experiments ``not_attempted`` says why."""
 
     id: Name
     paper: Name

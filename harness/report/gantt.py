@@ -113,7 +113,7 @@ def _bars(
                 ink = "#000000" if bright else "#ffffff"
                 ax.text(begin + width / 2, y, label, ha="center", va="center", fontsize=7.5, color=ink, bbox=box)
                 break
-    ax.set_ylim(len(lanes) - 0.5, -0.5)
+    ax.set_ylim(max(len(lanes), 1) - 0.5, -0.5)
     ax.set_yticks(range(len(lanes)), lanes)
     ax.tick_params(axis="y", length=0)
     ax.grid(True, axis="x")

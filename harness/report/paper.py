@@ -88,8 +88,9 @@ class Paper:
             if only and key not in (*only, *folded):
                 continue
             self.keep(f"{name}_{key}", frame)
-            shown = page.table(frame, columns_of(frame), words(key))
-            parts.append(page.folded(f"table: {words(key)}", shown) if key in folded else shown)
+            what = words(key.replace("-", " "))
+            shown = page.table(frame, columns_of(frame), f"{name}: {what}" if key != name else name)
+            parts.append(page.folded(f"table: {what}", shown) if key in folded else shown)
         if notes and found.notes:
             parts.append(
                 page.fill('<ul class="note">{% for n in notes %}<li>{{ n }}</li>{% endfor %}</ul>', notes=found.notes)
@@ -155,15 +156,25 @@ class Paper:
         return Html(figures.drawn(make, alt, caption))
 
     def lines(
-        self, study: str, table: str, *, x: str, y: str, panels: Sequence[str], without: Sequence[str], caption: str
+        self,
+        study: str,
+        table: str,
+        *,
+        x: str,
+        y: str,
+        ylabel: str,
+        panels: tuple[str, str],
+        without: Sequence[str],
+        caption: str,
     ) -> Html:
-        """``y`` over ``x`` of the study's ``table``, a line a schedule (not those ``without``)."""
+        """``y`` over ``x`` of the study's ``table``, a line a schedule (not those ``without``); a row of panels for
+        each value of the first column of ``panels``, in it one for each of the second, whose name ``x`` goes by."""
         rows = self.table(study, table)
         rows = rows[~rows["schedule"].isin(without)]
-        alt = f"{words(y)} over {x} of every schedule, one panel for each of {', '.join(panels)}."
+        alt = f"{ylabel} of every schedule, one panel for each {' and '.join(panels)}."
 
         def make() -> Figure:
-            return study_figures.lines(rows, x=x, y=y, label="schedule", panels=panels, xlabel=x, ylabel=words(y))
+            return study_figures.lines(rows, x=x, y=y, label="schedule", panels=panels, ylabel=ylabel)
 
         return Html(figures.drawn(make, alt, caption))
 
@@ -278,10 +289,12 @@ def columns_of(frame: pd.DataFrame, merge: int = 2) -> list[Column]:
             found.append(Column(key, title, show, "num"))
         else:
             merged = sum(column.merge for column in found) < merge and len(found) < merge
-            found.append(
-                Column(key, words(key), lambda v: "–" if v is None or v != v or v == "" else str(v), merge=merged)
-            )
+            found.append(Column(key, words(key), lambda value: "" if pd.isna(value) else str(value), merge=merged))
     return found
+
+
+def _text(value: Any) -> str:
+    return "" if pd.isna(value) else str(value)
 
 
 def words(name: str) -> str:
@@ -340,10 +353,10 @@ def _counts(verdicts: list[Verdict]) -> str:
     by: Mapping[tuple[str, str], int] = Counter((v.evidence, v.outcome) for v in verdicts)
     levels = [level for level in (*claims.LEVELS, "") if any(level == found for found, _ in by)]
     return page.fill(
-        """<ul class="headline">{% for level in levels %}<li{% if not level %} class="unsure"{% endif %}>
-<h3>{% if level %}On {{ badge(level) }} evidence{% else %}Without evidence{% endif %}</h3>
-<p>{% for o in outcomes if (level, o) in by %}{{ by[level, o] }} {{ pill(o) }} {% endfor %}</p></li>
-{% endfor %}</ul>""",
+        """<ul class="headline"><li><h3>Verdicts, by the evidence that they rest on</h3>
+{% for level in levels %}<p>{{ badge(level) if level else "nothing to judge by" }}:
+{% for o in outcomes if (level, o) in by %}{{ by[level, o] }} {{ pill(o) }}{{ ", " if not loop.last }}{% endfor %}</p>
+{% endfor %}</li></ul>""",
         levels=levels,
         outcomes=OUTCOMES,
         by=by,

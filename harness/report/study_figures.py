@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -55,7 +56,14 @@ def spread(
         low, high = frame[value].min(), frame[value].max()
         ax.set_xlim(low - 0.03 * (high - low), high + 0.22 * (high - low))
     axes[-1].set_xlabel(xlabel)
-    _key(fig, {"range": ("-", ""), "mean, simulated": ("", "o"), "mean, reported": ("", "d")})
+    handles: list[Any] = [
+        Line2D([], [], color=_INK),
+        plt.Rectangle((0, 0), 1, 1, fc="#c9d2dc", ec=_INK),
+        Line2D([], [], color=_INK, ls="none", marker="o"),
+        Line2D([], [], color=_INK, ls="none", marker="d", mfc="white"),
+    ]
+    names = ["range", "middle half", "mean, simulated", "mean, reported"]
+    fig.legend(handles, names, loc="outside upper left", ncols=4, frameon=False, fontsize=9.5)
     return fig
 
 
@@ -71,6 +79,7 @@ def moves(
         len(panels),
         figsize=(9.6, 0.27 * len(changes) + 1.3),
         sharey=True,
+        sharex=True,
         squeeze=False,
         layout="constrained",
     )
@@ -92,37 +101,40 @@ def moves(
     return fig
 
 
-def lines(
-    frame: pd.DataFrame, *, x: str, y: str, label: str, panels: Sequence[str], xlabel: str, ylabel: str
-) -> Figure:
-    """``y`` over ``x``, a line a ``label``, a panel for each combination of the columns ``panels``."""
-    parts = list(frame.groupby(list(panels), sort=False)) if panels else [((), frame)]
-    columns = min(2, len(parts))
-    num_rows = -(-len(parts) // columns)
+def lines(frame: pd.DataFrame, *, x: str, y: str, label: str, panels: tuple[str, str], ylabel: str) -> Figure:
+    """``y`` (a ratio, log scale) over ``x``, a line a ``label``. A row of panels for each value of the first column of
+    ``panels``, in it one for each value of the second, which says what ``x`` is there."""
+    across = list(dict.fromkeys(frame[panels[1]]))
+    down = list(dict.fromkeys(frame[panels[0]]))
     fig, grid = plt.subplots(
-        num_rows, columns, figsize=(4.8 * columns, 2.9 * num_rows + 0.4), squeeze=False, layout="constrained"
+        len(down),
+        len(across),
+        figsize=(9.6, 2.6 * len(down) + 0.4),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
     )
-    labels = list(dict.fromkeys(frame[label]))
-    look = looks(labels)
-    for ax in list(grid.flat)[len(parts) :]:
-        ax.remove()
-    for ax, (key, rows) in zip(grid.flat, parts, strict=False):
+    look = looks(dict.fromkeys(frame[label]))
+    for (row, name), (column, what) in itertools.product(enumerate(down), enumerate(across)):
+        ax, rows = grid[row, column], frame[(frame[panels[0]] == name) & (frame[panels[1]] == what)]
         for each, line in rows.groupby(label, sort=False):
             line = line.sort_values(x)
             mine = look[str(each)]
             ax.plot(line[x], line[y], color=mine.color, marker=mine.marker, ms=6, lw=1.5)
-        ax.set_title(", ".join(map(str, key)) + " [simulated]", fontsize=9.5)
+        ax.set_title(f"{name}\n[simulated]", fontsize=9)
         ax.set_xscale("log", base=2)
         values = sorted(set(rows[x]))
         ax.set_xticks(values, [f"{v:g}" for v in values])
         ax.set_xticks([], minor=True)
-        ax.set_yscale("log")
+        ax.grid(True)
+        ax.set_xlabel(str(what))
+        if column == 0:
+            ax.set_ylabel(ylabel)
+            ax.set_yscale("log")
+    for ax in grid[:, 0]:  # when all of a row have said how far it reaches
         marks = ticks(*ax.get_ylim())
         ax.set_yticks(marks, [f"{mark:g}×" for mark in marks])
         ax.set_yticks([], minor=True)
-        ax.grid(True)
-        ax.set_xlabel(xlabel)
-        ax.set_ylabel(ylabel)
     legend(fig, look, frame[label])
     return fig
 
@@ -135,15 +147,6 @@ def _rows(ax: Axes, names: Iterable[str]) -> None:
     ax.tick_params(axis="y", length=0)
     ax.grid(True, axis="x")
     ax.set_axisbelow(True)
-
-
-def _key(fig: Figure, entries: Mapping[str, tuple[str, str]]) -> None:
-    """What line styles and marks mean, whatever their colour."""
-    handles = [
-        Line2D([], [], color=_INK, ls=line or "none", marker=mark or None, mfc="white" if mark == "d" else _INK)
-        for line, mark in entries.values()
-    ]
-    fig.legend(handles, list(entries), loc="outside upper left", ncols=len(entries), frameon=False, fontsize=9.5)
 
 
 __all__ = ["lines", "moves", "spread"]
