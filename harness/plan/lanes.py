@@ -11,11 +11,13 @@ import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
+from harness.comm.job import Job
 from harness.plan.graph import COMPUTE, LANES, Plan, Timeline
 
 
@@ -151,6 +153,16 @@ def _serve(inbox: queue.SimpleQueue[Callable[[], None] | None], num_threads: int
     torch.set_num_threads(num_threads)  # OpenMP counts threads per thread
     while (work := inbox.get()) is not None:
         work()
+
+
+def executor_of(job: Job) -> Executor:
+    """The one executor of a rank's job, made at its first use: layers come and go, lanes stay."""
+    if job not in _executors:
+        _executors[job] = Executor(job.device)
+    return _executors[job]
+
+
+_executors: weakref.WeakKeyDictionary[Job, Executor] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager

@@ -10,10 +10,12 @@ import numpy as np
 from harness.comm.job import Job
 from harness.errors import bad
 from harness.layer.moe import UnifiedSystem
+from harness.layer.order import ORDERS
 from harness.layer.weights import Weights
 from harness.system import Case
-from methods.fsmoe.cut import choose_cut
+from methods.fsmoe.cut import choose_cut, sharded
 from methods.fsmoe.layer import FSMoELayer
+from methods.fsmoe.mesh import node_mesh, rank_mesh
 from methods.fsmoe.step import POLICIES, Policy
 from methods.fsmoe.traffic import sharded_bytes
 
@@ -30,6 +32,9 @@ class FSMoE(UnifiedSystem):
     options: ClassVar[dict[str, str]] = {
         "degree_forward": "chunks of the capacity in forward, 1, 2, 4 or 8 (default: planned from the cluster's costs)",
         "degree_backward": "likewise in backward",
+        "experts": "sharded (over the ranks of a node, as the paper assumes) or whole (one rank each); default sharded",
+        "all_to_all": "of whole experts: flat, 1dh (through one rank a node) or 2dh (inside nodes, then between them); "
+        "default flat",
         "order": f"gshard (matrix products) or tutel (copied rows); default {ORDER}",
         "gradient_bytes": "gradients to all-reduce between nodes in backward (default: 0; with stand-in compute, where "
         "a layer has an attention too, those of one attention)",
@@ -40,9 +45,10 @@ class FSMoE(UnifiedSystem):
     def refuse(cls, case: Case) -> str | None:
         nodes = case.topology.shape[0]
         ranks = case.topology.num_ranks // nodes
-        if case.model.num_experts % nodes:
-            return f"num_experts = {case.model.num_experts} does not divide over {nodes} nodes"
-        if case.model.ffn % ranks:
+        groups = nodes if sharded(case) else nodes * ranks
+        if case.model.num_experts % groups:
+            return f"num_experts = {case.model.num_experts} does not divide over {groups} groups of ranks"
+        if sharded(case) and case.model.ffn % ranks:
             return f"ffn = {case.model.ffn} does not divide over the {ranks} ranks of a node that share an expert"
         if case.stand_in:
             if case.device != "cpu":
@@ -53,10 +59,14 @@ class FSMoE(UnifiedSystem):
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> FSMoELayer:
-        order = str(case.options.get("order", ORDER))
-        if order not in ("gshard", "tutel"):
-            raise bad("options.order", order, "must be gshard or tutel")
-        return FSMoELayer(case, job, weights, cls.policy, choose_cut(case, cls.policy), order)
+        order = _one_of(case, "order", ORDER, tuple(ORDERS))
+        _one_of(case, "experts", "sharded", ("sharded", "whole"))
+        algorithm = _one_of(case, "all_to_all", "flat", ("flat", "1dh", "2dh"))
+        if sharded(case) and algorithm != "flat":
+            raise bad("options.all_to_all", algorithm, "is a choice for whole experts; add experts: whole")
+        mesh = node_mesh(job) if sharded(case) else rank_mesh(job, algorithm)  # type: ignore[arg-type]
+        cut = choose_cut(case, cls.policy)
+        return FSMoELayer(case, job, weights, policy=cls.policy, cut=cut, mesh=mesh, order=order)
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
@@ -97,3 +107,10 @@ class NoIIO(FSMoE):
     title = "FSMoE without the overlap of inter- and intra-node links"
     source = "arXiv 2501.10714, section 6: FSMoE-No-IIO"
     policy = POLICIES["no-iio"]
+
+
+def _one_of(case: Case, option: str, default: str, known: tuple[str, ...]) -> str:
+    value = case.options.get(option, default)
+    if value not in known:
+        raise bad(f"options.{option}", value, f"must be one of {', '.join(known)}")
+    return str(value)

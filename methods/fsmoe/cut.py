@@ -20,7 +20,6 @@ from methods.fsmoe.layer import Cut
 from methods.fsmoe.schedule import Sizes
 from methods.fsmoe.step import Decision, Policy
 
-KEYS = ("a2a.inter", "ag.intra", "rs.intra", "ar.inter")  # costs that the planners need beside gemm
 #: Lina's fixed chunk is 30 MB beside all-to-alls of tens of MB: on small links half of one all-to-all's buffer
 LINA_CHUNK_SHARE = 0.5
 
@@ -39,13 +38,15 @@ def layer_sizes(case: Case, capacity: int) -> LayerSizes:
     """Sizes of a case with ``capacity`` slots an expert and rank; its stand-ins priced by the cluster's gemm."""
     model, topology = case.model, case.topology
     num_local = topology.num_ranks // topology.shape[0]
+    num_esp = num_local if sharded(case) else 1
     gemms = 0 if case.identity_experts else GEMMS[model.ffn_type]
     slots = model.num_experts * capacity * model.hidden  # elements of one rank's buffer
-    macs = gemms * slots * model.ffn  # num_local ranks' slots through 1 / num_local of the FFN
+    macs = gemms * slots * model.ffn  # N_ESP ranks' slots through 1 / N_ESP of the FFN
     slot_bytes = slots * DTYPE_BYTES[case.dtype]
     gradient_bytes = int(case.options.get("gradient_bytes", 0))
-    forward = Sizes(slot_bytes, num_local, macs, gemms)
-    backward = Sizes(slot_bytes, num_local, 2 * macs, 2 * gemms)
+    scope = "inter" if sharded(case) else "flat"
+    forward = Sizes(slot_bytes, num_esp, macs, gemms, scope)
+    backward = Sizes(slot_bytes, num_esp, 2 * macs, 2 * gemms, scope)
     if not case.stand_in:
         return LayerSizes(forward, backward, (0.0, 0.0), gradient_bytes)
     assert case.cluster is not None
@@ -82,7 +83,7 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None) -> Cut:
     Given degrees (``options``) are taken; ``UserError`` if only one is given."""
     forced = _forced(case)
     sizes = layer_sizes(case, planned_capacity(case, case.routing))
-    costs = costs or calibrated(case.cluster, case.stand_in)
+    costs = costs or calibrated(case)
     waits = None
     if sizes.forward.wait_s is not None and sizes.backward.wait_s is not None:
         waits = (sizes.forward.wait_s, sizes.backward.wait_s)
@@ -128,21 +129,33 @@ def linear_costs(sizes: Sizes, costs: Cluster) -> LayerCosts:
         experts = Linear(np.asarray(sizes.gemms * alpha), np.asarray(beta), np.asarray(float(sizes.macs)))
     else:
         experts = NOTHING
+    a2a = priced(f"a2a.{sizes.scope}", sizes.slot_bytes)
+    if sizes.num_local == 1:
+        return LayerCosts(a2a, NOTHING, NOTHING, experts)
     gathered = sizes.slot_bytes * sizes.num_local
-    return LayerCosts(
-        priced("a2a.inter", sizes.slot_bytes), priced("ag.intra", gathered), priced("rs.intra", gathered), experts
-    )
+    return LayerCosts(a2a, priced("ag.intra", gathered), priced("rs.intra", gathered), experts)
 
 
-def calibrated(cluster: Cluster | None, stand_in: bool) -> Cluster | None:
-    """The cluster with fitted costs: those of its latest calibration, or its own if it comes with some."""
+def calibrated(case: Case) -> Cluster | None:
+    """The case's cluster with fitted costs: of its latest calibration, or its own if it comes with some."""
+    cluster = case.cluster
     if cluster is None:
         return None
     found = ledger.latest(cluster)
     if found is not None:
-        keys = KEYS if stand_in else (*KEYS, "gemm")
-        return found.cluster(keys)
+        return found.cluster(cost_keys(case))
     return cluster if cluster.collectives else None
+
+
+def sharded(case: Case) -> bool:
+    """Whether experts are cut over the ranks of a node, or whole on one rank each."""
+    return case.options.get("experts", "sharded") == "sharded"
+
+
+def cost_keys(case: Case) -> tuple[str, ...]:
+    """Costs that a case's planning and simulation need."""
+    links = ("a2a.inter", "ag.intra", "rs.intra") if sharded(case) else ("a2a.flat",)
+    return (*links, "ar.inter") if case.stand_in else (*links, "ar.inter", "gemm")
 
 
 def _forced(case: Case) -> tuple[int, int] | None:

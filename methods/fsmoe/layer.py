@@ -20,10 +20,12 @@ from harness.layer.moe import UnifiedLayer
 from harness.layer.order import ORDERS, assign_slots
 from harness.layer.weights import Weights
 from harness.plan.graph import COMPUTE, Cost, Plan, Timeline
-from harness.plan.lanes import Executor
+from harness.plan.lanes import executor_of
 from harness.system import Case
+from methods.fsmoe.hooks import Hooks
+from methods.fsmoe.mesh import Mesh
 from methods.fsmoe.schedule import Work
-from methods.fsmoe.shards import Backward, Forward, Shards
+from methods.fsmoe.shards import Backward, Forward, Shards, Way
 from methods.fsmoe.step import Dense, Policy, backward_layer, forward_layer
 
 
@@ -52,18 +54,32 @@ class Cut:
 class FSMoELayer(UnifiedLayer):
     """One layer under ``policy`` and ``cut``. ``timelines``: of the last forward and backward, by direction."""
 
-    def __init__(self, case: Case, job: Job, weights: Weights, policy: Policy, cut: Cut, order: str):
+    def __init__(
+        self,
+        case: Case,
+        job: Job,
+        weights: Weights,
+        *,
+        policy: Policy,
+        cut: Cut,
+        mesh: Mesh,
+        order: str = "tutel",
+        hooks: Hooks | None = None,
+    ):
         super().__init__(case, weights, job.rank)
-        self.job, self.policy, self.cut = job, policy, cut
+        self.job, self.policy, self.cut, self.mesh, self.hooks = job, policy, cut, mesh, hooks or Hooks()
         self.order, self.restore = ORDERS[order]
-        self.experts = IdentityExperts() if case.identity_experts else Shards(weights, job)
-        self.lanes = Executor(job.device)
+        self.experts = IdentityExperts() if case.identity_experts else Shards(weights, mesh, job.device)
+        self.lanes = executor_of(job)
         self.timelines: dict[str, Timeline] = {}
         #: gradients that stand for those of a layer whose backward is done, all-reduced between the nodes
         self.reduced = [
             torch.full((num_bytes // case.torch_dtype.itemsize,), job.rank, dtype=case.torch_dtype, device=job.device)
             for num_bytes in cut.reduced_bytes
         ]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.hooks.before_moe_end(super().forward(self.hooks.before_moe_start(x)))
 
     def travel(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
@@ -111,7 +127,8 @@ class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, layer, *shards):  # type: ignore[no-untyped-def, override]
         cut = layer.cut
-        walk = Forward(layer.job, slots, cut.degree_forward, shards, cut.wait_s and cut.wait_s[0])
+        way = Way(layer.mesh, cut.degree_forward, layer.hooks, cut.wait_s and cut.wait_s[0])
+        walk = Forward(way, slots, shards)
         plan = Plan()
         forward_layer(plan, layer.policy, walk, layer.dense(cut.dense_s[0]))
         layer.run("forward", plan)
@@ -121,7 +138,8 @@ class _Walk(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dmade):  # type: ignore[no-untyped-def, override]
         layer, cut = ctx.layer, ctx.layer.cut
-        walk = Backward(layer.job, dmade.contiguous(), cut.degree_backward, ctx.walk, cut.wait_s and cut.wait_s[1])
+        way = Way(layer.mesh, cut.degree_backward, layer.hooks, cut.wait_s and cut.wait_s[1])
+        walk = Backward(way, dmade.contiguous(), ctx.walk)
         plan = Plan()
         in_moe, beside_dense, after_layer = (layer.reduction(part) for part in range(3))
         backward_layer(

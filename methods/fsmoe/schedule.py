@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
-from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Plan
+from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Operation, Plan
 
 
 class Work(NamedTuple):
@@ -42,6 +42,7 @@ class Sizes:
     num_local: int  # ranks of a node, N_ESP: the all-gather's buffer is so many times larger
     macs: Any  # multiply-adds of one rank's expert shards
     gemms: Any  # one after another per chunk
+    scope: str = "inter"  # of the all-to-all; with ``flat`` nothing is sharded and num_local is 1
     #: stand-in: the experts are a timed wait instead, of a start-up per chunk and so many seconds for the whole layer
     wait_s: tuple[Any, Any] | None = None
 
@@ -58,10 +59,10 @@ class Priced:
         self.sizes, self.degree = sizes, degree
 
     def dispatch(self, chunk: int) -> Work:
-        return Work(Cost("a2a", "inter", self.sizes.slot_bytes / self.degree))
+        return Work(Cost("a2a", self.sizes.scope, self.sizes.slot_bytes / self.degree))
 
     def gather(self, chunk: int) -> Work:
-        return Work(Cost("ag", "intra", self.sizes.slot_bytes * self.sizes.num_local / self.degree))
+        return self._inside("ag")
 
     def experts(self, chunk: int) -> Work:
         if self.sizes.wait_s is not None:
@@ -69,10 +70,14 @@ class Priced:
         return Work(Cost("gemm", amount=self.sizes.macs / self.degree, count=self.sizes.gemms))
 
     def scatter(self, chunk: int) -> Work:
-        return Work(Cost("rs", "intra", self.sizes.slot_bytes * self.sizes.num_local / self.degree))
+        return self._inside("rs")
 
     def combine(self, chunk: int) -> Work:
         return self.dispatch(chunk)
+
+    def _inside(self, operation: Operation) -> Work:
+        gathered = self.sizes.slot_bytes * self.sizes.num_local / self.degree
+        return Work(Cost(operation, "intra", gathered) if self.sizes.num_local > 1 else None)
 
 
 def moe(

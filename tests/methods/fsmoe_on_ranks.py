@@ -12,6 +12,11 @@ from harness.layer.weights import Weights
 from harness.registry import system
 from harness.routing import planned_routing
 from harness.specs import Workload
+from methods.fsmoe.cut import Cut
+from methods.fsmoe.hooks import Compress, Hooks
+from methods.fsmoe.layer import FSMoELayer
+from methods.fsmoe.mesh import node_mesh
+from methods.fsmoe.step import POLICIES
 from tests.baselines import recorded
 
 GATES = {name: trial for name, trial in conformance.TRIALS.items() if "gate" in trial.model}
@@ -30,6 +35,7 @@ def every_cut(job: Job, payload: dict[str, Any]) -> list[str]:
         for forward in payload["degrees"]:
             for backward in payload["degrees"]:
                 options = {"degree_forward": forward, "degree_backward": backward, "gradient_bytes": 4096}
+                options |= payload.get("options", {})
                 row = conformance.compare(job, chosen, model, "float64", routing, options=options)
                 if row["status"] != "ok":
                     wrong.append(f"{name} {forward} {backward}: {row['reason']}")
@@ -51,4 +57,63 @@ def gradients_in_flight(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "after_dispatch": timeline.of("backward.gradients")[0] >= timeline.of(f"backward.dispatch[{degree - 1}]")[1],
         "before_combine": timeline.of("backward.gradients")[1] <= timeline.of("backward.combine[0]")[0],
         "forward_chunks": sum(task.kind == "experts" for task in layer.timelines["forward"].plan.tasks),
+    }
+
+
+class Noted(Hooks):
+    """Scales tokens by 2 on the way in and by 0.5 on the way out, sends bfloat16, and notes where it was called."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.compress = Compress(torch.float32)
+
+    def before_moe_start(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append("start")
+        return 2 * x
+
+    def before_dispatch(self, parts: torch.Tensor) -> torch.Tensor:
+        self.seen.append("dispatch")
+        return self.compress.before_dispatch(parts)
+
+    def after_dispatch(self, parts: torch.Tensor) -> torch.Tensor:
+        assert parts.dtype == torch.bfloat16
+        return self.compress.after_dispatch(parts)
+
+    def before_combine(self, parts: torch.Tensor) -> torch.Tensor:
+        self.seen.append("combine")
+        return self.compress.before_combine(parts)
+
+    after_combine = after_dispatch
+
+    def before_moe_end(self, y: torch.Tensor) -> torch.Tensor:
+        self.seen.append("end")
+        return 0.5 * y
+
+
+def hooked(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """A layer with and without hooks on inputs that differ by what the hooks undo."""
+    case = recorded.make_case(job.topology, model={"hidden": 64}, tokens=32)
+    generator = torch.Generator().manual_seed(job.rank)
+    x = torch.randn(32, 64, generator=generator)
+    found = []
+    hooks = Noted()
+    for given, scale in ((hooks, 1.0), (None, 2.0)):
+        layer = FSMoELayer(
+            case,
+            job,
+            Weights(case.model, case.dtype),
+            policy=POLICIES["fsmoe"],
+            cut=Cut(2, 1),
+            mesh=node_mesh(job),
+            hooks=given,
+        )
+        inner = (x * scale).requires_grad_()
+        y = layer(inner)
+        y.sum().backward()
+        found.append((y.detach(), inner.grad))
+    (y, dx), (plain_y, plain_dx) = found
+    return {
+        "output": float((y - 0.5 * plain_y).abs().max() / plain_y.abs().max()),
+        "gradient": float((dx - plain_dx).abs().max() / plain_dx.abs().max()),  # times 2 in, times 0.5 out
+        "seen": hooks.seen,
     }
