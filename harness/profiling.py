@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import psutil
 
 from harness import ledger
 from harness.bench import contention, layer_cost, provenance
@@ -34,6 +38,7 @@ def profile(
         tempfile.TemporaryDirectory(prefix="moebench-profile-") as logs,
         open_session(cluster, log_dir=Path(logs), preload=("harness.comm.profile",)) as session,
     ):
+        others = _Others()
         say(f"collectives and matrix products on {cluster.num_ranks} ranks of {cluster.name}")
         payload = {"levels": [level.name for level in cluster.levels]}
         fits, products = operations.fit(session.call("harness.comm.profile:measure", payload, timeout_s=TIMEOUT_S))
@@ -45,6 +50,7 @@ def profile(
             data = {"experiments": [experiment.model_dump(mode="json") for experiment in experiments]}
             found = layer_cost.fit(session.call("harness.bench.layer_cost:measure", data, timeout_s=TIMEOUT_S))
             costs[name] = LayerFit(model=model, dtype=layer_cost.DTYPE, **found)
+        foreign_cores = others.num_cores()
         evidence, network = session.evidence, dict(session.network)
     facts = provenance.collect(layers)
     calibration = Calibration(
@@ -52,6 +58,7 @@ def profile(
         evidence=evidence,
         network=network,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        foreign_cores=foreign_cores,
         provenance={key: value for key, value in facts.items() if key not in PERSONAL},
         fits=fits,
         products=products,
@@ -60,3 +67,24 @@ def profile(
         layers=costs,
     )
     return calibration, ledger.record(calibration, folder)
+
+
+class _Others:
+    """How many of this machine's cores other programs keep busy from now on."""
+
+    def __init__(self) -> None:
+        self._since, self._busy = time.monotonic(), self._busy_s()
+
+    def num_cores(self) -> float:
+        return max(0.0, (self._busy_s() - self._busy) / (time.monotonic() - self._since))
+
+    @staticmethod
+    def _busy_s() -> float:
+        total = psutil.cpu_times()
+        busy = sum(total) - total.idle - total.iowait - total.guest - total.guest_nice
+        here = psutil.Process()
+        for process in (here, *here.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                busy -= times.user + times.system
+        return float(busy)

@@ -29,6 +29,7 @@ def calibration(name="emulated-2x4", date="2020-01-01T00:00:00+00:00", **changes
         "network": {"network": "shaped"},
         "date": date,
         "provenance": {"versions": {"torch": "1"}},
+        "foreign_cores": 0.1,
         "fits": fits,
         "products": {"gemm": judge(GemmFit, SIZES, 1e-12 * SIZES, (1,))},
     }

@@ -53,7 +53,7 @@ def measure(job: Job, payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
         scopes["flat"] = job.world
     cuda = job.device.type == "cuda"
     sizes = [(kib << 10) * (CUDA_SIZES if cuda else 1) for kib in SIZES_KIB]
-    pool = torch.zeros(2, max(sizes), dtype=torch.uint8, device=job.device)  # one operation runs at a time
+    pool = torch.empty(2, max(sizes), dtype=torch.uint8, device=job.device).zero_()  # shared: they take turns
     held_out = [SIZES_KIB.index(kib) for kib in HELD_OUT_KIB]
     found: dict[str, dict[str, Any]] = {}
     trains: dict[str, list[Train]] = {}
@@ -71,6 +71,7 @@ def measure(job: Job, payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for repeat in range(repeats):  # all take turns, so that a busy minute of the machine spoils no one operation
         for key, each in trains.items():
             job.phase(f"profile {key}, repetition {repeat}")
+            each[0].work()  # no measure: the first after another operation is slow
             for train in each:
                 train.run(repeat)
     for key, each in trains.items():
@@ -129,16 +130,18 @@ class Train:
         self.job, self.work, self.together = job, work, together and job.num_ranks > 1
         self.spans: list[tuple[float, float, int]] = []  # start, end, how many
         self.length = 1
-        start, end, _ = self._span()
-        took = torch.tensor([end - start], dtype=torch.float64, device=job.device)
+        tries = [self._span() for _ in range(2)]  # the first may meet cold caches and unmapped pages
+        took = torch.tensor([end - start for start, end, _ in tries], dtype=torch.float64, device=job.device)
         if self.together:
             dist.all_reduce(took, dist.ReduceOp.MAX)
-        self.took_s = float(took)
+        self.took_s = float(took.min())
         self.length = min(MAX_TRAIN, max(1, math.ceil(TRAIN_S / self.took_s)))
+        if self.length == 1:
+            self.spans.append(tries[-1])
 
     def run(self, repeat: int) -> None:
-        """Short work thrice, as it is disturbed the most and costs the least; long work every other time."""
-        count = 3 if self.length > 1 else 1 if self.took_s < LONG_S else 1 - repeat % 2
+        """Short work thrice, as it is disturbed the most and costs the least; long work every third time."""
+        count = 3 if self.length > 1 else 1 if self.took_s < LONG_S else int(repeat % 3 == 0)
         self.spans += [self._span() for _ in range(count)]
 
     def _span(self) -> tuple[float, float, int]:

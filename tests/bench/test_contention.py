@@ -22,13 +22,13 @@ def test_a_lane_is_never_sped_up():
 
 
 def test_waiting_takes_nothing_from_a_link_and_computing_is_told_apart(session):
-    payload = {"lanes": ["compute", "stand-in", "intra"], "repeats": 3}
+    payload = {"lanes": ["compute", "stand-in", "intra"], "repeats": 2}
     for _ in range(3):  # other programs may take the cores away
         of_ranks = session("local-4").call("harness.bench.contention:measure", payload, timeout_s=120)
         slowdown, _ = matrix(of_ranks)
         assert set(slowdown["intra"]) == {"compute", "stand-in"}
         assert slowdown["compute"].keys() == slowdown["stand-in"].keys() == {"intra"}  # of one lane, at one time
-        assert all(len(times) == 3 for times in of_ranks[0].values())
+        assert all(len(times) == 2 for times in of_ranks[0].values())
         # a wait wants no core; products of four ranks and an unshaped link all want some
         if slowdown["intra"]["stand-in"] < 0.3 and slowdown["stand-in"]["intra"] < 0.3:
             break
