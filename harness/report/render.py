@@ -37,7 +37,8 @@ def render(
 ) -> Path:
     """Execute ``notebooks/NAME.ipynb`` over ``run_dir`` and return the path of ``out``/NAME.html.
 
-    ``run_dir``: None for a notebook whose run is not there and not needed. ``out``: ``run_dir``/report by default.
+    ``run_dir``: None for a notebook whose run is not there and not needed. ``out``: by default
+    ``run_dir``/report, or results/report of the repository for a paper's page.
     ``parameters`` go into the notebook's ``parameters`` cell (``baseline``, ``control``); ``progress`` hears one
     line per stage. The executed notebook lands beside the page, the tables as CSV in ``out``/tables.
     ``UserError``: no such notebook, parameter or run, a run without rows, a report folder that cannot be written.
@@ -55,7 +56,7 @@ def render(
     elif suite(name) is None:
         raise bad("run", None, f"{name} reports on a run; make one with moebench run --suite quick")
     if out is None:
-        out = (run_dir or Path.cwd()) / "report"
+        out = run_dir / "report" if run_dir is not None and suite(name) is None else ROOT / "results" / "report"
     out = out.resolve()
     folders = {"run_dir": str(run_dir or ""), "out_dir": str(out)}
     try:
