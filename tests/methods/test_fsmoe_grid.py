@@ -160,6 +160,7 @@ def test_contention_costs_overlap_and_nothing_else():
         return means(simulate_grid(Assumptions(contention=between(pairs, c)), heads=(8,)))
 
     links = (("inter", "intra"),)
+    assert between(links, 0.5) == {"inter": {"intra": 0.5}, "intra": {"inter": 0.5}}
     free, some, more = (at(links, c) for c in (0.0, 0.1, 0.3))
     for testbed in TESTBEDS:
         assert free[testbed, "fsmoe"] > some[testbed, "fsmoe"] > more[testbed, "fsmoe"]

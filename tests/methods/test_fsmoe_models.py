@@ -56,10 +56,13 @@ def test_gradients_are_sent_once_and_not_before_they_exist(setup, name):
         assert (slices.after_bytes == new).all()
 
 
-def test_lina_sends_whole_chunks_of_at_most_30_mb(setup):
+@pytest.mark.parametrize("most", [LINA_CHUNK_BYTES, 1e6])
+def test_lina_sends_whole_chunks_of_at_most_30_mb(setup, monkeypatch, most):
     _, _, layer = setup
+    monkeypatch.setattr("methods.fsmoe.models.LINA_CHUNK_BYTES", most)
     slices = place_gradients(SCHEDULES["lina"], layer, NUM_LAYERS)
-    pieces = int(np.ceil(int(layer.gradient_bytes) / LINA_CHUNK_BYTES))
+    pieces = int(np.ceil(int(layer.gradient_bytes) / most))
+    assert max(slices.moe_chunks.max(), slices.dense_chunks.max()) > (most == 1e6)
     each = int(layer.gradient_bytes) / pieces
     for num_bytes, chunks in ((slices.moe_bytes, slices.moe_chunks), (slices.dense_bytes, slices.dense_chunks)):
         np.testing.assert_allclose(num_bytes, chunks * each)
@@ -90,6 +93,18 @@ def test_fsmoe_is_ahead_of_its_rivals_and_no_step_beats_its_busiest_lane(setup):
             assert timeline.total_s >= (timeline.end_s - timeline.start_s)[here].sum() * (1 - 1e-12)
         took[name] = float(timeline.total_s)
     assert took["fsmoe"] < took["no-iio"] < took["tutel"] <= took["no-overlap"] < took[DS_MOE]
+
+
+def test_without_overlap_of_links_the_plan_is_made_for_one_link(setup):
+    """A placement that counts on side-by-side links serves no-iio no better than its own."""
+    model, cluster, layer = setup
+    policy = SCHEDULES["no-iio"]
+    own, others = (place_gradients(SCHEDULES[name], layer, NUM_LAYERS) for name in ("no-iio", "fsmoe"))
+    mine, theirs = (
+        simulate(training_step([layer] * NUM_LAYERS, policy, slices), Prices(cluster)).total_s
+        for slices in (own, dataclasses.replace(others, degree_forward=own.degree_forward))
+    )
+    assert mine < theirs or (model.name == "gpt2-xl-moe-fsmoe-b" and mine == theirs)
 
 
 def test_only_fsmoe_uses_both_links_in_the_moe_part(setup):
