@@ -39,7 +39,7 @@ STEP_NOTE = (
 DS_NOTE = (
     f"{DS_MOE} is an interpretation of a build that the paper does not describe: one chunk, nothing overlapped, every "
     "model-parallel rank sends all tokens of its node (N_MP copies), experts whole on a device. Without the copies and "
-    "with sharded experts it would be no-overlap. Reported speedups over it lie between those over the two, or below."
+    "with sharded experts it would be no-overlap."
 )
 
 
