@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
@@ -64,13 +65,13 @@ class Paper:
 
     def headline(self) -> Html:
         """Every claim beside what was found, with its verdict."""
-        rows = pd.DataFrame([_row(verdict) for verdict in self.verdicts])
+        rows = pd.DataFrame([_row(verdict) for verdict in self.verdicts], dtype=object)
         self.keep("verdicts", rows.drop(columns=["shown", "said"]))
         columns = [
             Column("statement", "claim", kind="prose", merge=True),
             Column("source", "where", merge=True),
-            Column("said", "reported", kind="num"),
-            Column("shown", "found here", kind="num"),
+            Column("said", "reported", _kept, "num"),
+            Column("shown", "found here", _kept, "num"),
             Column("evidence", "evidence", lambda level: page.badge(level) if level else "–"),
             Column("verdict", "verdict", verdict_badge),
             Column("basis", "how it was judged", kind="prose"),
@@ -198,11 +199,17 @@ class Paper:
             command = f"moebench run --suite {suite} && moebench report {self.name}"
             return Html(page.missing("These layers have not been run on this machine, so this part is empty.", command))
         run = load(self.run_dir, baseline=reference, control=label)
-        parts = [self._pooled(run, reference)]
+        why = ""
         try:
-            parts.append(self._agreement(run, predict(run), agreement))
-        except UserError as error:  # no calibration, or one that is not to be used: the times above stand all the same
-            parts.append(page.missing(f"There are no predictions to compare with: {error}", ""))
+            predicted = predict(run)
+        except UserError as error:  # no calibration, or one that is not to be used: the times stand all the same
+            predicted, why = pd.DataFrame({"cell": [], "direction": [], "predicted_s": []}), f": {error}"
+        frame = compare.beside_predictions(run, predicted)
+        parts = [self._pooled(run, reference, frame)]
+        if frame.empty:
+            parts.append(page.missing(f"There are no predictions to compare with{why}", ""))
+        else:
+            parts.append(self._agreement(frame, agreement))
         parts.append(page.folded("every layer", summary.speedups(run).html))
         parts.append(page.folded("what was refused, failed or marked", summary.setbacks(run).html))
         return Html(*parts)
@@ -215,35 +222,39 @@ class Paper:
             self.tables.mkdir(parents=True, exist_ok=True)
             frame.to_csv(self.tables / f"{name}.csv", index=False)
 
-    def _pooled(self, run: Run, reference: str) -> str:
+    def _pooled(self, run: Run, reference: str, predicted: pd.DataFrame) -> str:
         rows = []
+        at = predicted.pivot_table(index="race", columns="label", values="predicted_s")
         for label in run.labels:
             pooled = compare.pooled_speedup(run, label, reference)
-            if label != reference and pooled is not None:
-                estimate = pooled.estimate
-                ratio = Markup(page.ratio(estimate.point, estimate.low, estimate.high))
-                facts = {"races": pooled.num_races, "scope": estimate.scope, "evidence": " and ".join(pooled.evidence)}
-                rows.append(
-                    {"label": label, "point": estimate.point, "low": estimate.low, "high": estimate.high} | facts
-                )
-                rows[-1]["shown"] = ratio
-        frame = pd.DataFrame(rows, columns=["label", "point", "low", "high", "shown", "races", "scope", "evidence"])
-        if frame.empty:
+            if label == reference or pooled is None:
+                continue
+            said = math.nan
+            if {label, reference} <= set(at):
+                said = float(np.exp(np.log(at[reference] / at[label]).mean()))
+            estimate = pooled.estimate
+            row = {"label": label, "point": estimate.point, "low": estimate.low, "high": estimate.high}
+            facts = {"num_races": pooled.num_races, "scope": estimate.scope, "evidence": " and ".join(pooled.evidence)}
+            rows.append({**row, "predicted": said, **facts})
+        if not rows:
             return page.missing(f"No race of this run has a time of {reference}.", "")
-        self.keep("pooled_speedups", frame.drop(columns="shown"))
+        frame = pd.DataFrame(rows)
+        self.keep("pooled_speedups", frame)
+        ratios = [page.ratio(*ends) for ends in zip(frame["point"], frame["low"], frame["high"], strict=True)]
+        frame["ratio"] = pd.Series(ratios, dtype=object)  # as strings they would be escaped
         columns = [
             Column("label", "system"),
-            Column("shown", f"over {reference} [95 % interval]", kind="num"),
-            Column("races", "layers", kind="num"),
-            Column("scope", "interval over"),
+            Column("ratio", f"over {reference} [95 % interval]", _kept, "num"),
             _EVIDENCE,
+            Column(
+                "predicted", "predicted (simulated)", lambda value: f"{value:.2f}×" if value == value else "–", "num"
+            ),
+            Column("num_races", "layers", kind="num"),
+            Column("scope", "interval over"),
         ]
         return page.table(frame, columns, "Geometric mean over all layers", "forward and backward together")
 
-    def _agreement(self, run: Run, predicted: pd.DataFrame, agreement: Callable[[pd.DataFrame], Any]) -> str:
-        frame = compare.beside_predictions(run, predicted)
-        if frame.empty:
-            return page.missing("No cell of this run has a prediction.", "")
+    def _agreement(self, frame: pd.DataFrame, agreement: Callable[[pd.DataFrame], Any]) -> str:
         self.keep("predictions", frame)
         figures_of = pd.DataFrame([dataclasses.asdict(agreement(frame))])
         shown = frame.assign(error=frame["error"].map(lambda e: f"{e:+.1%}"))
@@ -293,6 +304,11 @@ def columns_of(frame: pd.DataFrame, merge: int = 2) -> list[Column]:
     return found
 
 
+def _kept(value: Markup) -> Markup:
+    """What is HTML already."""
+    return value
+
+
 def _text(value: Any) -> str:
     return "" if pd.isna(value) else str(value)
 
@@ -307,6 +323,8 @@ def _unit(key: str) -> tuple[str, Any]:
         return f"{words(key.removesuffix('_s'))}, ms", page.milliseconds
     if key.endswith("_ms"):
         return f"{words(key.removesuffix('_ms'))}, ms", page.significant
+    if key.endswith(("error", "bias")):
+        return words(key), "{:.1%}".format
     if key.endswith("_bytes"):
         return f"{words(key.removesuffix('_bytes'))}, MB", page.megabytes
     return words(key), page.significant

@@ -35,7 +35,7 @@ def sections(tmp_path_factory) -> dict[str, str]:
         patch.setattr(studies, "SWEPT", studies.SWEPT[:1])
         patch.setattr(studies, "MODELS", {testbed: models[:1] for testbed, models in studies.MODELS.items()})
         for name in ("LENGTHS", "RANKS", "MICRO_BATCHES"):
-            patch.setattr(studies, name, getattr(studies, name)[:2])
+            patch.setattr(studies, name, getattr(studies, name)[-1:])
         patch.setattr(closeup, "NUM_TIMED", 2)
         folder = tmp_path_factory.mktemp("page")
         names: dict[str, Any] = {}
@@ -85,6 +85,7 @@ def test_every_claim_has_its_verdict_and_its_evidence(sections):
         assert outcome
         assert (level is None) == (outcome[1] == "not-attempted")
     assert "1.18×" in html  # as printed
+    assert "&lt;small" not in html
 
 
 def test_reported_values_are_looked_up_and_not_typed():
@@ -125,11 +126,14 @@ def test_own_run_gives_an_interval_and_judges_the_simulator(own, tmp_path):
     html = paper.own_run("fsmoe-emulated", "fsmoe", "fsmoe-tutel", predicted, predict.agreement).html
     pooled = pd.read_csv(paper.tables / "pooled_speedups.csv").iloc[0]
     assert pooled["low"] < 1.25 < pooled["high"]
-    assert (pooled["label"], pooled["races"], pooled["evidence"]) == ("fsmoe", 2, "emulated")
+    assert pooled["predicted"] == pytest.approx(1.1 / 0.72)
+    assert (pooled["label"], pooled["num_races"], pooled["evidence"]) == ("fsmoe", 2, "emulated")
     errors = pd.read_csv(paper.tables / "predictions.csv").groupby("label")["error"].mean()
     assert errors["fsmoe"] == pytest.approx(-0.1, abs=0.02)
     assert errors["fsmoe-tutel"] == pytest.approx(0.1, abs=0.02)
     assert "The simulator against what ran" in html
+    assert '<span class="faster">1.25×' in html
+    assert "&lt;" not in html
     every = claims.read(claims.RESULTS / "claims" / "fsmoe.yaml")
     (verdict,) = claims.judge([claim for claim in every if claim.id == "faster-than-tutel"], paper.sources)
     assert (verdict.outcome, verdict.evidence, verdict.num_rows) == ("reproduced", "emulated", 2)
