@@ -9,7 +9,7 @@ import numpy as np
 
 from harness.comm.exchange import FlatExchange, flat_bytes
 from harness.comm.job import Job
-from harness.layer.moe import NativeSystem
+from harness.plan.native import NativeSystem
 from harness.specs import DTYPE_BYTES
 from harness.system import Case
 

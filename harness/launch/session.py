@@ -45,7 +45,7 @@ END_S = 10.0  # for the launcher to end all ranks, before this process kills it
 #: and zeroed anew, page by page, which costs more CPU than the copies that are to be timed
 KEEP_MEMORY = ":".join(
     f"glibc.malloc.{tunable}"
-    for tunable in ("mmap_max=0", f"trim_threshold={16 << 30}", f"top_pad={64 << 20}", "hugetlb=1")
+    for tunable in ("mmap_max=0", f"trim_threshold={16 << 30}", f"top_pad={64 << 20}", "arena_max=1", "hugetlb=1")
 )
 GRACE_S = 0.5  # after a first failure, for the message or death that explains it
 

@@ -1,4 +1,4 @@
-"""The unified MoE layer: gate -> order -> dispatch -> experts -> combine -> restore, over any exchange."""
+"""The unified MoE layer: the gate in front, and what all native systems promise. How tokens travel is theirs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from harness.comm.exchange import Exchange
-from harness.comm.job import Job
 from harness.comm.rows import accumulator
 from harness.layer import gates
-from harness.layer.experts import Experts, IdentityExperts
 from harness.layer.gates import Gated
 from harness.layer.oracle import keep_strongest
 from harness.layer.weights import Weights
@@ -77,26 +74,6 @@ class UnifiedLayer(MoELayer):
         return list(self.gate.values())
 
 
-class NativeLayer(UnifiedLayer):
-    """Whole experts on their ranks behind an exchange."""
-
-    def __init__(self, case: Case, exchange: Exchange, weights: Weights, rank: int):
-        super().__init__(case, weights, rank)
-        self.exchange_ = exchange
-        if case.identity_experts:
-            self.experts = IdentityExperts()
-        else:
-            self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
-
-    def travel(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
-    ) -> torch.Tensor:
-        plan = self.exchange_.plan(ids, weights, kept)
-        rows = self.exchange_.dispatch(x, plan)
-        rows = self.experts(rows, plan.counts)
-        return self.exchange_.combine(rows, plan)
-
-
 class UnifiedSystem(System):
     """A native system: the unified layer, exact to the last digits."""
 
@@ -124,16 +101,3 @@ class UnifiedSystem(System):
         if case.model.capacity_factor is None or case.model.gate in EXPERTS_CHOOSE:
             return None
         return [keep_strongest(case.model, p) for p in probabilities]
-
-
-class NativeSystem(UnifiedSystem):
-    """A native system that differs by its exchange alone."""
-
-    @classmethod
-    @abc.abstractmethod
-    def exchange(cls, case: Case, job: Job) -> Exchange:
-        """Collective: the exchange of this rank."""
-
-    @classmethod
-    def build(cls, case: Case, job: Job, weights: Weights) -> NativeLayer:
-        return NativeLayer(case, cls.exchange(case, job), weights, job.rank)

@@ -6,7 +6,7 @@ import numpy as np
 
 from harness.comm.job import Job
 from harness.errors import bad
-from harness.layer.moe import NativeSystem
+from harness.plan.native import NativeSystem
 from harness.specs import DTYPE_BYTES
 from harness.system import Case
 from methods.hiermoe.hierd import HierExchange

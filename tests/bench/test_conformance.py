@@ -13,7 +13,7 @@ from harness import presets, registry
 from harness.bench import conformance
 from harness.bench.race import make_case
 from harness.comm.job import Job
-from harness.layer.moe import NativeLayer
+from harness.plan.native import NativeLayer
 from harness.routing import Routing
 from harness.specs import Experiment
 from harness.topology import Topology
