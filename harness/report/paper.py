@@ -90,7 +90,7 @@ class Paper:
                 continue
             self.keep(f"{name}_{key}", frame)
             what = words(key.replace("-", " "))
-            shown = page.table(frame, columns_of(frame), f"{name}: {what}" if key != name else name)
+            shown = page.table(_as_printed(frame), columns_of(frame), f"{name}: {what}" if key != name else name)
             parts.append(page.folded(f"table: {what}", shown) if key in folded else shown)
         if notes and found.notes:
             parts.append(
@@ -304,6 +304,26 @@ def columns_of(frame: pd.DataFrame, merge: int = 2) -> list[Column]:
     return found
 
 
+def _as_printed(frame: pd.DataFrame) -> pd.DataFrame:
+    """``frame`` with the numbers of its reported rows as text: shown as the paper prints them, not rounded further."""
+    if "evidence" not in frame:
+        return frame
+    said = (frame["evidence"] == "reported").to_numpy()
+    texts = {}
+    for key in map(str, frame.columns):
+        if pd.api.types.is_float_dtype(frame[key]) and _unit(key)[1] is _number:
+            values = [
+                f"{value:.4g}" if here and math.isfinite(value) else value  # no printed number here has more digits
+                for value, here in zip(frame[key], said, strict=True)
+            ]
+            texts[key] = pd.Series(values, index=frame.index, dtype=object)
+    return frame.assign(**texts)
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else page.significant(value)
+
+
 def _kept(value: Markup) -> Markup:
     """What is HTML already."""
     return value
@@ -322,12 +342,12 @@ def _unit(key: str) -> tuple[str, Any]:
     if key.endswith("_s"):
         return f"{words(key.removesuffix('_s'))}, ms", page.milliseconds
     if key.endswith("_ms"):
-        return f"{words(key.removesuffix('_ms'))}, ms", page.significant
+        return f"{words(key.removesuffix('_ms'))}, ms", _number
     if key.endswith(("error", "bias")):
         return words(key), "{:.1%}".format
     if key.endswith("_bytes"):
         return f"{words(key.removesuffix('_bytes'))}, MB", page.megabytes
-    return words(key), page.significant
+    return words(key), _number
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:

@@ -71,6 +71,8 @@ def test_every_section_shows_something_and_says_its_evidence(sections):
         assert 'class="badge reported"' in sections[title], title
     assert 'class="badge reported"' not in sections["Sweeps: predictions"]
     assert "moebench run --suite fsmoe-emulated" in sections["Run here: the emulated grid"]
+    assert ">26.45<" in sections["One layer, operation by operation"]  # as Table 2 prints it
+    assert ">26.5<" in sections["One layer, operation by operation"]  # simulated
     assert "verdicts.csv" in sections["tables"]
 
 
