@@ -20,10 +20,10 @@ from markupsafe import Markup
 
 from harness.errors import UserError
 from harness.report import claims, compare, figures, gantt, page, study_figures, summary
-from harness.report.claims import Reported, Sources, Value, Verdict
+from harness.report.claims import Sources, Value, Verdict
 from harness.report.page import Column, Html
 from harness.report.run import Run, load
-from harness.studies import Findings, reported
+from harness.studies import Findings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,15 +43,10 @@ class Paper:
         self.tables = Path(out_dir) / "tables" / name if out_dir else None
         self.run_dir = Path(run_dir) if run_dir else None
         self.sources = sources or (Sources(runs=self.run_dir.parent) if self.run_dir else Sources())
-        self.reported = reported(name)
 
     @functools.cached_property
     def verdicts(self) -> list[Verdict]:
         return claims.judge(claims.read(claims.RESULTS / "claims" / f"{self.name}.yaml"), self.sources)
-
-    def value(self, **keys: Any) -> float:
-        """A printed number by its keys."""
-        return claims.look_up(self.reported, Reported(**keys))
 
     def findings(self, study: str) -> Findings | None:
         return self.sources.study(study)
