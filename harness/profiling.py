@@ -34,6 +34,7 @@ def profile(
     ``model``. The calibration, and the file of the ledger that it was added to."""
     ledger.history(cluster.name, folder)  # a damaged one is found before anything is measured
     layers = {name: layer_cost.experiments(cluster, name, model) for name in systems}
+    since = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="moebench-profile-") as logs,
         open_session(cluster, log_dir=Path(logs), preload=("harness.comm.profile",)) as session,
@@ -59,6 +60,7 @@ def profile(
         network=network,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         foreign_cores=foreign_cores,
+        duration_s=round(time.monotonic() - since, 1),
         provenance={key: value for key, value in facts.items() if key not in PERSONAL},
         fits=fits,
         products=products,

@@ -360,7 +360,7 @@ def _of_run(experiments: Experiments, runs: Path) -> tuple[tuple[Value, ...], st
 def calibrations(folder: Path) -> pd.DataFrame:
     """Every fit in the ledger, refused ones too, one a row: cluster, date, evidence, and ``ledger.fit_rows``."""
     found = [
-        {"cluster": path.stem, "date": each.date, "evidence": each.evidence, **row}
+        {"cluster": path.stem, "date": each.date, "evidence": each.evidence, "duration_s": each.duration_s, **row}
         for path in sorted(folder.glob("*.json"))
         for each in ledger.history(path.stem, folder)
         for row in ledger.fit_rows(each)

@@ -7,8 +7,10 @@ import dataclasses
 import numpy as np
 
 from harness import ledger
+from harness.comm.fits import Fit
 from harness.errors import bad
 from harness.layer import gates
+from harness.ledger import Calibration
 from harness.plan.prices import Prices
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
@@ -76,14 +78,17 @@ def padded_capacity(case: Case, routing: Routing, cut: Cut) -> int:
     return -(-planned_capacity(case, routing) // cut.multiple) * cut.multiple
 
 
-def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None) -> Cut:
+def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_bytes: float = 0.0) -> Cut:
     """What ``policy`` decides for a case by ``costs`` (by default the latest calibration of the case's cluster).
+
+    Degrees are weighed whose all-to-alls are of ``least_bytes`` or more: of smaller ones the costs say nothing.
 
     Without costs nothing can be weighed: one chunk, and gradients in the MoE part where the policy puts them anywhere.
     Given degrees (``options``) are taken; ``UserError`` if only one is given."""
     forced = _forced(case)
     sizes = layer_sizes(case, planned_capacity(case, case.routing))
-    costs = costs or calibrated(case)
+    if costs is None:
+        costs, least_bytes = calibrated(case)
     waits = None
     if sizes.forward.wait_s is not None and sizes.backward.wait_s is not None:
         waits = (sizes.forward.wait_s, sizes.backward.wait_s)
@@ -100,6 +105,7 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None) -> Cut:
         sizes.gradient_bytes,
         sizes.dense_s[1],
         chunk_bytes=LINA_CHUNK_SHARE * sizes.forward.slot_bytes,
+        degrees=[r for r in DEGREES if r == 1 or sizes.forward.slot_bytes / r >= least_bytes],
         forced=forced,
     )
     element = DTYPE_BYTES[case.dtype]
@@ -136,15 +142,23 @@ def linear_costs(sizes: Sizes, costs: Cluster) -> LayerCosts:
     return LayerCosts(a2a, priced("ag.intra", gathered), priced("rs.intra", gathered), experts)
 
 
-def calibrated(case: Case) -> Cluster | None:
-    """The case's cluster with fitted costs: of its latest calibration, or its own if it comes with some."""
-    cluster = case.cluster
-    if cluster is None:
-        return None
-    found = ledger.latest(cluster)
+def calibrated(case: Case) -> tuple[Cluster | None, float]:
+    """The case's cluster with fitted costs, of its latest calibration, or as it is if it comes with some; and the
+    smallest all-to-all that they hold for."""
+    if case.cluster is None:
+        return None, 0.0
+    found = ledger.latest(case.cluster)
     if found is not None:
-        return found.cluster(cost_keys(case))
-    return cluster if cluster.collectives else None
+        return known_costs(case, found)
+    return (case.cluster if case.cluster.collectives else None), 0.0
+
+
+def known_costs(case: Case, calibration: Calibration) -> tuple[Cluster, float]:
+    """What a calibration says of a case's cluster: the costs that it needs, and the smallest all-to-all in range."""
+    keys = cost_keys(case)
+    fit = calibration.fit(keys[0])
+    assert isinstance(fit, Fit)
+    return calibration.cluster(keys), fit.range_bytes[0]
 
 
 def sharded(case: Case) -> bool:

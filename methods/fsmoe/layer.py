@@ -69,7 +69,8 @@ class FSMoELayer(UnifiedLayer):
         super().__init__(case, weights, job.rank)
         self.job, self.policy, self.cut, self.mesh, self.hooks = job, policy, cut, mesh, hooks or Hooks()
         self.order, self.restore = ORDERS[order]
-        self.experts = IdentityExperts() if case.identity_experts else Shards(weights, mesh, job.device)
+        whole = case.identity_experts or cut.wait_s is not None  # a stand-in needs no weights
+        self.experts = IdentityExperts() if whole else Shards(weights, mesh, job.device)
         self.lanes = executor_of(job)
         self.timelines: dict[str, Timeline] = {}
         #: gradients that stand for those of a layer whose backward is done, all-reduced between the nodes

@@ -18,7 +18,7 @@ from harness.plan.simulate import simulate
 from harness.registry import system
 from harness.specs import Experiment
 from harness.topology import Topology
-from methods.fsmoe.cut import choose_cut, cost_keys, layer_sizes, padded_capacity
+from methods.fsmoe.cut import choose_cut, known_costs, layer_sizes, padded_capacity
 from methods.fsmoe.schedule import Priced, Work
 from methods.fsmoe.step import Dense, backward_layer, forward_layer, reduction
 
@@ -27,8 +27,8 @@ def timelines(experiment: Experiment, calibration: Calibration) -> dict[str, Tim
     """The forward and backward plans of phase ``layer`` of one of FSMoE's systems, simulated."""
     policy = system(experiment.system).policy  # type: ignore[attr-defined]
     case = make_case(experiment, Topology(experiment.cluster.shape))
-    costs = calibration.cluster(cost_keys(case))
-    cut = choose_cut(case, policy, costs)
+    costs, least_bytes = known_costs(case, calibration)
+    cut = choose_cut(case, policy, costs, least_bytes)
     sizes = layer_sizes(case, padded_capacity(case, case.routing, cut))
 
     def dense(seconds: float) -> list[Dense]:

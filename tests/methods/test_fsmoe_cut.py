@@ -67,7 +67,7 @@ def test_gradients_go_where_the_policy_says_and_none_is_lost():
 
 def test_a_longer_layer_is_cut_finer_and_a_rival_has_one_degree():
     degrees = []
-    for model in ("m256-h256-gpt", "m1024-h2048-swiglu"):
+    for model in ("m512-h1024-gpt", "m1024-h2048-swiglu"):
         case, costs = case_and_costs(cell(model, "fsmoe"))
         cut = choose_cut(case, POLICIES["fsmoe"], costs)
         degrees.append(cut.degree_forward)
@@ -88,7 +88,7 @@ def test_the_simulated_walk_is_the_formula_where_gather_and_scatter_take_as_long
 
 
 def test_one_degree_alone_is_refused_and_bad_ones_name_the_remedy():
-    case, costs = case_and_costs(cell("m256-h256-gpt", "fsmoe"))
+    case, costs = case_and_costs(cell("m512-h1024-gpt", "fsmoe"))
     for options in ({"degree_forward": 2}, {"degree_forward": 2, "degree_backward": 3}):
         case.options.clear()
         case.options.update(options)
@@ -99,7 +99,7 @@ def test_one_degree_alone_is_refused_and_bad_ones_name_the_remedy():
 def test_packages_have_no_stand_in():
     from harness.bench.race import _no_stand_in
 
-    case, _ = case_and_costs(cell("m256-h256-gpt", "fsmoe"))
+    case, _ = case_and_costs(cell("m512-h1024-gpt", "fsmoe"))
     assert _no_stand_in(system("megatron"), case) == "megatron has no stand-in for its computation"
     assert _no_stand_in(system("fsmoe"), case) is None
     assert presets.cluster("emulated-2x4-balanced").loopback_bytes_per_s
