@@ -45,7 +45,7 @@ class Calibration(Spec):
     date: str  # UTC
     provenance: dict[str, Any]  # versions, commit, machine
     foreign_cores: float  # of this machine, that other programs kept busy meanwhile
-    duration_s: float = float("nan")  # of the whole profiling
+    duration_s: float | None = None  # of the whole profiling
     fits: dict[str, Fit]  # by operation.level, and operation.flat
     products: dict[str, GemmFit]  # gemm, grouped_gemm
     contention: dict[str, dict[str, float]] = {}  # c[a][b]: what is done on lane a slows down by while b is busy
