@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -65,6 +66,15 @@ class Gradients:
 
     gate: dict[str, torch.Tensor]
     experts: dict[int, dict[str, torch.Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientSlices:
+    """What a layer's backward sends of the gradients that are ready by then: bytes in its MoE part, beside its dense
+    part, and after it (with its own), each in so many messages."""
+
+    num_bytes: tuple[int, int, int] = (0, 0, 0)
+    messages: tuple[int, int, int] = (1, 1, 1)
 
 
 class MoELayer(nn.Module, abc.ABC):
@@ -134,6 +144,16 @@ class System(abc.ABC):
     @abc.abstractmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
         """Collective over the job: make the layer with ``weights``."""
+
+    @classmethod
+    def place_gradients(
+        cls, layers: Sequence[MoELayer], case: Case, gradient_bytes: Sequence[int], scope: str
+    ) -> list[GradientSlices]:
+        """Where a training step all-reduces the gradients of its attentions, over ``scope`` (``flat``: all ranks,
+        ``inter``: like ranks of the nodes): ``gradient_bytes`` of each layer, last layer first, as the slices. May also
+        settle how ``layers``, last layer first, are cut beside them. What no slice takes is reduced after backward: by
+        default, all."""
+        return [GradientSlices()] * len(gradient_bytes)
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:

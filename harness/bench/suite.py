@@ -37,6 +37,7 @@ _DEFAULTS: dict[str, Any] = {
     "backward": True,
     "wire": "recv_first",
     "compute": "real",
+    "model_parallel": False,
     "repeats": 5,
     "warmup": 1,
     "launches": 3,
@@ -161,7 +162,7 @@ def _experiment(choice: dict[str, Any], here: str) -> Experiment:
     for key, values in (("phase", get_args(Phase)), ("dtype", get_args(Dtype))):
         if choice[key] not in values:
             raise bad(f"{here}.{key}", choice[key], f"must be one of {', '.join(values)}")
-    fields |= {key: choice[key] for key in ("phase", "dtype", "backward", "wire", "compute")}
+    fields |= {key: choice[key] for key in ("phase", "dtype", "backward", "wire", "compute", "model_parallel")}
     experiment: Experiment = Experiment.parse({**fields, "system": system, "options": dict(options)}, here)
     return experiment
 

@@ -1,7 +1,9 @@
 """Phase ``train_step``: a small GPT whose MoE layers come from the system; forward, backward, gradient sum, AdamW.
 
-Everything but the experts is replicated. The loss is the sum over a rank's tokens divided by the tokens of the job,
-so replicated gradients are all-reduced with SUM, and expert gradients, which came through the exchange, are complete.
+Everything but the experts is replicated, or the attention's heads are shared out inside nodes. The loss is the sum
+over a rank's tokens divided by the tokens of the job, so replicated gradients are all-reduced with SUM, and expert
+gradients, which came through the exchange, are complete. A step is one plan; the sums of the attentions' gradients
+stand in it where the system puts them.
 
 A prescribed workload steers what enters each MoE layer so that the layer's own gate takes it, step by step; the
 routers then stay as they were drawn (they are part of the steering). A natural workload trains them.
@@ -22,10 +24,15 @@ from harness.bench.timing import Sample, Stopwatch
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.layer import gates
-from harness.layer.gpt import GPT
+from harness.layer.gpt import GPT, Attention
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.placement import Placement
+from harness.plan.gradients import Stream
+from harness.plan.graph import Timeline
+from harness.plan.lanes import executor_of
+from harness.plan.passage import passage
+from harness.plan.training import TrainingStep
 from harness.routing import Routing, make_routing, planned_routing
 from harness.routing.corpus import python_corpus
 from harness.specs import EXPERTS_CHOOSE, Dtype, Experiment, Model
@@ -42,7 +49,9 @@ LOSS_TOLERANCE: dict[Dtype, float] = {"float64": 1e-7, "float32": 2e-5, "bfloat1
 class Steered(nn.Module):
     """``layer`` behind a prescribed routing: ``ids`` of the current step, or None to let the gate choose."""
 
-    def __init__(self, layer: nn.Module, directions: torch.Tensor | None):
+    layer: MoELayer | OracleLayer
+
+    def __init__(self, layer: MoELayer | OracleLayer, directions: torch.Tensor | None):
         super().__init__()
         self.layer = layer
         self.directions: torch.Tensor | None
@@ -51,10 +60,14 @@ class Steered(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, M] -> y [T, M]."""
-        if self.ids is not None:
-            assert self.directions is not None
-            x = gates.steer(x.to(self.directions.dtype), self.directions, self.ids).to(x.dtype)
-        return self.layer(x)
+        return self.layer(self.steer(x))
+
+    def steer(self, x: torch.Tensor) -> torch.Tensor:
+        """What enters the layer: x [T, M] so that the gate chooses ``ids``."""
+        if self.ids is None:
+            return x
+        assert self.directions is not None
+        return gates.steer(x.to(self.directions.dtype), self.directions, self.ids).to(x.dtype)
 
 
 class OracleLayer(nn.Module):
@@ -79,11 +92,12 @@ class Training:
         self,
         experiment: Experiment,
         topology: Topology,
-        moe: Callable[[int, Weights], nn.Module],
+        moe: Callable[[int, Weights], MoELayer | OracleLayer],
         *,
         ranks: list[int],  # whose tokens pass through this copy
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        heads: tuple[int, int] = (0, 1),  # this copy's part of each attention's heads, of so many
     ):
         self.experiment, self.topology, self.ranks, self.device = experiment, topology, ranks, device
         self.prescribed = experiment.workload.generator != "natural"
@@ -101,10 +115,17 @@ class Training:
         with torch.no_grad():
             for parameter in self.gpt.replicated_parameters():
                 parameter.copy_(parameter.to(TORCH_DTYPE[experiment.dtype]))
+        if heads[1] > 1:
+            for attention in self.attentions:
+                attention.keep_heads(*heads)
         self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
         routers = {id(p) for p in self.routers()} if self.prescribed else set()
         trained = [p for p in self.gpt.parameters() if id(p) not in routers]
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        return [m for m in self.gpt.modules() if isinstance(m, Attention)]
 
     def routers(self) -> Iterator[nn.Parameter]:
         """Parameters of the MoE layers that all ranks share."""
@@ -135,21 +156,28 @@ class Training:
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         """This copy's share of the job's mean cross-entropy in nats."""
-        logits = self.gpt(tokens[:, :-1]).flatten(0, 1)
+        return self.loss_of(self.gpt(tokens[:, :-1]), tokens)
+
+    def loss_of(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The same of logits [B, L, vocab]."""
         if logits.dtype == torch.bfloat16:
             logits = logits.float()
-        return F.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum") / sum(self.tokens)
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") / sum(self.tokens)
 
 
 class Trainer:
-    """A system's training on this rank, as a contender of a race."""
+    """A system's training on this rank, as a contender of a race: every step one plan (``harness.plan.training``)."""
 
     def __init__(self, job: Job, system: type[System], experiment: Experiment):
         self.job, self.step, self.last_loss = job, 0, np.nan
+        self.timeline: Timeline | None = None  # of the last step
+        self.model_parallel = experiment.model_parallel and job.inner(0) is not None
+        case = training_case(experiment, job.topology, str(job.device), 0)
 
-        def moe(layer: int, weights: Weights) -> nn.Module:
+        def moe(layer: int, weights: Weights) -> MoELayer:
             return system.build(training_case(experiment, job.topology, str(job.device), layer), job, weights)
 
+        num_local = job.num_ranks // job.topology.shape[0]
         self.training = Training(
             experiment,
             job.topology,
@@ -157,9 +185,19 @@ class Trainer:
             ranks=[job.rank],
             dtype=TORCH_DTYPE[experiment.dtype],
             device=job.device,
+            heads=(job.rank % num_local, num_local) if self.model_parallel else (0, 1),
         )
+        self.lanes = executor_of(job)
+        attentions = [list(attention.parameters()) for attention in reversed(self.training.attentions)]
+        over_all = job.world if job.num_ranks > 1 else None
+        group, scope = (job.rail(0), "inter") if self.model_parallel else (over_all, "flat")
+        self.stream = Stream(attentions, group, scope)
         shared = [*self.training.gpt.replicated_parameters(), *self.training.routers()]
-        self.replicated = list({id(p): p for p in shared}.values())
+        inside = {id(p) for part in attentions for p in part}
+        self.summed = list({id(p): p for p in shared if id(p) not in inside}.values())
+        layers: list[MoELayer] = [steered.layer for steered in self.training.steered]  # type: ignore[misc]
+        self.slices = system.place_gradients(layers[::-1], case, self.stream.part_bytes, scope)
+        self.layers = layers
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed step; its loss is that of the whole job."""
@@ -182,27 +220,24 @@ class Trainer:
         """Losses were compared with the oracle's at reduced shape; here they must be finite."""
         return {"loss": 0.0 if np.isfinite(self.last_loss) else np.inf}
 
-    def _update(self, tokens: torch.Tensor) -> torch.Tensor:
-        loss = self.training.loss(tokens)
-        loss.backward()
-        self._sum_gradients()
-        self.training.optimizer.step()
-        return loss.detach()
+    def timelines(self) -> dict[str, Timeline]:
+        return {} if self.timeline is None else {"step": self.timeline}
 
-    def _sum_gradients(self) -> None:
-        """Replicated gradients in one bucket per format, SUM over ranks."""
-        if self.job.num_ranks == 1:
-            return
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-        for parameter in self.replicated:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for grads in by_dtype.values():
-            bucket = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(bucket)
-            for grad, part in zip(grads, bucket.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
+    def _update(self, tokens: torch.Tensor) -> torch.Tensor:
+        training = self.training
+        step = TrainingStep(
+            training.gpt,
+            self.job,
+            [passage(layer) for layer in self.layers],
+            [steered.steer for steered in training.steered],
+            self.stream,
+            self.slices,
+            self.summed,
+            model_parallel=self.model_parallel,
+        )
+        plan = step.plan(tokens[:, :-1], lambda logits: training.loss_of(logits, tokens), training.optimizer.step)
+        self.timeline = self.lanes.run(plan)
+        return step.loss
 
     def _job_loss(self, share: torch.Tensor) -> float:
         total = share.double().reshape(1).clone()
@@ -211,17 +246,19 @@ class Trainer:
         return float(total)
 
 
-def gate_case(job: Job, system: type[System], experiment: Experiment, found: dict[str, Any]) -> dict[str, Any]:
+def gate_case(
+    job: Job, system: type[System], experiment: Experiment, found: dict[str, Any], num_steps: int = _GATE_STEPS
+) -> dict[str, Any]:
     """Collective: a few steps at reduced shape; the losses must be those of one process that trains the same GPT
     with the dense oracle in float64. ``found`` is ``conformance.gate_case``'s row; returns it with ``loss`` added."""
     small = reduced(experiment)
     trainer = Trainer(job, system, small)
     losses = []
-    for step in range(_GATE_STEPS):
+    for step in range(num_steps):
         losses.append(trainer._job_loss(trainer._update(trainer.training.prepare(step))))
-    expected = [torch.zeros(_GATE_STEPS, dtype=torch.float64, device=job.device)]
+    expected = [torch.zeros(num_steps, dtype=torch.float64, device=job.device)]
     if job.rank == 0:
-        expected[0] += torch.tensor(oracle_losses(small, system, job.topology, _GATE_STEPS), dtype=torch.float64).to(
+        expected[0] += torch.tensor(oracle_losses(small, system, job.topology, num_steps), dtype=torch.float64).to(
             job.device
         )
     if job.num_ranks > 1:
@@ -232,14 +269,14 @@ def gate_case(job: Job, system: type[System], experiment: Experiment, found: dic
     tolerance = LOSS_TOLERANCE[experiment.dtype]
     if error > tolerance:
         row["status"] = "nonconforming"
-        row["reason"] = f"loss of {_GATE_STEPS} steps off by {error:.1e} of the oracle's, allowed {tolerance:.0e}"
+        row["reason"] = f"loss of {num_steps} steps off by {error:.1e} of the oracle's, allowed {tolerance:.0e}"
     return row
 
 
 def oracle_losses(experiment: Experiment, system: type[System], topology: Topology, num_steps: int) -> list[float]:
     """Losses of the same training in one process: dense oracle, float64, all ranks' tokens in one batch."""
 
-    def moe(layer: int, weights: Weights) -> nn.Module:
+    def moe(layer: int, weights: Weights) -> OracleLayer:
         return OracleLayer(weights, system, training_case(experiment, topology, "cpu", layer))
 
     ranks = list(range(topology.num_ranks))
@@ -258,7 +295,8 @@ def training_case(experiment: Experiment, topology: Topology, device: str, layer
     model, workload = experiment.model, experiment.workload
     routing = planned_routing(workload, model, topology, layer=layer)
     placement = Placement.contiguous(model.num_experts, topology.num_ranks)
-    return Case(model, experiment.dtype, topology, placement, routing, device, False, dict(experiment.options))
+    options, cluster = dict(experiment.options), experiment.cluster
+    return Case(model, experiment.dtype, topology, placement, routing, device, False, options, cluster)
 
 
 def reduced(experiment: Experiment) -> Experiment:

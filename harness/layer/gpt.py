@@ -34,12 +34,25 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, L, M] -> [B, L, M]."""
-        batch, length, hidden = x.shape
+        batch, length, _ = x.shape
         heads = self.qkv(x).view(batch, length, -1, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         grouped = self.num_kv_heads != self.num_heads
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return self.out(y.transpose(1, 2).reshape(batch, length, hidden))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def keep_heads(self, index: int, count: int) -> None:
+        """Model parallelism: keep part ``index`` of ``count`` of the heads. ``forward`` then gives partial sums, which
+        the ``count`` ranks that share the attention add up."""
+        for field, heads in (("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads)):
+            if heads % count:
+                raise bad(f"model.{field}", heads, f"does not divide over {count} model-parallel ranks")
+        q, k, v = self.qkv.weight.split([n * self.head for n in (self.num_heads, *[self.num_kv_heads] * 2)])
+        own = torch.cat([part.chunk(count)[index] for part in (q, k, v)])
+        self.qkv.weight = nn.Parameter(own)
+        self.out.weight = nn.Parameter(self.out.weight.chunk(count, dim=1)[index].contiguous())
+        self.num_heads, self.num_kv_heads = self.num_heads // count, self.num_kv_heads // count
 
 
 class Block(nn.Module):

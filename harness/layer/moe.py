@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from harness.system import Case, Gradients, MoELayer, System
 
 
 class UnifiedLayer(MoELayer):
-    """The gate and what it mixes; ``travel`` is left to the system."""
+    """The gate; how tokens travel is left to the system."""
 
     gate_in_exchange = False
     experts: Any  # a module with ``gradients()``, as ``Experts``
@@ -35,36 +34,19 @@ class UnifiedLayer(MoELayer):
         self.bias: torch.Tensor
         self.register_buffer("bias", weights.bias.to(case.device, self.gate_dtype))
 
-    @abc.abstractmethod
-    def travel(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
-    ) -> torch.Tensor:
-        """To the experts and back: x [rows, M], ids and weights [rows, k], kept bool [rows, k] or None -> weighted
-        sums of the experts' outputs [rows, M], differentiable."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._exchange(x, self._gate(x))
-
     def prepare(self, x: torch.Tensor) -> Gated:
         with torch.no_grad():
-            gated = self._gate(x)
+            gated = self.choose(x)
         if gated.mix is None:  # slots weigh 1
             gated.weights.requires_grad_()
         return gated
 
-    def exchange(self, x: torch.Tensor, state: Gated) -> torch.Tensor:
-        return self._exchange(x, state)
-
-    def _gate(self, x: torch.Tensor) -> Gated:
+    def choose(self, x: torch.Tensor) -> Gated:
+        """What the gate makes of tokens [T, M], differentiable."""
         normal = None
         if self.model.gate_noise:
             normal = self.weights.normal_noise(self.step, self.rank, len(x)).to(x.device)
         return gates.choose(self.model, x.to(self.gate_dtype), self.gate, self.bias, normal)
-
-    def _exchange(self, x: torch.Tensor, gated: Gated) -> torch.Tensor:
-        rows = x if gated.mix is None else (gated.mix @ x.to(gated.mix.dtype)).to(x.dtype)
-        rows = self.travel(rows, gated.ids, gated.weights, gated.kept)
-        return rows if gated.unmix is None else (gated.unmix @ rows.to(gated.unmix.dtype)).to(x.dtype)
 
     def gradients(self) -> Gradients:
         gate = {name: parameter.grad for name, parameter in self.gate.items() if parameter.grad is not None}

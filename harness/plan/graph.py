@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import networkx as nx
 import numpy as np
@@ -40,6 +40,13 @@ class Cost:
     def key(self) -> str:
         """As in ``Cluster.collectives``: operation.scope."""
         return f"{self.operation}.{self.scope}" if self.scope else self.operation
+
+
+class Work(NamedTuple):
+    """What a task costs and how it runs; either may be missing (a plan only simulated, or only executed)."""
+
+    cost: Cost | None = None
+    run: Callable[[], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,141 +1,114 @@
-"""Native systems that differ by their exchange alone: one layer, run as a plan of four tasks a direction.
-
-Every task is a piece of autograd of its own: its inputs are cut off from what made them, and its backward is a task of
-the backward plan (as pipeline runtimes do it). So a layer's communication lies on the lanes, forward and backward,
-where timelines show it and other work may stand beside it.
-"""
+"""Native systems that differ by their exchange alone: whole experts behind metadata, dispatch and combine."""
 
 from __future__ import annotations
 
 import abc
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
 from harness.comm.exchange import Exchange
 from harness.comm.job import Job
 from harness.layer.experts import Experts, IdentityExperts
-from harness.layer.moe import UnifiedLayer, UnifiedSystem
+from harness.layer.gates import Gated
+from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
-from harness.plan.graph import COMPUTE, INTER, Plan, Timeline
-from harness.plan.lanes import executor_of
+from harness.plan.graph import COMPUTE, INTER, Plan, Work
+from harness.plan.planned import PlannedLayer, PlannedPassage
+from harness.plan.segment import Segment
 from harness.system import Case
 
 
-class NativeLayer(UnifiedLayer):
-    """Whole experts on their ranks behind an exchange. ``timelines``: of the last forward and backward."""
+class NativeLayer(PlannedLayer):
+    """Whole experts on their ranks behind an exchange."""
 
     def __init__(self, case: Case, exchange: Exchange, weights: Weights, rank: int):
-        super().__init__(case, weights, rank)
+        super().__init__(case, exchange.job, weights)
         self.exchange_ = exchange
-        self.timelines: dict[str, Timeline] = {}
         if case.identity_experts:
             self.experts = IdentityExperts()
         else:
             self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
 
-    def travel(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None
-    ) -> torch.Tensor:
-        return _Planned.apply(x, weights, self, ids, kept, *self.experts.parameters())
-
-    def run(self, direction: str, plan: Plan) -> None:
-        self.timelines[direction] = executor_of(self.exchange_.job).run(plan)
+    def passage(self, gated: Gated | None = None) -> NativePassage:
+        return NativePassage(self, gated)
 
 
-class _Step:
-    """One forward and its backward, task by task."""
+class NativePassage(PlannedPassage):
+    layer: NativeLayer
 
-    def __init__(self, layer: NativeLayer, x: torch.Tensor, weights: torch.Tensor):
-        self.layer, self.exchange, self.parameters = layer, layer.exchange_, tuple(layer.experts.parameters())
-        self.x, self.weights = x, weights
+    def __init__(self, layer: NativeLayer, gated: Gated | None):
+        super().__init__(layer, gated)
+        exchange = layer.exchange_
 
-    def forward(self, ids: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        plan = Plan()
+        def metadata(weights: torch.Tensor) -> torch.Tensor:
+            self.plan = exchange.plan(self.ids, weights, self.kept)
+            return self.plan.weights
 
+        def combine(made: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            self.plan.weights = weights
+            return exchange.combine(made, self.plan)
+
+        self.metadata = Segment(metadata)
+        self.dispatch = Segment(lambda rows: exchange.dispatch(rows, self.plan))
+        self.experts = Segment(lambda arrived: layer.experts(arrived, self.plan.counts))
+        self.combine = Segment(combine)
+
+    def depart(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def arrive(self) -> torch.Tensor:
+        return self.home
+
+    def depart_back(self, dhome: torch.Tensor | None) -> None:
+        self.dhome = dhome
+
+    def arrive_back(self) -> torch.Tensor | None:
+        return self.drows
+
+    def there_and_back(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
         def metadata() -> None:
-            self.plan = self.exchange.plan(ids, self.weights, kept)
+            self.at_experts = self.metadata.forward(self.weights)
 
         def dispatch() -> None:
-            self.arrived = self.exchange.dispatch(self.x, self.plan)
+            self.arrived = self.dispatch.forward(self.rows)
 
         def experts() -> None:
-            self.rows = _cut(self.arrived)
-            self.made = self.layer.experts(self.rows, self.plan.counts)
+            self.made = self.experts.forward(self.arrived)
 
         def combine() -> None:
-            self.sent = _cut(self.made)
-            self.y = self.exchange.combine(self.sent, self.plan)
+            self.home = self.combine.forward(self.made, self.at_experts)
 
-        plan.add("metadata", INTER, run=metadata)
-        plan.add("dispatch", INTER, run=dispatch)
-        plan.add("experts", COMPUTE, ["dispatch"], run=experts)
-        plan.add("combine", INTER, ["experts"], run=combine)
-        self.layer.run("forward", plan)
-        return self.y.detach()
+        plan.add(f"{prefix}metadata", INTER, after, run=metadata)
+        last = plan.add(f"{prefix}dispatch", INTER, run=dispatch)
+        if gradients is not None:
+            plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
+        last = plan.add(f"{prefix}experts", COMPUTE, [last], run=experts)
+        return [plan.add(f"{prefix}combine", INTER, [last], run=combine)]
 
-    def backward(self, dy: torch.Tensor) -> tuple[Any, ...]:
-        """Gradients of x, the gate's weights and the experts' parameters."""
-        plan = Plan()
-        dx = dweights = None
-        dparameters: tuple[Any, ...] = ()
-
+    def back_and_there(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
         def combine() -> None:
-            nonlocal dweights
-            self.dsent, dweights = _gradients(self.y, (self.sent, self.plan.weights), dy)
+            self.dmade, self.dat_experts = self.combine.backward(self.dhome)
 
         def experts() -> None:
-            nonlocal dparameters
-            self.drows, *rest = _gradients(self.made, (self.rows, *self.parameters), self.dsent)
-            dparameters = tuple(rest)
+            (self.darrived,) = self.experts.backward(self.dmade)
 
         def dispatch() -> None:
-            nonlocal dx
-            (dx,) = _gradients(self.arrived, (self.x,), self.drows)
+            (self.drows,) = self.dispatch.backward(self.darrived)
 
         def metadata() -> None:
-            nonlocal dweights
-            if self.plan.weights is not self.weights:
-                (dweights,) = _gradients(self.plan.weights, (self.weights,), dweights)
+            (self.dweights,) = self.metadata.backward(self.dat_experts)
 
-        plan.add("combine_grad", INTER, run=combine)
-        plan.add("experts_grad", COMPUTE, ["combine_grad"], run=experts)
-        plan.add("dispatch_grad", INTER, ["experts_grad"], run=dispatch)
-        plan.add("metadata_grad", INTER, run=metadata)
-        self.layer.run("backward", plan)
-        return dx, dweights, *dparameters
-
-
-def _cut(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _gradients(
-    output: torch.Tensor, inputs: tuple[torch.Tensor, ...], doutput: torch.Tensor | None
-) -> list[torch.Tensor | None]:
-    """Of each input; None where none is wanted or nothing depends on it."""
-    wanted = [each for each in inputs if each.requires_grad]
-    if doutput is None or not wanted or not output.requires_grad:
-        return [None] * len(inputs)
-    found = iter(torch.autograd.grad(output, wanted, doutput, allow_unused=True))
-    return [next(found) if each.requires_grad else None for each in inputs]
-
-
-class _Planned(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weights, layer, ids, kept, *parameters):  # type: ignore[no-untyped-def, override]
-        needs_x, needs_weights, *_ = ctx.needs_input_grad
-        with torch.set_grad_enabled(any(ctx.needs_input_grad)):
-            own = (x.detach().requires_grad_(needs_x), weights.detach().requires_grad_(needs_weights))
-            step = _Step(layer, *own)
-            y = step.forward(ids, kept)
-        ctx.step = step
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
-        dx, dweights, *dparameters = ctx.step.backward(dy)
-        return dx, dweights, None, None, None, *dparameters
+        last = plan.add(f"{prefix}combine", INTER, after, run=combine)
+        last = plan.add(f"{prefix}experts", COMPUTE, [last], run=experts)
+        if gradients is not None:
+            plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
+        plan.add(f"{prefix}dispatch", INTER, [last], run=dispatch)
+        return [plan.add(f"{prefix}metadata", INTER, run=metadata)]
 
 
 class NativeSystem(UnifiedSystem):

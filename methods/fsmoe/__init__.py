@@ -3,6 +3,8 @@ the rivals that the paper measures it against, as schedules of the same layer.""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -12,10 +14,12 @@ from harness.errors import bad
 from harness.layer.moe import UnifiedSystem
 from harness.layer.order import ORDERS
 from harness.layer.weights import Weights
-from harness.system import Case
-from methods.fsmoe.cut import choose_cut, sharded
+from harness.specs import DTYPE_BYTES
+from harness.system import Case, GradientSlices, MoELayer
+from methods.fsmoe.cut import choose_cut, choose_slices, sharded
 from methods.fsmoe.layer import FSMoELayer
 from methods.fsmoe.mesh import node_mesh, rank_mesh
+from methods.fsmoe.place import unweighed_slices
 from methods.fsmoe.step import POLICIES, Policy
 from methods.fsmoe.traffic import sharded_bytes
 
@@ -67,6 +71,19 @@ class FSMoE(UnifiedSystem):
         mesh = node_mesh(job) if sharded(case) else rank_mesh(job, algorithm)  # type: ignore[arg-type]
         cut = choose_cut(case, cls.policy)
         return FSMoELayer(case, job, weights, policy=cls.policy, cut=cut, mesh=mesh, order=order)
+
+    @classmethod
+    def place_gradients(
+        cls, layers: Sequence[MoELayer], case: Case, gradient_bytes: Sequence[int], scope: str
+    ) -> list[GradientSlices]:
+        found = choose_slices(case, cls.policy, gradient_bytes, scope)
+        if found is None:  # nothing can be weighed: as ``choose_cut``
+            return unweighed_slices(cls.policy, gradient_bytes)
+        if "degree_backward" not in case.options:
+            for layer, degree in zip(layers, found.degree_backward.tolist(), strict=True):
+                assert isinstance(layer, FSMoELayer)
+                layer.recut(dataclasses.replace(layer.cut, degree_backward=degree))
+        return found.as_slices(DTYPE_BYTES[case.dtype])
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:

@@ -156,9 +156,9 @@ def layer_costs(
     )
 
 
-def reduce_costs(cluster: Cluster, num_ranks: int | None = None) -> Reduce:
-    """The cluster's gradient all-reduce between nodes; ``num_ranks`` as in ``layer_costs``."""
-    found = collective(cluster, "ar.inter", num_ranks)
+def reduce_costs(cluster: Cluster, num_ranks: int | None = None, *, scope: str = "inter") -> Reduce:
+    """The cluster's gradient all-reduce between nodes, or of another ``scope``; ``num_ranks`` as in ``layer_costs``."""
+    found = collective(cluster, f"ar.{scope}", num_ranks)
     return Reduce(found.alpha_s, found.beta_s_per_byte)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from harness.specs import DTYPE_BYTES, GEMMS, Cluster
 from harness.system import Case
 from methods.fsmoe.costs import NOTHING, LayerCosts, Linear, attention_gradient_elements, reduce_costs
 from methods.fsmoe.degree import DEGREES
-from methods.fsmoe.layer import Cut
+from methods.fsmoe.place import Slices, place
 from methods.fsmoe.schedule import Sizes
 from methods.fsmoe.step import Decision, Policy
 
@@ -27,8 +29,28 @@ LINA_CHUNK_SHARE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a layer is cut, on every rank alike.
+
+    ``reduced_bytes``: of one rank's gradients (of dense parts whose backward is done), all-reduced between nodes in the
+    MoE part, beside the dense part and after the layer, each in so many messages.
+    """
+
+    degree_forward: int = 1
+    degree_backward: int = 1
+    reduced_bytes: tuple[int, int, int] = (0, 0, 0)
+    messages: tuple[int, int, int] = (1, 1, 1)
+
+    @property
+    def multiple(self) -> int:
+        """The capacity is padded to a multiple of this, as the authors' code does."""
+        return math.lcm(self.degree_forward, self.degree_backward)
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerSizes:
-    """One generalized layer on one rank: what it moves and computes, and its dense part."""
+    """One generalized layer on one rank: what it moves and computes, and seconds of its dense part where that is a
+    stand-in."""
 
     forward: Sizes
     backward: Sizes
@@ -73,6 +95,11 @@ def planned_capacity(case: Case, routing: Routing) -> int:
     return max(1, most)
 
 
+def padded_sizes(case: Case, cut: Cut) -> LayerSizes:
+    """Sizes of the case's own routing as ``cut`` pads it."""
+    return layer_sizes(case, padded_capacity(case, case.routing, cut))
+
+
 def padded_capacity(case: Case, routing: Routing, cut: Cut) -> int:
     """``planned_capacity`` as ``cut`` pads it."""
     return -(-planned_capacity(case, routing) // cut.multiple) * cut.multiple
@@ -89,14 +116,11 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_b
     sizes = layer_sizes(case, planned_capacity(case, case.routing))
     if costs is None:
         costs, least_bytes = calibrated(case)
-    waits = None
-    if sizes.forward.wait_s is not None and sizes.backward.wait_s is not None:
-        waits = (sizes.forward.wait_s, sizes.backward.wait_s)
     if costs is None:
         degrees = forced or (1, 1)
         part = {"after": 2, "dense": 1}.get(policy.gradients, 0)
         reduced = tuple(sizes.gradient_bytes if i == part else 0 for i in range(3))
-        return Cut(*degrees, reduced, (1, 1, 1), waits, sizes.dense_s)  # type: ignore[arg-type]
+        return Cut(*degrees, reduced)  # type: ignore[arg-type]
     decided = Decision(
         policy,
         linear_costs(sizes.forward, costs),
@@ -105,7 +129,7 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_b
         sizes.gradient_bytes,
         sizes.dense_s[1],
         chunk_bytes=LINA_CHUNK_SHARE * sizes.forward.slot_bytes,
-        degrees=[r for r in DEGREES if r == 1 or sizes.forward.slot_bytes / r >= least_bytes],
+        degrees=_degrees_in_range(sizes, least_bytes),
         forced=forced,
     )
     element = DTYPE_BYTES[case.dtype]
@@ -115,8 +139,29 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_b
         int(decided.backward),
         (in_moe, beside, sizes.gradient_bytes - in_moe - beside),
         (max(1, int(decided.moe_chunks)), max(1, int(decided.dense_chunks)), 1),
-        waits,
-        sizes.dense_s,
+    )
+
+
+def choose_slices(case: Case, policy: Policy, gradient_bytes: Sequence[int], scope: str) -> Slices | None:
+    """Where ``policy`` sends the gradients of a training step, ``gradient_bytes`` of each layer in backward order, and
+    the degrees that go with it; None without costs. ``scope``: of their all-reduce."""
+    costs, least_bytes = calibrated(case, f"ar.{scope}")
+    if costs is None or f"ar.{scope}" not in costs.collectives:
+        return None
+    sizes = layer_sizes(case, planned_capacity(case, case.routing))
+    tokens, hidden = max(case.routing.tokens), case.model.hidden
+    alpha, beta = Prices(costs).linear("gemm")
+    dense_s = 8 * alpha + 2 * beta * tokens * hidden * (4 * hidden + 2 * case.model.seq)
+    return place(
+        policy,
+        linear_costs(sizes.forward, costs),
+        linear_costs(sizes.backward, costs),
+        reduce_costs(costs, scope=scope),
+        gradient_bytes,
+        dense_s,
+        chunk_bytes=LINA_CHUNK_SHARE * sizes.forward.slot_bytes,
+        degrees=_degrees_in_range(sizes, least_bytes),
+        element_bytes=DTYPE_BYTES[case.dtype],
     )
 
 
@@ -142,20 +187,20 @@ def linear_costs(sizes: Sizes, costs: Cluster) -> LayerCosts:
     return LayerCosts(a2a, priced("ag.intra", gathered), priced("rs.intra", gathered), experts)
 
 
-def calibrated(case: Case) -> tuple[Cluster | None, float]:
-    """The case's cluster with fitted costs, of its latest calibration, or as it is if it comes with some; and the
-    smallest all-to-all that they hold for."""
+def calibrated(case: Case, *others: str) -> tuple[Cluster | None, float]:
+    """The case's cluster with fitted costs (and those of ``others``), of its latest calibration, or as it is if it
+    comes with some; and the smallest all-to-all that they hold for."""
     if case.cluster is None:
         return None, 0.0
     found = ledger.latest(case.cluster)
     if found is not None:
-        return known_costs(case, found)
+        return known_costs(case, found, *others)
     return (case.cluster if case.cluster.collectives else None), 0.0
 
 
-def known_costs(case: Case, calibration: Calibration) -> tuple[Cluster, float]:
+def known_costs(case: Case, calibration: Calibration, *others: str) -> tuple[Cluster, float]:
     """What a calibration says of a case's cluster: the costs that it needs, and the smallest all-to-all in range."""
-    keys = cost_keys(case)
+    keys = (*cost_keys(case), *others)
     fit = calibration.fit(keys[0])
     assert isinstance(fit, Fit)
     return calibration.cluster(keys), fit.range_bytes[0]
@@ -170,6 +215,10 @@ def cost_keys(case: Case) -> tuple[str, ...]:
     """Costs that a case's planning and simulation need."""
     links = ("a2a.inter", "ag.intra", "rs.intra") if sharded(case) else ("a2a.flat",)
     return (*links, "ar.inter") if case.stand_in else (*links, "ar.inter", "gemm")
+
+
+def _degrees_in_range(sizes: LayerSizes, least_bytes: float) -> list[int]:
+    return [r for r in DEGREES if r == 1 or sizes.forward.slot_bytes / r >= least_bytes]
 
 
 def _forced(case: Case) -> tuple[int, int] | None:

@@ -12,14 +12,15 @@ import pandas as pd
 
 from harness import presets
 from harness.errors import bad
-from harness.plan.graph import COMPUTE, INTRA, Cost, Plan
+from harness.plan.graph import COMPUTE, INTRA, Cost, Plan, Work
+from harness.plan.passage import Dense
 from harness.plan.prices import Contention, Prices
 from harness.plan.simulate import simulate
 from harness.specs import GEMMS, Cluster
 from methods.fsmoe.costs import LayerCosts, attention_gradient_elements, layer_costs, reduce_costs
 from methods.fsmoe.degree import DEGREES, closed_form, scan_degree
-from methods.fsmoe.schedule import Priced, Sizes, Work, moe
-from methods.fsmoe.step import POLICIES, Decision, Dense, Policy, backward_layer, forward_layer, reduction
+from methods.fsmoe.schedule import Priced, Sizes, moe
+from methods.fsmoe.step import POLICIES, Decision, Policy, backward_layer, forward_layer, reduction
 
 ELEMENT_BYTES = 4  # the authors' driver runs in float32
 TESTBEDS = {"A": ("fsmoe-a", (512, 1024, 2048)), "B": ("fsmoe-b", (256, 512, 1024))}

@@ -8,7 +8,6 @@ gradients of layers whose backward is done.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
@@ -16,26 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from harness.plan.graph import COMPUTE, INTER, Cost, Plan, Timeline
+from harness.plan.graph import COMPUTE, INTER, Cost, Plan, Timeline, Work
+from harness.plan.passage import Dense
 from harness.plan.prices import Contention, Prices
 from harness.plan.simulate import simulate
 from harness.specs import GEMMS, Cluster, Level, Model
 from harness.topology import Topology
 from methods.fsmoe.costs import Array, attention_gradient_elements, reduce_costs
-from methods.fsmoe.degree import overlappable
 from methods.fsmoe.grid import ELEMENT_BYTES, Layers, layers
-from methods.fsmoe.partition import adaptive_partition
-from methods.fsmoe.schedule import Priced, Sizes, Work
-from methods.fsmoe.step import (
-    LINA_CHUNK_BYTES,
-    POLICIES,
-    Decision,
-    Dense,
-    Policy,
-    backward_layer,
-    forward_layer,
-    reduction,
-)
+from methods.fsmoe.place import Slices, place
+from methods.fsmoe.schedule import Priced, Sizes
+from methods.fsmoe.step import POLICIES, Policy, backward_layer, forward_layer, reduction
 
 #: Interpretation, after a block that is commented out in the authors' driver: tokens are not split over the
 #: model-parallel ranks before the dispatch, so that each of them sends all; experts are whole, not sharded in the node.
@@ -91,76 +81,13 @@ def optimizer_s(model: Model, cluster: Cluster) -> float | None:
     return float((attention + experts) * OPTIMIZER_ACCESSES * ELEMENT_BYTES / cluster.device_bytes_per_s)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Slices:
-    """Where a schedule sends the gradients of a step: bytes and messages [n] in backward order, and what remains."""
-
-    degree_forward: int
-    degree_plain: int  # backward without a slice: micro-batches whose gradients are only accumulated
-    degree_backward: Array
-    moe_bytes: Array
-    dense_bytes: Array
-    after_bytes: Array
-    tail_bytes: float
-    moe_chunks: Array
-    dense_chunks: Array
-    tail_chunks: float = 1
-
-
 def place_gradients(policy: Policy, layer: Layers, num_layers: int, *, seed: int = 0) -> Slices:
     """What ``policy`` does with ``num_layers`` layers equal to ``layer``, at ideal lanes."""
-    reduce = reduce_costs(layer.cluster, layer.num_ranks)
     prices = Prices(layer.cluster, layer.num_ranks)
     dense_s = float(sum(np.asarray(prices.seconds(part.work.cost)) for part in layer.dense_backward))
-    forward, backward = layer.costs, layer.costs.backward()
-    degrees = Decision(policy, forward, backward, reduce, 0.0, dense_s)
-    gradient = np.full(num_layers, int(layer.gradient_bytes))
-    none, one = np.zeros(num_layers), np.ones(num_layers)
-    plain = int(degrees.backward)
-    slices = Slices(int(degrees.forward), plain, np.full(num_layers, plain), none, none, none, 0.0, one, one)
-    if policy.gradients == "after":
-        return dataclasses.replace(slices, after_bytes=gradient)
-    if policy.gradients == "dense":  # of layer i beside the dense part of layer i + 1, all of it
-        earlier = np.concatenate([[0], gradient[:-1]])
-        return dataclasses.replace(slices, dense_bytes=earlier, tail_bytes=float(gradient[-1]))
-    costs = backward if policy.overlap else backward.folded()
-    if policy.gradients == "fixed":
-        idle_s = float(np.maximum(overlappable(costs, degrees.backward), 0.0))
-        return _fixed_chunks(slices, gradient, idle_s, dense_s, reduce.time_s)
-    found = adaptive_partition(costs, reduce, gradient, np.full(num_layers, dense_s), seed=seed)
-    return dataclasses.replace(
-        slices,
-        degree_backward=found.degree,
-        moe_bytes=found.moe_bytes,
-        dense_bytes=found.dense_bytes,
-        tail_bytes=float(found.tail_bytes),
-    )
-
-
-def _fixed_chunks(slices: Slices, gradient: Array, idle_s: float, dense_s: float, time_s: Any) -> Slices:
-    """Lina: a layer's gradient in equal chunks of at most 30 MB, in the order of their making; one is started whenever
-    the link between nodes has nothing else to do, and may overrun."""
-    num_bytes, num_chunks = np.zeros((2, len(gradient))), np.zeros((2, len(gradient)))
-    waiting: collections.deque[float] = collections.deque()
-    for layer, new in enumerate(gradient.tolist()):
-        for place, room_s in enumerate((idle_s, dense_s)):
-            used_s = 0.0
-            while waiting and used_s < room_s:
-                chunk = waiting.popleft()
-                used_s += float(time_s(chunk))
-                num_bytes[place, layer] += chunk
-                num_chunks[place, layer] += 1
-        pieces = int(max(np.ceil(new / LINA_CHUNK_BYTES), 1))
-        waiting.extend([new / pieces] * pieces)
-    return dataclasses.replace(
-        slices,
-        moe_bytes=num_bytes[0],
-        dense_bytes=num_bytes[1],
-        moe_chunks=num_chunks[0],
-        dense_chunks=num_chunks[1],
-        tail_bytes=sum(waiting),
-        tail_chunks=len(waiting),
-    )
+    reduce = reduce_costs(layer.cluster, layer.num_ranks)
+    gradient = [int(layer.gradient_bytes)] * num_layers
+    return place(policy, layer.costs, layer.costs.backward(), reduce, gradient, dense_s, seed=seed)
 
 
 def training_step(

@@ -12,15 +12,16 @@ from scipy.stats import kendalltau
 
 from harness.bench.race import make_case
 from harness.ledger import Calibration
-from harness.plan.graph import COMPUTE, Cost, Plan, Timeline
+from harness.plan.graph import COMPUTE, Cost, Plan, Timeline, Work
+from harness.plan.passage import Dense
 from harness.plan.prices import Prices
 from harness.plan.simulate import simulate
 from harness.registry import system
 from harness.specs import Experiment
 from harness.topology import Topology
-from methods.fsmoe.cut import choose_cut, known_costs, layer_sizes, padded_capacity
-from methods.fsmoe.schedule import Priced, Work
-from methods.fsmoe.step import Dense, backward_layer, forward_layer, reduction
+from methods.fsmoe.cut import choose_cut, known_costs, padded_sizes
+from methods.fsmoe.schedule import Priced
+from methods.fsmoe.step import backward_layer, forward_layer, reduction
 
 
 def timelines(experiment: Experiment, calibration: Calibration) -> dict[str, Timeline]:
@@ -29,13 +30,13 @@ def timelines(experiment: Experiment, calibration: Calibration) -> dict[str, Tim
     case = make_case(experiment, Topology(experiment.cluster.shape))
     costs, least_bytes = known_costs(case, calibration)
     cut = choose_cut(case, policy, costs, least_bytes)
-    sizes = layer_sizes(case, padded_capacity(case, case.routing, cut))
+    sizes = padded_sizes(case, cut)
 
     def dense(seconds: float) -> list[Dense]:
         return [Dense("attention", COMPUTE, Work(Cost("wait", amount=seconds)))] if seconds else []
 
     forward, backward = Plan(), Plan()
-    forward_layer(forward, policy, Priced(sizes.forward, cut.degree_forward), dense(cut.dense_s[0]))
+    forward_layer(forward, policy, Priced(sizes.forward, cut.degree_forward), dense(sizes.dense_s[0]))
     slices = [
         reduction(num_bytes, count) if num_bytes else None
         for num_bytes, count in zip(cut.reduced_bytes, cut.messages, strict=True)
@@ -45,7 +46,7 @@ def timelines(experiment: Experiment, calibration: Calibration) -> dict[str, Tim
         backward,
         policy,
         walk,
-        dense(cut.dense_s[1]),
+        dense(sizes.dense_s[1]),
         in_moe=slices[0],
         beside_dense=slices[1],
         after_layer=slices[2],

@@ -9,17 +9,10 @@ schedule without that overlap (``overlap=False``: Tutel, PipeMoE, FSMoE-No-IIO) 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol
 
-from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Operation, Plan
-
-
-class Work(NamedTuple):
-    """What a task costs and how it runs; either may be missing (a plan only simulated, or only executed)."""
-
-    cost: Cost | None = None
-    run: Callable[[], None] | None = None
+from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Operation, Plan, Work
 
 
 class Walk(Protocol):

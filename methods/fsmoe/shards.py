@@ -9,7 +9,6 @@ forward keeps (inputs and pre-activations) lies in whole buffers that backward s
 from __future__ import annotations
 
 import abc
-import dataclasses
 import time
 from collections.abc import Sequence
 
@@ -20,9 +19,10 @@ from torch.nn import functional as F
 
 from harness.comm.rows import accumulator
 from harness.layer.weights import Weights
+from harness.plan.graph import Work
 from methods.fsmoe.hooks import Hooks
 from methods.fsmoe.mesh import Mesh
-from methods.fsmoe.schedule import Priced, Sizes, Work
+from methods.fsmoe.schedule import Priced, Sizes
 
 
 class Shards(nn.Module):
@@ -57,42 +57,33 @@ class Shards(nn.Module):
         return found
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Way:
-    """How a walk goes: over which groups, in how many chunks, through which hooks, and whether experts are a wait
-    (``Sizes.wait_s``) that lasts as long as a profiled device would take, so that two cores can stand for eight GPUs;
-    rows then go home as they came."""
-
-    mesh: Mesh
-    degree: int
-    hooks: Hooks = dataclasses.field(default_factory=Hooks)
-    wait_s: tuple[float, float] | None = None
-
-
 class Travel(Priced, abc.ABC):
     """A walk that really moves bytes: ``source`` [E, C, M] -> ``result`` [E, C, M]. Subclasses say what the experts do
-    with a chunk; ``weights``: of ``Shards``, none for identity experts."""
+    with a chunk. ``weights``: of ``Shards``, none for identity experts. ``sizes``: as planned, of a C that the routing
+    may exceed; where they have a ``wait_s`` experts wait so long instead, and rows go home as they came.
 
-    def __init__(self, way: Way, source: torch.Tensor, weights: Sequence[torch.Tensor], times: int):
-        mesh = way.mesh
-        num_experts, capacity, hidden = source.shape
-        if capacity % way.degree:
-            raise ValueError(f"degree {way.degree} does not divide the capacity {capacity}; pad it")
-        gemms = times * len(weights)
-        macs = gemms * mesh.num_esp * source.numel() * (weights[0].shape[2] if weights else 0)
-        slot_bytes = source.numel() * source.element_size()
-        super().__init__(Sizes(slot_bytes, mesh.num_esp, macs, gemms, mesh.scope, way.wait_s), way.degree)
-        self.mesh, self.hooks, self.weights = mesh, way.hooks, weights
-        self.source, self.result = source, torch.empty_like(source)
-        self.width = capacity // way.degree
-        self.shape = (mesh.num_ep, num_experts // mesh.num_ep, self.width, hidden)  # of a chunk that one rank sends
+    Its tasks are laid out before there is a source; ``start`` brings it."""
+
+    def __init__(self, mesh: Mesh, hooks: Hooks, sizes: Sizes, degree: int, weights: Sequence[torch.Tensor]):
+        super().__init__(sizes, degree)
+        self.mesh, self.hooks, self.weights = mesh, hooks, weights
         self._held: dict[int, torch.Tensor] = {}  # what a chunk's last task left for its next
+
+    def start(self, source: torch.Tensor) -> None:
+        num_experts, capacity, hidden = source.shape
+        if capacity % self.degree:
+            raise ValueError(f"degree {self.degree} does not divide the capacity {capacity}; pad it")
+        self.source, self.result = source, torch.empty_like(source)
+        self.width = capacity // self.degree
+        # of a chunk that one rank sends
+        self.shape = (self.mesh.num_ep, num_experts // self.mesh.num_ep, self.width, hidden)
 
     @abc.abstractmethod
     def compute(self, chunk: slice, rows: torch.Tensor) -> torch.Tensor:
         """rows [E_ep, N, c, M] of the slots ``chunk`` -> as many: this shard's partial sums for the job's N ranks."""
 
     def dispatch(self, chunk: int) -> Work:
+        @torch.no_grad()
         def run() -> None:
             parts = self.source[:, self._slots(chunk)].contiguous().view(self.shape)
             parts = self.mesh.across(self.hooks.before_dispatch(parts))
@@ -101,6 +92,7 @@ class Travel(Priced, abc.ABC):
         return Work(super().dispatch(chunk).cost, run)
 
     def gather(self, chunk: int) -> Work:
+        @torch.no_grad()
         def run() -> None:
             own = self._held[chunk]
             if self.mesh.esp_group is not None:
@@ -111,6 +103,7 @@ class Travel(Priced, abc.ABC):
         return Work(super().gather(chunk).cost, run)
 
     def experts(self, chunk: int) -> Work:
+        @torch.no_grad()
         def run() -> None:
             if self.sizes.wait_s is not None:
                 time.sleep(self.sizes.chunk_wait_s(self.degree))
@@ -124,6 +117,7 @@ class Travel(Priced, abc.ABC):
         return Work(super().experts(chunk).cost, run)
 
     def scatter(self, chunk: int) -> Work:
+        @torch.no_grad()
         def run() -> None:
             partial = self._held[chunk]
             if self.mesh.esp_group is not None:
@@ -134,6 +128,7 @@ class Travel(Priced, abc.ABC):
         return Work(super().scatter(chunk).cost, run)
 
     def combine(self, chunk: int) -> Work:
+        @torch.no_grad()
         def run() -> None:
             parts = self.hooks.before_combine(self._held.pop(chunk).view(self.shape))
             home = self.hooks.after_combine(self.mesh.across(parts))
@@ -148,13 +143,13 @@ class Travel(Priced, abc.ABC):
 class Forward(Travel):
     """Keeps ``x`` [E_ep, N, C, M] and pre-activations [E_ep, N, C, H / N_ESP] of all N ranks' slots for backward."""
 
-    def __init__(self, way: Way, source: torch.Tensor, weights: Sequence[torch.Tensor]):
-        super().__init__(way, source, weights, times=1)
+    def start(self, source: torch.Tensor) -> None:
+        super().start(source)
         num_experts, capacity, hidden = source.shape
         shape = (num_experts // self.mesh.num_ep, self.mesh.num_ep * self.mesh.num_esp, capacity)
-        if weights and way.wait_s is None:
+        if self.weights and self.sizes.wait_s is None:
             self.x = source.new_empty(*shape, hidden)
-            self.pre = [source.new_empty(*shape, weights[0].shape[2]) for _ in weights[1:]]
+            self.pre = [source.new_empty(*shape, self.weights[0].shape[2]) for _ in self.weights[1:]]
 
     def compute(self, chunk: slice, rows: torch.Tensor) -> torch.Tensor:
         if not self.weights:
@@ -171,10 +166,13 @@ class Forward(Travel):
 class Backward(Travel):
     """From the gradient of the forward walk's result to that of its source; ``dweights`` are summed over chunks."""
 
-    def __init__(self, way: Way, dresult: torch.Tensor, forward: Forward):
-        super().__init__(way, dresult, forward.weights, times=2)
+    def __init__(self, forward: Forward, sizes: Sizes, degree: int):
+        super().__init__(forward.mesh, forward.hooks, sizes, degree, forward.weights)
         self.forward = forward
-        self.dweights = [torch.zeros_like(w, dtype=accumulator(w.dtype)) for w in forward.weights]
+
+    def start(self, source: torch.Tensor) -> None:
+        super().start(source)
+        self.dweights = [torch.zeros_like(w, dtype=accumulator(w.dtype)) for w in self.weights]
 
     def compute(self, chunk: slice, rows: torch.Tensor) -> torch.Tensor:
         if not self.weights:

@@ -8,15 +8,18 @@ whether links work side by side, who chooses the degree, and where the gradient 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from harness.plan.graph import INTER, Cost, Plan
+from harness.plan import passage
+from harness.plan.graph import Cost, Plan, Work
+from harness.plan.passage import Dense
 from methods.fsmoe.costs import LayerCosts, Reduce
 from methods.fsmoe.degree import DEGREES, overlappable, scan_degree
-from methods.fsmoe.schedule import Walk, Work, moe
+from methods.fsmoe.schedule import Walk, moe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,52 +113,20 @@ def _degrees(
     return best, best
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dense:
-    """One task of the dense part (attention, the collectives of model parallelism)."""
-
-    name: str
-    lane: str
-    work: Work
-
-
 def forward_layer(
     plan: Plan, policy: Policy, walk: Walk, dense: Sequence[Dense], *, prefix: str = "", after: Iterable[str] = ()
 ) -> list[str]:
     """Add a layer's forward; returns its last tasks."""
-    last = _dense(plan, dense, f"{prefix}forward.", after)
-    return moe(plan, walk, overlap=policy.overlap, prefix=f"{prefix}forward.", after=last)
+    return passage.forward_layer(plan, _moe_part(policy, walk), dense, prefix=prefix, after=after)
 
 
-def backward_layer(
-    plan: Plan,
-    policy: Policy,
-    walk: Walk,
-    dense: Sequence[Dense],
-    *,
-    in_moe: Work | None = None,
-    beside_dense: Work | None = None,
-    after_layer: Work | None = None,
-    prefix: str = "",
-    after: Iterable[str] = (),
-) -> list[str]:
-    """Add a layer's backward, with the slices of the gradient all-reduce that run in its two parts and after it;
-    returns the tasks that the next layer waits for."""
-    prefix = f"{prefix}backward."
-    home = moe(plan, walk, overlap=policy.overlap, prefix=prefix, after=after, gradients=in_moe)
-    if beside_dense is not None:
-        plan.add(f"{prefix}gradients-dense", INTER, home, beside_dense.cost, beside_dense.run, "gradients")
-    last = _dense(plan, dense, prefix, home)
-    if after_layer is not None:
-        last = [plan.add(f"{prefix}gradients-after", INTER, last, after_layer.cost, after_layer.run, "gradients")]
-    return last
+def backward_layer(plan: Plan, policy: Policy, walk: Walk, dense: Sequence[Dense], **slices: Any) -> list[str]:
+    """Add a layer's backward, with slices of the gradient all-reduce, as ``harness.plan.passage.backward_layer``."""
+    return passage.backward_layer(plan, _moe_part(policy, walk), dense, **slices)
 
 
-def _dense(plan: Plan, dense: Sequence[Dense], prefix: str, after: Iterable[str]) -> list[str]:
-    last = list(after)
-    for part in dense:
-        last = [plan.add(f"{prefix}{part.name}", part.lane, last, part.work.cost, part.work.run)]
-    return last
+def _moe_part(policy: Policy, walk: Walk) -> passage.MoEPart:
+    return functools.partial(moe, walk=walk, overlap=policy.overlap)
 
 
 def reduction(num_bytes: Any, chunks: Any = 1) -> Work:

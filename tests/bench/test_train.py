@@ -10,26 +10,43 @@ from harness import presets, registry
 from harness.bench import train
 from harness.comm.job import Job
 from harness.launch.session import Session
+from harness.plan import gradients, training
+from harness.plan.graph import Work
 from harness.specs import Experiment
 
 
 def loss_gate(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """On a rank: the loss check, with the named step of the training left out."""
-    whole, experiment = train.Trainer._sum_gradients, Experiment.model_validate(payload["experiment"])
+    experiment = Experiment.model_validate(payload["experiment"])
+    give_back, take = gradients.Stream.give_back, gradients.Stream.take
+    inside: list[train.Trainer] = []
 
-    def without_experts(trainer: train.Trainer) -> None:
-        whole(trainer)
-        for steered in trainer.training.steered:
+    class Watched(train.Trainer):
+        def __init__(self, *given: Any):
+            super().__init__(*given)
+            inside.append(self)
+
+    def without_experts(stream: gradients.Stream) -> None:
+        give_back(stream)
+        for steered in inside[0].training.steered:
             for parameter in steered.layer.experts.parameters():  # type: ignore[union-attr, operator]
                 parameter.grad = torch.zeros_like(parameter)
 
-    left_out = {"": whole, "sum": lambda trainer: None, "experts": without_experts}[payload["without"]]
-    train.Trainer._sum_gradients = left_out  # type: ignore[method-assign]
-    try:
+    def without_run(*given: Any, **named: Any) -> Work | None:
+        work = take(*given, **named)
+        return work and Work(work.cost)
+
+    left_out: dict[str, tuple[Any, str, Any]] = {
+        "sum": (training, "sum_over", lambda *_: None),
+        "attention": (gradients.Stream, "take", without_run),
+        "experts": (gradients.Stream, "give_back", without_experts),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "Trainer", Watched)
+        if payload["without"]:
+            patch.setattr(*left_out[payload["without"]])
         found = {"status": "ok", "reason": "", "errors": {}}
         return train.gate_case(job, registry.system(experiment.system), experiment, found)
-    finally:
-        train.Trainer._sum_gradients = whole  # type: ignore[method-assign]
 
 
 def flat_training(generator: str, **model: Any) -> dict[str, Any]:
@@ -48,7 +65,7 @@ def flat_training(generator: str, **model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("generator", ["natural", "uniform"])
-@pytest.mark.parametrize("without", ["", "sum", "experts"])
+@pytest.mark.parametrize("without", ["", "sum", "attention", "experts"])
 def test_losses_must_be_the_oracles(session: Callable[[str], Session], generator: str, without: str) -> None:
     payload = {"experiment": flat_training(generator), "without": without}
     for row in session("local-2").call("tests.bench.test_train:loss_gate", payload):

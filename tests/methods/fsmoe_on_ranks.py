@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from harness.bench import conformance
+from harness.bench import conformance, train
 from harness.comm.job import Job
 from harness.layer.weights import Weights
 from harness.registry import system
 from harness.routing import planned_routing
-from harness.specs import Workload
+from harness.specs import Experiment, Workload
 from methods.fsmoe.cut import Cut
 from methods.fsmoe.hooks import Compress, Hooks
 from methods.fsmoe.layer import FSMoELayer
@@ -117,3 +117,38 @@ def hooked(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "gradient": float((dx - plain_dx).abs().max() / plain_dx.abs().max()),  # times 2 in, times 0.5 out
         "seen": hooks.seen,
     }
+
+
+def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """Ten training steps: how far the losses are from the oracle's, and which slices went between which tasks."""
+    experiment = Experiment.model_validate(payload["experiment"])
+    trainer = train.Trainer(job, system(experiment.system), experiment)
+    losses = [trainer._job_loss(trainer._update(trainer.training.prepare(step))) for step in range(10)]
+    wanted = train.oracle_losses(experiment, system(experiment.system), job.topology, 10) if job.rank == 0 else losses
+    timeline = trainer.timelines()["step"]
+    slices = {
+        task.name: int(task.cost.amount)
+        for task in timeline.plan.tasks
+        if task.kind == "gradients" and task.cost is not None
+    }
+    early = [
+        timeline.of(name)[0] < timeline.of(f"{name.removesuffix('.gradients')}.combine[0]")[0]
+        for name in slices
+        if name.endswith("backward.gradients")
+    ]
+    return {
+        "error": max(abs(a - b) / b for a, b in zip(losses, wanted, strict=True)),
+        "losses": losses,
+        "slices": slices,
+        "part_bytes": trainer.stream.part_bytes,
+        "before_combine": all(early),
+        "lanes": sorted({task.lane for task in timeline.plan.tasks}),
+        "degrees": [layer.cut.degree_backward for layer in trainer.layers],
+    }
+
+
+def gated(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """The loss check that comes before every race."""
+    experiment = Experiment.model_validate(payload["experiment"])
+    found: dict[str, Any] = {"status": "ok", "reason": "", "errors": {}}
+    return train.gate_case(job, system(experiment.system), experiment, found)

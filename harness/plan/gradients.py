@@ -1,0 +1,89 @@
+"""Gradients of replicated parameters on their way to be summed over ranks, in slices that may stand anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from harness.errors import bad
+from harness.plan.graph import Cost, Work
+
+
+class Stream:
+    """One buffer of the gradients of ``parts``, in the order in which backward makes them. ``fill`` brings a part,
+    ``take`` the next bytes as an all-reduce over ``group`` (``scope``: as costs know it), ``give_back`` the sums."""
+
+    def __init__(self, parts: Sequence[Sequence[nn.Parameter]], group: dist.ProcessGroup | None, scope: str):
+        self.parts, self.group, self.scope = parts, group, scope
+        first = parts[0][0]
+        ends = torch.tensor([sum(p.numel() for p in part) for part in parts]).cumsum(0).tolist()
+        self.starts, self.ends = [0, *ends[:-1]], ends  # elements
+        self.buffer = torch.zeros(ends[-1], dtype=first.dtype, device=first.device)
+        self.taken = 0  # elements that have a place in the plan
+
+    @property
+    def element_bytes(self) -> int:
+        return self.buffer.element_size()
+
+    @property
+    def part_bytes(self) -> list[int]:
+        return [(end - start) * self.element_bytes for start, end in zip(self.starts, self.ends, strict=True)]
+
+    def fill(self, part: int) -> None:
+        """The part's gradients are made: copy them in."""
+        flat = self.buffer[self.starts[part] : self.ends[part]]
+        for parameter, own in zip(self.parts[part], self._views(flat, self.parts[part]), strict=True):
+            if parameter.grad is None:
+                own.zero_()
+            else:
+                own.copy_(parameter.grad)
+
+    def take(self, task: str, num_bytes: int, messages: int = 1, *, after_part: int) -> Work | None:
+        """The next ``num_bytes`` for ``task``, which runs when parts before ``after_part`` are filled; None for none.
+        ``UserError`` that names the task if they are more than is there by then."""
+        ready = (self.ends[after_part - 1] if after_part else 0) - self.taken
+        if num_bytes % self.element_bytes or not 0 <= num_bytes <= ready * self.element_bytes:
+            remedy = f"must be 0 to {ready * self.element_bytes} bytes of gradient, in whole elements"
+            raise bad(f"task {task}: slice", num_bytes, remedy)
+        begin, self.taken = self.taken, self.taken + num_bytes // self.element_bytes
+        if not num_bytes:
+            return None
+        part = self.buffer[begin : self.taken]
+
+        def run() -> None:
+            if self.group is not None:
+                for message in part.tensor_split(messages):
+                    dist.all_reduce(message, group=self.group)
+
+        return Work(Cost("ar", self.scope, num_bytes, messages), run)
+
+    def give_back(self) -> None:
+        """Sums become the parameters' gradients; all is to be taken anew."""
+        for parameters, start, end in zip(self.parts, self.starts, self.ends, strict=True):
+            for parameter, own in zip(parameters, self._views(self.buffer[start:end], parameters), strict=True):
+                parameter.grad = own.clone()
+        self.taken = 0
+
+    @staticmethod
+    def _views(flat: torch.Tensor, parameters: Sequence[nn.Parameter]) -> Iterable[torch.Tensor]:
+        sizes = [parameter.numel() for parameter in parameters]
+        return [own.view_as(parameter) for own, parameter in zip(flat.split(sizes), parameters, strict=True)]
+
+
+def sum_over(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    """Sum gradients over ``group``, in one bucket per format; a missing one counts as zero."""
+    if group is None:
+        return
+    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for grads in by_dtype.values():
+        bucket = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(bucket, group=group)
+        for grad, part in zip(grads, bucket.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view_as(grad))

@@ -1,0 +1,130 @@
+"""A batch's way through one layer, forward and backward, as tasks of a step's plan.
+
+A (generalized) layer is a dense part, the attention, and an MoE part. Forward goes through one and then the other,
+backward the other way round, with slices of the gradient all-reduce where a schedule puts them. The same functions lay
+out what is executed and what is only priced.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from harness.plan.graph import COMPUTE, INTER, Plan, Work
+from harness.plan.segment import Segment
+from harness.system import MoELayer
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense:
+    """One task of the dense part (attention, the collectives of model parallelism)."""
+
+    name: str
+    lane: str
+    work: Work
+
+
+class MoEPart(Protocol):
+    """Adds the tasks of an MoE part in one direction; returns the last ones. ``gradients``: a slice of the gradient
+    all-reduce that goes among them."""
+
+    def __call__(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]: ...
+
+
+def forward_layer(
+    plan: Plan, moe: MoEPart, dense: Sequence[Dense], *, prefix: str = "", after: Iterable[str] = ()
+) -> list[str]:
+    """Add a layer's forward; returns its last tasks."""
+    prefix = f"{prefix}forward."
+    return moe(plan, prefix=prefix, after=_dense(plan, dense, prefix, after))
+
+
+def backward_layer(
+    plan: Plan,
+    moe: MoEPart,
+    dense: Sequence[Dense],
+    *,
+    in_moe: Work | None = None,
+    beside_dense: Work | None = None,
+    after_layer: Work | None = None,
+    prefix: str = "",
+    after: Iterable[str] = (),
+) -> list[str]:
+    """Add a layer's backward, with the slices of the gradient all-reduce that run in its two parts and after it;
+    returns the tasks that the next layer waits for."""
+    prefix = f"{prefix}backward."
+    home = moe(plan, prefix=prefix, after=after, gradients=in_moe)
+    if beside_dense is not None:
+        plan.add(f"{prefix}gradients-dense", INTER, home, beside_dense.cost, beside_dense.run, "gradients")
+    last = _dense(plan, dense, prefix, home)
+    if after_layer is not None:
+        last = [plan.add(f"{prefix}gradients-after", INTER, last, after_layer.cost, after_layer.run, "gradients")]
+    return last
+
+
+def _dense(plan: Plan, dense: Sequence[Dense], prefix: str, after: Iterable[str]) -> list[str]:
+    last = list(after)
+    for part in dense:
+        last = [plan.add(f"{prefix}{part.name}", part.lane, last, part.work.cost, part.work.run)]
+    return last
+
+
+class Passage(abc.ABC):
+    """One batch's way through one MoE layer; for one step. ``forward`` and ``backward`` are ``MoEPart``s.
+
+    ``x`` [T, M] is there when the first task of ``forward`` runs, ``y`` [T, M] after its last; ``dy`` and ``dx``
+    likewise for ``backward``. ``y`` still has its graph, and what it is handed to cuts it off (``segment.cut``).
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    dy: torch.Tensor
+    dx: torch.Tensor | None
+
+    @abc.abstractmethod
+    def forward(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]: ...
+
+    @abc.abstractmethod
+    def backward(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]: ...
+
+
+class Opaque(Passage):
+    """A layer that is one task a direction: a real package, whose communication is its own affair."""
+
+    def __init__(self, layer: MoELayer):
+        self.segment = Segment(layer)
+
+    def forward(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
+        def run() -> None:
+            self.y = self.segment.forward(self.x)
+
+        return [plan.add(f"{prefix}moe", COMPUTE, after, run=run)]
+
+    def backward(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
+        def run() -> None:
+            (self.dx,) = self.segment.backward(self.dy)
+
+        last = [plan.add(f"{prefix}moe", COMPUTE, after, run=run)]
+        if gradients is not None:  # never beside collectives that nobody here knows of
+            last = [plan.add(f"{prefix}gradients", INTER, last, gradients.cost, gradients.run)]
+        return last
+
+
+def passage(layer: MoELayer) -> Passage:
+    """The next batch's way through ``layer``: in tasks if it has any (``PlannedLayer``), else in one."""
+    made = getattr(layer, "passage", None)
+    return Opaque(layer) if made is None else made()

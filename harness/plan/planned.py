@@ -1,0 +1,162 @@
+"""Native layers: the unified layer, whose whole way (gate, travel, experts, travel back, mix) is tasks of a plan.
+
+Alone, a layer runs a plan of its own for forward and one for backward, behind one node of autograd. In a training step
+the same tasks stand in the step's plan (``harness.plan.training``).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from harness.comm.job import Job
+from harness.layer.gates import Gated
+from harness.layer.moe import UnifiedLayer
+from harness.layer.weights import Weights
+from harness.plan.graph import COMPUTE, Plan, Timeline, Work
+from harness.plan.lanes import executor_of
+from harness.plan.passage import Passage, backward_layer, forward_layer
+from harness.plan.segment import Segment
+from harness.system import Case
+
+
+class PlannedLayer(UnifiedLayer):
+    """``timelines``: of the last forward and backward that ran alone, by direction."""
+
+    def __init__(self, case: Case, job: Job, weights: Weights):
+        super().__init__(case, weights, job.rank)
+        self.job = job
+        self.lanes = executor_of(job)
+        self.timelines: dict[str, Timeline] = {}
+
+    @abc.abstractmethod
+    def passage(self, gated: Gated | None = None) -> PlannedPassage:
+        """The next batch's way; ``gated``: what the gate chose already."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._alone(x, None)
+
+    def exchange(self, x: torch.Tensor, state: Gated) -> torch.Tensor:
+        return self._alone(x, state)
+
+    def _alone(self, x: torch.Tensor, gated: Gated | None) -> torch.Tensor:
+        return _Alone.apply(x, self, gated, torch.is_grad_enabled(), *self.parameters())
+
+    def plan_forward(self, way: PlannedPassage) -> Plan:
+        """Of the layer alone."""
+        plan = Plan()
+        forward_layer(plan, way.forward, ())
+        return plan
+
+    def plan_backward(self, way: PlannedPassage) -> Plan:
+        """Of the layer alone."""
+        plan = Plan()
+        backward_layer(plan, way.backward, ())
+        return plan
+
+
+class PlannedPassage(Passage):
+    """Gate, the way there and back, mix. A subclass takes rows from ``depart`` to the experts and brings home what they
+    made, and in backward its gradient the other way. Gate weights it applies either on the way or in ``restore``."""
+
+    def __init__(self, layer: PlannedLayer, gated: Gated | None):
+        self.layer, self.gated = layer, gated
+        self.enter, self.leave = Segment(self._enter), Segment(self._leave)
+        self.dweights: torch.Tensor | None = None  # of the gate's weights, where they are applied on the way
+
+    @abc.abstractmethod
+    def there_and_back(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
+        """Add the tasks between ``depart`` and ``arrive``."""
+
+    @abc.abstractmethod
+    def back_and_there(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
+        """Add the tasks between ``depart_back`` and ``arrive_back``."""
+
+    @abc.abstractmethod
+    def depart(self, rows: torch.Tensor) -> None:
+        """In the gate's task: what ``order`` made is there."""
+
+    @abc.abstractmethod
+    def arrive(self) -> torch.Tensor:
+        """In the last task: what came home, for ``restore``."""
+
+    @abc.abstractmethod
+    def depart_back(self, dhome: torch.Tensor | None) -> None:
+        """In backward's first task: the gradient of what came home."""
+
+    @abc.abstractmethod
+    def arrive_back(self) -> torch.Tensor | None:
+        """In backward's last task: the gradient of what departed."""
+
+    def order(self, x: torch.Tensor, gated: Gated) -> torch.Tensor:
+        """Tokens [T, M] as they are mixed -> what departs; differentiated through."""
+        return x
+
+    def restore(self, home: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What came home -> [T, M]; differentiated through."""
+        return home
+
+    def forward(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
+        def enter() -> None:
+            rows, self.weights, self.unmix = self.enter.forward(self.x)
+            self.depart(rows)
+
+        def leave() -> None:
+            self.y = self.leave.forward(self.arrive(), self.weights, self.unmix)
+
+        last = [plan.add(f"{prefix}gate", COMPUTE, after, run=enter)]
+        last = self.there_and_back(plan, prefix=prefix, after=last, gradients=gradients)
+        return [plan.add(f"{prefix}restore", COMPUTE, last, run=leave)]
+
+    def backward(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
+        def leave() -> None:
+            dhome, self.dweights, self.dunmix = self.leave.backward(self.dy)
+            self.depart_back(dhome)
+
+        def enter() -> None:
+            (self.dx,) = self.enter.backward(self.arrive_back(), self.dweights, self.dunmix)
+
+        last = [plan.add(f"{prefix}restore", COMPUTE, after, run=leave)]
+        last = self.back_and_there(plan, prefix=prefix, after=last, gradients=gradients)
+        return [plan.add(f"{prefix}gate", COMPUTE, last, run=enter)]
+
+    def _enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        gated = self.layer.choose(x) if self.gated is None else self.gated
+        self.ids, self.kept = gated.ids, gated.kept
+        mixed = x if gated.mix is None else (gated.mix @ x.to(gated.mix.dtype)).to(x.dtype)
+        return self.order(mixed, gated), gated.weights, gated.unmix
+
+    def _leave(self, home: torch.Tensor, weights: torch.Tensor, unmix: torch.Tensor | None) -> torch.Tensor:
+        rows = self.restore(home, weights)
+        return rows if unmix is None else (unmix @ rows.to(unmix.dtype)).to(rows.dtype)
+
+
+class _Alone(torch.autograd.Function):
+    """A layer's tokens x [T, M] -> y [T, M]; gradients of parameters are added to them in backward."""
+
+    @staticmethod
+    def forward(ctx, x, layer, gated, grad, *parameters):  # type: ignore[no-untyped-def, override]
+        way: Any = layer.passage(gated)
+        way.x = x.detach().requires_grad_(grad and x.requires_grad)
+        with torch.set_grad_enabled(grad):
+            layer.timelines["forward"] = layer.lanes.run(layer.plan_forward(way))
+        ctx.layer, ctx.way, ctx.num_parameters = layer, way, len(parameters)
+        return way.y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+        ctx.way.dy = dy.contiguous()
+        with torch.enable_grad():
+            ctx.layer.timelines["backward"] = ctx.layer.lanes.run(ctx.layer.plan_backward(ctx.way))
+        return ctx.way.dx, None, None, None, *[None] * ctx.num_parameters

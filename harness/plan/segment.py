@@ -1,0 +1,48 @@
+"""A piece of autograd of its own: cut off from what made its inputs, so that its backward is a task of its own, as
+pipeline runtimes do it. Forward and backward of a step may then be cut differently, and other work may stand between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Optional = torch.Tensor | None
+
+
+class Segment:
+    """``function``: tensors (or None) -> a tensor, or a tuple of tensors and None."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.inputs: Sequence[Optional] = ()
+        self.outputs: Sequence[Optional] = ()
+
+    def forward(self, *inputs: Optional) -> Any:
+        """What ``function`` makes of the inputs, still with its graph; hand it to the next segment as it is."""
+        self.inputs = [None if each is None else cut(each) for each in inputs]
+        made = self.function(*self.inputs)
+        self.outputs = made if isinstance(made, tuple) else (made,)
+        return made
+
+    def backward(self, *doutputs: Optional) -> list[Optional]:
+        """Gradients of the inputs, None where none is wanted or nothing depends on one. Those of parameters are added
+        to their ``grad``. Once; what forward kept is let go."""
+        pairs = [
+            (output, doutput)
+            for output, doutput in zip(self.outputs, doutputs, strict=True)
+            if output is not None and output.requires_grad and doutput is not None
+        ]
+        if pairs:
+            outputs, grads = zip(*pairs, strict=True)
+            torch.autograd.backward(outputs, grads)
+        found = [None if each is None else each.grad for each in self.inputs]
+        self.inputs = self.outputs = ()
+        return found
+
+
+def cut(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, from nowhere."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
