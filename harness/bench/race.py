@@ -25,6 +25,7 @@ from harness.layer import gates
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.placement import Placement
+from harness.plan.graph import Timeline
 from harness.routing import Routing, planned_routing
 from harness.specs import Experiment
 from harness.system import Case, System
@@ -47,6 +48,18 @@ class Contender(Protocol):
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed repetition."""
 
+    def timelines(self) -> dict[str, Timeline]:
+        """Of the last run, by direction; none where the system is a black box."""
+
+
+@dataclasses.dataclass
+class Trace:
+    """A timeline on one rank, as plain data."""
+
+    tasks: list[tuple[str, str, str]]  # name, lane, kind
+    start_s: list[float]
+    end_s: list[float]
+
 
 @dataclasses.dataclass
 class Outcome:
@@ -56,6 +69,7 @@ class Outcome:
     reason: str = ""
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # output, input_grad, weight_grad, loss
     samples: list[Sample] = dataclasses.field(default_factory=list)
+    trace: dict[str, Trace] = dataclasses.field(default_factory=dict)  # of the last repetition, by direction
 
 
 def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
@@ -79,6 +93,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     for experiment, contender in contenders:
         name_phase(job, experiment, "checking the last repetition")
         settle(experiment, outcomes[experiment.digest], contender.errors())
+        outcomes[experiment.digest].trace = {name: _trace(each) for name, each in contender.timelines().items()}
     job.phase("race finished")
     return {
         "host": socket.gethostname(),
@@ -86,6 +101,11 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "shared_clock": job.shared_clock,
         "cells": {cell: dataclasses.asdict(outcome) for cell, outcome in outcomes.items()},
     }
+
+
+def _trace(timeline: Timeline) -> Trace:
+    tasks = [(task.name, task.lane, task.kind) for task in timeline.plan.tasks]
+    return Trace(tasks, timeline.start_s.tolist(), timeline.end_s.tolist())
 
 
 def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int) -> Contender | None:
@@ -221,6 +241,9 @@ class LayerContender:
             finite = all(bool(part.isfinite().all()) for part in parts)
             return worst_of(self.job, {"output": 0.0 if finite else torch.inf})
         return worst_of(self.job, self._exchange_errors())
+
+    def timelines(self) -> dict[str, Timeline]:
+        return dict(getattr(self.layer, "timelines", {}))
 
     def _exchange_errors(self) -> dict[str, float]:
         assert self.y is not None

@@ -139,7 +139,9 @@ def run_plan(each: Plan, settings: Settings, argv: list[str]) -> None:
                 report({"did": "begin", "text": f"launch {launch}: {describe(race)}"})
                 answers, failed = sessions.run(race, report)
                 rows = tidy.rows_of_race(race, sessions.setting, answers, failed)
-                store.append(rows)
+                for cell, timelines in tidy.timelines_of_race(answers).items():
+                    store.write_trace(cell, timelines)
+                store.append(rows)  # last: what has rows is finished
                 report({"did": "race", "units": _units(race)})
 
 

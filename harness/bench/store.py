@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -20,6 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from harness.errors import UserError, bad
+from harness.plan import perfetto
+from harness.plan.graph import Timeline
 
 SCHEMA_VERSION = 1
 _VERSION_KEY = b"moebench_schema_version"
@@ -98,6 +100,24 @@ class Store:
         """Store ``record`` as ``record-<name>.json``, replacing an older one of that name."""
         text = json.dumps(record, indent=1, sort_keys=True, default=str)
         self._write_whole(self.path / f"record-{name}.json", lambda file: file.write(text.encode()))
+
+    def write_trace(self, cell: str, timelines: Mapping[str, Timeline]) -> None:
+        """Store the timelines of a cell's last repetition as ``traces/<cell>.json`` for Perfetto, replacing an older
+        launch's."""
+        path = self.path / "traces" / f"{cell}.json"
+        with _clear_errors(self.path):
+            path.parent.mkdir(exist_ok=True)
+        self._write_whole(path, lambda file: file.write(perfetto.text(timelines).encode()))
+
+    def trace(self, cell: str) -> dict[str, Timeline]:
+        """Executed timelines of a cell [num_tasks, ranks] by direction; none if there are none that can be read."""
+        try:
+            return perfetto.read(self.path / "traces" / f"{cell}.json")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{_one_line(error)}; its timeline is not shown", stacklevel=2)
+            return {}
 
     def _write_whole(self, path: Path, write: Callable[[IO[bytes]], object]) -> None:
         """Write beside ``path``, make it durable, then rename: readers see the whole file or none."""

@@ -16,6 +16,7 @@ from harness.bench.race import make_case
 from harness.bench.store import SCHEMA_VERSION
 from harness.bench.suite import Race
 from harness.placement import Placement
+from harness.plan.graph import Plan, Timeline
 from harness.routing import Certificate, certify, make_routing
 from harness.specs import Experiment
 from harness.system import Case
@@ -61,6 +62,22 @@ def rows_of_race(
     return pd.DataFrame([row for cell in cells for row in cell])
 
 
+def timelines_of_race(answers: list[dict[str, Any]]) -> dict[str, dict[str, Timeline]]:
+    """What ``run_race`` returned on each rank -> timelines [num_tasks, ranks] of each cell's last repetition, by
+    direction. Where ranks have no common clock, each one's starts at 0."""
+    found: dict[str, dict[str, Timeline]] = {}
+    for cell, outcome in answers[0]["cells"].items() if answers else ():
+        for direction, trace in outcome["trace"].items():
+            plan = Plan()
+            for name, lane, kind in trace["tasks"]:
+                plan.add(name, lane, kind=kind)
+            ranks = [answer["cells"][cell]["trace"][direction] for answer in answers]
+            start, end = (np.array([rank[key] for rank in ranks]).T for key in ("start_s", "end_s"))
+            origin = 0.0 if answers[0]["shared_clock"] else start.min(0)
+            found.setdefault(cell, {})[direction] = Timeline(plan, start - origin, end - origin)
+    return found
+
+
 def certificate(experiment: Experiment) -> Certificate | None:
     """Of the routing at step 0 and layer 0; None for a natural one, which nobody knows before it runs."""
     topology = Topology(experiment.cluster.shape)
@@ -90,7 +107,7 @@ class _Cell:
             "cell": experiment.digest,
             "system": experiment.system,
             "phase": experiment.phase,
-            "model": experiment.model.name,
+            "model": experiment.model.name + (" (model-parallel)" if experiment.model_parallel else ""),
             "cluster": experiment.cluster.name,
             "workload": experiment.workload.name,
             "dtype": experiment.dtype,

@@ -1,4 +1,4 @@
-"""Timelines as Chrome trace events, which https://ui.perfetto.dev and chrome://tracing open."""
+"""Timelines as Chrome trace events, which https://ui.perfetto.dev and chrome://tracing open, and back."""
 
 from __future__ import annotations
 
@@ -9,15 +9,45 @@ from typing import Any
 
 import numpy as np
 
-from harness.plan.graph import Timeline
+from harness.errors import UserError
+from harness.plan.graph import Plan, Timeline
 
 
 def write(path: Path, timelines: Mapping[str, Timeline]) -> Path:
     """One process per (timeline, rank), one thread per lane; microseconds from each timeline's own first start.
 
     A timeline with more axes than [num_tasks] or [num_tasks, ranks] has no single trace: ``ValueError``."""
-    path.write_text(json.dumps({"traceEvents": events(timelines), "displayTimeUnit": "ms"}), encoding="utf-8")
+    path.write_text(text(timelines), encoding="utf-8")
     return path
+
+
+def text(timelines: Mapping[str, Timeline]) -> str:
+    """What ``write`` writes."""
+    return json.dumps({"traceEvents": events(timelines), "displayTimeUnit": "ms"})
+
+
+def read(path: Path) -> dict[str, Timeline]:
+    """What ``write`` wrote, each [num_tasks, ranks]; tasks wait for none and cost nothing. ``ValueError`` if it is not
+    that."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        processes = {event["pid"]: event["args"]["name"] for event in found if event["name"] == "process_name"}
+        lanes = {event["tid"]: event["args"]["name"] for event in found if event["name"] == "thread_name"}
+        spans: dict[str, list[list[dict[str, Any]]]] = {}
+        for process, label in processes.items():
+            name = label.split(", rank ")[0]
+            spans.setdefault(name, []).append([e for e in found if e["ph"] == "X" and e["pid"] == process])
+        return {name: _timeline(ranks, lanes) for name, ranks in spans.items()}
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise ValueError(f"{path}: not a trace of moebench ({type(error).__name__}: {error})") from None
+
+
+def _timeline(ranks: list[list[dict[str, Any]]], lanes: Mapping[int, str]) -> Timeline:
+    plan = Plan(lanes.values())
+    for event in ranks[0]:
+        plan.add(event["name"], lanes[event["tid"]], kind=event["cat"])
+    start = np.array([[event["ts"] for event in rank] for rank in ranks]).T / 1e6
+    return Timeline(plan, start, start + np.array([[event["dur"] for event in rank] for rank in ranks]).T / 1e6)
 
 
 def events(timelines: Mapping[str, Timeline]) -> list[dict[str, Any]]:

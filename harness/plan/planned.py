@@ -43,7 +43,8 @@ class PlannedLayer(UnifiedLayer):
         return self._alone(x, state)
 
     def _alone(self, x: torch.Tensor, gated: Gated | None) -> torch.Tensor:
-        return _Alone.apply(x, self, gated, torch.is_grad_enabled(), *self.parameters())
+        # Backward adds to the parameters' gradients itself, so they are no inputs; x alone may want no gradient.
+        return _Alone.apply(x, self, gated, torch.is_grad_enabled(), x.new_empty(0, requires_grad=True))
 
     def plan_forward(self, way: PlannedPassage) -> Plan:
         """Of the layer alone."""
@@ -146,12 +147,12 @@ class _Alone(torch.autograd.Function):
     """A layer's tokens x [T, M] -> y [T, M]; gradients of parameters are added to them in backward."""
 
     @staticmethod
-    def forward(ctx, x, layer, gated, grad, *parameters):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, layer, gated, grad, tie):  # type: ignore[no-untyped-def, override]
         way: Any = layer.passage(gated)
         way.x = x.detach().requires_grad_(grad and x.requires_grad)
         with torch.set_grad_enabled(grad):
             layer.timelines["forward"] = layer.lanes.run(layer.plan_forward(way))
-        ctx.layer, ctx.way, ctx.num_parameters = layer, way, len(parameters)
+        ctx.layer, ctx.way = layer, way
         return way.y.detach()
 
     @staticmethod
@@ -159,4 +160,4 @@ class _Alone(torch.autograd.Function):
         ctx.way.dy = dy.contiguous()
         with torch.enable_grad():
             ctx.layer.timelines["backward"] = ctx.layer.lanes.run(ctx.layer.plan_backward(ctx.way))
-        return ctx.way.dx, None, None, None, *[None] * ctx.num_parameters
+        return ctx.way.dx, None, None, None, None

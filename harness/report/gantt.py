@@ -18,9 +18,13 @@ if TYPE_CHECKING:
 _WIDTH, _LANE, _TITLE = 9.6, 0.36, 0.42  # inches
 _BAR = 0.84  # of a lane's height
 _CHARACTER = 0.068  # inches of a label's character
-#: kinds in the order of their colours; others follow in the order of their coming
-KINDS = ("dispatch", "combine", "gather", "scatter", "experts", "gradients", "attention", "mp-gather", "mp-scatter")
+#: kinds with a colour of their own, in the order of the palette; all others share a grey
+KINDS = (
+    "dispatch", "combine", "gather", "scatter", "experts", "gradients", "attention", "mp-gather", "mp-scatter",
+    "optimizer",
+)  # fmt: skip
 HATCHED = ("gradients",)
+OTHER, _GREY = "other", (0.72, 0.75, 0.78)
 
 
 def gantt(timelines: Mapping[str, Timeline], *, rank: int = 0) -> Figure:
@@ -81,10 +85,10 @@ def _spans(title: str, timeline: Timeline, rank: int) -> tuple[np.ndarray, np.nd
 
 
 def _colors(kinds: list[str]) -> dict[str, tuple[float, float, float]]:
-    """Kinds that occur -> colour; a kind of ``KINDS`` has the same one in every figure."""
-    palette = sns.color_palette("colorblind", 10)
-    order = list(dict.fromkeys([*KINDS, *kinds]))
-    return {kind: palette[i % len(palette)] for i, kind in enumerate(order) if kind in set(kinds)}
+    """Kinds that occur, and ``OTHER``, -> colour; the same one in every figure."""
+    known = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
+    found = {kind: color for kind, color in known.items() if kind in set(kinds)}
+    return found if set(kinds) <= set(KINDS) else found | {OTHER: _GREY}
 
 
 def _bars(
@@ -100,7 +104,7 @@ def _bars(
         width = finish - begin
         if width <= 0:
             continue  # a slice of no bytes is not a task to see
-        color = colors[task.kind]
+        color = colors.get(task.kind, _GREY)
         y = lanes.index(task.lane)
         ax.barh(
             y, width, left=begin, height=_BAR, facecolor=color, edgecolor="#1c2430", lw=0.6, hatch=_hatch(task.kind)

@@ -6,23 +6,22 @@ which kind that column is.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from harness.errors import UserError
-from harness.report import claims, compare, figures, gantt, page, study_figures, summary
+from harness.report import claims, figures, gantt, page, study_figures
 from harness.report.claims import Sources, Value, Verdict
+from harness.report.columns import as_printed, columns_of, kept, words
+from harness.report.own_run import OwnRun, Simulator
 from harness.report.page import Column, Html
-from harness.report.run import Run, load
+from harness.report.run import load
 from harness.studies import Findings
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from harness.plan.graph import Timeline
 
 OUTCOMES = ("reproduced", "partly", "not", "not attempted")
-_EVIDENCE = Column("evidence", "evidence", page.badge)
 
 
 class Paper:
@@ -65,8 +63,8 @@ class Paper:
         columns = [
             Column("statement", "claim", kind="prose", merge=True),
             Column("source", "where", merge=True),
-            Column("said", "reported", _kept, "num"),
-            Column("shown", "found here", _kept, "num"),
+            Column("said", "reported", kept, "num"),
+            Column("shown", "found here", kept, "num"),
             Column("evidence", "evidence", lambda level: page.badge(level) if level else "–"),
             Column("verdict", "verdict", verdict_badge),
             Column("basis", "how it was judged", kind="prose"),
@@ -85,7 +83,7 @@ class Paper:
                 continue
             self.keep(f"{name}_{key}", frame)
             what = words(key.replace("-", " "))
-            shown = page.table(_as_printed(frame), columns_of(frame), f"{name}: {what}" if key != name else name)
+            shown = page.table(as_printed(frame), columns_of(frame), f"{name}: {what}" if key != name else name)
             parts.append(page.folded(f"table: {what}", shown) if key in folded else shown)
         if notes and found.notes:
             parts.append(
@@ -179,35 +177,12 @@ class Paper:
         alt = f"Gantt chart, a row a lane and a bar a task, of: {'; '.join(timelines)}."
         return Html(figures.drawn(lambda: gantt.gantt(timelines), alt, caption))
 
-    def own_run(
-        self,
-        suite: str,
-        label: str,
-        reference: str,
-        predict: Callable[[Run], pd.DataFrame],
-        agreement: Callable[[pd.DataFrame], Any],
-    ) -> Html:
-        """The paper's races as run here: ratios to ``reference`` over all races and of each, and how well the
-        simulator's predictions met them. ``predict``: rows of cell, direction and predicted_s for a run;
-        ``agreement``: a dataclass of figures from race, measured_s and predicted_s."""
+    def own_run(self, suite: str, label: str, reference: str, simulator: Simulator) -> Html:
+        """The paper's races as run here (``harness.report.own_run``), or how to make them."""
         if self.run_dir is None or not any(self.run_dir.glob("rows-*.parquet")):
             command = f"moebench run --suite {suite} && moebench report {self.name}"
             return Html(page.missing("These layers have not been run on this machine, so this part is empty.", command))
-        run = load(self.run_dir, baseline=reference, control=label)
-        why = ""
-        try:
-            predicted = predict(run)
-        except UserError as error:  # no calibration, or one that is not to be used: the times stand all the same
-            predicted, why = pd.DataFrame({"cell": [], "direction": [], "predicted_s": []}), f": {error}"
-        frame = compare.beside_predictions(run, predicted)
-        parts = [self._pooled(run, reference, frame)]
-        if frame.empty:
-            parts.append(page.missing(f"There are no predictions to compare with{why}", ""))
-        else:
-            parts.append(self._agreement(frame, agreement))
-        parts.append(page.folded("every layer", summary.speedups(run).html))
-        parts.append(page.folded("what was refused, failed or marked", summary.setbacks(run).html))
-        return Html(*parts)
+        return OwnRun(load(self.run_dir, baseline=reference, control=label), label, simulator, self.keep).html()
 
     # ------------------------------------------------------------------ plumbing
 
@@ -217,132 +192,14 @@ class Paper:
             self.tables.mkdir(parents=True, exist_ok=True)
             frame.to_csv(self.tables / f"{name}.csv", index=False)
 
-    def _pooled(self, run: Run, reference: str, predicted: pd.DataFrame) -> str:
-        rows = []
-        at = predicted.pivot_table(index="race", columns="label", values="predicted_s")
-        for label in run.labels:
-            pooled = compare.pooled_speedup(run, label, reference)
-            if label == reference or pooled is None:
-                continue
-            said = math.nan
-            if {label, reference} <= set(at):
-                said = float(np.exp(np.log(at[reference] / at[label]).mean()))
-            estimate = pooled.estimate
-            row = {"label": label, "point": estimate.point, "low": estimate.low, "high": estimate.high}
-            facts = {"num_races": pooled.num_races, "scope": estimate.scope, "evidence": " and ".join(pooled.evidence)}
-            rows.append({**row, "predicted": said, **facts})
-        if not rows:
-            return page.missing(f"No race of this run has a time of {reference}.", "")
-        frame = pd.DataFrame(rows)
-        self.keep("pooled_speedups", frame)
-        ratios = [page.ratio(*ends) for ends in zip(frame["point"], frame["low"], frame["high"], strict=True)]
-        frame["ratio"] = pd.Series(ratios, dtype=object)  # as strings they would be escaped
-        columns = [
-            Column("label", "system"),
-            Column("ratio", f"over {reference} [95 % interval]", _kept, "num"),
-            _EVIDENCE,
-            Column(
-                "predicted", "predicted (simulated)", lambda value: f"{value:.2f}×" if value == value else "–", "num"
-            ),
-            Column("num_races", "layers", kind="num"),
-            Column("scope", "interval over"),
-        ]
-        return page.table(frame, columns, "Geometric mean over all layers", "forward and backward together")
-
-    def _agreement(self, frame: pd.DataFrame, agreement: Callable[[pd.DataFrame], Any]) -> str:
-        self.keep("predictions", frame)
-        figures_of = pd.DataFrame([dataclasses.asdict(agreement(frame))])
-        shown = frame.assign(error=frame["error"].map(lambda e: f"{e:+.1%}"))
-        columns = [
-            Column("workload", "workload", merge=True),
-            Column("model", "layer", merge=True),
-            Column("label", "system"),
-            Column(
-                "measured_s", f"time, ms ({' and '.join(sorted(set(frame['evidence'])))})", page.milliseconds, "num"
-            ),
-            Column("predicted_s", "predicted, ms (simulated)", page.milliseconds, "num"),
-            Column("error", "error", kind="num"),
-        ]
-        return Html(
-            page.table(
-                figures_of,
-                columns_of(figures_of),
-                "The simulator against what ran",
-                "errors relative to the time that ran; τ: Kendall's, of the order of the systems on a layer",
-            ),
-            page.folded("every cell", page.table(shown, columns, "Predicted and observed")),
-        ).html
-
 
 def verdict_badge(outcome: str) -> Markup:
     """A verdict as a pill that says its word."""
     return Markup('<span class="badge verdict {}">{}</span>').format(outcome.replace(" ", "-"), outcome)
 
 
-def columns_of(frame: pd.DataFrame, merge: int = 2) -> list[Column]:
-    """Columns for any tidy table, shown by dtype and by the unit at the end of their name; the first ``merge`` text
-    columns leave repeated values blank."""
-    found = []
-    for key in map(str, frame.columns):
-        if key == "evidence":
-            found.append(_EVIDENCE)
-        elif pd.api.types.is_bool_dtype(frame[key]):
-            found.append(Column(key, words(key), lambda value: "yes" if value else "no"))
-        elif pd.api.types.is_integer_dtype(frame[key]):
-            found.append(Column(key, words(key), lambda value: "–" if pd.isna(value) else f"{value:,}", "num"))
-        elif pd.api.types.is_float_dtype(frame[key]):
-            title, show = _unit(key)
-            found.append(Column(key, title, show, "num"))
-        else:
-            merged = sum(column.merge for column in found) < merge and len(found) < merge
-            found.append(Column(key, words(key), lambda value: "" if pd.isna(value) else str(value), merge=merged))
-    return found
-
-
-def _as_printed(frame: pd.DataFrame) -> pd.DataFrame:
-    """``frame`` with the numbers of its reported rows as text: shown as the paper prints them, not rounded further."""
-    if "evidence" not in frame:
-        return frame
-    said = (frame["evidence"] == "reported").to_numpy()
-    texts = {}
-    for key in map(str, frame.columns):
-        if pd.api.types.is_float_dtype(frame[key]) and _unit(key)[1] is _number:
-            values = [
-                f"{value:.4g}" if here and math.isfinite(value) else value  # no printed number here has more digits
-                for value, here in zip(frame[key], said, strict=True)
-            ]
-            texts[key] = pd.Series(values, index=frame.index, dtype=object)
-    return frame.assign(**texts)
-
-
-def _number(value: float | str) -> str:
-    return value if isinstance(value, str) else page.significant(value)
-
-
-def _kept(value: Markup) -> Markup:
-    """What is HTML already."""
-    return value
-
-
 def _text(value: Any) -> str:
     return "" if pd.isna(value) else str(value)
-
-
-def words(name: str) -> str:
-    """A column's or table's name as words."""
-    return name.replace("_", " ")
-
-
-def _unit(key: str) -> tuple[str, Any]:
-    if key.endswith("_s"):
-        return f"{words(key.removesuffix('_s'))}, ms", page.milliseconds
-    if key.endswith("_ms"):
-        return f"{words(key.removesuffix('_ms'))}, ms", _number
-    if key.endswith(("error", "bias")):
-        return words(key), "{:.1%}".format
-    if key.endswith("_bytes"):
-        return f"{words(key.removesuffix('_bytes'))}, MB", page.megabytes
-    return words(key), _number
 
 
 def _row(verdict: Verdict) -> dict[str, Any]:
@@ -398,4 +255,4 @@ def _counts(verdicts: list[Verdict]) -> str:
     )
 
 
-__all__ = ["Paper", "columns_of", "verdict_badge"]
+__all__ = ["Paper", "verdict_badge"]

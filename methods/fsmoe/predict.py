@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
+from harness import ledger
 from harness.bench.race import make_case
+from harness.errors import bad
 from harness.ledger import Calibration
 from harness.plan.graph import COMPUTE, Cost, Plan, Timeline, Work
 from harness.plan.passage import Dense
@@ -98,6 +101,31 @@ def agreement(cells: pd.DataFrame) -> Agreement:
         float(np.mean(taus)),
         float(np.min(taus)),
     )
+
+
+class Simulator:
+    """For the report of a run (``harness.report.own_run``): the newest calibration of its cluster, and nothing else of
+    it. ``folder``: the ledger's."""
+
+    agreement = staticmethod(agreement)
+
+    def __init__(self, folder: Path = ledger.LEDGER):
+        self.folder = folder
+
+    def predictions(self, run: Any) -> pd.DataFrame:
+        """Of every cell of one of FSMoE's systems in phase ``layer``."""
+        experiments = experiments_of(run.experiments)
+        return predictions(experiments, self._calibration(next(iter(experiments.values()))))
+
+    def timelines(self, run: Any, cell: str) -> dict[str, Timeline]:
+        experiment = experiments_of(run.experiments)[cell]
+        return timelines(experiment, self._calibration(experiment))
+
+    def _calibration(self, experiment: Experiment) -> Calibration:
+        cluster = experiment.cluster
+        if (found := ledger.latest(cluster, self.folder)) is None:
+            raise bad("cluster", cluster.name, f"was never profiled; moebench profile {cluster.name}")
+        return found
 
 
 def experiments_of(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Experiment]:

@@ -110,6 +110,21 @@ def test_what_a_race_stores(killed_and_resumed: Path) -> None:
     assert value(train, metric="error_loss", system="flat") < 1e-5
 
 
+def test_every_cell_keeps_the_timelines_of_its_last_repetition(killed_and_resumed: Path) -> None:
+    store = Store(killed_and_resumed)
+    for experiment in suite.parse(EXPERIMENTS, "tiny").experiments:
+        found = store.trace(experiment.digest)
+        assert set(found) == ({"step"} if experiment.phase == "train_step" else {"forward", "backward"})
+        for timeline in found.values():
+            assert timeline.start_s.shape == (len(timeline.plan.tasks), 4)
+            assert (timeline.end_s >= timeline.start_s).all()
+        if experiment.phase == "train_step":
+            names = [task.name for task in found["step"].plan.tasks]
+            assert names.index("layer1.backward.dispatch") < names.index("layer0.backward.dispatch")
+            assert names[-1] == "optimizer"
+    assert store.trace("unknown") == {}
+
+
 def test_the_record_says_what_ran_where(killed_and_resumed: Path) -> None:
     records = Store(killed_and_resumed).records()
     assert len(records) == 2  # the killed session and the one that went on

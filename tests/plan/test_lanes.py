@@ -83,3 +83,24 @@ def test_the_trace_has_a_lane_a_thread_and_a_rank_a_process(tmp_path):
     assert (second["ts"], second["dur"], second["cat"]) == (1.5e6, 2e6, "b")
     with pytest.raises(ValueError, match="select one configuration"):
         perfetto.events({"grid": schedule(plan, np.ones((2, 3, 4)))})
+
+
+def test_a_trace_is_read_as_it_was_written(tmp_path):
+    plan = Plan()
+    plan.add("forward.dispatch[0]", "inter")
+    plan.add("forward.experts[0]", "compute")
+    times = np.array([[1.0, 1.25], [2.0, 2.5]])
+    given = {"forward": Timeline(plan, times, times + 0.5), "backward": Timeline(plan, times, times + 1)}
+    found = perfetto.read(perfetto.write(tmp_path / "trace.json", given))
+    assert list(found) == ["forward", "backward"]
+    for name, timeline in found.items():
+        assert [(t.name, t.lane, t.kind) for t in timeline.plan.tasks] == [(t.name, t.lane, t.kind) for t in plan.tasks]
+        np.testing.assert_allclose(timeline.start_s, times - 1)
+        np.testing.assert_allclose(timeline.end_s, given[name].end_s - 1)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents": [{"ph": "X", "name": "process_name"}]}'])
+def test_what_is_no_trace_is_an_error_that_names_the_file(tmp_path, text):
+    (tmp_path / "trace.json").write_text(text)
+    with pytest.raises(ValueError, match=r"trace.json: not a trace of moebench"):
+        perfetto.read(tmp_path / "trace.json")

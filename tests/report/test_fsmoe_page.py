@@ -9,18 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 
+from harness.bench.store import Store
 from harness.bench.suite import load
 from harness.cli import _notebook_and_run
-from harness.errors import UserError, bad
+from harness.errors import UserError
+from harness.plan.graph import Plan, Timeline
 from harness.report import claims, render
 from harness.report.paper import Paper
 from harness.report.render import NOTEBOOKS, suite
+from harness.report.run import load as load_run
 from methods.fsmoe import closeup, predict, sensitivity, studies
 from tests.report.synthetic_run import RunMaker, experiment
 
+PLAN = Plan()
+PLAN.add("backward.dispatch[0]", "inter")
+PLAN.add("backward.experts[0]", "compute")
+TIMELINE = Timeline(PLAN, np.array([[0.0, 0.0], [0.4, 0.5]]), np.array([[0.4, 0.5], [0.9, 1.0]]))
 NOTEBOOK = nbformat.read(NOTEBOOKS / "fsmoe.ipynb", as_version=4)
 
 
@@ -120,12 +128,19 @@ def own(tmp_path) -> RunMaker:
 def test_own_run_gives_an_interval_and_judges_the_simulator(own, tmp_path):
     paper = Paper("fsmoe", tmp_path, own.path)
 
-    def predicted(run) -> pd.DataFrame:
-        cells = run.rows.drop_duplicates("cell")
-        at = cells["system"].map({"fsmoe-tutel": 1.1, "fsmoe": 0.72})
-        return pd.DataFrame({"cell": cells["cell"], "direction": "total", "predicted_s": at})
+    class Known(predict.Simulator):
+        def predictions(self, run) -> pd.DataFrame:
+            cells = run.rows.drop_duplicates("cell")
+            at = cells["system"].map({"fsmoe-tutel": 1.1, "fsmoe": 0.72})
+            return pd.DataFrame({"cell": cells["cell"], "direction": "total", "predicted_s": at})
 
-    html = paper.own_run("fsmoe-emulated", "fsmoe", "fsmoe-tutel", predicted, predict.agreement).html
+        def timelines(self, run, cell) -> dict[str, Timeline]:
+            return {"backward": TIMELINE}
+
+    for cell in load_run(own.path, baseline="fsmoe-tutel").rows["cell"].unique():
+        Store(own.path).write_trace(cell, {"backward": TIMELINE})
+    html = paper.own_run("fsmoe-emulated", "fsmoe", "fsmoe-tutel", Known()).html
+    assert 'fsmoe, executed [emulated]; fsmoe [simulated]."' in html
     pooled = pd.read_csv(paper.tables / "pooled_speedups.csv").iloc[0]
     assert pooled["low"] < 1.25 < pooled["high"]
     assert pooled["predicted"] == pytest.approx(1.1 / 0.72)
@@ -142,10 +157,8 @@ def test_own_run_gives_an_interval_and_judges_the_simulator(own, tmp_path):
 
 
 def test_own_run_without_a_calibration_keeps_its_times(own, tmp_path):
-    def predicted(run) -> pd.DataFrame:
-        raise bad("cluster", "emulated-2x4", "was never profiled; moebench profile emulated-2x4")
-
-    html = Paper("fsmoe", "", own.path).own_run("s", "fsmoe", "fsmoe-tutel", predicted, predict.agreement).html
+    simulator = predict.Simulator(tmp_path)
+    html = Paper("fsmoe", "", own.path).own_run("s", "fsmoe", "fsmoe-tutel", simulator).html
     assert "moebench profile emulated-2x4" in html
     assert 'class="badge emulated"' in html
 

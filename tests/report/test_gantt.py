@@ -69,6 +69,17 @@ def test_a_kind_has_one_colour_and_kinds_differ(simulated):
     plt.close(fig)
 
 
+def test_kinds_without_a_colour_of_their_own_share_a_grey():
+    plan = Plan((COMPUTE, INTER))
+    for name in ("gate", "restore", "dispatch"):
+        plan.add(name, COMPUTE)
+    fig = gantt({"a": Timeline(plan, np.arange(3.0), np.arange(1.0, 4.0))})
+    gate, restore, dispatch = (to_rgb(bar.get_facecolor()) for bar in fig.axes[0].patches)
+    assert gate == restore != dispatch
+    assert {text.get_text() for text in fig.legends[0].get_texts()} == {"dispatch", "other"}
+    plt.close(fig)
+
+
 def test_one_rank_of_many_with_its_waiting(simulated):
     start = np.stack([simulated.start_s, simulated.start_s + 0.002], axis=1)
     end = np.stack([simulated.end_s, simulated.end_s + 0.002], axis=1)

@@ -1,0 +1,139 @@
+"""A paper's races as run here, beside what the simulator said of them: ratios, agreement, timelines."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from harness.bench.store import Store
+from harness.errors import UserError
+from harness.plan.graph import Timeline
+from harness.report import compare, figures, gantt, page, summary
+from harness.report.columns import EVIDENCE, columns_of, kept
+from harness.report.page import Column, Html
+from harness.report.run import Run
+
+
+class Simulator(Protocol):
+    """What a method's folder says of the layers of a run, from a calibration of its cluster. ``UserError`` if there is
+    none, or none that is to be used."""
+
+    def predictions(self, run: Run) -> pd.DataFrame:
+        """Rows of cell, direction and predicted_s."""
+
+    def timelines(self, run: Run, cell: str) -> Mapping[str, Timeline]:
+        """Simulated timelines of a cell by direction."""
+
+    def agreement(self, frame: pd.DataFrame) -> Any:
+        """A dataclass of figures from race, measured_s and predicted_s."""
+
+
+class OwnRun:
+    """Of ``run``, whose baseline all ratios refer to. ``label``: the paper's own system. ``keep``: takes tables."""
+
+    def __init__(self, run: Run, label: str, simulator: Simulator, keep: Callable[[str, pd.DataFrame], None]):
+        self.run, self.label, self.simulator, self.keep = run, label, simulator, keep
+
+    def html(self) -> Html:
+        """Ratios to the baseline over all races and of each, how well the predictions met them, and timelines."""
+        why = ""
+        try:
+            predicted = self.simulator.predictions(self.run)
+        except UserError as error:  # the times stand all the same
+            predicted, why = pd.DataFrame({"cell": [], "direction": [], "predicted_s": []}), f": {error}"
+        frame = compare.beside_predictions(self.run, predicted)
+        parts = [self._pooled(frame)]
+        if frame.empty:
+            parts.append(page.missing(f"There are no predictions to compare with{why}", ""))
+        else:
+            parts.append(self._agreement(frame))
+            parts.append(self._timelines(frame))
+        parts.append(page.folded("every layer", summary.speedups(self.run).html))
+        parts.append(page.folded("what was refused, failed or marked", summary.setbacks(self.run).html))
+        return Html(*parts)
+
+    def _timelines(self, frame: pd.DataFrame) -> str:
+        """Backward of one layer under the baseline and the paper's system: executed above simulated. The layer: that of
+        the middle ratio, so that it is no special one."""
+        at = frame.pivot_table(index="race", columns="label", values="measured_s")
+        wanted = [self.run.baseline, self.label]
+        if not set(wanted) <= set(at):
+            return ""
+        ratio = (at[self.run.baseline] / at[self.label]).dropna().sort_values()
+        rows = frame[frame["race"] == ratio.index[(len(ratio) - 1) // 2]].set_index("label")
+        drawn: dict[str, Timeline] = {}
+        for label in wanted:
+            cell, evidence = rows.loc[label, "cell"], rows.loc[label, "evidence"]
+            executed = Store(self.run.path).trace(cell).get("backward")
+            if executed is None:
+                return page.missing("This run kept no timelines.", "")
+            drawn[f"{label}, executed [{evidence}]"] = executed
+            drawn[f"{label} [simulated]"] = self.simulator.timelines(self.run, cell)["backward"]
+        one = rows.iloc[0]
+        caption = (
+            f"Backward of {one['model']}, {one['workload']}, on {one['cluster']}: the last repetition on rank 0, and "
+            "what the simulator says of it. The layer is the one whose speedup is in the middle of all."
+        )
+        alt = f"Gantt chart, a row a lane and a bar a task, of: {'; '.join(drawn)}."
+        return figures.drawn(lambda: gantt.gantt(drawn), alt, caption)
+
+    def _pooled(self, predicted: pd.DataFrame) -> str:
+        run, reference, rows = self.run, self.run.baseline, []
+        at = predicted.pivot_table(index="race", columns="label", values="predicted_s")
+        for label in run.labels:
+            pooled = compare.pooled_speedup(run, label, reference)
+            if label == reference or pooled is None:
+                continue
+            said = math.nan
+            if {label, reference} <= set(at):
+                said = float(np.exp(np.log(at[reference] / at[label]).mean()))
+            estimate = pooled.estimate
+            row = {"label": label, "point": estimate.point, "low": estimate.low, "high": estimate.high}
+            facts = {"num_races": pooled.num_races, "scope": estimate.scope, "evidence": " and ".join(pooled.evidence)}
+            rows.append({**row, "predicted": said, **facts})
+        if not rows:
+            return page.missing(f"No race of this run has a time of {reference}.", "")
+        frame = pd.DataFrame(rows)
+        self.keep("pooled_speedups", frame)
+        ratios = [page.ratio(*ends) for ends in zip(frame["point"], frame["low"], frame["high"], strict=True)]
+        frame["ratio"] = pd.Series(ratios, dtype=object)  # as strings they would be escaped
+        columns = [
+            Column("label", "system"),
+            Column("ratio", f"over {reference} [95 % interval]", kept, "num"),
+            EVIDENCE,
+            Column(
+                "predicted", "predicted (simulated)", lambda value: f"{value:.2f}×" if value == value else "–", "num"
+            ),
+            Column("num_races", "layers", kind="num"),
+            Column("scope", "interval over"),
+        ]
+        return page.table(frame, columns, "Geometric mean over all layers", "forward and backward together")
+
+    def _agreement(self, frame: pd.DataFrame) -> str:
+        self.keep("predictions", frame)
+        figures_of = pd.DataFrame([dataclasses.asdict(self.simulator.agreement(frame))])
+        shown = frame.assign(error=frame["error"].map(lambda e: f"{e:+.1%}"))
+        columns = [
+            Column("workload", "workload", merge=True),
+            Column("model", "layer", merge=True),
+            Column("label", "system"),
+            Column(
+                "measured_s", f"time, ms ({' and '.join(sorted(set(frame['evidence'])))})", page.milliseconds, "num"
+            ),
+            Column("predicted_s", "predicted, ms (simulated)", page.milliseconds, "num"),
+            Column("error", "error", kind="num"),
+        ]
+        return Html(
+            page.table(
+                figures_of,
+                columns_of(figures_of),
+                "The simulator against what ran",
+                "errors relative to the time that ran; τ: Kendall's, of the order of the systems on a layer",
+            ),
+            page.folded("every cell", page.table(shown, columns, "Predicted and observed")),
+        ).html
