@@ -25,7 +25,7 @@ from methods.fsmoe.costs import Array, attention_gradient_elements, reduce_costs
 from methods.fsmoe.grid import ELEMENT_BYTES, Layers, layers
 from methods.fsmoe.place import Slices, place
 from methods.fsmoe.schedule import Priced, Sizes
-from methods.fsmoe.step import POLICIES, Policy, backward_layer, forward_layer, reduction
+from methods.fsmoe.step import LINA_CHUNK_BYTES, POLICIES, Policy, backward_layer, forward_layer, reduction
 
 #: Interpretation, after a block that is commented out in the authors' driver: tokens are not split over the
 #: model-parallel ranks before the dispatch, so that each of them sends all; experts are whole, not sharded in the node.
@@ -81,13 +81,14 @@ def optimizer_s(model: Model, cluster: Cluster) -> float | None:
     return float((attention + experts) * OPTIMIZER_ACCESSES * ELEMENT_BYTES / cluster.device_bytes_per_s)
 
 
-def place_gradients(policy: Policy, layer: Layers, num_layers: int, *, seed: int = 0) -> Slices:
+def place_gradients(policy: Policy, layer: Layers, num_layers: int, *, chunk_bytes: float = LINA_CHUNK_BYTES) -> Slices:
     """What ``policy`` does with ``num_layers`` layers equal to ``layer``, at ideal lanes."""
     prices = Prices(layer.cluster, layer.num_ranks)
     dense_s = float(sum(np.asarray(prices.seconds(part.work.cost)) for part in layer.dense_backward))
     reduce = reduce_costs(layer.cluster, layer.num_ranks)
     gradient = [int(layer.gradient_bytes)] * num_layers
-    return place(policy, layer.costs, layer.costs.backward(), reduce, gradient, dense_s, seed=seed)
+    costs = layer.costs
+    return place(policy, costs, costs.backward(), reduce, gradient, dense_s, chunk_bytes=chunk_bytes)
 
 
 def training_step(

@@ -57,10 +57,9 @@ def test_gradients_are_sent_once_and_not_before_they_exist(setup, name):
 
 
 @pytest.mark.parametrize("most", [LINA_CHUNK_BYTES, 1e6])
-def test_lina_sends_whole_chunks_of_at_most_30_mb(setup, monkeypatch, most):
+def test_lina_sends_whole_chunks_of_at_most_30_mb(setup, most):
     _, _, layer = setup
-    monkeypatch.setattr("methods.fsmoe.models.LINA_CHUNK_BYTES", most)
-    slices = place_gradients(SCHEDULES["lina"], layer, NUM_LAYERS)
+    slices = place_gradients(SCHEDULES["lina"], layer, NUM_LAYERS, chunk_bytes=most)
     pieces = int(np.ceil(int(layer.gradient_bytes) / most))
     assert max(slices.moe_chunks.max(), slices.dense_chunks.max()) > (most == 1e6)
     each = int(layer.gradient_bytes) / pieces
