@@ -30,17 +30,25 @@ class Segment:
     def backward(self, *doutputs: Optional) -> list[Optional]:
         """Gradients of the inputs, None where none is wanted or nothing depends on one. Those of parameters are added
         to their ``grad``. Once; what forward kept is let go."""
-        pairs = [
-            (output, doutput)
-            for output, doutput in zip(self.outputs, doutputs, strict=True)
-            if output is not None and output.requires_grad and doutput is not None
-        ]
-        if pairs:
-            outputs, grads = zip(*pairs, strict=True)
-            torch.autograd.backward(outputs, grads)
-        found = [None if each is None else each.grad for each in self.inputs]
+        found: dict[int, torch.Tensor] = {}
+        roots, grads = [], []
+        for output, doutput in zip(self.outputs, doutputs, strict=True):
+            if output is None or not output.requires_grad or doutput is None:
+                continue
+            same = next((i for i, each in enumerate(self.inputs) if each is output), None)
+            if same is None:
+                roots.append(output)
+                grads.append(doutput)
+            else:  # handed through: autograd would copy the gradient
+                found[same] = doutput if same not in found else found[same] + doutput
+        if roots:
+            torch.autograd.backward(roots, grads)
+        for i, each in enumerate(self.inputs):
+            if each is not None and each.grad is not None:
+                found[i] = each.grad if i not in found else found[i] + each.grad
+        gradients = [found.get(i) for i in range(len(self.inputs))]
         self.inputs = self.outputs = ()
-        return found
+        return gradients
 
 
 def cut(tensor: torch.Tensor) -> torch.Tensor:
