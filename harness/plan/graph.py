@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -86,6 +87,7 @@ class Plan:
         self.index[name] = len(self.tasks)
         self.tasks.append(Task(name, lane, tuple(after), cost, run, kind or name.split("[")[0].split(".")[-1]))
         self.__dict__.pop("order", None)
+        self.__dict__.pop("serial", None)
         return name
 
     @functools.cached_property
@@ -107,6 +109,19 @@ class Plan:
         except nx.NetworkXUnfeasible:
             cycle = [self.tasks[a].name for a, _ in nx.find_cycle(graph)]
             raise bad("plan", " -> ".join([*cycle, cycle[0]]), "tasks wait for each other in a circle") from None
+
+    def done(self) -> Plan:
+        """The same without what ran, and so without what that holds."""
+        found = Plan(self.lanes)
+        found.tasks = [dataclasses.replace(task, run=None) for task in self.tasks]
+        found.index = dict(self.index)
+        return found
+
+    @functools.cached_property
+    def serial(self) -> bool:
+        """Whether no two tasks can be at work at once: each waits for the one before it, or follows it on its lane."""
+        tasks = [self.tasks[here] for here in self.order]
+        return all(a.name in b.after or a.lane == b.lane for a, b in itertools.pairwise(tasks))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 On CUDA a lane is a stream and a wait an event, all issued by the calling thread. On CPU a lane is a thread, so that a
 collective (each lane has process groups of its own) and a computation really go on side by side: gloo and torch let go
-of the interpreter while they work. The lane ``compute`` is the calling thread's.
+of the interpreter while they work. The lane ``compute`` is the calling thread's. Where no two tasks of a plan can be at
+work at once, all are: on busy cores a thread wakes late.
 """
 
 from __future__ import annotations
@@ -57,9 +58,24 @@ class Executor:
         ``trace`` asked for it). Raises ``PlanFailure`` with the name of the first task that failed; tasks that wait
         for it, or follow it on its lane, do not run."""
         plan.order  # noqa: B018  # a cycle or a stranger is found before anything runs
-        return self._run_streams(plan) if self.device.type == "cuda" else self._run_threads(plan)
+        if self.device.type == "cuda":
+            return self._run_streams(plan)
+        return self._run_serial(plan) if plan.serial else self._run_threads(plan)
 
     # ------------------------------------------------------------------ CPU
+
+    def _run_serial(self, plan: Plan) -> Timeline:
+        start, end = np.zeros(len(plan.tasks)), np.zeros(len(plan.tasks))
+        for here in plan.order:
+            task = plan.tasks[here]
+            start[here] = time.perf_counter()
+            try:
+                if task.run is not None:
+                    task.run()
+            except Exception as error:
+                raise PlanFailure(f"task {task.name}: {type(error).__name__}: {error}") from error
+            end[here] = time.perf_counter()
+        return Timeline(plan.done(), start, end)
 
     def _run_threads(self, plan: Plan) -> Timeline:
         ended = [threading.Event() for _ in plan.tasks]
@@ -95,7 +111,7 @@ class Executor:
             if not isinstance(error, Exception):
                 raise error  # Ctrl-C and the like
             raise PlanFailure(f"task {name}: {type(error).__name__}: {error}") from error
-        return Timeline(plan, start, end)
+        return Timeline(plan.done(), start, end)
 
     # ------------------------------------------------------------------ CUDA
 
@@ -122,7 +138,7 @@ class Executor:
             finish[here].record(stream)
         for event in finish:
             calling.wait_event(event)
-        return _DeviceTimeline(plan, entry, begin, finish)
+        return _DeviceTimeline(plan.done(), entry, begin, finish)
 
 
 class _DeviceTimeline(Timeline):

@@ -39,20 +39,21 @@ class NativePassage(PlannedPassage):
 
     def __init__(self, layer: NativeLayer, gated: Gated | None):
         super().__init__(layer, gated)
-        exchange = layer.exchange_
+        self.metadata, self.dispatch, self.experts, self.combine = (Segment() for _ in range(4))
 
-        def metadata(weights: torch.Tensor) -> torch.Tensor:
-            self.plan = exchange.plan(self.ids, weights, self.kept)
-            return self.plan.weights
+    def _metadata(self, weights: torch.Tensor) -> torch.Tensor:
+        self.plan = self.layer.exchange_.plan(self.ids, weights, self.kept)
+        return self.plan.weights
 
-        def combine(made: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            self.plan.weights = weights
-            return exchange.combine(made, self.plan)
+    def _dispatch(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.layer.exchange_.dispatch(rows, self.plan)
 
-        self.metadata = Segment(metadata)
-        self.dispatch = Segment(lambda rows: exchange.dispatch(rows, self.plan))
-        self.experts = Segment(lambda arrived: layer.experts(arrived, self.plan.counts))
-        self.combine = Segment(combine)
+    def _experts(self, arrived: torch.Tensor) -> torch.Tensor:
+        return self.layer.experts(arrived, self.plan.counts)
+
+    def _combine(self, made: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self.plan.weights = weights
+        return self.layer.exchange_.combine(made, self.plan)
 
     def depart(self, rows: torch.Tensor) -> None:
         self.rows = rows
@@ -70,16 +71,16 @@ class NativePassage(PlannedPassage):
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         def metadata() -> None:
-            self.at_experts = self.metadata.forward(self.weights)
+            self.at_experts = self.metadata.forward(self._metadata, self.weights)
 
         def dispatch() -> None:
-            self.arrived = self.dispatch.forward(self.rows)
+            self.arrived = self.dispatch.forward(self._dispatch, self.rows)
 
         def experts() -> None:
-            self.made = self.experts.forward(self.arrived)
+            self.made = self.experts.forward(self._experts, self.arrived)
 
         def combine() -> None:
-            self.home = self.combine.forward(self.made, self.at_experts)
+            self.home = self.combine.forward(self._combine, self.made, self.at_experts)
 
         plan.add(f"{prefix}metadata", INTER, after, run=metadata)
         last = plan.add(f"{prefix}dispatch", INTER, run=dispatch)

@@ -102,13 +102,13 @@ class Opaque(Passage):
     """A layer that is one task a direction: a real package, whose communication is its own affair."""
 
     def __init__(self, layer: MoELayer):
-        self.segment = Segment(layer)
+        self.layer, self.segment = layer, Segment()
 
     def forward(
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         def run() -> None:
-            self.y = self.segment.forward(self.x)
+            self.y = self.segment.forward(self.layer, self.x)
 
         return [plan.add(f"{prefix}moe", COMPUTE, after, run=run)]
 

@@ -65,7 +65,7 @@ class PlannedPassage(Passage):
 
     def __init__(self, layer: PlannedLayer, gated: Gated | None):
         self.layer, self.gated = layer, gated
-        self.enter, self.leave = Segment(self._enter), Segment(self._leave)
+        self.enter, self.leave = Segment(), Segment()
         self.dweights: torch.Tensor | None = None  # of the gate's weights, where they are applied on the way
 
     @abc.abstractmethod
@@ -108,11 +108,11 @@ class PlannedPassage(Passage):
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         def enter() -> None:
-            rows, self.weights, self.unmix = self.enter.forward(self.x)
+            rows, self.weights, self.unmix = self.enter.forward(self._enter, self.x)
             self.depart(rows)
 
         def leave() -> None:
-            self.y = self.leave.forward(self.arrive(), self.weights, self.unmix)
+            self.y = self.leave.forward(self._leave, self.arrive(), self.weights, self.unmix)
 
         last = [plan.add(f"{prefix}gate", COMPUTE, after, run=enter)]
         last = self.there_and_back(plan, prefix=prefix, after=last, gradients=gradients)

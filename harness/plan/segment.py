@@ -13,17 +13,18 @@ Optional = torch.Tensor | None
 
 
 class Segment:
-    """``function``: tensors (or None) -> a tensor, or a tuple of tensors and None."""
+    """One pass, forward and then backward. It does not keep its function: what holds a segment is mostly held by that
+    too, and memory in a circle is only freed by the collector, which stands still while times are taken."""
 
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
+    def __init__(self) -> None:
         self.inputs: Sequence[Optional] = ()
         self.outputs: Sequence[Optional] = ()
 
-    def forward(self, *inputs: Optional) -> Any:
-        """What ``function`` makes of the inputs, still with its graph; hand it to the next segment as it is."""
+    def forward(self, function: Callable[..., Any], *inputs: Optional) -> Any:
+        """What ``function`` makes of the inputs (tensors, or None): a tensor, or a tuple of tensors and None, still
+        with their graph; hand them to the next segment as they are."""
         self.inputs = [None if each is None else cut(each) for each in inputs]
-        made = self.function(*self.inputs)
+        made = function(*self.inputs)
         self.outputs = made if isinstance(made, tuple) else (made,)
         return made
 

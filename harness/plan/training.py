@@ -33,8 +33,7 @@ class DensePart:
 
     def __init__(self, block: Block, steer: Callable[[torch.Tensor], torch.Tensor], group: dist.ProcessGroup | None):
         self.block, self.steer, self.group = block, steer, group
-        self.norm, self.attention = Segment(self._norm), Segment(block.attention)
-        self.join, self.whole = Segment(self._join), Segment(self._whole)
+        self.norm, self.attention, self.join, self.whole = (Segment() for _ in range(4))
         self.residual: torch.Tensor
         self.made: torch.Tensor | None
         self.x: torch.Tensor
@@ -93,10 +92,10 @@ class DensePart:
     # ------------------------------------------------------------------ tasks
 
     def _forward_whole(self) -> None:
-        self.residual, self.x = self.whole.forward(self.residual, self.made)
+        self.residual, self.x = self.whole.forward(self._whole, self.residual, self.made)
 
     def _forward_norm(self) -> None:
-        self.residual, own = self.norm.forward(self.residual, self.made)
+        self.residual, own = self.norm.forward(self._norm, self.residual, self.made)
         self.own = own.detach()
 
     def _gather(self) -> None:
@@ -106,7 +105,7 @@ class DensePart:
         self.tokens.requires_grad_()
 
     def _forward_attention(self) -> None:
-        self.partial = self.attention.forward(self.tokens).detach()
+        self.partial = self.attention.forward(self.block.attention, self.tokens).detach()
 
     def _scatter(self) -> None:
         """partial [ranks B, L, M] of every rank -> own [B, L, M], summed."""
@@ -114,7 +113,7 @@ class DensePart:
         dist.reduce_scatter_tensor(self.own, self.partial.contiguous(), group=self.group)
 
     def _forward_join(self) -> None:
-        self.residual, self.x = self.join.forward(self.residual, self.own.requires_grad_())
+        self.residual, self.x = self.join.forward(self._join, self.residual, self.own.requires_grad_())
 
     def _backward_join(self) -> None:
         self.dresidual, own = self.join.backward(self.dresidual, self.dx)
@@ -183,18 +182,19 @@ class TrainingStep:
 
     def _forward(self, plan: Plan, tokens: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
         gpt, dense, passages = self.gpt, self.dense, self.passages
-        self.embed = Segment(lambda ids: gpt.token(ids) + gpt.position.weight[: ids.shape[1]])
+        self.embed, self.head = Segment(), Segment()
+
+        def look_up(ids: torch.Tensor) -> torch.Tensor:
+            return gpt.token(ids) + gpt.position.weight[: ids.shape[1]]
 
         def head(residual: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
             return loss(gpt.head(gpt.norm(residual + made.view_as(residual))))
 
-        self.head = Segment(head)
-
         def embed() -> None:
-            dense[0].residual, dense[0].made = self.embed.forward(tokens), None
+            dense[0].residual, dense[0].made = self.embed.forward(look_up, tokens), None
 
         def finish() -> None:
-            share = self.head.forward(dense[-1].residual, passages[-1].y)
+            share = self.head.forward(head, dense[-1].residual, passages[-1].y)
             self.loss = share.detach()
             dense[-1].dresidual, passages[-1].dy = self.head.backward(torch.ones_like(share))  # type: ignore[assignment]
 
