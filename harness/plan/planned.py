@@ -157,7 +157,10 @@ class _Alone(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
-        ctx.way.dy = dy.contiguous()
+        way, ctx.way = ctx.way, None
+        way.dy = dy.contiguous()
         with torch.enable_grad():
-            ctx.layer.timelines["backward"] = ctx.layer.lanes.run(ctx.layer.plan_backward(ctx.way))
-        return ctx.way.dx, None, None, None, None
+            ctx.layer.timelines["backward"] = ctx.layer.lanes.run(ctx.layer.plan_backward(way))
+        dx = way.dx
+        del way  # with it goes its hold on dx, which autograd then takes over instead of copying it
+        return dx, None, None, None, None
