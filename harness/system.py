@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -108,6 +108,9 @@ class MoELayer(nn.Module, abc.ABC):
         All others are this rank's experts."""
 
 
+AfterStep = Callable[[torch.optim.Optimizer, int], None]
+
+
 class System(abc.ABC):
     """A choice of gate, placement, exchange, schedule and expert state, or a real package behind the same face."""
 
@@ -154,6 +157,12 @@ class System(abc.ABC):
         settle how ``layers``, last layer first, are cut beside them. What no slice takes is reduced after backward: by
         default, all."""
         return [GradientSlices()] * len(gradient_bytes)
+
+    @classmethod
+    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep | None:
+        """What to do at the boundary of training steps, collectively, with the optimizer and the step's number: move
+        experts, for instance. ``layers``: first layer first."""
+        return None
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:

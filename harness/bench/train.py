@@ -29,7 +29,7 @@ from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.gradients import Stream
-from harness.plan.graph import Timeline
+from harness.plan.graph import INTER, Timeline
 from harness.plan.lanes import executor_of
 from harness.plan.passage import passage
 from harness.plan.training import TrainingStep
@@ -170,6 +170,7 @@ class Trainer:
 
     def __init__(self, job: Job, system: type[System], experiment: Experiment):
         self.job, self.step, self.last_loss = job, 0, np.nan
+        self.num_updates = 0
         self.timeline: Timeline | None = None  # of the last step
         self.model_parallel = experiment.model_parallel and job.inner(0) is not None
         case = training_case(experiment, job.topology, str(job.device), 0)
@@ -198,6 +199,7 @@ class Trainer:
         layers: list[MoELayer] = [steered.layer for steered in self.training.steered]  # type: ignore[misc]
         self.slices = system.place_gradients(layers[::-1], case, self.stream.part_bytes, scope)
         self.layers = layers
+        self.after_step = system.after_step(layers, case, job)
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed step; its loss is that of the whole job."""
@@ -236,6 +238,10 @@ class Trainer:
             model_parallel=self.model_parallel,
         )
         plan = step.plan(tokens[:, :-1], lambda logits: training.loss_of(logits, tokens), training.optimizer.step)
+        if (after_step := self.after_step) is not None:
+            number = self.num_updates
+            plan.add("after-step", INTER, ["optimizer"], run=lambda: after_step(training.optimizer, number))
+        self.num_updates += 1
         self.timeline = self.lanes.run(plan)
         return step.loss
 

@@ -27,6 +27,10 @@ class Exchange(abc.ABC):
         self.job = job
         self.placement = placement
 
+    def place(self, placement: Placement) -> None:
+        """Experts are where ``placement`` says from now on."""
+        self.placement = placement
+
     @abc.abstractmethod
     def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> Any:
         """Collective: ids int64 [T, k], weights [T, k], kept bool [T, k] or None -> what dispatch and combine need.
@@ -80,7 +84,8 @@ class FlatExchange(Exchange):
     def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> FlatPlan:
         placement, num_ranks = self.placement, self.job.num_ranks
         device = ids.device
-        order_of_expert = torch.as_tensor(np.argsort(placement.owner, kind="stable"), device=device)
+        order = np.concatenate([placement.local(rank) for rank in range(num_ranks)])
+        order_of_expert = torch.as_tensor(order, device=device)
         rank_order = torch.empty_like(order_of_expert)  # expert -> its place when experts are sorted by owner
         rank_order[order_of_expert] = torch.arange(len(rank_order), device=device)
 

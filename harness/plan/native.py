@@ -13,6 +13,7 @@ from harness.layer.experts import Experts, IdentityExperts
 from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
+from harness.placement import Placement
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
 from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.plan.segment import Segment
@@ -30,6 +31,16 @@ class NativeLayer(PlannedLayer):
         else:
             self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
 
+        self.routed: tuple[torch.Tensor, torch.Tensor | None] | None = (
+            None  # the gate's ids and kept, of the last batch
+        )
+
+    def place(self, placement: Placement) -> None:
+        """Experts, which have been moved, are where ``placement`` says from now on."""
+        self.exchange_.place(placement)
+        if isinstance(self.experts, Experts):
+            self.experts.local = placement.local(self.rank).tolist()
+
     def passage(self, gated: Gated | None = None) -> NativePassage:
         return NativePassage(self, gated)
 
@@ -42,6 +53,7 @@ class NativePassage(PlannedPassage):
         self.metadata, self.dispatch, self.experts, self.combine = (Segment() for _ in range(4))
 
     def _metadata(self, weights: torch.Tensor) -> torch.Tensor:
+        self.layer.routed = (self.ids, self.kept)
         self.plan = self.layer.exchange_.plan(self.ids, weights, self.kept)
         return self.plan.weights
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau
 
 from harness import ledger
 from harness.bench.race import make_case
 from harness.errors import bad
 from harness.ledger import Calibration
+from harness.plan.agreement import agreement
 from harness.plan.graph import COMPUTE, Cost, Plan, Timeline, Work
 from harness.plan.passage import Dense
 from harness.plan.prices import Prices
@@ -72,35 +70,6 @@ def predictions(experiments: Mapping[str, Experiment], calibration: Calibration)
         for direction, seconds in predict_s(experiment, calibration).items()
     ]
     return pd.DataFrame(rows, columns=["cell", "direction", "predicted_s"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """How well predictions meet what ran: errors relative to the measured time, and the order of the schedules of each
-    layer (Kendall's tau-b, mean and least over layers)."""
-
-    num_cells: int
-    mean_error: float
-    p95_error: float
-    largest_error: float
-    bias: float  # mean of predicted / measured - 1
-    mean_tau: float
-    least_tau: float
-
-
-def agreement(cells: pd.DataFrame) -> Agreement:
-    """``cells``: columns race, measured_s, predicted_s; one row a cell."""
-    error = cells["predicted_s"] / cells["measured_s"] - 1
-    taus = [kendalltau(race["measured_s"], race["predicted_s"]).statistic for _, race in cells.groupby("race")]
-    return Agreement(
-        len(cells),
-        float(error.abs().mean()),
-        float(np.quantile(error.abs(), 0.95)),
-        float(error.abs().max()),
-        float(error.mean()),
-        float(np.mean(taus)),
-        float(np.min(taus)),
-    )
 
 
 class Simulator:

@@ -1,60 +1,191 @@
-"""HierMoE (arXiv 2508.09591): hierarchical token deduplication."""
+"""HierMoE (arXiv 2508.09591): hierarchical token deduplication, the dimension that pays, and expert swap."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import numpy as np
 
+from baselines import smartmoe
+from harness import ledger
 from harness.comm.job import Job
 from harness.errors import bad
 from harness.plan.native import NativeSystem
-from harness.specs import DTYPE_BYTES
-from harness.system import Case
+from harness.specs import DTYPE_BYTES, Cluster
+from harness.system import AfterStep, Case, MoELayer
+from methods.hiermoe.counts import count
 from methods.hiermoe.hierd import HierExchange
-from methods.hiermoe.traffic import hier_bytes
+from methods.hiermoe.model import TimeModel, choose, stage_costs
+from methods.hiermoe.swap import GAMMA
+from methods.hiermoe.traffic import Wire, hier_bytes
+from methods.hiermoe.training import SwapOptions, Swapper
 
 MAX_CHUNKS = 12
 MIN_CHUNK_BYTES = 128 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves
+_CHUNKS = (
+    "pieces of the batch that overlap the stages "
+    f"(default: as many as hold {MIN_CHUNK_BYTES // 1024} KiB of tokens each, at most {MAX_CHUNKS})"
+)
 
 
-class HierMoEHD2(NativeSystem):
-    """HD2: a token crosses a node link once per destination node; one partial weighted sum per node returns."""
+class HierD(NativeSystem):
+    """The all-to-all of the dimension that the time model finds best for each routing."""
 
-    name = "hiermoe-hd2"
-    title = "HierMoE's two-dimensional deduplicated all-to-all, pipelined"
-    source = "arXiv 2508.09591, section III (HD2)"
-    options = {
-        "chunks": "pieces of the batch that overlap inter- and intra-node hops "
-        f"(default: as many as hold {MIN_CHUNK_BYTES // 1024} KiB of tokens each, at most {MAX_CHUNKS})"
+    name = "hiermoe-hd"
+    title = "HierMoE without expert swap: deduplicated all-to-all of the dimension that pays, pipelined"
+    source = "arXiv 2508.09591, section III (HierD-AlltoAll)"
+    options: ClassVar[dict[str, str]] = {
+        "chunks": _CHUNKS,
+        "dimension": "d of HDd, 1 (all ranks at once) to the number of link levels "
+        "(default: the best for each routing by the cluster's costs; 2 where none are known)",
+        "deduplicate": "false: every (token, expert) pair travels, the paper's Hd (default true)",
+        "padded": "true: all messages of a stage as long as its longest, as the paper's sizes are (default false)",
     }
+    fixed: ClassVar[int | None] = None  # a dimension that is not an option
+
+    @classmethod
+    def refuse(cls, case: Case) -> str | None:
+        dimension = cls.fixed or case.options.get("dimension")
+        if isinstance(dimension, int) and dimension > case.topology.num_levels:
+            shape = " x ".join(map(str, case.topology.shape))
+            return f"dimension {dimension} needs as many link levels; {shape} ranks have {case.topology.num_levels}"
+        return None
 
     @classmethod
     def exchange(cls, case: Case, job: Job) -> HierExchange:
-        return HierExchange(job, case.placement, num_chunks=_chunks(case))
+        wire = cls.wire(case)
+        return HierExchange(
+            job,
+            case.placement,
+            cls.dimension(case),
+            num_chunks=wire.num_chunks,
+            deduplicate=wire.deduplicate,
+            padded=wire.padded,
+            row_bytes=wire.row_bytes,
+        )
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
         routing = cls.planned_routing(case)
         if routing is None:
             return None
-        parts = hier_bytes(
-            routing,
-            case.placement,
-            case.topology,
-            row_bytes=case.model.hidden * DTYPE_BYTES[case.dtype],
-            weight_bytes=8 if case.dtype == "float64" else 4,
-            num_chunks=_chunks(case),
-        )
+        wire, dimension = cls.wire(case), cls.dimension(case)
+        if isinstance(dimension, TimeModel):
+            counts = count(routing, case.placement.owner, case.topology)
+            dimension = choose(dimension.times(counts, wire.row_bytes, exact=not wire.padded, chunks=wire.num_chunks))
+        parts = hier_bytes(routing, case.placement, case.topology, dimension, wire)
         if case.model.gate == "softmoe":
             del parts["metadata_grad"]  # slots weigh 1, so no gradients of weights return
         return parts
+
+    @classmethod
+    def dimension(cls, case: Case) -> int | TimeModel:
+        """d, or by what every routing chooses its own."""
+        if cls.fixed is not None:
+            return min(cls.fixed, case.topology.num_levels)
+        if "dimension" in case.options:
+            return _whole(case, "dimension", case.topology.num_levels, 0)
+        costs = known_costs(case.cluster)
+        return min(2, case.topology.num_levels) if costs is None else TimeModel(costs)
+
+    @classmethod
+    def wire(cls, case: Case) -> Wire:
+        """How its exchange sends."""
+        deduplicate, padded = (_yes(case, key, default) for key, default in (("deduplicate", True), ("padded", False)))
+        return Wire(
+            row_bytes=case.model.hidden * DTYPE_BYTES[case.dtype],
+            weight_bytes=8 if case.dtype == "float64" else 4,
+            num_chunks=_chunks(case),
+            deduplicate=deduplicate,
+            padded=padded,
+            choosing=isinstance(cls.dimension(case), TimeModel),
+        )
+
+
+class HierMoE(HierD):
+    """And, in training, two experts of each layer change places where the time model finds that it pays."""
+
+    name = "hiermoe"
+    title = "HierMoE: the all-to-all of the dimension that pays, and expert swap in training"
+    source = "arXiv 2508.09591, sections III and IV (HierD-ES)"
+    options: ClassVar[dict[str, str]] = HierD.options | {
+        "swap_every": "training steps between updates (default 1)",
+        "swap_pairs": "swaps of each layer in one update (default 1)",
+        "max": "of the objective: smooth, plain or log-sum-exp (default smooth)",
+        "gamma": f"of the objective's smooth maximum (default {GAMMA:g})",
+    }
+
+    @classmethod
+    def refuse(cls, case: Case) -> str | None:
+        pairs = case.options.get("swap_pairs", 1)
+        if isinstance(pairs, int) and pairs > case.model.num_experts // 2:
+            return f"{pairs} pairs of experts to swap are more than {case.model.num_experts} experts have"
+        return super().refuse(case)
+
+    @classmethod
+    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
+        options = SwapOptions(
+            every=_whole(case, "swap_every", 10**6, 1),
+            pairs=_whole(case, "swap_pairs", case.model.num_experts // 2, 1),
+            max=case.options.get("max", "smooth"),  # type: ignore[arg-type]
+            gamma=float(case.options.get("gamma", GAMMA)),
+        )
+        dimension = cls.dimension(case)
+        model = dimension if isinstance(dimension, TimeModel) else None
+        return Swapper(job, layers, options, model, cls.wire(case).row_bytes)  # type: ignore[arg-type]
+
+
+class HierMoEHD2(HierD):
+    """HD2: a token crosses a node link once per destination node; one partial weighted sum per node returns."""
+
+    name = "hiermoe-hd2"
+    title = "HierMoE's two-dimensional deduplicated all-to-all, pipelined"
+    source = "arXiv 2508.09591, section III (HD2)"
+    options: ClassVar[dict[str, str]] = {"chunks": _CHUNKS}
+    fixed = 2
+
+
+class HierMoEHD2Smart(HierMoEHD2):
+    """HD2 with SmartMoE's dynamic placement in training."""
+
+    name = "hiermoe-hd2-smart"
+    title = "HierMoE's two-dimensional all-to-all with SmartMoE's dynamic placement"
+    source = "arXiv 2508.09591, section VI (HD2-MoE-Smart)"
+    options: ClassVar[dict[str, str]] = HierMoEHD2.options | smartmoe.OPTIONS
+
+    @classmethod
+    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
+        return smartmoe.placer(layers, case, job)
+
+
+def known_costs(cluster: Cluster | None) -> Cluster | None:
+    """The cluster with the costs of all stages: its own, or of its latest calibration; None where some are missing."""
+    if cluster is None:
+        return None
+    found = ledger.latest(cluster)
+    if found is None:
+        return stage_costs(cluster)
+    return stage_costs(found.cluster([key for key, fit in found.fits.items() if not fit.refused]))
 
 
 def _chunks(case: Case) -> int:
     """The same on every rank, so the rank with the most tokens decides."""
     if "chunks" in case.options:
-        chunks = case.options["chunks"]
-        if not isinstance(chunks, int) or not 1 <= chunks <= 1024:
-            raise bad("options.chunks", chunks, "must be a whole number from 1 to 1024")
-        return chunks
+        return _whole(case, "chunks", 1024, 0)
     most = max(case.routing.tokens) * case.model.hidden * DTYPE_BYTES[case.dtype]
     return min(MAX_CHUNKS, max(1, most // MIN_CHUNK_BYTES))
+
+
+def _whole(case: Case, option: str, most: int, default: int) -> int:
+    value = case.options.get(option, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise bad(f"options.{option}", value, f"must be a whole number from 1 to {most}")
+    return value
+
+
+def _yes(case: Case, option: str, default: bool) -> bool:
+    value = case.options.get(option, default)
+    if not isinstance(value, bool):
+        raise bad(f"options.{option}", value, "must be true or false")
+    return value

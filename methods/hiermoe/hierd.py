@@ -13,43 +13,92 @@ communicators of their own), so the fast level hides under the slow one.
 
 Interpretation: the paper leaves the wire format of the metadata open. Here each row carries the number of its experts
 (1 byte), and each (row, expert) pair the expert's index inside the destination group (1 or 2 bytes) and its gate weight
-(4 bytes; 8 in float64). Sizes are exact (all-to-all-v), not padded to max(p).
+(4 bytes; 8 in float64). Sizes are exact (all-to-all-v), or padded to max(p) as the paper's are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
-import torch.distributed as dist
 
-from harness.comm.exchange import Exchange
+from harness.comm.exchange import Exchange, all_to_all
 from harness.comm.job import Job
 from harness.comm.rows import dot_rows, scale_rows
 from harness.placement import Placement
-from methods.hiermoe.plan import HierPlan, Returning
+from harness.topology import Topology
+from methods.hiermoe.counts import Counts, stages
+from methods.hiermoe.model import TimeModel, choose
+from methods.hiermoe.plan import HierPlan, Hop, Returning, Waits
 
 
 class HierExchange(Exchange):
-    """HierD-AlltoAll with ``levels``: one inter stage per listed link level, then an intra stage below the last."""
+    """HierD-AlltoAll. ``dimension``: d of HDd, 1 (all ranks at once) to the number of link levels; or a ``TimeModel``
+    by which every routing chooses its own. ``deduplicate``: no for the paper's Hd, which send every (token, expert)
+    pair. ``padded``: as the paper's sizes, all messages of a stage as long as its longest; else as they are."""
 
-    def __init__(self, job: Job, placement: Placement, levels: tuple[int, ...] = (0,), num_chunks: int = 4):
+    def __init__(
+        self,
+        job: Job,
+        placement: Placement,
+        dimension: int | TimeModel = 2,
+        *,
+        num_chunks: int = 4,
+        deduplicate: bool = True,
+        padded: bool = False,
+        row_bytes: float = 1.0,
+    ):
         super().__init__(job, placement)
-        self.num_chunks = num_chunks
-        topology = job.topology
-        hops = [(job.rail(level), topology.rail(job.rank, level), level) for level in levels]
-        hops.append((job.inner(levels[-1]), topology.inner_group(job.rank, levels[-1]), topology.num_levels - 1))
-        owner = torch.as_tensor(placement.owner)
-        #: per stage: group, unit index of every expert's rank within it, index of every expert inside that unit
-        self.hops: list[tuple[dist.ProcessGroup, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        for group, ranks, level in hops:
+        self.num_chunks, self.deduplicate, self.padded, self.row_bytes = num_chunks, deduplicate, padded, row_bytes
+        self.dimension = dimension
+        self.used = dimension if isinstance(dimension, int) else 1  # of the last routing
+        self.place(placement)
+
+    def place(self, placement: Placement) -> None:
+        """Experts are where ``placement`` says from now on."""
+        self.placement = placement
+        num_levels = self.job.topology.num_levels
+        wanted = range(1, num_levels + 1) if isinstance(self.dimension, TimeModel) else [self.dimension]
+        #: per dimension that may be used, its stages
+        self.hops = {d: self._chain(d) for d in wanted}
+
+    def choose(self, ids: torch.Tensor, kept: torch.Tensor | None) -> int:
+        """d of this routing; collective where it is chosen: every rank tells all how many of its tokens go where."""
+        if not isinstance(self.dimension, TimeModel):
+            return self.dimension
+        topology, num_ranks = self.job.topology, self.job.num_ranks
+        taken = None if kept is None else kept.cpu().numpy()
+        own = _own_counts(ids.cpu().numpy(), taken, self.placement.owner, topology)
+        mine = torch.as_tensor(own.astype(np.int32), device=self.job.device).expand(num_ranks, -1)
+        group = self.job.world if num_ranks > 1 else None
+        every, _ = all_to_all(mine, [1] * num_ranks, [1] * num_ranks, group)
+        edges = np.cumsum([topology.num_units(level) for level in range(topology.num_levels)])
+        tables = tuple(np.split(every.cpu().numpy().astype(np.int64), edges[:-1], axis=1))
+        counts = Counts(topology, tables, tables)
+        times = self.dimension.times(counts, self.row_bytes, exact=not self.padded, chunks=self.num_chunks)
+        self.used = choose(times)
+        return self.used
+
+    def _chain(self, dimension: int) -> list[Hop]:
+        job, topology, found = self.job, self.job.topology, []
+        owner = torch.as_tensor(self.placement.owner)
+        for stage in stages(dimension, topology.num_levels):
+            level = stage.b - 1
+            if stage.b < topology.num_levels:
+                group, ranks = job.rail(level), topology.rail(job.rank, level)
+            elif stage.a:
+                group, ranks = job.inner(stage.a - 1), topology.inner_group(job.rank, stage.a - 1)
+            else:
+                group, ranks = (job.world if job.num_ranks > 1 else None), list(range(job.num_ranks))
             if group is None:
                 continue
             unit_of_rank = torch.as_tensor(topology.unit_of(level))
             position = torch.full((topology.num_units(level),), -1)
             position[unit_of_rank[ranks]] = torch.arange(len(ranks))
-            unit = position[unit_of_rank[owner]]  # [E], -1: not below this hop's units
-            self.hops.append((group, unit, *_index_inside(unit_of_rank[owner], int(unit_of_rank[job.rank]))))
+            unit = position[unit_of_rank[owner]]  # [E], -1: not below this stage's units
+            found.append(Hop(group, unit, *_index_inside(unit_of_rank[owner], int(unit_of_rank[job.rank]))))
+        return found
 
     def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> HierPlan:
         return HierPlan(self, ids, weights, kept)
@@ -64,9 +113,10 @@ class HierExchange(Exchange):
 def _spread(x: torch.Tensor, plan: HierPlan, use: Callable[[int, torch.Tensor], None]) -> None:
     """Tokens [T, M] -> one row per (token, expert rank) at the experts' ranks. ``use(chunk, rows)`` takes what has
     arrived while later chunks are still on the outer link."""
-    parts = list(x.split(plan.chunk_items))
-    works: list[dist.Work | None] = [None] * len(parts)
-    num_stages = len(plan.exchange.hops)
+    items = x if plan.copies is None else plan.copies.spread(x)
+    parts = list(items.split(plan.chunk_items))
+    works: list[Waits | None] = [None] * len(parts)
+    num_stages = len(plan.hops)
     # The outer link first and never idle; behind it each chunk goes as far as it can before the next one.
     for chunk in range(len(parts) if num_stages else 0):
         parts[chunk], works[chunk] = plan.stages[0].out(chunk, parts[chunk])
@@ -85,7 +135,7 @@ def _gather(make: Callable[[int], torch.Tensor], plan: HierPlan) -> torch.Tensor
     sum per group and hop. A chunk's rows are made while earlier chunks are on their way."""
     num_chunks, last = len(plan.chunk_items), len(plan.stages) - 1
     parts: list[torch.Tensor] = [torch.empty(0)] * num_chunks
-    works: list[dist.Work | None] = [None] * num_chunks
+    works: list[Waits | None] = [None] * num_chunks
 
     def settle(stage: int, chunk: int) -> None:
         _wait(works[chunk])
@@ -104,10 +154,11 @@ def _gather(make: Callable[[int], torch.Tensor], plan: HierPlan) -> torch.Tensor
     if plan.stages:
         for chunk in range(num_chunks):
             settle(0, chunk)
-    return torch.cat(parts)
+    items = torch.cat(parts)
+    return items if plan.copies is None else plan.copies.gather(items)
 
 
-def _wait(work: dist.Work | None) -> None:
+def _wait(work: Waits | None) -> None:
     if work is not None:
         work.wait()
 
@@ -161,6 +212,18 @@ class _Combine(torch.autograd.Function):
             return drows, None, None
         plan.returning = Returning(dweight, plan)
         return drows, torch.zeros_like(ctx.like), None  # the true gradient is on its way to _Weights
+
+
+def _own_counts(ids: np.ndarray, kept: np.ndarray | None, owner: np.ndarray, topology: Topology) -> np.ndarray:
+    """Of this rank's tokens: how many need each unit of each level, int64 [sum of U_i]."""
+    parts = []
+    for level in range(topology.num_levels):
+        num_units = topology.num_units(level)
+        needed = np.zeros((len(ids), num_units + 1), dtype=bool)  # the last: for what is dropped
+        unit = topology.unit_of(level)[owner][ids]
+        needed[np.arange(len(ids))[:, None], unit if kept is None else np.where(kept, unit, num_units)] = True
+        parts.append(needed[:, :-1].sum(0))
+    return np.concatenate(parts)
 
 
 def _index_inside(unit_of_expert: torch.Tensor, own_unit: int) -> tuple[torch.Tensor, torch.Tensor]:

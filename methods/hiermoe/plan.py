@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -42,15 +42,49 @@ class Stage:
     send_entries: list[int]
     receive_entries: list[int]
     arrival: torch.Tensor  # int64 [Q']: entry (by item) of each that arrives
+    padded_rows: list[int] | None  # per chunk: to every unit, if all are padded to the largest
 
-    def out(self, chunk: int, items: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
+    def out(self, chunk: int, items: torch.Tensor) -> tuple[torch.Tensor, Waits]:
         """Start sending the items of a chunk to every group that needs them."""
         rows = self.spread[chunk].spread(items)
-        return all_to_all(rows, self.send_rows[chunk], self.receive_rows[chunk], self.group, async_op=True)
+        return self._exchange(chunk, rows, self.send_rows[chunk], self.receive_rows[chunk])
 
-    def home(self, chunk: int, rows: torch.Tensor) -> tuple[torch.Tensor, dist.Work]:
+    def home(self, chunk: int, rows: torch.Tensor) -> tuple[torch.Tensor, Waits]:
         """Start returning the rows of a chunk; ``spread[chunk].gather`` sums what comes back."""
-        return all_to_all(rows, self.receive_rows[chunk], self.send_rows[chunk], self.group, async_op=True)
+        return self._exchange(chunk, rows, self.receive_rows[chunk], self.send_rows[chunk])
+
+    def _exchange(
+        self, chunk: int, rows: torch.Tensor, send: list[int], receive: list[int]
+    ) -> tuple[torch.Tensor, Waits]:
+        if self.padded_rows is None:
+            return all_to_all(rows, send, receive, self.group, async_op=True)
+        size, width = len(send), self.padded_rows[chunk]
+        padded = rows.new_zeros(size, width, rows.shape[1])
+        for to, part in zip(padded, rows.split(send), strict=True):
+            to[: len(part)] = part
+        equal = [width] * size
+        came, work = all_to_all(padded.flatten(0, 1), equal, equal, self.group, async_op=True)
+        received = rows.new_empty(sum(receive), rows.shape[1])
+        return received, _Unpad(work, came.view(size, width, -1), received, receive)
+
+
+class Waits(Protocol):
+    def wait(self) -> object: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Unpad:
+    """Waits, then takes the rows that are meant."""
+
+    work: Waits
+    came: torch.Tensor
+    received: torch.Tensor
+    rows: list[int]
+
+    def wait(self) -> None:
+        self.work.wait()
+        for part, source in zip(self.received.split(self.rows), self.came, strict=True):
+            part.copy_(source[: len(part)])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,13 +99,19 @@ class Reach:
 
 
 class HierPlan:
-    """Planned lazily: the first stage at once, the rest (``complete``) while the first stage's rows are on the wire."""
+    """Planned lazily: the first stage at once, the rest (``complete``) while the first stage's rows are on the wire.
+
+    ``dimension``: d of HDd, or of Hd if the exchange does not deduplicate; then every (token, expert) pair is an item
+    of its own, ``copies`` says of which token.
+    """
 
     counts: torch.Tensor  # int64 [E_local]
     reach: list[Reach]  # per chunk
 
     def __init__(self, exchange: HierExchange, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None):
         self.exchange = exchange
+        self.dimension = exchange.choose(ids, kept)
+        self.hops = exchange.hops[self.dimension]
         num_tokens, k = ids.shape
         #: flat index into [T, k] of every first entry
         self.choice = torch.arange(num_tokens * k, device=ids.device)
@@ -81,28 +121,36 @@ class HierPlan:
         self.weights = _Weights.apply(weights, self)
         self.returning: Returning | None = None
         weight = weights.detach().flatten()[self.choice].to(accumulator(weights.dtype))
-        self._entries = Entries(self.choice // k, ids.flatten()[self.choice], weight)
+        token = item = self.choice // k
         bounds = [num_tokens * c // exchange.num_chunks for c in range(exchange.num_chunks + 1)]
-        self.chunk_items = [b - a for a, b in itertools.pairwise(bounds)]  # tokens of every chunk
+        self.copies: Spread | None = None
+        if not exchange.deduplicate:
+            self.copies = Spread(token, num_tokens)
+            item = torch.arange(len(token), device=ids.device)
+            bounds = torch.searchsorted(token, torch.tensor(bounds, device=ids.device)).tolist()
+        self._entries = Entries(item, ids.flatten()[self.choice], weight)
+        self.chunk_items = [b - a for a, b in itertools.pairwise(bounds)]  # items of every chunk
         self._items = self.chunk_items
         self.stages: list[Stage] = []
         self._next_stage()
 
     def _next_stage(self) -> None:
-        if len(self.stages) < len(self.exchange.hops):
-            hop = self.exchange.hops[len(self.stages)]
-            stage, self._entries, self._items = _plan_stage(*hop, self._entries, self._items)
+        if len(self.stages) < len(self.hops):
+            hop = self.hops[len(self.stages)]
+            stage, self._entries, self._items = _plan_stage(hop, self._entries, self._items, self.exchange.padded)
             self.stages.append(stage)
 
     def complete(self) -> None:
         """Collective: the stages left, and the order of experts."""
         if hasattr(self, "counts"):
             return
-        while len(self.stages) < len(self.exchange.hops):
+        while len(self.stages) < len(self.hops):
             self._next_stage()
         entries = self._entries
         local = torch.as_tensor(self.exchange.placement.local(self.exchange.job.rank), device=entries.item.device)
-        local_index = torch.searchsorted(local, entries.expert)
+        index = torch.empty(self.exchange.placement.hosts.shape[0], dtype=torch.int64, device=local.device)
+        index[local] = torch.arange(len(local), device=local.device)
+        local_index = index[entries.expert]
         self.num_entries, num_local = len(local_index), len(local)
         items_before = torch.tensor([0, *itertools.accumulate(self._items)], device=local.device)
         edges = torch.searchsorted(entries.item, items_before).tolist()  # entries come by item, and items by chunk
@@ -167,16 +215,19 @@ class Returning:
         return self.dweight
 
 
-def _plan_stage(
-    group: dist.ProcessGroup,
-    unit: torch.Tensor,
-    index_inside: torch.Tensor,
-    own_experts: torch.Tensor,
-    entries: Entries,
-    chunk_items: list[int],
-) -> tuple[Stage, Entries, list[int]]:
-    """Collective over ``group``: deduplicate, exchange metadata; returns the stage, the entries that arrived here,
-    and the items of every chunk that will."""
+class Hop(NamedTuple):
+    """One stage's place in the hierarchy, for one rank."""
+
+    group: dist.ProcessGroup
+    unit: torch.Tensor  # int64 [E]: index in the group of the rank on the way to each expert; -1: not below it
+    index_inside: torch.Tensor  # int64 [E]: of every expert among those of the unit that its hop leads to
+    own_experts: torch.Tensor  # of the unit that leads to this rank
+
+
+def _plan_stage(hop: Hop, entries: Entries, chunk_items: list[int], padded: bool) -> tuple[Stage, Entries, list[int]]:
+    """Collective over the hop's group: deduplicate, exchange metadata; returns the stage, the entries that arrived
+    here, and the items of every chunk that will."""
+    group, unit, index_inside, own_experts = hop
     size, num_chunks, device = group.size(), len(chunk_items), entries.item.device
     starts = np.concatenate([[0], np.cumsum(chunk_items)])
     num_items = int(starts[-1])
@@ -227,6 +278,11 @@ def _plan_stage(
     arrival = torch.empty_like(by_item)
     arrival[by_item] = torch.arange(len(by_item), device=device)
     arrived = Entries(item[by_item], own_experts.to(device)[index.long()][by_item], weight[by_item])
+    padded_rows = None
+    if padded:  # p of eqs. 2 to 5: the largest over all ranks, so that all all-to-alls of a stage are alike
+        most = send_rows.max(1).values
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        padded_rows = most.tolist()
     stage = Stage(
         group,
         spreads,
@@ -236,6 +292,7 @@ def _plan_stage(
         send_entries.tolist(),
         receive_entries.tolist(),
         arrival,
+        padded_rows,
     )
     return stage, arrived, [int(rows) for rows in receive_rows.sum(0)]
 

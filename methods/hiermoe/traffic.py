@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from harness.placement import Placement
 from harness.routing.types import Routing
 from harness.topology import Topology
+from methods.hiermoe.counts import Array, Stage, count, stages
+
+
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """How an exchange sends. ``row_bytes``: of a token; ``weight_bytes``: of a gate weight; ``choosing``: whether ranks
+    tell each other their counts to choose the dimension."""
+
+    row_bytes: float
+    weight_bytes: int
+    num_chunks: int = 4
+    deduplicate: bool = True
+    padded: bool = False
+    choosing: bool = False
 
 
 def hier_bytes(
-    routing: Routing,
-    placement: Placement,
-    topology: Topology,
-    row_bytes: int,
-    weight_bytes: int,
-    levels: tuple[int, ...] = (0,),
-    num_chunks: int = 4,
-) -> dict[str, np.ndarray]:
-    """Planned bytes [num_ranks, num_ranks] from -> to, by part (see ``System.planned_bytes``), O(D T k log)."""
+    routing: Routing, placement: Placement, topology: Topology, dimension: int, wire: Wire
+) -> dict[str, Array]:
+    """Planned bytes [num_ranks, num_ranks] from -> to, by part (see ``System.planned_bytes``), O(D T k)."""
     num_ranks = topology.num_ranks
-    owner = placement.owner[routing.ids]  # [T, k]
-    token = np.broadcast_to(np.arange(len(owner))[:, None], owner.shape)
-    holder = np.broadcast_to(routing.source[:, None], owner.shape)
-    rows = np.zeros((num_ranks, num_ranks))
-    entries, tables, index_bytes = np.zeros_like(rows), np.zeros_like(rows), np.zeros_like(rows)
-    coordinates = topology.coordinates
-    for level in (*levels, None):
-        if level is None:
-            unit_level, target = topology.num_levels - 1, owner
-        else:
-            unit_level = level
-            place = coordinates[holder].copy()
-            place[..., level] = coordinates[owner][..., level]
-            target = np.ravel_multi_index(np.moveaxis(place, -1, 0), topology.shape)
-        for rank in range(num_ranks):
-            peers = topology.rail(rank, level) if level is not None else topology.inner_group(rank, levels[-1])
-            tables[rank, peers] += 4.0 * (num_chunks + 1)
-        experts_of_unit = np.bincount(topology.unit_of(unit_level)[placement.owner])
-        width = np.where(experts_of_unit[topology.unit_of(unit_level)] <= 256, 1.0, 2.0)  # per receiving rank
-        sent = np.zeros_like(rows)
-        np.add.at(sent, (holder.ravel(), target.ravel()), 1.0)
+    counts = count(routing, placement.owner, topology)
+    metadata, entries, rows, payload = (np.zeros((num_ranks, num_ranks)) for _ in range(4))
+    if wire.choosing:
+        metadata += 4.0 * sum(topology.num_units(level) for level in range(topology.num_levels))
+    for stage in stages(dimension, topology.num_levels):
+        peers = _peers(topology, stage)
+        sent = counts.rows(stage, deduplicated=False)
+        experts_of_unit = np.bincount(topology.unit_of(stage.b - 1)[placement.owner])
+        width = np.where(experts_of_unit[topology.unit_of(stage.b - 1)] <= 256, 1.0, 2.0)  # per receiving rank
+        there = counts.rows(stage, deduplicated=wire.deduplicate)
+        metadata += peers * 4.0 * (wire.num_chunks + 1) + there + sent * (width + wire.weight_bytes)
         entries += sent
-        index_bytes += sent * width[None, :]
-        _, first = np.unique(token.ravel() * num_ranks + target.ravel(), return_index=True)
-        np.add.at(rows, (holder.ravel()[first], target.ravel()[first]), 1.0)
-        holder = target
+        rows += there
+        payload += peers * _longest(routing, placement, topology, stage, wire) if wire.padded else there
     parts = {
-        "metadata": tables + rows + index_bytes + entries * weight_bytes,
-        "dispatch": rows * row_bytes,
-        "combine": rows.T * row_bytes,
-        "combine_grad": rows * row_bytes,
-        "dispatch_grad": rows.T * row_bytes,
-        "metadata_grad": entries.T * weight_bytes,
+        "metadata": metadata,
+        "dispatch": payload * wire.row_bytes,
+        "combine": payload.T * wire.row_bytes,
+        "combine_grad": payload * wire.row_bytes,
+        "dispatch_grad": payload.T * wire.row_bytes,
+        "metadata_grad": entries.T * wire.weight_bytes,
     }
     for matrix in parts.values():
         np.fill_diagonal(matrix, 0)
     return parts
+
+
+def _peers(topology: Topology, stage: Stage) -> Array:
+    """1 between ranks of one all-to-all of the stage, [num_ranks, num_ranks]."""
+    outside = np.delete(topology.coordinates, np.s_[stage.a : stage.b], axis=1)
+    return (outside[:, None] == outside[None]).all(-1).astype(np.float64)
+
+
+def _longest(routing: Routing, placement: Placement, topology: Topology, stage: Stage, wire: Wire) -> int:
+    """Rows of a padded message of the stage, summed over chunks."""
+    total = 0
+    for chunk in range(wire.num_chunks):
+        kept, tokens = [], []
+        for rank, length in enumerate(routing.tokens):
+            first, last = (length * c // wire.num_chunks for c in (chunk, chunk + 1))
+            kept.append(routing.of_rank(rank)[first:last])
+            tokens.append(last - first)
+        part = Routing(np.concatenate(kept), tuple(tokens), routing.num_experts)
+        rows = count(part, placement.owner, topology).rows(stage, deduplicated=wire.deduplicate)
+        total += int(rows.max(initial=0))
+    return total

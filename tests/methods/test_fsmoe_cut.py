@@ -9,6 +9,7 @@ from harness import presets
 from harness.bench import suite
 from harness.bench.race import make_case
 from harness.errors import UserError
+from harness.plan.agreement import agreement
 from harness.plan.graph import Plan
 from harness.plan.prices import Prices
 from harness.plan.simulate import simulate
@@ -17,7 +18,6 @@ from harness.specs import Cluster, Experiment
 from harness.topology import Topology
 from methods.fsmoe.cut import choose_cut, layer_sizes, linear_costs, padded_capacity
 from methods.fsmoe.degree import pipeline_time
-from methods.fsmoe.predict import agreement
 from methods.fsmoe.schedule import Priced, moe
 from methods.fsmoe.step import POLICIES
 

@@ -48,3 +48,55 @@ def test_bytes_sent_are_the_bytes_planned(session, system: str, shape: tuple[int
         sent = np.stack([result["sent"][(direction, "all_to_all")] for result in results])
         np.testing.assert_array_equal(sent, direction_bytes(planned, direction))
     assert {call[1] for result in results for call in result["sent"]} == {"all_to_all"}
+
+
+WAYS = [
+    {"dimension": dimension, "deduplicate": deduplicate, "padded": padded, "chunks": 3}
+    for dimension in (1, 2, 3)
+    for deduplicate, padded in ((True, False), (True, True), (False, False), (False, True))
+]
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2), (2, 2, 2)], ids=str)
+def test_every_dimension_equals_the_oracle_with_and_without_deduplication(session, shape: tuple[int, ...]) -> None:
+    ways = [way for way in WAYS if int(way["dimension"]) <= len(shape)]
+    payload = {"system": "hiermoe-hd", "ways": ways, "trials": ["uniform", "ragged", "k1", "kE", "drops"]}
+    assert session(cluster(shape)).call("tests.methods.hiermoe_on_ranks:every_way", payload, timeout_s=200)[0] == []
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_bytes_of_every_dimension_are_the_bytes_planned(session, way: dict[str, Any]) -> None:
+    shape = (2, 2, 2)
+    given: dict[str, Any] = {"dtype": "bfloat16", "tokens": (9, 4, 13, 0), "model": {"top_k": 4}, "options": way}
+    results = session(cluster(shape)).call("tests.baselines.recorded:step", {"system": "hiermoe-hd", "case": given})
+    planned = registry.system("hiermoe-hd").planned_bytes(make_case(Topology(shape), **given))
+    for direction in ("forward", "backward"):
+        sent = np.stack([result["sent"][(direction, "all_to_all")] for result in results])
+        np.testing.assert_array_equal(sent, direction_bytes(planned, direction))
+
+
+def test_the_dimension_is_chosen_alike_on_all_ranks_and_planned_so(session) -> None:
+    """Costs under which one stage less is better than deduplication, and the other way round."""
+    shape, chosen = (2, 2, 2), {}
+    for alpha_s in (1e-9, 1.0):
+        dear = {"alpha_s": alpha_s, "beta_s_per_byte": 1e-8}
+        cheap = {"alpha_s": 0.0, "beta_s_per_byte": 1e-12}
+        costs = {"a2a.flat": {"alpha_s": 0.0, "beta_s_per_byte": 1e-8}, "a2a.inter1": dear, "a2a.inter2": cheap}
+        costs |= {"a2a.intra1": cheap, "a2a.intra2": cheap}
+        known = Cluster.model_validate({**cluster(shape).model_dump(), "collectives": costs})
+        given: dict[str, Any] = {"tokens": (9, 4, 13, 0), "model": {"top_k": 4}, "cluster": known}
+        payload = {"system": "hiermoe-hd", "case": given}
+        results = session(cluster(shape)).call("tests.baselines.recorded:step", payload)
+        planned = registry.system("hiermoe-hd").planned_bytes(make_case(Topology(shape), **given))
+        for direction in ("forward", "backward"):
+            sent = np.stack([result["sent"][(direction, "all_to_all")] for result in results])
+            np.testing.assert_array_equal(sent, direction_bytes(planned, direction))
+        chosen[alpha_s] = planned["dispatch"].sum()
+    assert chosen[1e-9] != chosen[1.0]
+
+
+def test_a_dimension_that_the_cluster_has_not_is_refused() -> None:
+    case = make_case(Topology((2, 2)), options={"dimension": 3})
+    assert "2 x 2 ranks have 2" in str(registry.system("hiermoe").refuse(case))
+    case = make_case(Topology((2, 2)), options={"swap_pairs": 5})
+    assert "5 pairs" in str(registry.system("hiermoe").refuse(case))

@@ -1,0 +1,104 @@
+"""SmartMoE's dynamic expert placement (Zhai et al., ATC 2023): now and then, experts go where load is least.
+
+Of SmartMoE this is the part that acts during training, as in its artifact: every ``place_every`` steps the tokens of
+each expert, counted over the last ``WINDOW`` steps of all ranks, are dealt out greedily, and the new placement is taken
+if the busiest rank then has less. Exchange: the flat all-to-all-v. The offline search for hybrid-parallel plans, to
+which its largest gains belong, is not.
+
+Interpretation: the artifact moves parameters without their optimizer state, which then belongs to another expert.
+``optimizer_state: false`` does so; by default the state goes along, and training is not changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from baselines.flat import Flat
+from harness.comm.job import Job
+from harness.errors import bad
+from harness.placement import Placement
+from harness.plan.moving import Move, move
+from harness.plan.native import NativeLayer
+from harness.system import AfterStep, Case, MoELayer
+
+WINDOW = 2  # steps whose tokens count
+EVERY = 10
+OPTIONS = {
+    "place_every": f"training steps between placements (default {EVERY})",
+    "optimizer_state": "false: parameters move alone, as in the artifact, and training changes (default true)",
+}
+
+
+def greedy(load: np.ndarray, placement: Placement) -> Placement:
+    """``load`` [E] -> experts by descending load, each to the rank with the least load so far that has a free slot (its
+    own one, of equals); ``placement`` itself if the busiest rank would not have less."""
+    num_ranks = placement.hosts.shape[1]
+    free = np.array([len(placement.local(rank)) for rank in range(num_ranks)])
+    carried, owner = np.zeros(num_ranks), placement.owner.copy()
+    for expert in np.argsort(-load, kind="stable"):
+        least = carried[free > 0].min()
+        open_ranks = np.flatnonzero((free > 0) & (carried == least))
+        rank = owner[expert] if owner[expert] in open_ranks else open_ranks[0]
+        owner[expert] = rank
+        carried[rank] += load[expert]
+        free[rank] -= 1
+    before = np.bincount(placement.owner, load, num_ranks)
+    return Placement.of_owner(owner, placement) if carried.max() < before.max() else placement
+
+
+class Placer:
+    """Called after every optimizer step; collective. ``placed``: how often a layer's experts moved."""
+
+    def __init__(self, job: Job, layers: Sequence[NativeLayer], every: int = EVERY, optimizer_state: bool = True):
+        self.job, self.layers, self.every, self.optimizer_state = job, layers, every, optimizer_state
+        self.load = torch.zeros(len(layers), layers[0].model.num_experts, dtype=torch.int64, device=job.device)
+        self.placed = 0
+
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        if step % self.every >= self.every - min(WINDOW, self.every):
+            for load, layer in zip(self.load, self.layers, strict=True):
+                assert layer.routed is not None
+                ids, kept = layer.routed
+                taken = ids.flatten() if kept is None else ids[kept]
+                load += torch.bincount(taken, minlength=len(load))
+        if (step + 1) % self.every:
+            return
+        if self.job.num_ranks > 1:
+            dist.all_reduce(self.load)
+        moves, loads = [], self.load.cpu().numpy()
+        for layer, load in zip(self.layers, loads, strict=True):
+            before = layer.exchange_.placement
+            after = greedy(load, before)
+            if after is not before:
+                moves.append((layer, Move(list(layer.experts.parameters()), before, after)))
+        move(self.job, [each for _, each in moves], optimizer if self.optimizer_state else None)
+        for layer, each in moves:
+            layer.place(each.after)
+        self.placed += len(moves)
+        self.load.zero_()
+
+
+def placer(layers: Sequence[MoELayer], case: Case, job: Job) -> Placer:
+    """From a case's options."""
+    every, states = case.options.get("place_every", EVERY), case.options.get("optimizer_state", True)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise bad("options.place_every", every, "must be a whole number of at least 1")
+    if not isinstance(states, bool):
+        raise bad("options.optimizer_state", states, "must be true or false")
+    return Placer(job, layers, every, states)  # type: ignore[arg-type]
+
+
+class SmartMoE(Flat):
+    name = "smartmoe"
+    title = "SmartMoE's dynamic expert placement, over the flat all-to-all"
+    source = "ATC 2023 (Zhai et al.), online placement as in its artifact"
+    options: ClassVar[dict[str, str]] = OPTIONS
+
+    @classmethod
+    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
+        return placer(layers, case, job)

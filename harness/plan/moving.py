@@ -1,0 +1,94 @@
+"""Experts that change places: weights and optimizer state go to their new ranks, point to point and all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from harness.comm.job import Job
+from harness.placement import Placement
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Move:
+    """One layer's experts from ``before`` to ``after``. ``parameters``: [E_local, ...] each, by slot."""
+
+    parameters: Sequence[nn.Parameter]
+    before: Placement
+    after: Placement
+
+    def changes(self, rank: int) -> list[tuple[int, int, int]]:
+        """(slot, rank and slot from which its new expert comes) of every slot of ``rank`` that changes."""
+        found = []
+        owner = self.before.owner
+        for slot, (old, new) in enumerate(zip(self.before.local(rank), self.after.local(rank), strict=True)):
+            if old != new:
+                source = int(owner[new])
+                found.append((slot, source, int((self.before.local(source) == new).argmax())))
+        return found
+
+
+def move(job: Job, moves: Sequence[Move], optimizer: torch.optim.Optimizer | None) -> int:
+    """Collective: carry out ``moves`` of all layers in one batch; returns the bytes that this rank sent.
+
+    With ``optimizer`` its state of the experts (every tensor as large as the parameter) goes along; without, it stays
+    with the slot, as in systems that move parameters only."""
+    tensors = [_tensors(each.parameters, optimizer) for each in moves]
+    changes = [[each.changes(rank) for rank in range(job.num_ranks)] for each in moves]
+    sending: dict[int, list[torch.Tensor]] = {}
+    receiving: dict[int, list[tuple[int, int]]] = {}  # by source: layer and slot
+    local: list[tuple[int, int, list[torch.Tensor]]] = []
+    for layer, of_rank in enumerate(changes):
+        for rank, arriving in enumerate(of_rank):
+            for slot, source, old_slot in arriving:
+                if source == job.rank:
+                    rows = [tensor[old_slot].clone() for tensor in tensors[layer]]
+                    if rank == job.rank:
+                        local.append((layer, slot, rows))
+                    else:
+                        sending.setdefault(rank, []).extend(_bytes(row) for row in rows)
+                elif rank == job.rank:
+                    receiving.setdefault(source, []).append((layer, slot))
+    outgoing = {rank: torch.cat(parts) for rank, parts in sending.items()}
+    incoming = {
+        rank: torch.empty(sum(_row_bytes(tensors[layer]) for layer, _ in slots), dtype=torch.uint8, device=job.device)
+        for rank, slots in receiving.items()
+    }
+    work = [dist.P2POp(dist.isend, buffer, rank) for rank, buffer in sorted(outgoing.items())]
+    work += [dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in sorted(incoming.items())]
+    for each in dist.batch_isend_irecv(work) if work else ():
+        each.wait()
+    for layer, slot, rows in local:
+        for tensor, row in zip(tensors[layer], rows, strict=True):
+            tensor[slot] = row
+    for rank, slots in receiving.items():
+        start = 0
+        for layer, slot in slots:
+            for tensor in tensors[layer]:
+                end = start + tensor[slot].numel() * tensor.element_size()
+                row = incoming[rank][start:end].clone()  # aligned to its format
+                tensor[slot] = row.view(tensor.dtype).view_as(tensor[slot])
+                start = end
+    return sum(len(buffer) for buffer in outgoing.values())
+
+
+def _tensors(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:
+    """Everything that is kept by slot."""
+    found = []
+    for parameter in parameters:
+        found.append(parameter.detach())
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        found += [state[key] for key in sorted(state) if getattr(state[key], "shape", None) == parameter.shape]
+    return found
+
+
+def _bytes(row: torch.Tensor) -> torch.Tensor:
+    return row.contiguous().view(-1).view(torch.uint8)
+
+
+def _row_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)

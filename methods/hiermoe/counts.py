@@ -1,0 +1,111 @@
+"""How many rows HierD-AlltoAll sends between whom, from a routing alone (HierMoE, arXiv 2508.09591, section III).
+
+Link levels are counted as in the paper: level i = 1 .. D joins U[i] units, U[0] = 1 and U[D] = G ranks. The
+d-dimensional algorithm is Inter-level-1 .. Inter-level-(d-1), then Intra-level-(d-1) (for d = 1 all ranks at once). A
+stage, ``Stage(a, b)``, takes a row that is in the right unit of level a to the unit of level b in which its expert is.
+Ranks at a stage's two ends have equal coordinates beyond level b.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from harness.routing.types import Routing
+from harness.topology import Topology
+
+Array = np.ndarray
+
+
+class Stage(NamedTuple):
+    """Inter-level-b (a = b - 1), Intra-level-a (b = D), or the whole (0, D)."""
+
+    a: int
+    b: int
+
+    def key(self, num_levels: int) -> str:
+        """Its all-to-all's key among a cluster's costs."""
+        if self == (0, num_levels):
+            return "a2a.flat"
+        return f"a2a.intra{self.a}" if self.b == num_levels and self.a else f"a2a.inter{self.b}"
+
+
+def stages(dimension: int, num_levels: int) -> list[Stage]:
+    """Of HDd and Hd, outermost first."""
+    inter = [Stage(i - 1, i) for i in range(1, dimension)]
+    return [*inter, Stage(dimension - 1, num_levels)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Counts:
+    """Per level i = 1 .. D (index i - 1), of each source rank: ``distinct`` [G, U_i], its tokens of which a unit holds
+    an expert at all; ``copies`` [G, U_i], their (token, expert) pairs. Additive: ranks may count apart."""
+
+    topology: Topology
+    distinct: tuple[Array, ...]
+    copies: tuple[Array, ...]
+
+    def rows(self, stage: Stage, *, deduplicated: bool = True) -> Array:
+        """Rows from -> to at a stage, int64 [G, G], what stays on its rank included; every token starts at its source.
+
+        Inside a unit of level a the rows of all sources that have the same coordinates there meet on one rank."""
+        table = (self.distinct if deduplicated else self.copies)[stage.b - 1]
+        holder, target = _ends(self.topology, stage)
+        num_ranks = self.topology.num_ranks
+        flat = np.bincount((holder * num_ranks + target).ravel(), table.ravel(), num_ranks**2)
+        return np.rint(flat).astype(np.int64).reshape(num_ranks, num_ranks)
+
+
+def count(routing: Routing, owner: Array, topology: Topology) -> Counts:
+    """``owner`` int [E]: the rank of each expert. O(D T k) and D T U bits of memory."""
+    distinct, copies = [], []
+    starts = routing.offsets[:-1]
+    filled = np.diff(routing.offsets) > 0
+    for level in range(topology.num_levels):
+        num_units = topology.num_units(level)
+        unit = topology.unit_of(level)[owner][routing.ids]  # [T, k]
+        needed = np.zeros((len(unit), num_units), dtype=np.int64)
+        needed[np.arange(len(unit))[:, None], unit] = 1
+        sums = np.zeros((len(starts), num_units), dtype=np.int64)
+        if len(unit):
+            sums[filled] = np.add.reduceat(needed, starts[filled], axis=0)
+        distinct.append(sums)
+        keys = routing.source[:, None] * num_units + unit
+        copies.append(np.bincount(keys.ravel(), minlength=len(starts) * num_units).reshape(len(starts), num_units))
+    return Counts(topology, tuple(distinct), tuple(copies))
+
+
+@functools.lru_cache(maxsize=64)
+def _ends(topology: Topology, stage: Stage) -> tuple[Array, Array]:
+    """Ranks [G, U_b] between which a row goes at ``stage``, by its source and the unit of level b that it needs."""
+    coordinates = topology.coordinates  # [G, D]
+    of_unit = np.stack(np.unravel_index(np.arange(topology.num_units(stage.b - 1)), topology.shape[: stage.b]), axis=1)
+    ends = []
+    for prefix in (stage.a, stage.b):
+        place = np.repeat(coordinates[:, None, :], len(of_unit), axis=1)  # [G, U_b, D]
+        place[..., :prefix] = of_unit[None, :, :prefix]
+        ends.append(np.ravel_multi_index(np.moveaxis(place, -1, 0), topology.shape))
+    return ends[0], ends[1]
+
+
+# ---- duplication (Table II) ---------------------------------------------------------------------------------------
+
+
+def duplication(top_k: int, num_experts: int, num_groups: int) -> float:
+    """Share of (token, expert) pairs that are duplicates if every k distinct experts are equally likely: a group of
+    E / R experts is spared by C(E - E/R, k) / C(E, k) of the tokens."""
+    size = num_experts // num_groups
+    spared = math.comb(num_experts - size, top_k) / math.comb(num_experts, top_k)
+    return 1 - num_groups * (1 - spared) / top_k
+
+
+def counted_duplication(ids: Array, num_experts: int, num_groups: int) -> float:
+    """The same of tokens [T, k], experts in index order."""
+    group = ids // (num_experts // num_groups)
+    needed = np.zeros((len(ids), num_groups), dtype=bool)
+    needed[np.arange(len(ids))[:, None], group] = True
+    return float(1 - needed.sum() / ids.size)
