@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     """Bad input. The command line prints its message on one line and exits with status 2."""
@@ -11,3 +14,11 @@ def bad(field: str, value: object, remedy: str) -> UserError:
     """Build the one-line error every part of moebench uses: ``field``: ``value``: ``remedy``."""
     shown = repr(value)
     return UserError(f"{field}: {shown if len(shown) <= 200 else shown[:197] + '...'}: {remedy}")
+
+
+def unknown(field: str, name: str, known: Iterable[str], plural: str, *, like: str | None = None) -> UserError:
+    """``name`` is none of the ``known``: the nearest one (to ``like``, if that is how they are written), and all."""
+    known = list(known)
+    near = difflib.get_close_matches(like or name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return bad(field, name, f"unknown; {hint}known {plural} are {', '.join(known)}")

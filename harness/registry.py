@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
 import pkgutil
 
-from harness.errors import bad
+from harness.errors import unknown
 from harness.system import System
 
 FOLDERS = ("baselines", "methods")
@@ -34,7 +33,5 @@ def system(name: str) -> type[System]:
     """The system called ``name``, or an error with the nearest known names."""
     known = systems()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise bad("system", name, f"unknown; {hint}known systems are {', '.join(known)}")
+        raise unknown("system", name, known, "systems")
     return known[name]

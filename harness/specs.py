@@ -191,6 +191,12 @@ class Cluster(Spec):
         """Units per level, outermost first; their product is the number of ranks."""
         return tuple(level.size for level in self.levels)
 
+    def resized(self, num_nodes: int) -> Cluster:
+        """With another number of units of the outermost level, and the same constants."""
+        outer, *inner = self.levels
+        levels = (outer.model_copy(update={"size": num_nodes}), *inner)
+        return self.model_copy(update={"levels": levels, "name": f"{self.name}-{num_nodes}-nodes"})
+
     @property
     def num_ranks(self) -> int:
         return math.prod(self.shape)

@@ -8,7 +8,6 @@ beside it are two rows.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -19,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.errors import bad
+from harness.errors import bad, unknown
 from harness.registry import FOLDERS
 
 REPORTED = Path(__file__).resolve().parents[1] / "results" / "reported"
@@ -86,9 +85,7 @@ def study(name: str) -> Study:
     """The study called ``name``; ``UserError`` with the nearest known name if there is none."""
     known = studies()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise bad("study", name, f"unknown; {hint}known studies are {', '.join(known)}")
+        raise unknown("study", name, known, "studies")
     return known[name]
 
 

@@ -6,14 +6,13 @@ Published numbers carry their ``source``; what a source leaves open carries an `
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.resources
 from typing import Any, Literal
 
 import yaml
 
-from harness.errors import bad
+from harness.errors import bad, unknown
 from harness.specs import Cluster, Model, Spec, Workload
 
 Kind = Literal["models", "clusters", "workloads"]
@@ -56,9 +55,7 @@ def _preset(kind: Kind, name: str) -> Any:
     known = _file(kind)
     singular = kind.removesuffix("s")
     if name not in known:
-        near = difflib.get_close_matches(str(name).lower(), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise bad(singular, name, f"unknown; {hint}known {kind} are {', '.join(known)}")
+        raise unknown(singular, name, known, kind, like=str(name).lower())
     return SPECS[kind].parse({"name": name, **known[name]}, f"{singular} {name}")
 
 

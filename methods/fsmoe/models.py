@@ -19,7 +19,7 @@ from harness.plan.graph import COMPUTE, INTER, Cost, Plan, Timeline, Work
 from harness.plan.passage import Dense
 from harness.plan.prices import Contention, Prices
 from harness.plan.simulate import simulate
-from harness.specs import GEMMS, Cluster, Level, Model
+from harness.specs import GEMMS, Cluster, Model
 from harness.topology import Topology
 from methods.fsmoe.costs import Array, attention_gradient_elements, reduce_costs
 from methods.fsmoe.grid import ELEMENT_BYTES, Layers, layers
@@ -232,13 +232,6 @@ def with_gate(layer: Layers, gate: Gate) -> Layers:
     return dataclasses.replace(
         layer, dense_forward=[*layer.dense_forward, task(1)], dense_backward=[task(2), *layer.dense_backward]
     )
-
-
-def resized(cluster: Cluster, num_nodes: int) -> Cluster:
-    """``cluster`` with another number of nodes, and the same constants."""
-    outer, *inner = cluster.levels
-    levels = (Level(**{**outer.model_dump(), "size": num_nodes}), *inner)
-    return cluster.model_copy(update={"levels": levels, "name": f"{cluster.name}-{num_nodes}-nodes"})
 
 
 def expert_loads(num_nodes: int, num_layers: int, *, sigma: float, capacity: float, seed: int = 0) -> Array:

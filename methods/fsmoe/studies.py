@@ -16,7 +16,7 @@ from harness.plan.simulate import simulate
 from harness.studies import Findings, Progress, Study, reported
 from methods.fsmoe import closeup, models
 from methods.fsmoe.grid import TESTBEDS, Layers, closed_form_gap, different_degrees, simulate_grid, speedups
-from methods.fsmoe.models import DS_MOE, Gate, model_layer, resized, step_times
+from methods.fsmoe.models import DS_MOE, Gate, model_layer, step_times
 from methods.fsmoe.pipeline import pipeline_times
 from methods.fsmoe.schedule import Priced
 from methods.fsmoe.sensitivity import sensitivity
@@ -192,10 +192,10 @@ def sweeps(progress: Progress) -> Findings:
         for seq in LENGTHS:
             keep(name, "L", seq, step_times(model.model_copy(update={"seq": seq}), cluster))
         for ranks in RANKS:
-            part = resized(cluster, ranks // cluster.shape[-1])
+            part = cluster.resized(ranks // cluster.shape[-1])
             keep(name, "P", ranks, step_times(model, part, num_ranks=ranks))
         for micro in MICRO_BATCHES:
-            half = resized(cluster, cluster.shape[0] // 2)
+            half = cluster.resized(cluster.shape[0] // 2)
             keep(name, "PP=2, micro-batches", micro, pipeline_times(model, half, num_micro_batches=micro, num_ranks=32))
     raw = pd.concat(found, ignore_index=True)
     shown = raw[["model", "sweep", "at", "schedule", "step_s", "over_tutel", f"over_{DS_MOE}", "evidence"]]
@@ -325,7 +325,7 @@ def _on_both(wide: pd.DataFrame) -> str:
 
 def mixtral_1024(progress: Progress) -> Findings:
     """A step of Mixtral-8x7B's shapes on 128 nodes of testbed A's kind, all 1,024 ranks, experts loaded unevenly."""
-    cluster = resized(presets.cluster("fsmoe-a"), 128)
+    cluster = presets.cluster("fsmoe-a").resized(128)
     model = presets.model("mixtral-8x7b-fsmoe-a").model_copy(update={"num_experts": cluster.shape[0]})
     assert model.capacity_factor is not None
     rows = []

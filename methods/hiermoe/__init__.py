@@ -16,7 +16,7 @@ from harness.specs import DTYPE_BYTES, Cluster
 from harness.system import AfterStep, Case, MoELayer
 from methods.hiermoe.counts import count
 from methods.hiermoe.hierd import HierExchange
-from methods.hiermoe.model import TimeModel, choose, stage_costs
+from methods.hiermoe.model import TimeModel, calibrated_costs, choose, stage_costs
 from methods.hiermoe.swap import GAMMA
 from methods.hiermoe.traffic import Wire, hier_bytes
 from methods.hiermoe.training import SwapOptions, Swapper
@@ -71,10 +71,10 @@ class HierD(NativeSystem):
         if routing is None:
             return None
         wire, dimension = cls.wire(case), cls.dimension(case)
-        if isinstance(dimension, TimeModel):
+        if chosen := isinstance(dimension, TimeModel):
             counts = count(routing, case.placement.owner, case.topology)
             dimension = choose(dimension.times(counts, wire.row_bytes, exact=not wire.padded, chunks=wire.num_chunks))
-        parts = hier_bytes(routing, case.placement, case.topology, dimension, wire)
+        parts = hier_bytes(routing, case.placement, case.topology, dimension, wire, chosen=chosen)
         if case.model.gate == "softmoe":
             del parts["metadata_grad"]  # slots weigh 1, so no gradients of weights return
         return parts
@@ -99,7 +99,6 @@ class HierD(NativeSystem):
             num_chunks=_chunks(case),
             deduplicate=deduplicate,
             padded=padded,
-            choosing=isinstance(cls.dimension(case), TimeModel),
         )
 
 
@@ -160,13 +159,13 @@ class HierMoEHD2Smart(HierMoEHD2):
 
 
 def known_costs(cluster: Cluster | None) -> Cluster | None:
-    """The cluster with the costs of all stages: its own, or of its latest calibration; None where some are missing."""
+    """The cluster with the costs of all stages: of its latest calibration, or its own; None where some are missing."""
     if cluster is None:
         return None
     found = ledger.latest(cluster)
     if found is None:
         return stage_costs(cluster)
-    return stage_costs(found.cluster([key for key, fit in found.fits.items() if not fit.refused]))
+    return calibrated_costs(found)
 
 
 def _chunks(case: Case) -> int:

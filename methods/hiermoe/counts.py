@@ -60,6 +60,13 @@ class Counts:
         return np.rint(flat).astype(np.int64).reshape(num_ranks, num_ranks)
 
 
+def needed(unit: Array, num_units: int) -> Array:
+    """unit int [T, k] of each token's experts, -1 where one is dropped -> bool [T, U]: units that a token needs."""
+    found = np.zeros((len(unit), num_units + 1), dtype=bool)  # the last: for what is dropped
+    found[np.arange(len(unit))[:, None], unit] = True
+    return found[:, :num_units]
+
+
 def count(routing: Routing, owner: Array, topology: Topology) -> Counts:
     """``owner`` int [E]: the rank of each expert. O(D T k) and D T U bits of memory."""
     distinct, copies = [], []
@@ -68,11 +75,9 @@ def count(routing: Routing, owner: Array, topology: Topology) -> Counts:
     for level in range(topology.num_levels):
         num_units = topology.num_units(level)
         unit = topology.unit_of(level)[owner][routing.ids]  # [T, k]
-        needed = np.zeros((len(unit), num_units), dtype=np.int64)
-        needed[np.arange(len(unit))[:, None], unit] = 1
         sums = np.zeros((len(starts), num_units), dtype=np.int64)
         if len(unit):
-            sums[filled] = np.add.reduceat(needed, starts[filled], axis=0)
+            sums[filled] = np.add.reduceat(needed(unit, num_units), starts[filled], axis=0, dtype=np.int64)
         distinct.append(sums)
         keys = routing.source[:, None] * num_units + unit
         copies.append(np.bincount(keys.ravel(), minlength=len(starts) * num_units).reshape(len(starts), num_units))
@@ -105,7 +110,4 @@ def duplication(top_k: int, num_experts: int, num_groups: int) -> float:
 
 def counted_duplication(ids: Array, num_experts: int, num_groups: int) -> float:
     """The same of tokens [T, k], experts in index order."""
-    group = ids // (num_experts // num_groups)
-    needed = np.zeros((len(ids), num_groups), dtype=bool)
-    needed[np.arange(len(ids))[:, None], group] = True
-    return float(1 - needed.sum() / ids.size)
+    return float(1 - needed(ids // (num_experts // num_groups), num_groups).sum() / ids.size)

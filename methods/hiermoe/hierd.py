@@ -28,7 +28,7 @@ from harness.comm.job import Job
 from harness.comm.rows import dot_rows, scale_rows
 from harness.placement import Placement
 from harness.topology import Topology
-from methods.hiermoe.counts import Counts, stages
+from methods.hiermoe.counts import Counts, needed, stages
 from methods.hiermoe.model import TimeModel, choose
 from methods.hiermoe.plan import HierPlan, Hop, Returning, Waits
 
@@ -218,11 +218,8 @@ def _own_counts(ids: np.ndarray, kept: np.ndarray | None, owner: np.ndarray, top
     """Of this rank's tokens: how many need each unit of each level, int64 [sum of U_i]."""
     parts = []
     for level in range(topology.num_levels):
-        num_units = topology.num_units(level)
-        needed = np.zeros((len(ids), num_units + 1), dtype=bool)  # the last: for what is dropped
         unit = topology.unit_of(level)[owner][ids]
-        needed[np.arange(len(ids))[:, None], unit if kept is None else np.where(kept, unit, num_units)] = True
-        parts.append(needed[:, :-1].sum(0))
+        parts.append(needed(unit if kept is None else np.where(kept, unit, -1), topology.num_units(level)).sum(0))
     return np.concatenate(parts)
 
 

@@ -69,6 +69,7 @@ def search(load, sole, both, present, filled, group, tables, weights, scales, ki
     best, best_r, best_c = before * (1 - 1e-12), -1, -1
     after = np.zeros(num_levels)
     largest = np.zeros(num_levels)
+    swapped = np.zeros((num_levels, 2), dtype=np.int64)  # tokens of a pair's two groups after their swap
     tokens = np.empty((num_levels, num_experts), dtype=np.int64)  # of each expert's group
     parts = np.empty((num_levels, num_experts))  # what they add to the sum
     for level in range(num_levels):
@@ -90,6 +91,7 @@ def search(load, sole, both, present, filled, group, tables, weights, scales, ki
                         continue
                     na = tokens[level, a] - sole[level, a] + both[level, a, b] + load[b] - present[level, b, here]
                     nb = tokens[level, b] - sole[level, b] + both[level, b, a] + load[a] - present[level, a, there]
+                    swapped[level, 0], swapped[level, 1] = na, nb
                     if kind == 1:
                         most = max(na, nb)
                         for t in range(3):
@@ -109,21 +111,7 @@ def search(load, sole, both, present, filled, group, tables, weights, scales, ki
                     for level in range(num_levels):
                         here, there = group[level, a], group[level, b]
                         if here != there and kind != 1:  # anew, as the difference of large sums has lost its digits
-                            na = (
-                                tokens[level, a]
-                                - sole[level, a]
-                                + both[level, a, b]
-                                + load[b]
-                                - present[level, b, here]
-                            )
-                            nb = (
-                                tokens[level, b]
-                                - sole[level, b]
-                                + both[level, b, a]
-                                + load[a]
-                                - present[level, a, there]
-                            )
-                            after[level] = tables[level, na] + tables[level, nb]
+                            after[level] = tables[level, swapped[level, 0]] + tables[level, swapped[level, 1]]
                             for u in range(num_units[level]):
                                 if u != here and u != there:
                                     after[level] += tables[level, filled[level, u]]

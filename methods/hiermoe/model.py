@@ -13,6 +13,7 @@ import dataclasses
 import numpy as np
 
 from harness.errors import bad
+from harness.ledger import Calibration
 from harness.plan.twin import balanced_bytes
 from harness.specs import Cluster, Collective
 from harness.topology import Topology
@@ -39,6 +40,11 @@ def stage_costs(cluster: Cluster) -> Cluster | None:
                 return None
             found[keys[0]] = cluster.collectives[known[0]]
     return cluster.model_copy(update={"collectives": {**cluster.collectives, **found}})
+
+
+def calibrated_costs(calibration: Calibration) -> Cluster | None:
+    """``stage_costs`` of a calibration, by its fits that were not refused."""
+    return stage_costs(calibration.cluster([key for key, fit in calibration.fits.items() if not fit.refused]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

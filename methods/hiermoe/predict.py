@@ -17,7 +17,7 @@ from harness.registry import system
 from harness.specs import DTYPE_BYTES, Cluster, Experiment
 from harness.topology import Topology
 from methods.hiermoe.counts import count
-from methods.hiermoe.model import TimeModel, choose, stage_costs
+from methods.hiermoe.model import TimeModel, calibrated_costs, choose
 
 
 def predict_s(experiment: Experiment, costs: Cluster) -> dict[str, float] | None:
@@ -66,9 +66,7 @@ class Simulator:
 
     def _costs(self, cluster: Cluster) -> Cluster:
         found = ledger.latest(cluster, self.folder)
-        costs = None
-        if found is not None:
-            costs = stage_costs(found.cluster([key for key, fit in found.fits.items() if not fit.refused]))
+        costs = None if found is None else calibrated_costs(found)
         if costs is None:
             raise bad("cluster", cluster.name, f"has no costs of all stages; moebench profile {cluster.name}")
         return costs

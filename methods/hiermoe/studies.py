@@ -16,7 +16,7 @@ import pandas as pd
 
 from harness import presets
 from harness.placement import Placement
-from harness.specs import Cluster, Level, Model, Workload
+from harness.specs import Cluster, Model, Workload
 from harness.studies import Findings, Progress, Study, reported
 from harness.topology import Topology
 from methods.hiermoe.counts import count, counted_duplication, duplication
@@ -51,17 +51,15 @@ def workload(skew: float, tokens: int = TOKENS, seed: int = 0, **params: float) 
 def resized(cluster: Cluster, num_nodes: int) -> Cluster:
     """With another number of nodes and the same constants; of one node its inner levels alone, whose stages are
     Inter-2, Inter-3 and Intra-i of the whole."""
-    outer, *inner = cluster.levels
     if num_nodes > 1:
-        levels = (Level(**{**outer.model_dump(), "size": num_nodes}), *inner)
-        return cluster.model_copy(update={"levels": levels, "name": f"{cluster.name}-{num_nodes}-nodes"})
+        return cluster.resized(num_nodes)
     given = cluster.collectives
     costs = {"a2a.flat": given["a2a.intra1"]}
     for level in range(2, len(cluster.levels)):
         for what in ("inter", "intra"):
             costs[f"a2a.{what}{level - 1}"] = given[f"a2a.{what}{level}"]
     name = f"{cluster.name}-1-node"
-    return cluster.model_copy(update={"levels": tuple(inner), "name": name, "collectives": costs})
+    return cluster.model_copy(update={"levels": cluster.levels[1:], "name": name, "collectives": costs})
 
 
 def times(

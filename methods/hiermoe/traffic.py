@@ -14,25 +14,24 @@ from methods.hiermoe.counts import Array, Stage, count, stages
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """How an exchange sends. ``row_bytes``: of a token; ``weight_bytes``: of a gate weight; ``choosing``: whether ranks
-    tell each other their counts to choose the dimension."""
+    """How an exchange sends. ``row_bytes``: of a token; ``weight_bytes``: of a gate weight;"""
 
     row_bytes: float
     weight_bytes: int
     num_chunks: int = 4
     deduplicate: bool = True
     padded: bool = False
-    choosing: bool = False
 
 
 def hier_bytes(
-    routing: Routing, placement: Placement, topology: Topology, dimension: int, wire: Wire
+    routing: Routing, placement: Placement, topology: Topology, dimension: int, wire: Wire, *, chosen: bool = False
 ) -> dict[str, Array]:
-    """Planned bytes [num_ranks, num_ranks] from -> to, by part (see ``System.planned_bytes``), O(D T k)."""
+    """Planned bytes [num_ranks, num_ranks] from -> to, by part (see ``System.planned_bytes``), O(D T k). ``chosen``:
+    the ranks told each other their counts to choose the dimension."""
     num_ranks = topology.num_ranks
     counts = count(routing, placement.owner, topology)
     metadata, entries, rows, payload = (np.zeros((num_ranks, num_ranks)) for _ in range(4))
-    if wire.choosing:
+    if chosen:
         metadata += 4.0 * sum(topology.num_units(level) for level in range(topology.num_levels))
     for stage in stages(dimension, topology.num_levels):
         peers = _peers(topology, stage)

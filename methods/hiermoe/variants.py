@@ -13,7 +13,7 @@ from harness.routing import make_routing
 from harness.routing.types import Routing
 from harness.specs import Cluster, Model, Workload
 from harness.topology import Topology
-from methods.hiermoe.counts import Array, Counts, Stage, count, stages
+from methods.hiermoe.counts import Array, Counts, count, stages
 from methods.hiermoe.model import TimeModel, choose
 from methods.hiermoe.swap import GAMMA, MaxFunction, Objective, Swap, best_swap, collect, groups
 
@@ -154,6 +154,3 @@ def routings(workload: Workload, model: Model, cluster: Cluster, steps: int) -> 
         routing = make_routing(workload, model, Topology(cluster.shape), step=step)
         assert routing is not None
         yield routing
-
-
-__all__ = ["NINE", "VARIANTS", "Counts", "Smart", "Stage", "Swapping", "Variant", "one_way_s", "replay", "routings"]

@@ -23,7 +23,6 @@ from methods.fsmoe.models import (
     optimizer_s,
     place_gradients,
     prepare,
-    resized,
     step_times,
     training_step,
 )
@@ -208,4 +207,4 @@ def test_a_step_of_mixtral_on_1024_ranks_within_10_s():
     assert (found["simulated_in_s"] < 10).all()
     step = found.set_index(["schedule", "routing"])["step_s"]
     assert step["fsmoe", "balanced"] < step["fsmoe", "skewed"] < step["tutel", "skewed"]
-    assert resized(presets.cluster("fsmoe-a"), 128).num_ranks == 1024
+    assert presets.cluster("fsmoe-a").resized(128).num_ranks == 1024
