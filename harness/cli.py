@@ -268,12 +268,16 @@ def run(
     name: Annotated[str, typer.Option(help="Name of the run; by default that of the suite or file.")] = "",
     launches: Annotated[int | None, typer.Option(min=1, help="How often to start anew, instead of the file's.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; do not resume after finished cells.")] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Training steps between checkpoints where experts change places; 0: none.")
+    ] = 10,
     results: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
     as_json: Json = False,
 ) -> None:
     """Run experiments: every system checked first, then timed, interleaved with the others of its race.
 
-    Rows go to results/runs/NAME; a second call resumes after the finished cells. What is refused or fails is a row
+    Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
+    experts change places from its last checkpoint. What is refused or fails is a row
     with its reason; exit status 1 only if no cell at all has a result.
 
     ```
@@ -290,7 +294,7 @@ def run(
 
     chosen = suites.load(suite or str(experiments))
     run_dir = results / (name or chosen.name)
-    counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh)
+    counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
     if as_json:
         console.print_json({"run": str(run_dir), "cells": counts})
     else:
