@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -68,12 +68,16 @@ def times(
     model: Model,
     load: Workload,
     variants: dict[str, Variant] | None = None,
-    swapping: Swapping | None = None,
     steps: int = STEPS,
     warm: int = WARM,
 ) -> pd.DataFrame:
+    """``mean_times`` of ``replay``."""
+    return mean_times(replay(cluster, model, routings(load, model, cluster, steps), variants), warm)
+
+
+def mean_times(steps: Iterable[dict[str, object]], warm: int = WARM) -> pd.DataFrame:
     """Mean one_way_s of each variant after ``warm`` steps, and the dimensions that it took."""
-    rows = pd.DataFrame(replay(cluster, model, routings(load, model, cluster, steps), variants, swapping))
+    rows = pd.DataFrame(steps)
     counted = rows[rows["step"] >= warm].groupby("variant", sort=False)
     found = counted.agg(one_way_s=("one_way_s", "mean"), deviation_s=("one_way_s", "std")).reset_index()
     found["dimensions"] = [" ".join(map(str, sorted(set(part["dimension"])))) for _, part in counted]
@@ -211,12 +215,12 @@ def ablations(progress: Progress) -> Findings:
     choices += [("interval", f"{n}", Swapping(time_model, row_bytes, every=n)) for n in (1, 2, 4, 8)]
     choices += [("pairs", f"{n}", Swapping(time_model, row_bytes, pairs=n)) for n in (1, 2, 4)]
     rows = []
-    drift = workload(1, hot_experts=16, share=0.5, period=8)
-    wanted = {name: VARIANTS[name] for name in ("megatron", "hd", "hiermoe")}
+    drift = list(routings(workload(1, hot_experts=16, share=0.5, period=8), model, cluster, STEPS))
+    still = mean_times(replay(cluster, model, drift, {name: VARIANTS[name] for name in ("megatron", "hd")}))
     for option, value, swapping in choices:
         progress(f"{option} {value}")
-        one = times(cluster, model, drift, wanted, swapping)
-        own = one.set_index("variant")["one_way_s"]
+        one = mean_times(replay(cluster, model, drift, {"hiermoe": VARIANTS["hiermoe"]}, swapping))
+        own = pd.concat([still, one]).set_index("variant")["one_way_s"]
         rows.append(
             {
                 "option": option,
