@@ -45,7 +45,8 @@ class Sharder:
         """t = T_non-MoE bw / expert_size, of the step before: the shortest attention of a layer, on the rank that is
         done first, so that every gather fits."""
         timeline = self.layers[0].timeline
-        assert timeline is not None and self.bandwidth is not None
+        assert timeline is not None
+        assert self.bandwidth is not None
         found = torch.tensor([attention_s(timeline)], dtype=torch.float64, device=self.job.device)
         if self.job.num_ranks > 1:
             dist.all_reduce(found, dist.ReduceOp.MIN)
