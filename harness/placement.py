@@ -52,6 +52,20 @@ class Placement:
             slots.append(own)
         return cls.of_slots(slots)
 
+    @classmethod
+    def reshaped(cls, owner: np.ndarray, before: Placement) -> Placement:
+        """``owner`` int [E], as many for each rank as it may be. Experts that stay keep their slots where these
+        remain."""
+        slots = []
+        for rank in range(before.hosts.shape[1]):
+            wanted, old = np.flatnonzero(owner == rank), before.local(rank)
+            own = np.full(len(wanted), -1)
+            kept = np.isin(old[: len(own)], wanted)
+            own[: len(kept)][kept] = old[: len(own)][kept]
+            own[own < 0] = np.setdiff1d(wanted, own)
+            slots.append(own)
+        return cls.of_slots(slots)
+
     def swapped(self, pairs: Sequence[tuple[int, int]]) -> Placement:
         """With the places of each pair of experts exchanged, one pair after another."""
         slots = [self.local(rank).copy() for rank in range(self.hosts.shape[1])]

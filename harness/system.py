@@ -24,6 +24,7 @@ from harness.topology import Topology
 if TYPE_CHECKING:
     from harness.comm.job import Job
     from harness.layer.weights import Weights
+    from harness.plan.graph import Timeline
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +87,7 @@ class MoELayer(nn.Module, abc.ABC):
 
     gate_in_exchange: bool = True
     step: int = 0  # of training, set by the harness: a noisy gate draws other noise at every step
+    timeline: Timeline | None = None  # of the last training step, set by the harness
 
     @abc.abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -243,6 +243,8 @@ class Trainer:
             plan.add("after-step", INTER, ["optimizer"], run=lambda: after_step(training.optimizer, number))
         self.num_updates += 1
         self.timeline = self.lanes.run(plan)
+        for layer in self.layers:
+            layer.timeline = self.timeline
         return step.loss
 
     def _job_loss(self, share: torch.Tensor) -> float:

@@ -79,6 +79,14 @@ class NativePassage(PlannedPassage):
     def arrive_back(self) -> torch.Tensor | None:
         return self.drows
 
+    def ready(self, plan: Plan, prefix: str) -> list[str]:
+        """What the experts' forward waits for beside the tokens. Called when these have their place in the plan."""
+        return []
+
+    def ready_back(self) -> list[str]:
+        """What the experts' backward waits for beside the gradients of their outputs."""
+        return []
+
     def there_and_back(
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
@@ -95,10 +103,11 @@ class NativePassage(PlannedPassage):
             self.home = self.combine.forward(self._combine, self.made, self.at_experts)
 
         plan.add(f"{prefix}metadata", INTER, after, run=metadata)
-        last = plan.add(f"{prefix}dispatch", INTER, run=dispatch)
+        arrived = plan.add(f"{prefix}dispatch", INTER, run=dispatch)
+        needed = [arrived, *self.ready(plan, prefix)]
         if gradients is not None:
             plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
-        last = plan.add(f"{prefix}experts", COMPUTE, [last], run=experts)
+        last = plan.add(f"{prefix}experts", COMPUTE, needed, run=experts)
         return [plan.add(f"{prefix}combine", INTER, [last], run=combine)]
 
     def back_and_there(
@@ -117,7 +126,7 @@ class NativePassage(PlannedPassage):
             (self.dweights,) = self.metadata.backward(self.dat_experts)
 
         last = plan.add(f"{prefix}combine", INTER, after, run=combine)
-        last = plan.add(f"{prefix}experts", COMPUTE, [last], run=experts)
+        last = plan.add(f"{prefix}experts", COMPUTE, [last, *self.ready_back()], run=experts)
         if gradients is not None:
             plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
         plan.add(f"{prefix}dispatch", INTER, [last], run=dispatch)

@@ -1,0 +1,320 @@
+"""A layer whose experts have replicas by a placement that may change with every batch; gradients are summed at owners.
+
+Every expert has one owner, which alone keeps its parameters, gradient and optimizer state. For one batch other ranks
+may hold copies: parameters are gathered from the owners before the experts need them, tokens go to the nearest
+holder, and what the holders find for the gradient is summed back at the owner. What differs between systems is
+*which* copies there are:
+
+    class Shadow(Policy):  # any subset of these; all ranks must decide alike
+        def expect(self, owner, num_ranks): ...  # P' of the next batch, bool [E, num_ranks], before its gate
+        def saw(self, counts): ...  # after every gate: rows of each rank for each expert, int64 [num_ranks, E]
+
+        revises = True  # and then ask, after the gate and on the critical path, for
+        def revise(self, hosts, counts): ...  # more copies in this batch: a P' that contains ``hosts``
+
+    class Mine(ReplicatedSystem):
+        def policy(cls, case, job): return Shadow(...)
+
+In a plan: ``gather.inter`` and ``gather.intra`` beside the dense part before the layer (``Passage.ahead``),
+``late.*`` behind the dispatch for revised placements, ``reduce.intra`` and ``reduce.inter`` beside the dense part
+behind its backward (``Passage.behind``), on the link lanes. With ``Policy.rematerialises`` copies are let go after
+the layer's forward and gathered again (``regather.*``) beside the dense part of the layer above in backward.
+
+Owners may change between steps: ``harness.plan.moving.move`` with the optimizer, then ``ReplicatedLayer.place``; a rank
+may own any number of a layer's experts. Phase ``exchange`` has no experts, so none are copied.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+import weakref
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from harness.comm.job import Job
+from harness.comm.replicas import ReplicaExchange, replica_bytes
+from harness.comm.sparse import Chunks, SparsePlan, Transfer, plan_sparse
+from harness.layer.experts import Experts
+from harness.layer.gates import Gated
+from harness.layer.moe import UnifiedSystem
+from harness.layer.weights import Weights
+from harness.placement import Placement
+from harness.plan.graph import INTER, INTRA, Plan
+from harness.plan.native import NativeLayer, NativePassage
+from harness.specs import DTYPE_BYTES, GEMMS, Model
+from harness.system import Case
+
+
+class Policy:
+    """Which copies there are; of one layer, on every rank alike. By default none."""
+
+    revises: bool = False  # whether ``revise`` is asked
+    rematerialises: bool = False  # copies do not stay from forward to backward
+
+    def expect(self, owner: np.ndarray, num_ranks: int) -> np.ndarray:
+        """P' for the next batch, before its gate: bool [E, num_ranks], every owner in it. ``owner`` int [E]."""
+        return owner[:, None] == np.arange(num_ranks)
+
+    def saw(self, counts: np.ndarray) -> None:
+        """Told after every gate: rows of each rank for each expert, int64 [num_ranks, E]."""
+
+    def revise(self, hosts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """P' for this batch, after its gate; contains ``hosts``, which are gathered already."""
+        return hosts
+
+
+class Copies:
+    """Experts that a rank holds for one batch beside its own; ``tensors`` by name [len(ids), ...]."""
+
+    def __init__(self, experts: Experts, ids: np.ndarray, meter: Meter):
+        self.ids, self.meter = ids, meter
+        own = {name: getattr(experts, name) for name in experts.names}
+        self.tensors = {
+            name: p.new_empty((len(ids), *p.shape[1:]), requires_grad=torch.is_grad_enabled())
+            for name, p in own.items()
+        }
+        self.sizes = [(t.untyped_storage(), t.untyped_storage().nbytes()) for t in self.tensors.values()]
+        self.num_bytes = sum(size for _, size in self.sizes)
+        self.here = True
+        meter.add(self.num_bytes)
+
+    def release(self) -> None:
+        """Let the memory go; the tensors, which autograd has saved, stay and can be filled again."""
+        if self.here:
+            self.here = False
+            for storage, _ in self.sizes:
+                storage.resize_(0)
+            self.meter.add(-self.num_bytes)
+
+    def restore(self) -> None:
+        """Memory again, with nothing in it."""
+        self.here = True
+        for storage, size in self.sizes:
+            storage.resize_(size)
+        self.meter.add(self.num_bytes)
+
+    def __del__(self) -> None:
+        if self.here:
+            self.meter.add(-self.num_bytes)
+
+
+class Meter:
+    """Bytes of the copies that a rank holds now, over all layers, and the most so far."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int) -> None:
+        with self._lock:
+            self.now += num_bytes
+            self.peak = max(self.peak, self.now)
+
+
+def meter_of(job: Job) -> Meter:
+    """The one of a rank's job."""
+    return _meters.setdefault(job, Meter())
+
+
+_meters: weakref.WeakKeyDictionary[Job, Meter] = weakref.WeakKeyDictionary()
+
+
+class ReplicatedLayer(NativeLayer):
+    """Owned experts, and copies by ``policy``. ``placement``: P, each expert's owner."""
+
+    exchange_: ReplicaExchange
+
+    def __init__(self, case: Case, job: Job, weights: Weights, policy: Policy):
+        super().__init__(case, ReplicaExchange(job, case.placement), weights, job.rank)
+        self.policy = policy
+        self.hosts = case.placement.hosts  # P' of the last batch
+
+    @property
+    def placement(self) -> Placement:
+        return self.exchange_.placement
+
+    def passage(self, gated: Gated | None = None) -> ReplicatedPassage:
+        return ReplicatedPassage(self, gated)
+
+    def expected(self) -> np.ndarray:
+        """P' for the next batch."""
+        placement = self.exchange_.placement
+        if not isinstance(self.experts, Experts):  # nothing to copy
+            return placement.hosts
+        return self.policy.expect(placement.owner, placement.hosts.shape[1])
+
+
+class ReplicatedPassage(NativePassage):
+    layer: ReplicatedLayer
+
+    def __init__(self, layer: ReplicatedLayer, gated: Gated | None):
+        super().__init__(layer, gated)
+        self.own = layer.placement
+        self.hosts = layer.expected()
+        self.early = self._sparse(self.hosts)
+        self.late = self._sparse(self.own.hosts)
+        self.copies: list[Copies] = []
+        self.gathered: list[str] = []
+        self.regathered: list[str] = []
+        self.revises = layer.policy.revises and isinstance(layer.experts, Experts)
+
+    # ------------------------------------------------------------------ plan
+
+    def ahead(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        def begin() -> Transfer:
+            return self._gather(self.early)
+
+        self.gathered = self._stages(plan, f"{prefix}gather", after, begin, self.early, "gather")
+        return self.gathered
+
+    def ready(self, plan: Plan, prefix: str) -> list[str]:
+        if self.revises:
+            return self.gathered + self._stages(
+                plan, f"{prefix}late", (), lambda: self._gather(self.late), None, "gather"
+            )
+        return self.gathered
+
+    def ahead_back(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        def begin() -> Transfer:
+            for each in self.copies:
+                each.restore()
+            return Transfer(self.layer.job, self._sparse(self.hosts), self._held())
+
+        if self.layer.policy.rematerialises:
+            known = None if self.revises else self.early
+            self.regathered = self._stages(plan, f"{prefix}regather", after, begin, known, "gather")
+        return self.regathered
+
+    def ready_back(self) -> list[str]:
+        return self.regathered
+
+    def behind(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        def begin() -> Transfer:
+            return Transfer(self.layer.job, self._sparse(self.hosts), self._gradients(), "reduce")
+
+        known = None if self.revises else self.early
+        last = self._stages(plan, f"{prefix}reduce", [*after, f"{prefix}experts"], begin, known, "reduce")
+
+        def let_go() -> None:
+            self.copies = []
+
+        return [plan.add(f"{prefix}release", INTER, last, run=let_go)] if last else []
+
+    def _stages(self, plan, name, after, begin, sparse, kind) -> list[str]:  # type: ignore[no-untyped-def]
+        """Add the stages of a transfer, which ``begin`` makes when the first one runs: those between nodes on their
+        lane, those inside on the other. ``sparse``: what it will be; None: known only then. No tasks where nothing
+        travels."""
+        num_levels = self.layer.job.topology.num_levels
+        lanes = {INTER: (0,), INTRA: tuple(range(1, num_levels))}
+        if sparse is not None:
+            lanes = {lane: tuple(i for i in stages if len(sparse.stages[i].chunk)) for lane, stages in lanes.items()}
+        order = [lane for lane in (INTER, INTRA) if lanes[lane]]
+        if kind == "reduce":
+            order, lanes = order[::-1], {lane: stages[::-1] for lane, stages in lanes.items()}
+        running: list[Transfer] = []
+        last = list(after)
+        for i, lane in enumerate(order):
+
+            def run(
+                first: bool = i == 0, stages: tuple[int, ...] = lanes[lane], last: bool = i + 1 == len(order)
+            ) -> None:
+                if first:
+                    running.append(begin())
+                running[0].run(*stages)
+                if last:
+                    running.clear()  # and its hold on memory
+
+            last = [plan.add(f"{name}.{lane}", lane, last, run=run, kind=name.split(".")[-1])]
+        return last if order else []
+
+    # ------------------------------------------------------------------ execution
+
+    def _sparse(self, hosts: np.ndarray) -> SparsePlan:
+        return plan_sparse(self.own.owner, hosts, self.layer.job.topology)
+
+    def _mine(self, sparse: SparsePlan) -> np.ndarray:
+        """Experts that this rank gets by ``sparse``."""
+        rank = self.layer.rank
+        return np.flatnonzero(sparse.hosts[:, rank] & (sparse.owner != rank))
+
+    def _gather(self, sparse: SparsePlan) -> Transfer:
+        copies = Copies(self.layer.experts, self._mine(sparse), meter_of(self.layer.job))
+        self.copies.append(copies)
+        own = self._held()[0]
+        return Transfer(self.layer.job, sparse, [own, Chunks(copies.ids.tolist(), list(copies.tensors.values()))])
+
+    def _held(self) -> list[Chunks]:
+        experts = self.layer.experts
+        own = Chunks(experts.local, [getattr(experts, name) for name in experts.names])
+        return [own, *(Chunks(each.ids.tolist(), list(each.tensors.values())) for each in self.copies)]
+
+    def _gradients(self) -> list[Chunks]:
+        found = []
+        for ids, tensors in self._held():
+            for tensor in tensors:
+                if tensor.grad is None:
+                    tensor.grad = torch.zeros_like(tensor)
+            found.append(Chunks(ids, [tensor.grad for tensor in tensors]))  # type: ignore[misc]
+        return found
+
+    def _metadata(self, weights: torch.Tensor) -> torch.Tensor:
+        layer, exchange = self.layer, self.layer.exchange_
+        layer.routed = (self.ids, self.kept)
+        counts = exchange.count(self.ids, self.kept)
+        early = self.hosts
+        if self.revises:
+            self.hosts = layer.policy.revise(early, counts)
+            self.late = self._sparse((self.hosts & ~early) | self.own.hosts)
+        layer.policy.saw(counts)
+        layer.hosts = self.hosts
+        held = np.concatenate([self.own.local(layer.rank), self._mine(self.early), self._mine(self.late)])
+        self.plan = exchange.plan_to(self.hosts, held, self.ids, weights, self.kept, counts)
+        return self.plan.weights
+
+    def _experts(self, arrived: torch.Tensor) -> torch.Tensor:
+        if not self.copies:
+            return self.layer.experts(arrived, self.plan.counts)
+        made = self.layer.experts(arrived, self.plan.counts, [each.tensors for each in self.copies])
+        if self.layer.policy.rematerialises:
+            for each in self.copies:
+                each.release()
+        return made
+
+
+class ReplicatedSystem(UnifiedSystem):
+    """A native system that differs by its policy alone."""
+
+    @classmethod
+    @abc.abstractmethod
+    def policy(cls, case: Case, job: Job | None) -> Policy:
+        """Of one layer; ``job`` None: for planning alone. ``UserError`` for options that make no sense."""
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> ReplicatedLayer:
+        return ReplicatedLayer(case, job, weights, cls.policy(case, job))
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
+        """Of the batch whose placement is decided by what the policy knows at first."""
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        policy, owner = cls.policy(case, None), case.placement.owner
+        hosts = case.placement.hosts
+        row_bytes = case.model.hidden * DTYPE_BYTES[case.dtype]
+        if case.identity_experts:
+            return replica_bytes(routing, hosts, case.topology, row_bytes)
+        hosts = policy.expect(owner, case.topology.num_ranks)
+        parts = {"gather": plan_sparse(owner, hosts, case.topology).bytes(expert_bytes(case.model, case.dtype))}
+        if policy.rematerialises:
+            parts["regather"] = parts["gather"]
+        parts["reduce"] = parts["gather"].T.copy()
+        return parts | replica_bytes(routing, hosts, case.topology, row_bytes)
+
+
+def expert_bytes(model: Model, dtype: str) -> int:
+    """Parameters of one expert."""
+    return GEMMS[model.ffn_type] * model.hidden * model.ffn * DTYPE_BYTES[dtype]
