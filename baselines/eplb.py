@@ -12,7 +12,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from baselines.flexmoe import hosts_of
 from harness.errors import bad
+from harness.placement import Placement
+from harness.plan.copied import CopiedSystem, num_slots
+from harness.plan.rearrange import Planner
+from harness.system import Case
 
 EVERY = 25  # steps between placements in training; the public planner leaves it to its caller
 
@@ -80,3 +85,21 @@ def pack(weight: np.ndarray, kind: np.ndarray, num_packs: int, size: int) -> np.
     return replication.pack(
         order, np.asarray(weight, dtype=np.float64), room, held, np.zeros(num_packs), kind.astype(np.int64)
     )
+
+
+class EPLB(CopiedSystem):
+    name = "eplb"
+    title = "copies of popular experts as an EPLB-like planner places them"
+    source = "the idea of DeepSeek's public expert-parallel load balancer, in training"
+    every = EVERY
+
+    @classmethod
+    def planner(cls, case: Case) -> Planner:
+        num_nodes, wide = case.topology.shape[0], num_slots(case)
+
+        def plan(load: np.ndarray, placement: Placement) -> Placement:
+            hosts = hosts_of(balance(load, num_nodes, case.topology.num_ranks // num_nodes, wide), len(load))
+            same = np.array_equal(hosts, placement.hosts)
+            return placement if same else Placement.of_hosts(hosts, placement)
+
+        return plan

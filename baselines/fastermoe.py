@@ -15,16 +15,25 @@ sums the gathered counts over the wrong axis and so ranks *workers*; here loads 
 
 Interpretations: the printed latency with shadows leaves out Lat_comm(B'), the tokens that still travel (and then one
 shadow would seem to end all traffic): here it counts, unless ``as_printed``. Lat_comm counts tokens of other workers
-only. All S_i come first, then weights of shadows, then all R_i; a shadow's tokens are computed after the C_i.
+only. All S_i come first, then weights of shadows, then all R_i; a shadow's tokens are computed after the C_i. Four
+groups, and groups of ranks cost no bandwidth.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
-GROUPS = 4  # of the smart schedule; the paper's default is one group a worker's node
+from harness.comm.job import Job
+from harness.errors import bad
+from harness.plan.replicated import Policy, ReplicatedSystem
+from harness.specs import DTYPE_BYTES, GEMMS
+from harness.system import Case
+
+FLOPS_PER_S, NET_BYTES_PER_S = 11.5e12, 6.25e9  # defaults of the public code, where a cluster does not say
+GROUPS = 4  # of the smart schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +47,20 @@ class LatencyModel:
     net_bytes_per_s: float
     element_bytes: int = 2
     gemms: int = 2
+
+    @classmethod
+    def of(cls, case: Case) -> LatencyModel:
+        """By the cluster's gemm costs or data sheet, and a worker's part of its node's port."""
+        model, cluster = case.model, case.cluster
+        flops, width = FLOPS_PER_S, NET_BYTES_PER_S
+        if cluster is not None:
+            if cluster.gemm is not None and cluster.gemm.beta_s_per_mac:
+                flops = 2 / cluster.gemm.beta_s_per_mac
+            elif cluster.device_flops_per_s is not None:
+                flops = cluster.device_flops_per_s
+            if (port := cluster.levels[0].bandwidth_bytes_per_s) is not None:
+                width = port * case.topology.shape[0] / case.topology.num_ranks
+        return cls(model.hidden, model.ffn, flops, width, DTYPE_BYTES[case.dtype], GEMMS[model.ffn_type])
 
     @property
     def token_compute_s(self) -> float:
@@ -121,3 +144,36 @@ def smart_schedule_s(
     for each in done:
         line = np.maximum(line, each) + np.asarray(receive_s) / groups
     return np.maximum(line, busy)
+
+
+class Shadowing(Policy):
+    """``num_shadows``: of every batch; None: as many as the latency model finds best."""
+
+    revises = True
+
+    def __init__(self, model: LatencyModel, num_shadows: int | None):
+        self.model, self.num_shadows = model, num_shadows
+
+    def revise(self, hosts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        if self.num_shadows is None:
+            chosen = shadowed(counts, hosts.argmax(1), self.model)
+        else:
+            chosen = np.zeros(len(hosts), dtype=bool)
+            chosen[popular(counts)[: self.num_shadows]] = True
+        return hosts | chosen[:, None]
+
+
+class FasterMoE(ReplicatedSystem):
+    name = "fastermoe"
+    title = "FasterMoE's shadowed experts, chosen after every gate"
+    source = "PPoPP 2022 (He et al.), dynamic shadowing with the loads of experts; without the smart schedule"
+    options: ClassVar[dict[str, str]] = {
+        "shadows": "popular experts to shadow in every batch (default: as many as its latency model finds best)",
+    }
+
+    @classmethod
+    def policy(cls, case: Case, job: Job | None) -> Shadowing:
+        wanted = case.options.get("shadows")
+        if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0):
+            raise bad("options.shadows", wanted, "must be a whole number of at least 0")
+        return Shadowing(LatencyModel.of(case), wanted)

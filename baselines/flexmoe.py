@@ -23,6 +23,12 @@ import dataclasses
 import numpy as np
 
 from harness.errors import bad
+from harness.placement import Placement
+from harness.plan.copied import CopiedSystem, num_slots
+from harness.plan.rearrange import Planner
+from harness.plan.replicated import expert_bytes
+from harness.specs import DTYPE_BYTES, GEMMS
+from harness.system import Case
 
 EVERY = 25  # steps between adjustments; the paper does not state it
 THRESHOLD = 1.1  # max over mean load of a rank above which it acts; nor this
@@ -37,6 +43,21 @@ class Costs:
     token_s: float
     reduce_s: float
     move_s: float
+
+    @classmethod
+    def of(cls, case: Case) -> Costs:
+        """By the cluster's port (a rank has its part of the node's) and its gemm costs; where it has no bandwidth,
+        tokens alone count."""
+        model, cluster = case.model, case.cluster
+        width = cluster.levels[0].bandwidth_bytes_per_s if cluster is not None else None
+        if cluster is None or width is None:
+            return cls(1.0, 0.0, 0.0)
+        port = width * case.topology.shape[0] / case.topology.num_ranks
+        macs = GEMMS[model.ffn_type] * model.hidden * model.ffn
+        compute_s = 3 * macs * cluster.gemm.beta_s_per_mac if cluster.gemm is not None else 0.0
+        travel_s = 4 * model.hidden * DTYPE_BYTES[case.dtype] / port
+        once_s = expert_bytes(model, case.dtype) / port
+        return cls(compute_s + travel_s, once_s, 3 * once_s)  # AdamW keeps two moments
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,3 +121,24 @@ def adjust(
     )
     operations = tuple((NAMES[kind], int(expert), int(rank)) for kind, expert, rank in found)
     return Adjusted(after, operations, float(before_s), float(after_s))
+
+
+class FlexMoE(CopiedSystem):
+    name = "flexmoe"
+    title = "FlexMoE's copies of experts: expand, shrink, migrate by its cost model"
+    source = "SIGMOD 2023 (Nie et al.), policy maker; no public code"
+    every = EVERY
+
+    @classmethod
+    def planner(cls, case: Case) -> Planner:
+        costs, wide = Costs.of(case), num_slots(case)
+        every = int(case.options.get("rearrange_every", cls.every))
+
+        def plan(load: np.ndarray, placement: Placement) -> Placement:
+            slots = np.full((case.topology.num_ranks, wide), -1, dtype=np.int64)
+            for rank, own in enumerate(slots):
+                own[: len(placement.local(rank))] = placement.local(rank)
+            found = adjust(np.asarray(load, dtype=np.float64), slots, costs, steps=every)
+            return Placement.of_hosts(hosts_of(found.slots, len(load)), placement) if found.operations else placement
+
+        return plan

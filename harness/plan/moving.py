@@ -24,12 +24,13 @@ class Move:
     after: Placement
 
     def changes(self, rank: int) -> list[tuple[int, int, int]]:
-        """(slot, rank and slot from which its new expert comes) of every slot of ``rank`` that changes or is new."""
+        """(slot, rank and slot from which its new expert comes) of every slot of ``rank`` that changes or is new. It
+        comes from the rank itself if that has a copy, else from the first that has one."""
         found = []
         owner, old = self.before.owner, self.before.local(rank)
         for slot, new in enumerate(self.after.local(rank)):
             if slot >= len(old) or old[slot] != new:
-                source = int(owner[new])
+                source = rank if new in old else int(owner[new])
                 found.append((slot, source, int((self.before.local(source) == new).argmax())))
         return found
 

@@ -44,6 +44,7 @@ from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.graph import INTER, INTRA, Plan
 from harness.plan.native import NativeLayer, NativePassage
+from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, GEMMS, Model
 from harness.system import Case
 
@@ -307,11 +308,16 @@ class ReplicatedSystem(UnifiedSystem):
         row_bytes = case.model.hidden * DTYPE_BYTES[case.dtype]
         if case.identity_experts:
             return replica_bytes(routing, hosts, case.topology, row_bytes)
+        each, own = expert_bytes(case.model, case.dtype), hosts
         hosts = policy.expect(owner, case.topology.num_ranks)
-        parts = {"gather": plan_sparse(owner, hosts, case.topology).bytes(expert_bytes(case.model, case.dtype))}
+        parts = {"gather": plan_sparse(owner, hosts, case.topology).bytes(each)}
+        if policy.revises:
+            early, hosts = hosts, policy.revise(hosts, expert_counts(routing))
+            parts["gather"] += plan_sparse(owner, (hosts & ~early) | own, case.topology).bytes(each)
+        whole = plan_sparse(owner, hosts, case.topology).bytes(each)
         if policy.rematerialises:
-            parts["regather"] = parts["gather"]
-        parts["reduce"] = parts["gather"].T.copy()
+            parts["regather"] = whole
+        parts["reduce"] = whole.T.copy()
         return parts | replica_bytes(routing, hosts, case.topology, row_bytes)
 
 
