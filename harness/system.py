@@ -167,6 +167,12 @@ class System(abc.ABC):
         return None
 
     @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        """Experts of other ranks that one rank may keep at a time in a training step, over all layers, as far as it is
+        known beforehand; for the memory that is asked for before the start."""
+        return 0
+
+    @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
         """Payload bytes that each rank sends to each rank, float64 [num_ranks, num_ranks] (diagonal 0), by part:
         ``metadata``, ``dispatch``, ``combine`` (forward) and ``combine_grad``, ``dispatch_grad``, ``metadata_grad``

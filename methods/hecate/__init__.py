@@ -44,6 +44,12 @@ class Hecate(ReplicatedSystem):
         return policy
 
     @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        options = Options.of(case, cls.rematerialise)
+        copies = min(case.model.num_experts if options.m is None else options.m, options.t or 0)
+        return copies * (1 if options.rematerialise else case.model.num_layers)
+
+    @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
         replicated = [layer for layer in layers if isinstance(layer, ReplicatedLayer)]
         return Sharder(job, replicated, case, Options.of(case, cls.rematerialise))

@@ -11,7 +11,8 @@ import numpy as np
 from harness.comm.replicas import nearest
 from harness.comm.sparse import plan_sparse
 from harness.errors import bad
-from harness.plan.replicated import Policy, expert_bytes
+from harness.memory import expert_bytes
+from harness.plan.replicated import Policy
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
 from harness.topology import Topology
