@@ -121,6 +121,8 @@ class System(abc.ABC):
     kind: ClassVar[Literal["package", "native"]]
     source: ClassVar[str]  # paper, section, or where the package comes from
     options: ClassVar[dict[str, str]] = {}  # option -> one-line meaning with its default
+    #: options beside the defaults with which ``moebench check`` tries it too, layers and a few training steps, by name
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {}
     stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
     stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked

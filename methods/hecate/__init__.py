@@ -34,6 +34,12 @@ class Hecate(ReplicatedSystem):
         "cluster's costs (default false)",
     }
 
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {
+        "materialised and re-sharded": {"t": 4, "window": 2, "reshard_every": 3},
+        "little memory, calibrated": {"t": 6, "m": 1, "reshard_every": 4, "calibrate": True},
+        "re-materialised": {"t": 4, "m": 2, "reshard_every": 3, "rematerialise": True},
+    }
+
     @classmethod
     def policy(cls, case: Case, job: Job | None) -> Materialisation:
         options = Options.of(case, cls.rematerialise)
@@ -62,3 +68,4 @@ class HecateRM(Hecate):
     title = "Hecate with re-materialisation: one layer's copies at a time"
     source = "arXiv 2502.02581, section 5 (Hecate-RM)"
     rematerialise = True
+    variants = {}  # of Hecate's
