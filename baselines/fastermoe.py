@@ -170,6 +170,7 @@ class FasterMoE(ReplicatedSystem):
     options: ClassVar[dict[str, str]] = {
         "shadows": "popular experts to shadow in every batch (default: as many as its latency model finds best)",
     }
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"three shadows": {"shadows": 3}}
 
     @classmethod
     def policy(cls, case: Case, job: Job | None) -> Shadowing:
@@ -177,3 +178,7 @@ class FasterMoE(ReplicatedSystem):
         if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0):
             raise bad("options.shadows", wanted, "must be a whole number of at least 0")
         return Shadowing(LatencyModel.of(case), wanted)
+
+    @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        return case.model.num_layers * (cls.policy(case, None).num_shadows or 0)

@@ -23,10 +23,10 @@ import dataclasses
 import numpy as np
 
 from harness.errors import bad
+from harness.memory import expert_bytes
 from harness.placement import Placement
 from harness.plan.copied import CopiedSystem, num_slots
 from harness.plan.rearrange import Planner
-from harness.plan.replicated import expert_bytes
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
 

@@ -6,6 +6,8 @@ the load: all of them, in forward and again in backward. No token travels.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from harness.comm.job import Job
@@ -32,7 +34,12 @@ class FSDPExperts(ReplicatedSystem):
     name = "fsdp-experts"
     title = "plain FSDP on experts: every rank gathers all of them, forward and backward"
     source = "fully sharded data parallelism (ZeRO-3), a baseline of Hecate (arXiv 2502.02581)"
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"training": {}}
 
     @classmethod
     def policy(cls, case: Case, job: Job | None) -> Policy:
         return Everything()
+
+    @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        return case.model.num_experts - case.model.num_experts // case.topology.num_ranks  # of one layer

@@ -121,6 +121,8 @@ class System(abc.ABC):
     kind: ClassVar[Literal["package", "native"]]
     source: ClassVar[str]  # paper, section, or where the package comes from
     options: ClassVar[dict[str, str]] = {}  # option -> one-line meaning with its default
+    #: options beside the defaults with which ``moebench check`` tries it too, layers and a few training steps, by name
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {}
     stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
     stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked
@@ -165,6 +167,12 @@ class System(abc.ABC):
         """What to do at the boundary of training steps, collectively, with the optimizer and the step's number: move
         experts, for instance. ``layers``: first layer first."""
         return None
+
+    @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        """Experts of other ranks that one rank may keep at a time in a training step, over all layers, as far as it is
+        known beforehand; for the memory that is asked for before the start."""
+        return 0
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:

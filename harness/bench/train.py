@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from harness.bench import memory
 from harness.bench.timing import Sample, Stopwatch
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
@@ -29,7 +30,7 @@ from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.gradients import Stream
-from harness.plan.graph import INTER, Timeline
+from harness.plan.graph import INTER, Plan, Timeline
 from harness.plan.lanes import executor_of
 from harness.plan.passage import passage
 from harness.plan.training import TrainingStep
@@ -169,7 +170,7 @@ class Trainer:
     """A system's training on this rank, as a contender of a race: every step one plan (``harness.plan.training``)."""
 
     def __init__(self, job: Job, system: type[System], experiment: Experiment):
-        self.job, self.step, self.last_loss = job, 0, np.nan
+        self.job, self.experiment, self.step, self.last_loss = job, experiment, 0, np.nan
         self.num_updates = 0
         self.timeline: Timeline | None = None  # of the last step
         self.model_parallel = experiment.model_parallel and job.inner(0) is not None
@@ -225,7 +226,11 @@ class Trainer:
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"step": self.timeline}
 
-    def _update(self, tokens: torch.Tensor) -> torch.Tensor:
+    def memory(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Collective: bytes of this rank by part, measured over one more step and planned for it."""
+        return memory.measured(self), memory.planned(self)
+
+    def _update(self, tokens: torch.Tensor, run: Callable[[Plan], Timeline] | None = None) -> torch.Tensor:
         training = self.training
         step = TrainingStep(
             training.gpt,
@@ -242,7 +247,7 @@ class Trainer:
             number = self.num_updates
             plan.add("after-step", INTER, ["optimizer"], run=lambda: after_step(training.optimizer, number))
         self.num_updates += 1
-        self.timeline = self.lanes.run(plan)
+        self.timeline = (run or self.lanes.run)(plan)
         for layer in self.layers:
             layer.timeline = self.timeline
         return step.loss

@@ -27,11 +27,11 @@ from harness.errors import bad
 from harness.layer.experts import Experts
 from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
+from harness.memory import expert_bytes
 from harness.placement import Placement
 from harness.plan.graph import INTER, INTRA, Plan
 from harness.plan.native import NativeLayer, NativePassage
 from harness.plan.rearrange import Planner, Rearranger
-from harness.plan.replicated import expert_bytes
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES
 from harness.system import AfterStep, Case, MoELayer
@@ -97,6 +97,7 @@ class CopiedSystem(UnifiedSystem):
     routing, as if training had been going on; ``rearrange_every`` and ``slots`` are options of all of them."""
 
     every: ClassVar[int]
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"rearranged": {"rearrange_every": 3}}
     options: ClassVar[dict[str, str]] = {
         "rearrange_every": "training steps between rearrangements (default 25)",
         "slots": "experts and copies that a rank has memory for (default: twice its experts)",
@@ -129,6 +130,12 @@ class CopiedSystem(UnifiedSystem):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise bad("options.rearrange_every", every, "must be a whole number of at least 1")
         return Rearranger(job, layers, cls.planner(case), every)  # type: ignore[arg-type]
+
+    @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        own = case.model.num_experts // case.topology.num_ranks
+        # whole ones: a parameter and its gradient, which is what is asked for, and two moments
+        return 2 * case.model.num_layers * (num_slots(case) - own)
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:

@@ -41,11 +41,12 @@ from harness.layer.experts import Experts
 from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
+from harness.memory import expert_bytes
 from harness.placement import Placement
 from harness.plan.graph import INTER, INTRA, Plan
 from harness.plan.native import NativeLayer, NativePassage
 from harness.routing.certificate import expert_counts
-from harness.specs import DTYPE_BYTES, GEMMS, Model
+from harness.specs import DTYPE_BYTES
 from harness.system import Case
 
 
@@ -319,8 +320,3 @@ class ReplicatedSystem(UnifiedSystem):
             parts["regather"] = whole
         parts["reduce"] = whole.T.copy()
         return parts | replica_bytes(routing, hosts, case.topology, row_bytes)
-
-
-def expert_bytes(model: Model, dtype: str) -> int:
-    """Parameters of one expert."""
-    return GEMMS[model.ffn_type] * model.hidden * model.ffn * DTYPE_BYTES[dtype]

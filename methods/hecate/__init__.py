@@ -34,6 +34,12 @@ class Hecate(ReplicatedSystem):
         "cluster's costs (default false)",
     }
 
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {
+        "materialised and re-sharded": {"t": 4, "window": 2, "reshard_every": 3},
+        "little memory, calibrated": {"t": 6, "m": 1, "reshard_every": 4, "calibrate": True},
+        "re-materialised": {"t": 4, "m": 2, "reshard_every": 3, "rematerialise": True},
+    }
+
     @classmethod
     def policy(cls, case: Case, job: Job | None) -> Materialisation:
         options = Options.of(case, cls.rematerialise)
@@ -42,6 +48,12 @@ class Hecate(ReplicatedSystem):
         policy = Materialisation(case, options, t, num_experts if options.m is None else options.m)
         policy.saw(expert_counts(case.routing))  # a layer alone has the same routing again and again
         return policy
+
+    @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        options = Options.of(case, cls.rematerialise)
+        copies = min(case.model.num_experts if options.m is None else options.m, options.t or 0)
+        return copies * (1 if options.rematerialise else case.model.num_layers)
 
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
@@ -56,3 +68,4 @@ class HecateRM(Hecate):
     title = "Hecate with re-materialisation: one layer's copies at a time"
     source = "arXiv 2502.02581, section 5 (Hecate-RM)"
     rematerialise = True
+    variants = {}  # of Hecate's

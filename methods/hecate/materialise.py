@@ -4,11 +4,10 @@ t is the overlap degree: how many experts can be gathered while the attention be
 memory capacity: how many copies fit on a device. With m >= t the t most loaded experts go to all devices. Else each
 device has m slots, and the most loaded experts get replicas by load, nodes that do not hold them first.
 
-Interpretations: of ``assignSlotsByLoad`` the paper gives the name alone. Here it runs down the t most loaded experts
-and gives each of them its part of the slots and loads that are left, rounded, at most one replica for each device
-that does not hold it; a device is the node's one with the most free slots. Slots hold copies, not a device's own
-experts. Experts that no token is expected for are not copied. Of equal loads the first expert by index, of equal
-nodes and devices the first.
+Interpretations: of ``assignSlotsByLoad`` the paper gives the name alone. Here the slots are dealt out one by one, each to
+the expert with the most load for each of its holders (d'Hondt's rule: by load, and the busiest holder has least). Within
+a node a replica goes to the device with the most free slots. Slots hold copies, not a device's own experts. Experts that
+no token is expected for are not copied. Of equal loads the first expert by index, of equal nodes and devices the first.
 """
 
 from __future__ import annotations
@@ -36,10 +35,12 @@ def materialise(owner: np.ndarray, load: np.ndarray, t: int, m: int, topology: T
 
 
 def assign_slots_by_load(load: np.ndarray, num_slots: int, most: int) -> np.ndarray:
-    """Replicas of experts with ``load`` [n], descending: int [n], together at most ``num_slots``."""
-    wanted = np.zeros(len(load), dtype=np.int64)
-    left = np.cumsum(load[::-1])[::-1]  # of an expert and those after it
-    for i in range(len(load)):
-        wanted[i] = min(most, num_slots, round(num_slots * float(load[i]) / float(left[i])))
-        num_slots -= int(wanted[i])
-    return wanted
+    """Replicas of experts with ``load`` [n] > 0, at most ``most`` each and ``num_slots`` together, int [n]."""
+    wanted = min(num_slots, most * len(load))
+    if not wanted:
+        return np.zeros(len(load), dtype=np.int64)
+    per_holder = load[:, None] / np.arange(1, most + 1)  # before the first, second, ... replica is there
+    least = np.partition(per_holder, per_holder.size - wanted, axis=None)[per_holder.size - wanted]
+    found, equal = (per_holder > least).sum(1), (per_holder == least).sum(1)
+    left = wanted - found.sum() - (np.cumsum(equal) - equal)
+    return found + np.clip(left, 0, equal)

@@ -11,7 +11,8 @@ import numpy as np
 from harness.comm.replicas import nearest
 from harness.comm.sparse import plan_sparse
 from harness.errors import bad
-from harness.plan.replicated import Policy, expert_bytes
+from harness.memory import expert_bytes
+from harness.plan.replicated import Policy
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
 from harness.topology import Topology
@@ -54,6 +55,7 @@ class Hecate(Policy):
         self.rematerialises, self.revises = options.rematerialise, options.calibrate
         self.window: collections.deque[np.ndarray] = collections.deque(maxlen=options.window)
         self.latency = Latency.of(case) if options.calibrate else None
+        self.owner = case.placement.owner  # in this iteration
 
     def forget(self) -> None:
         """No iteration has been yet."""
@@ -64,6 +66,7 @@ class Hecate(Policy):
         return np.mean(self.window, axis=0) if self.window else np.zeros(num_experts)
 
     def expect(self, owner: np.ndarray, num_ranks: int) -> np.ndarray:
+        self.owner = owner
         return materialise(owner, self.load(len(owner)), self.t, self.m, self.topology)
 
     def saw(self, counts: np.ndarray) -> None:
@@ -72,8 +75,8 @@ class Hecate(Policy):
     def revise(self, hosts: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Calibration: Algorithm 1 again, with the true loads and the memory that is left; if it pays."""
         assert self.latency is not None
-        own = self.latency.owner
-        left = self.m - int((hosts.sum(0) - np.bincount(own, minlength=hosts.shape[1])).max())
+        own = self.owner
+        left = min(self.m, self.t) - int((hosts.sum(0) - np.bincount(own, minlength=hosts.shape[1])).max())
         wanted = hosts | materialise(own, counts.sum(0), self.t, max(0, left), self.topology)
         if (wanted == hosts).all():
             return hosts
@@ -88,7 +91,6 @@ class Latency:
     experts where the cluster's gemm costs are known."""
 
     topology: Topology
-    owner: np.ndarray
     row_bytes: float
     expert_bytes: float
     macs_per_row: float
@@ -102,7 +104,6 @@ class Latency:
         gemm = None if cluster is None else cluster.gemm
         return cls(
             case.topology,
-            case.placement.owner,
             float(model.hidden * DTYPE_BYTES[case.dtype]),
             float(expert_bytes(model, case.dtype)),
             float(GEMMS[model.ffn_type] * model.hidden * model.ffn),

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 
 from harness.comm.job import Job
+from harness.memory import expert_bytes
 from harness.placement import Placement
 from harness.plan.graph import Timeline
 from harness.plan.moving import Move, move
-from harness.plan.replicated import ReplicatedLayer, expert_bytes
+from harness.plan.replicated import ReplicatedLayer
 from harness.system import Case
 from methods.hecate.policy import Hecate, Options
 from methods.hecate.shard import shard
