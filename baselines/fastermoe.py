@@ -22,13 +22,24 @@ groups, and groups of ranks cost no bandwidth.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
+import torch
 
+from harness.comm.exchange import FlatExchange, FlatPlan
 from harness.comm.job import Job
+from harness.comm.rows import accumulator
 from harness.errors import bad
-from harness.plan.replicated import Policy, ReplicatedSystem
+from harness.layer.experts import Experts
+from harness.layer.gates import Gated
+from harness.layer.weights import Weights
+from harness.plan.graph import COMPUTE, INTER, Plan, Work
+from harness.plan.replicated import Policy, ReplicatedLayer, ReplicatedPassage, ReplicatedSystem
+from harness.plan.segment import Segment
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
 
@@ -163,12 +174,183 @@ class Shadowing(Policy):
         return hosts | chosen[:, None]
 
 
+class FasterLayer(ReplicatedLayer):
+    """``num_groups``: n of the smart schedule."""
+
+    num_groups = 1
+
+    def passage(self, gated: Gated | None = None) -> FasterPassage:
+        return FasterPassage(self, gated)
+
+
+class Part:
+    """One S, C and R: rows between ranks whose groups lie so far apart, or (``home``) those that stay with a shadow."""
+
+    def __init__(self) -> None:
+        self.dispatch, self.experts, self.combine = Segment(), Segment(), Segment()
+        self.plan: FlatPlan
+        self.arrived: torch.Tensor
+        self.made: torch.Tensor
+        self.home: torch.Tensor | None = None  # None: no row came
+        self.grads: list[torch.Tensor | None] = [None, None]  # of the rows and the weights
+
+
+class AtHome(FlatExchange):
+    """Rows that go nowhere."""
+
+    def _out(self, rows: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
+        return rows.index_select(0, plan.by_expert)
+
+    def _home(self, rows: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
+        return rows.index_select(0, plan.by_source)
+
+
+class FasterPassage(ReplicatedPassage):
+    """The smart schedule: group i of ranks exchanges with group i + j at once, for j = 0, 1, ...; the experts compute
+    on part j while part j + 1 travels, and on shadows' tokens last."""
+
+    layer: FasterLayer
+
+    def __init__(self, layer: FasterLayer, gated: Gated | None):
+        super().__init__(layer, gated)
+        self.parts = [Part() for _ in range(layer.num_groups)]
+        self.shadows = Part()
+        self.stay = AtHome(layer.job, layer.placement)
+        self.smart = len(self.parts) > 1 and isinstance(layer.experts, Experts)
+
+    def _plan(self, held: np.ndarray, weights: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        if not self.smart:
+            return super()._plan(held, weights, counts)
+        num_ranks, num_groups = self.layer.job.num_ranks, len(self.parts)
+        group = np.arange(num_ranks) * num_groups // num_ranks
+        apart = (group[None, :] - group[:, None]) % num_groups  # [source, rank]
+        copied = self.hosts & ~self.own.hosts  # [E, rank]
+        stays = copied[None] & np.eye(num_ranks, dtype=bool)[:, None]  # [source, E, rank]
+        masks = [(apart == j)[:, None, :] & ~stays for j in range(num_groups)]
+        for part, only in zip((*self.parts, self.shadows), (*masks, stays), strict=True):
+            part.plan = self.layer.exchange_.plan_to(
+                self.hosts, held, self.ids, weights, self.kept, counts, np.broadcast_to(only, stays.shape)
+            )
+        return weights
+
+    def _combine_part(self, part: Part, exchange: FlatExchange) -> torch.Tensor:
+        def combine(made: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            part.plan.weights = weights
+            return exchange.combine(made, part.plan)
+
+        return part.combine.forward(combine, part.made, self.weights)
+
+    def _compute(self, part: Part) -> None:
+        def experts(arrived: torch.Tensor) -> torch.Tensor:
+            own = len(self.layer.experts.local)
+            if part is self.shadows:
+                return self.layer.experts(arrived, part.plan.counts, [each.tensors for each in self.copies])
+            return self.layer.experts(arrived, part.plan.counts[:own])
+
+        part.made = part.experts.forward(experts, part.arrived)
+
+    def there_and_back(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
+        if not self.smart:
+            return super().there_and_back(plan, prefix=prefix, after=after, gradients=gradients)
+        exchange = self.layer.exchange_
+
+        def metadata() -> None:
+            self._metadata(self.weights)
+
+        def send(part: Part) -> None:
+            part.arrived = part.dispatch.forward(lambda rows: exchange.dispatch(rows, part.plan), self.rows)
+
+        def receive(part: Part) -> None:
+            part.home = self._combine_part(part, exchange)
+
+        def shadows() -> None:
+            part = self.shadows
+            if not int(part.plan.counts.sum()):
+                return
+            part.arrived = part.dispatch.forward(lambda rows: self.stay.dispatch(rows, part.plan), self.rows)
+            self._compute(part)
+            part.home = self._combine_part(part, self.stay)
+
+        plan.add(f"{prefix}metadata", INTER, after, run=metadata)
+        sent = [plan.add(f"{prefix}dispatch[{j}]", INTER, run=partial(send, part)) for j, part in enumerate(self.parts)]
+        ready = self.ready(plan, prefix)
+        if gradients is not None:
+            plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
+        made = [
+            plan.add(f"{prefix}experts[{j}]", COMPUTE, [arrived], run=partial(self._compute, part))
+            for j, (part, arrived) in enumerate(zip(self.parts, sent, strict=True))
+        ]
+        last = [plan.add(f"{prefix}experts", COMPUTE, [*sent, *ready], run=shadows)]
+        for j, (part, computed) in enumerate(zip(self.parts, made, strict=True)):
+            home = plan.add(f"{prefix}combine[{j}]", INTER, [computed], run=partial(receive, part))
+        return [*last, home]
+
+    def arrive(self) -> torch.Tensor:
+        if not self.smart:
+            return super().arrive()
+        homes = [part.home for part in (*self.parts, self.shadows) if part.home is not None]
+        whole = torch.stack([home.detach() for home in homes]).sum(0, dtype=accumulator(homes[0].dtype))
+        return whole.to(homes[0].dtype).requires_grad_(any(home.requires_grad for home in homes))
+
+    def back_and_there(
+        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
+    ) -> list[str]:
+        if not self.smart:
+            return super().back_and_there(plan, prefix=prefix, after=after, gradients=gradients)
+
+        def send(part: Part) -> None:
+            part.grads = part.combine.backward(self.dhome)
+
+        def compute(part: Part) -> None:
+            part.grads[:1] = part.experts.backward(part.grads[0])
+
+        def receive(part: Part) -> None:
+            part.grads[:1] = part.dispatch.backward(part.grads[0])
+
+        def shadows() -> None:
+            if self.shadows.home is not None:
+                for step in (send, compute, receive):
+                    step(self.shadows)
+
+        sent = [
+            plan.add(f"{prefix}combine[{j}]", INTER, after, run=partial(send, part))
+            for j, part in enumerate(self.parts)
+        ]
+        made = [
+            plan.add(f"{prefix}experts[{j}]", COMPUTE, [arrived], run=partial(compute, part))
+            for j, (part, arrived) in enumerate(zip(self.parts, sent, strict=True))
+        ]
+        last = [plan.add(f"{prefix}experts", COMPUTE, after, run=shadows)]
+        if gradients is not None:
+            plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
+        for j, (part, computed) in enumerate(zip(self.parts, made, strict=True)):
+            home = plan.add(f"{prefix}dispatch[{j}]", INTER, [computed], run=partial(receive, part))
+        return [*last, home]
+
+    def arrive_back(self) -> torch.Tensor | None:
+        if not self.smart:
+            return super().arrive_back()
+        drows, dweights = zip(*(part.grads for part in (*self.parts, self.shadows)), strict=True)
+        self.dweights = _sum(dweights)
+        return _sum(drows)
+
+
+def _sum(parts: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    there = [part for part in parts if part is not None]
+    if not there:
+        return None
+    return torch.stack(there).sum(0, dtype=accumulator(there[0].dtype)).to(there[0].dtype)
+
+
 class FasterMoE(ReplicatedSystem):
     name = "fastermoe"
-    title = "FasterMoE's shadowed experts, chosen after every gate"
-    source = "PPoPP 2022 (He et al.), dynamic shadowing with the loads of experts; without the smart schedule"
+    title = "FasterMoE: shadowed experts, chosen after every gate, and the smart schedule"
+    source = "PPoPP 2022 (He et al.), dynamic shadowing with the loads of experts, and the pairwise schedule"
     options: ClassVar[dict[str, str]] = {
         "shadows": "popular experts to shadow in every batch (default: as many as its latency model finds best)",
+        "groups": f"of ranks in the smart schedule, 1: none (default: {GROUPS}, or as many as divide the ranks)",
     }
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"three shadows": {"shadows": 3}}
 
@@ -178,6 +360,15 @@ class FasterMoE(ReplicatedSystem):
         if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0):
             raise bad("options.shadows", wanted, "must be a whole number of at least 0")
         return Shadowing(LatencyModel.of(case), wanted)
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> FasterLayer:
+        layer = FasterLayer(case, job, weights, cls.policy(case, job))
+        wanted = case.options.get("groups", math.gcd(GROUPS, job.num_ranks))
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1 or job.num_ranks % wanted:
+            raise bad("options.groups", wanted, f"must be a whole number that divides the {job.num_ranks} ranks")
+        layer.num_groups = wanted
+        return layer
 
     @classmethod
     def copies_kept(cls, case: Case) -> int:

@@ -78,12 +78,16 @@ class ReplicaExchange(FlatExchange):
         weights: torch.Tensor,
         kept: torch.Tensor | None,
         counts: np.ndarray,
+        only: np.ndarray | None = None,
     ) -> FlatPlan:
         """``hosts`` bool [E, num_ranks]: who holds what in this batch; ``held``: this rank's experts in the order in
-        which it computes them; ``counts``: as of ``count``."""
+        which it computes them; ``counts``: as of ``count``; ``only`` bool [source, E, rank]: the part of the rows that
+        this plan is for."""
         rank, device = self.job.rank, ids.device
         near = nearest(hosts, self.job.topology)
         rows = near.rows(counts)  # [source, E, rank]
+        if only is not None:
+            rows = np.where(only, rows, 0)
 
         chosen = taken(ids, kept)
         expert = ids.flatten()[chosen]
@@ -95,6 +99,9 @@ class ReplicaExchange(FlatExchange):
         )  # among the rows of its expert
         share = torch.as_tensor(near.count[rank], device=device)[expert]
         target = torch.as_tensor(near.holders[rank], device=device)[expert, (number + rank) % share]
+        if only is not None:
+            these = torch.as_tensor(only[rank], device=device)[expert, target]
+            chosen, target = chosen[these], target[these]
         send = chosen[stable_order(target, len(counts))]
 
         ascending = np.argsort(held, kind="stable")  # as ranks send them

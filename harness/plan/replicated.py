@@ -273,7 +273,11 @@ class ReplicatedPassage(NativePassage):
         layer.policy.saw(counts)
         layer.hosts = self.hosts
         held = np.concatenate([self.own.local(layer.rank), self._mine(self.early), self._mine(self.late)])
-        self.plan = exchange.plan_to(self.hosts, held, self.ids, weights, self.kept, counts)
+        return self._plan(held, weights, counts)
+
+    def _plan(self, held: np.ndarray, weights: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        """Where this rank's rows go, of ``counts`` [num_ranks, E], and what it computes, ``held``."""
+        self.plan = self.layer.exchange_.plan_to(self.hosts, held, self.ids, weights, self.kept, counts)
         return self.plan.weights
 
     def _experts(self, arrived: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tests.methods.test_fsmoe_training import training
 from tests.methods.test_hiermoe import cluster
 
 WAYS: dict[str, list[dict[str, Any]]] = {
-    "fastermoe": [{}, {"shadows": 0}, {"shadows": 3}, {"shadows": 16}],
+    "fastermoe": [{}, {"shadows": 0}, {"shadows": 3}, {"shadows": 16, "groups": 2}, {"shadows": 3, "groups": 1}],
     "fsdp-experts": [{}],
     "flexmoe": [{}, {"slots": 3}],
     "eplb": [{}, {"slots": 3}],
