@@ -59,7 +59,6 @@ def measured(trainer: Trainer) -> dict[str, float]:
     else:
         activations, most = _recorded(trainer, tokens, serially)
         most += before
-    trainer.step += 1
     return {
         "parameters": parameters,
         "gradients": _bytes(p.grad for p in training.gpt.parameters() if p.grad is not None) + buffer,
@@ -92,8 +91,8 @@ def _on_device(trainer: Trainer, tokens: torch.Tensor, run: Callable[[Plan], Tim
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    passages = trainer.training.gpt.head
-    handle = passages.register_forward_pre_hook(lambda *_: found.append(torch.cuda.memory_allocated(device)))
+    head = trainer.training.gpt.head
+    handle = head.register_forward_pre_hook(lambda *_: found.append(torch.cuda.memory_allocated(device)))
     try:
         trainer._update(tokens, run)
     finally:

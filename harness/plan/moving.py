@@ -40,6 +40,8 @@ def move(job: Job, moves: Sequence[Move], optimizer: torch.optim.Optimizer | Non
 
     With ``optimizer`` its state of the experts (every tensor as large as the parameter) goes along; without, it stays
     with the slot, as in systems that move parameters only."""
+    if job.moving is not None:
+        job.moving(moves)
     tensors = [_tensors(each.parameters, optimizer) for each in moves]
     changes = [[each.changes(rank) for rank in range(job.num_ranks)] for each in moves]
     sending: dict[int, list[torch.Tensor]] = {}
@@ -66,7 +68,7 @@ def move(job: Job, moves: Sequence[Move], optimizer: torch.optim.Optimizer | Non
     for each in dist.batch_isend_irecv(work) if work else ():
         each.wait()
     for layer_move in moves:
-        _resize(layer_move.parameters, optimizer, len(layer_move.after.local(job.rank)))
+        resize(layer_move.parameters, optimizer, len(layer_move.after.local(job.rank)))
     tensors = [_tensors(each.parameters, optimizer) for each in moves]
     for layer, slot, rows in local:
         for tensor, row in zip(tensors[layer], rows, strict=True):
@@ -93,7 +95,7 @@ def _tensors(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimize
 
 
 @torch.no_grad()
-def _resize(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None, num_slots: int) -> None:
+def resize(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None, num_slots: int) -> None:
     """Another number of rows, of which the first stay as they are. Parameters remain the optimizer's."""
 
     def resized(tensor: torch.Tensor) -> torch.Tensor:

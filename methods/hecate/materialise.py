@@ -4,10 +4,11 @@ t is the overlap degree: how many experts can be gathered while the attention be
 memory capacity: how many copies fit on a device. With m >= t the t most loaded experts go to all devices. Else each
 device has m slots, and the most loaded experts get replicas by load, nodes that do not hold them first.
 
-Interpretations: of ``assignSlotsByLoad`` the paper gives the name alone. Here the slots are dealt out one by one, each to
-the expert with the most load for each of its holders (d'Hondt's rule: by load, and the busiest holder has least). Within
-a node a replica goes to the device with the most free slots. Slots hold copies, not a device's own experts. Experts that
-no token is expected for are not copied. Of equal loads the first expert by index, of equal nodes and devices the first.
+Interpretations: of ``assignSlotsByLoad`` the paper gives the name alone. Here the slots are dealt out one by one,
+each to the expert with the most load for each of its holders (d'Hondt's rule: by load, and the busiest holder has
+least). Within a node a replica goes to the device with the most free slots. Slots hold copies, not a device's own
+experts. Experts that no token is expected for are not copied. Of equal loads the first expert by index, of equal
+nodes and devices the first.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from harness.system import Case
 from methods.hecate.policy import Hecate, Options
 from methods.hecate.shard import shard
 
-PROFILED_STEP = 1  # the first one has everything cold
+PROFILED_STEP = 1  # of this process; the first one has everything cold
 
 
 class Sharder:
@@ -33,12 +33,14 @@ class Sharder:
         outermost = case.cluster.levels[0] if case.cluster is not None else None
         self.bandwidth = outermost.bandwidth_bytes_per_s if outermost is not None else None
         self.moved: list[int] = []
+        self.calls = 0
         for layer in layers:
             _policy(layer).forget()
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        if step == PROFILED_STEP + 1 and self.options.t is None and self.bandwidth:
+        if self.calls == PROFILED_STEP + 1 and self.options.t is None and self.bandwidth:
             self.profile()
+        self.calls += 1
         if self.options.reshard_every and (step + 1) % self.options.reshard_every == 0:
             self.reshard(optimizer)
 

@@ -77,7 +77,7 @@ def test_what_does_not_divide_is_refused():
 
 def experiment(system: str = "hecate", **changes) -> Experiment:
     fields = {
-        "model": presets.model("gpt-tiny-moe"),
+        "model": presets.model("gpt-tiny-moe").model_copy(update={"num_layers": 4}),
         "cluster": presets.cluster("emulated-2x4"),
         "workload": {"name": "w", "tokens_per_rank": 128, "generator": "uniform"},
         "system": system,
