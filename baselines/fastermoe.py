@@ -221,12 +221,11 @@ class FasterPassage(ReplicatedPassage):
     def _plan(self, held: np.ndarray, weights: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
         if not self.smart:
             return super()._plan(held, weights, counts)
-        num_ranks, num_groups = self.layer.job.num_ranks, len(self.parts)
-        group = np.arange(num_ranks) * num_groups // num_ranks
-        apart = (group[None, :] - group[:, None]) % num_groups  # [source, rank]
+        num_ranks = self.layer.job.num_ranks
+        distance = apart(num_ranks, len(self.parts))
         copied = self.hosts & ~self.own.hosts  # [E, rank]
         stays = copied[None] & np.eye(num_ranks, dtype=bool)[:, None]  # [source, E, rank]
-        masks = [(apart == j)[:, None, :] & ~stays for j in range(num_groups)]
+        masks = [(distance == j)[:, None, :] & ~stays for j in range(len(self.parts))]
         for part, only in zip((*self.parts, self.shadows), (*masks, stays), strict=True):
             part.plan = self.layer.exchange_.plan_to(
                 self.hosts, held, self.ids, weights, self.kept, counts, np.broadcast_to(only, stays.shape)
@@ -364,12 +363,24 @@ class FasterMoE(ReplicatedSystem):
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> FasterLayer:
         layer = FasterLayer(case, job, weights, cls.policy(case, job))
-        wanted = case.options.get("groups", math.gcd(GROUPS, job.num_ranks))
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1 or job.num_ranks % wanted:
-            raise bad("options.groups", wanted, f"must be a whole number that divides the {job.num_ranks} ranks")
-        layer.num_groups = wanted
+        layer.num_groups = num_groups(case)
         return layer
 
     @classmethod
     def copies_kept(cls, case: Case) -> int:
         return case.model.num_layers * (cls.policy(case, None).num_shadows or 0)
+
+
+def num_groups(case: Case) -> int:
+    """Of the smart schedule, by a case's options."""
+    num_ranks = case.topology.num_ranks
+    wanted = case.options.get("groups", math.gcd(GROUPS, num_ranks))
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1 or num_ranks % wanted:
+        raise bad("options.groups", wanted, f"must be a whole number that divides the {num_ranks} ranks")
+    return wanted
+
+
+def apart(num_ranks: int, num_groups: int) -> np.ndarray:
+    """How many groups lie from one rank to another, going around, int [source, rank]."""
+    group = np.arange(num_ranks) * num_groups // num_ranks
+    return (group[None, :] - group[:, None]) % num_groups

@@ -96,6 +96,7 @@ class CopiedSystem(UnifiedSystem):
     """A native system that differs by its planner alone. A layer begins with what the planner makes of the case's
     routing, as if training had been going on; ``rearrange_every`` and ``slots`` are options of all of them."""
 
+    stands_in = True
     every: ClassVar[int]
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"rearranged": {"rearrange_every": 3}}
     options: ClassVar[dict[str, str]] = {
