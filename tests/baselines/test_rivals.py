@@ -44,11 +44,14 @@ def plain(session):
     return train(session, "flat", {})[0]["losses"]
 
 
-def train(session, system: str, options: dict[str, Any], num_steps: int = 10) -> list[dict[str, Any]]:
-    on = cluster((2, 2))
+def trained_by(system: str, options: dict[str, Any]) -> dict[str, Any]:
     workload = {"name": "w", "tokens_per_rank": 16, "generator": "rotating", "params": {"hot_experts": 2, "period": 3}}
-    payload = training(system, on, options=options, workload=workload) | {"num_steps": num_steps}
-    return session(on).call("tests.baselines.rivals_on_ranks:trained", payload, timeout_s=120)
+    return training(system, cluster((2, 2)), options=options, workload=workload)
+
+
+def train(session, system: str, options: dict[str, Any], num_steps: int = 10) -> list[dict[str, Any]]:
+    payload = trained_by(system, options) | {"num_steps": num_steps}
+    return session(cluster((2, 2))).call("tests.baselines.rivals_on_ranks:trained", payload, timeout_s=120)
 
 
 @pytest.mark.parametrize("system", OPTIONS)
@@ -76,6 +79,15 @@ def test_training_has_the_losses_of_flat_whatever_moves(session, plain, system):
         assert {"late", "reduce"} <= {kind.split(".")[0] for kind in found[0]["kinds"]} or "inter" in found[0]["kinds"]
     if system == "fsdp-experts":
         assert found[0]["used"] == [8 * 4] * 3
+
+
+def test_training_with_copies_goes_on_from_its_checkpoint(session, plain, tmp_path):
+    payload = trained_by("flexmoe", {"rearrange_every": 3}) | {"folder": str(tmp_path), "every": 2, "dies_at": 0}
+    ranks, where = session(cluster((2, 2))), "tests.bench.checkpoint_on_ranks:trained"
+    assert ranks.call(where, payload | {"num_steps": 7})[0]["began"] == 0
+    after = ranks.call(where, payload | {"num_steps": 10})[0]
+    assert after["began"] == 6
+    assert list(after["losses"].values()) == pytest.approx(plain[6:], rel=1e-9)
 
 
 @pytest.mark.parametrize("system", ["fastermoe", "fsdp-experts", "flexmoe", "eplb"])
