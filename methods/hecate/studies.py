@@ -29,7 +29,7 @@ from methods.hecate.cells import (
 )
 from methods.hecate.systems import RIVALS, SYSTEMS
 
-SKEWS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+SKEWS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 ABLATION: dict[str, tuple[str, dict[str, object]]] = {
     "neither (EP)": ("ep", {}),
     "sharding only": ("hecate", {"materialises": False}),
