@@ -18,7 +18,7 @@ from torch import nn
 from harness.dtypes import TORCH_DTYPE
 from harness.placement import Placement
 from harness.routing.types import Routing
-from harness.specs import Cluster, Dtype, Model
+from harness.specs import Cluster, Dtype, Gemm, Model
 from harness.topology import Topology
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Case:
     @property
     def torch_dtype(self) -> torch.dtype:
         return TORCH_DTYPE[self.dtype]
+
+    @property
+    def stand_in_costs(self) -> Gemm | None:
+        """By which computation waits; None: it computes."""
+        return self.cluster.gemm if self.stand_in and self.cluster is not None else None
 
     @property
     def ragged(self) -> bool:

@@ -168,7 +168,11 @@ def _checkpoints(job: Job, system: type[System], experiment: Experiment, payload
 
 
 def _no_stand_in(system: type[System], case: Case) -> str | None:
-    return f"{system.name} has no stand-in for its computation" if case.stand_in and not system.stands_in else None
+    if not case.stand_in:
+        return None
+    if not system.stands_in:
+        return f"{system.name} has no stand-in for its computation"
+    return None if case.stand_in_costs else "stand-in compute needs the gemm constants of the cluster"
 
 
 def conforms(job: Job, system: type[System], experiment: Experiment) -> dict[str, Any]:

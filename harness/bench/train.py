@@ -192,6 +192,8 @@ class Trainer:
             device=job.device,
             heads=(job.rank % num_local, num_local) if self.model_parallel else (0, 1),
         )
+        for attention in self.training.attentions:
+            attention.stand_in = case.stand_in_costs
         self.lanes = executor_of(job)
         attentions = [list(attention.parameters()) for attention in reversed(self.training.attentions)]
         over_all = job.world if job.num_ranks > 1 else None
@@ -323,7 +325,8 @@ def training_case(experiment: Experiment, topology: Topology, device: str, layer
     routing = planned_routing(workload, model, topology, layer=layer)
     placement = Placement.contiguous(model.num_experts, topology.num_ranks)
     options, cluster = dict(experiment.options), experiment.cluster
-    return Case(model, experiment.dtype, topology, placement, routing, device, False, options, cluster)
+    stand_in = experiment.compute == "stand-in"
+    return Case(model, experiment.dtype, topology, placement, routing, device, False, options, cluster, stand_in)
 
 
 def reduced(experiment: Experiment) -> Experiment:
@@ -338,7 +341,7 @@ def reduced(experiment: Experiment) -> Experiment:
     workload = experiment.workload.model_copy(
         update={"name": "gate", "generator": generator, "params": {}, "tokens_per_rank": 16}
     )
-    return experiment.model_copy(update={"model": small, "workload": workload})
+    return experiment.model_copy(update={"model": small, "workload": workload, "compute": "real"})
 
 
 def _ids(routing: Routing, ranks: list[int]) -> torch.Tensor:

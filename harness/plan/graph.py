@@ -142,6 +142,21 @@ class Timeline:
         here = self.plan.index[name]
         return self.start_s[here], self.end_s[here]
 
+    def hidden(self, kind: str, behind: str = COMPUTE) -> dict[str, np.ndarray]:
+        """Which part of the time of all tasks of ``kind`` with one prefix before it in their names the lane ``behind``
+        was at work, [...] by that prefix; 1 where they took no time."""
+        busy = [here for here, task in enumerate(self.plan.tasks) if task.lane == behind]
+        lasted: dict[str, np.ndarray] = {}
+        covered: dict[str, np.ndarray] = {}
+        for task, start, end in zip(self.plan.tasks, self.start_s, self.end_s, strict=True):
+            if task.kind != kind:
+                continue
+            prefix = task.name[: task.name.rindex(kind)]
+            both = np.minimum(end, self.end_s[busy]) - np.maximum(start, self.start_s[busy])
+            lasted[prefix] = lasted.get(prefix, 0.0) + (end - start)
+            covered[prefix] = covered.get(prefix, 0.0) + np.clip(both, 0, None).sum(0)
+        return {name: np.where(lasted[name] > 0, covered[name] / lasted[name], 1.0) for name in lasted}
+
     def busy_s(self) -> dict[str, np.ndarray]:
         """Time per kind of task, [...]."""
         spans: dict[str, np.ndarray] = {}

@@ -30,6 +30,7 @@ class NativeLayer(PlannedLayer):
             self.experts = IdentityExperts()
         else:
             self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
+            self.experts.stand_in = case.stand_in_costs
 
         self.routed: tuple[torch.Tensor, torch.Tensor | None] | None = (
             None  # the gate's ids and kept, of the last batch
@@ -135,6 +136,8 @@ class NativePassage(PlannedPassage):
 
 class NativeSystem(UnifiedSystem):
     """A native system that differs by its exchange alone."""
+
+    stands_in = True
 
     @classmethod
     @abc.abstractmethod

@@ -299,6 +299,8 @@ class ReplicatedPassage(NativePassage):
 class ReplicatedSystem(UnifiedSystem):
     """A native system that differs by its policy alone."""
 
+    stands_in = True
+
     @classmethod
     @abc.abstractmethod
     def policy(cls, case: Case, job: Job | None) -> Policy:

@@ -105,12 +105,11 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_a_shard_that_does_not_fit_is_refused_with_the_arithmetic():
-    small = presets.cluster("emulated-2x4").model_copy(update={"device_memory_bytes": 3_500_000})
+    small = presets.cluster("emulated-2x4").model_copy(update={"device_memory_bytes": 9_000_000})
     for options, fits in (({"t": 0}, True), ({"t": 8}, False), ({"t": 8, "rematerialise": True}, True)):
         given = experiment(cluster=small, options=options)
         found = memory.refusal(given, registry.system("hecate"), make_case(given, Topology((2, 4))))
         assert (found is None) == fits, found
-    assert found is None
     given = experiment(cluster=small, options={"t": 8})
     said = memory.refusal(given, registry.system("hecate"), make_case(given, Topology((2, 4))))
     assert said.startswith("a shard of ")
