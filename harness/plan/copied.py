@@ -30,7 +30,6 @@ from harness.layer.weights import Weights
 from harness.memory import expert_bytes
 from harness.placement import Placement
 from harness.plan.graph import INTER, INTRA, Plan
-from harness.plan.moving import resize
 from harness.plan.native import NativeLayer, NativePassage
 from harness.plan.rearrange import Planner, Rearranger
 from harness.routing.certificate import expert_counts
@@ -51,11 +50,6 @@ class CopiedLayer(NativeLayer):
     @property
     def placement(self) -> Placement:
         return self.exchange_.placement
-
-    def place(self, placement: Placement) -> None:
-        super().place(placement)
-        if isinstance(self.experts, Experts):
-            resize(list(self.experts.parameters()), None, len(self.experts.local))  # if nothing was moved here
 
     def passage(self, gated=None) -> CopiedPassage:  # type: ignore[no-untyped-def]
         return CopiedPassage(self, gated)

@@ -15,6 +15,7 @@ from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
+from harness.plan.moving import resize
 from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.plan.segment import Segment
 from harness.system import Case
@@ -41,6 +42,7 @@ class NativeLayer(PlannedLayer):
         self.exchange_.place(placement)
         if isinstance(self.experts, Experts):
             self.experts.local = placement.local(self.rank).tolist()
+            resize(list(self.experts.parameters()), None, len(self.experts.local))  # if nothing was moved here
 
     def passage(self, gated: Gated | None = None) -> NativePassage:
         return NativePassage(self, gated)

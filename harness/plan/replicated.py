@@ -44,7 +44,6 @@ from harness.layer.weights import Weights
 from harness.memory import expert_bytes
 from harness.placement import Placement
 from harness.plan.graph import INTER, INTRA, Plan
-from harness.plan.moving import resize
 from harness.plan.native import NativeLayer, NativePassage
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES
@@ -138,11 +137,6 @@ class ReplicatedLayer(NativeLayer):
     @property
     def placement(self) -> Placement:
         return self.exchange_.placement
-
-    def place(self, placement: Placement) -> None:
-        super().place(placement)
-        if isinstance(self.experts, Experts):
-            resize(list(self.experts.parameters()), None, len(self.experts.local))  # if nothing was moved here
 
     def passage(self, gated: Gated | None = None) -> ReplicatedPassage:
         return ReplicatedPassage(self, gated)

@@ -125,7 +125,7 @@ def layer_costs(experiment: Experiment, links: Links, layer: int) -> LayerCosts 
     rows = nearest(hosts_of(known, case), links.topology).rows(expert_counts(case.routing))  # [source, E, rank]
     masks = [np.ones(rows.shape[::2], dtype=bool)]
     shadows = np.zeros(rows.shape[2])
-    late = issubclass(known, ReplicatedSystem) and known.policy(case, None).revises
+    late = issubclass(known, FasterMoE)  # on the critical path, as shadows follow the gate
     if issubclass(known, FasterMoE) and (groups := num_groups(case)) > 1:
         distance = apart(links.topology.num_ranks, groups)
         masks = [distance == j for j in range(groups)]
@@ -202,12 +202,12 @@ def step_plan(experiment: Experiment, links: Links) -> Plan | None:
         last = [add(f"{prefix}attention", COMPUTE, each.attention_s, last)]
         add(f"{prefix}metadata", INTER, each.metadata_s, last)
         last = exchange(prefix, each, "dispatch", "combine", 1, ready)
-    again = transfer(f"layer{len(layers) - 1}.backward.regather", layers[-1].regather, last)
+    again: list[str] = []  # of the layer whose backward is next; the last one's copies stay
     awaited: list[str] = []
     for i in reversed(range(len(layers))):
         each, prefix = layers[i], f"layer{i}.backward."
         add(f"{prefix}start", INTER, 0.0, last)
-        last = exchange(prefix, each, "combine", "dispatch", 2, again if each.regather != (0.0, 0.0) else [])
+        last = exchange(prefix, each, "combine", "dispatch", 2, again)
         awaited += transfer(f"{prefix}reduce", each.reduce, [f"{prefix}experts"], inside_first=True)
         if i:
             again = transfer(f"layer{i - 1}.backward.regather", layers[i - 1].regather, [])
