@@ -15,10 +15,11 @@ holder, and what the holders find for the gradient is summed back at the owner. 
     class Mine(ReplicatedSystem):
         def policy(cls, case, job): return Shadow(...)
 
-In a plan: ``gather.inter`` and ``gather.intra`` beside the dense part before the layer (``Passage.ahead``),
-``late.*`` behind the dispatch for revised placements, ``reduce.intra`` and ``reduce.inter`` beside the dense part
-behind its backward (``Passage.behind``), on the link lanes. With ``Policy.rematerialises`` copies are let go after
-the layer's forward and gathered again (``regather.*``) beside the dense part of the layer above in backward.
+In a plan: ``gather.inter``, ``gather.near`` (what comes from inside the node) and ``gather.intra`` beside the dense
+part before the layer (``Passage.ahead``), ``late.*`` behind the dispatch for revised placements, ``reduce.intra`` and
+``reduce.inter`` beside the dense part behind its backward (``Passage.behind``), on the link lanes. With
+``Policy.rematerialises`` copies are let go after the layer's forward and gathered again (``regather.*``) beside the
+dense part of the layer above in backward; those of the last layer, whose backward is next, stay.
 
 Owners may change between steps: ``harness.plan.moving.move`` with the optimizer, then ``ReplicatedLayer.place``; a rank
 may own any number of a layer's experts. Phase ``exchange`` has no experts, so none are copied.
@@ -29,7 +30,8 @@ from __future__ import annotations
 import abc
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -168,6 +170,11 @@ class ReplicatedPassage(NativePassage):
         self.regathered: list[str] = []
         self.revises = layer.policy.revises and isinstance(layer.experts, Experts)
 
+    @property
+    def releases(self) -> bool:
+        """Whether copies are let go between forward and backward."""
+        return self.layer.policy.rematerialises and not self.turns
+
     # ------------------------------------------------------------------ plan
 
     def ahead(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
@@ -190,7 +197,7 @@ class ReplicatedPassage(NativePassage):
                 each.restore()
             return Transfer(self.layer.job, self._sparse(self.hosts), self._held())
 
-        if self.layer.policy.rematerialises:
+        if self.releases:
             known = None if self.revises else self.early
             self.regathered = self._stages(plan, f"{prefix}regather", after, begin, known, "gather")
         return self.regathered
@@ -210,32 +217,52 @@ class ReplicatedPassage(NativePassage):
 
         return [plan.add(f"{prefix}release", INTER, last, run=let_go)] if last else []
 
-    def _stages(self, plan, name, after, begin, sparse, kind) -> list[str]:  # type: ignore[no-untyped-def]
-        """Add the stages of a transfer, which ``begin`` makes when the first one runs: those between nodes on their
-        lane, those inside on the other. ``sparse``: what it will be; None: known only then. No tasks where nothing
-        travels."""
-        num_levels = self.layer.job.topology.num_levels
-        lanes = {INTER: (0,), INTRA: tuple(range(1, num_levels))}
-        if sparse is not None:
-            lanes = {lane: tuple(i for i in stages if len(sparse.stages[i].chunk)) for lane, stages in lanes.items()}
-        order = [lane for lane in (INTER, INTRA) if lanes[lane]]
-        if kind == "reduce":
-            order, lanes = order[::-1], {lane: stages[::-1] for lane, stages in lanes.items()}
+    def _stages(
+        self,
+        plan: Plan,
+        name: str,
+        after: Iterable[str],
+        begin: Callable[[], Transfer],
+        known: SparsePlan | None,
+        kind: Literal["gather", "reduce"],
+    ) -> list[str]:
+        """Add a transfer, which ``begin`` makes when its first task runs: what crosses between nodes and what stays
+        inside are tasks of their lanes. A gather spreads chunks whose owner is in the node without waiting for others.
+        ``known``: what will travel; None: known only then. No tasks where nothing does; returns the last ones."""
+        inside = tuple(range(1, self.layer.job.topology.num_levels))
+        parts: list[tuple[str, str, tuple[int, ...], bool | None]] = [
+            (INTER, INTER, (0,), None),
+            ("near", INTRA, inside, True),
+            (INTRA, INTRA, inside, False),
+        ]
+        if kind == "reduce":  # owners' rows are added to by one lane after the other
+            parts = [(INTRA, INTRA, inside[::-1], None), (INTER, INTER, (0,), None)]
+        if known is not None:
+            parts = [part for part in parts if any(_travels(known, stage, part[3]) for stage in part[2])]
         running: list[Transfer] = []
-        last = list(after)
-        for i, lane in enumerate(order):
+        left, lock = [len(parts)], threading.Lock()
+        last, ends = list(after), []
+        for part, lane, stages, near in parts:
 
-            def run(
-                first: bool = i == 0, stages: tuple[int, ...] = lanes[lane], last: bool = i + 1 == len(order)
-            ) -> None:
-                if first:
-                    running.append(begin())
-                running[0].run(*stages)
-                if last:
-                    running.clear()  # and its hold on memory
+            def run(stages: tuple[int, ...] = stages, near: bool | None = near) -> None:
+                with lock:
+                    if not running:
+                        running.append(begin())
+                    transfer = running[0]
+                transfer.run(*stages, near=near)
+                with lock:
+                    left[0] -= 1
+                    if not left[0]:
+                        running.clear()  # and its hold on memory
 
-            last = [plan.add(f"{name}.{lane}", lane, last, run=run, kind=name.split(".")[-1])]
-        return last if order else []
+            task = plan.add(
+                f"{name}.{part}", lane, after if part == "near" else last, run=run, kind=name.split(".")[-1]
+            )
+            if part == "near":
+                ends = [task]
+            else:
+                last = [task]
+        return [*ends, *last] if parts else []
 
     # ------------------------------------------------------------------ execution
 
@@ -285,10 +312,14 @@ class ReplicatedPassage(NativePassage):
         if not self.copies:
             return self.layer.experts(arrived, self.plan.counts)
         made = self.layer.experts(arrived, self.plan.counts, [each.tensors for each in self.copies])
-        if self.layer.policy.rematerialises:
+        if self.releases:
             for each in self.copies:
                 each.release()
         return made
+
+
+def _travels(sparse: SparsePlan, stage: int, near: bool | None) -> bool:
+    return bool(len(sparse.stages[stage].chunk)) and (near is None or bool((sparse.near(stage) == near).any()))
 
 
 class ReplicatedSystem(UnifiedSystem):
