@@ -185,11 +185,12 @@ class ReplicatedPassage(NativePassage):
         return self.gathered
 
     def ready(self, plan: Plan, prefix: str) -> list[str]:
-        if self.revises:
-            return self.gathered + self._stages(
-                plan, f"{prefix}late", (), lambda: self._gather(self.late), None, "gather"
-            )
-        return self.gathered
+        if not self.revises:
+            return self.gathered
+        known = [f"{prefix}metadata"]  # what is late is known after it
+        return self.gathered + self._stages(
+            plan, f"{prefix}late", known, lambda: self._gather(self.late), None, "gather"
+        )
 
     def ahead_back(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
         def begin() -> Transfer:
