@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from harness.comm.job import Job
-from harness.comm.replicas import ReplicaExchange, replica_bytes
+from harness.comm.replicas import ReplicaExchange, nearest, replica_bytes
 from harness.comm.sparse import Chunks, SparsePlan, Transfer, plan_sparse
 from harness.layer.experts import Experts
 from harness.layer.gates import Gated
@@ -48,6 +48,7 @@ from harness.placement import Placement
 from harness.plan.graph import INTER, INTRA, Plan
 from harness.plan.moving import resize
 from harness.plan.native import NativeLayer, NativePassage
+from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES
 from harness.system import Case
 
@@ -338,19 +339,28 @@ class ReplicatedSystem(UnifiedSystem):
         return ReplicatedLayer(case, job, weights, cls.policy(case, job))
 
     @classmethod
+    def planned_hosts(cls, case: Case, policy: Policy) -> np.ndarray:
+        """P' of the batch whose placement is decided by what the policy knows at first."""
+        if case.identity_experts:
+            return case.placement.hosts
+        return policy.expect(case.placement.owner, case.topology.num_ranks)
+
+    @classmethod
+    def planned_shares(cls, case: Case) -> np.ndarray:
+        counts = expert_counts(case.routing)
+        rows = nearest(cls.planned_hosts(case, cls.policy(case, None)), case.topology).rows(counts).sum(0)
+        return np.where(counts.any(0)[:, None], rows, case.placement.hosts) / np.maximum(counts.sum(0), 1)[:, None]
+
+    @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
-        """Of the batch whose placement is decided by what the policy knows at first."""
         routing = cls.planned_routing(case)
         if routing is None:
             return None
         policy, owner = cls.policy(case, None), case.placement.owner
-        hosts = case.placement.hosts
-        row_bytes = case.model.hidden * DTYPE_BYTES[case.dtype]
+        hosts = cls.planned_hosts(case, policy)
+        exchange = replica_bytes(routing, hosts, case.topology, case.model.hidden * DTYPE_BYTES[case.dtype])
         if case.identity_experts:
-            return replica_bytes(routing, hosts, case.topology, row_bytes)
-        hosts = policy.expect(owner, case.topology.num_ranks)
-        parts = {"gather": plan_sparse(owner, hosts, case.topology).bytes(expert_bytes(case.model, case.dtype))}
-        if policy.rematerialises:
-            parts["regather"] = parts["gather"]
-        parts["reduce"] = parts["gather"].T.copy()
-        return parts | replica_bytes(routing, hosts, case.topology, row_bytes)
+            return exchange
+        gather = plan_sparse(owner, hosts, case.topology).bytes(expert_bytes(case.model, case.dtype))
+        again = {"regather": gather} if policy.rematerialises else {}
+        return {"gather": gather, **again, "reduce": gather.T.copy(), **exchange}
