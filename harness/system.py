@@ -187,6 +187,11 @@ class System(abc.ABC):
         return None
 
     @classmethod
+    def planned_shares(cls, case: Case) -> np.ndarray:
+        """Which part of each expert's rows each rank computes, float64 [E, num_ranks]."""
+        return case.placement.hosts / case.placement.hosts.sum(1, keepdims=True)
+
+    @classmethod
     def kept(cls, case: Case, probabilities: list[torch.Tensor]) -> list[torch.Tensor] | None:
         """For a system that drops: which assignments survive, by its own documented rule and not its code.
         ``probabilities``: float64 softmax over all experts of each rank's tokens, [T_r, E] per rank.

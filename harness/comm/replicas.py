@@ -129,3 +129,12 @@ def replica_bytes(routing: Routing, hosts: np.ndarray, topology: Topology, row_b
         "combine_grad": matrix,
         "dispatch_grad": matrix.T.copy(),
     }
+
+
+def replica_shares(routing: Routing, hosts: np.ndarray, topology: Topology) -> np.ndarray:
+    """Share of each expert's rows that each of its ``hosts`` computes, float64 [E, num_ranks] (see
+    ``System.planned_shares``); of an expert without rows, as if evenly."""
+    counts = expert_counts(routing)
+    rows = nearest(hosts, topology).rows(counts).sum(0)
+    even = hosts / hosts.sum(1, keepdims=True)
+    return np.where(counts.any(0)[:, None], rows / np.maximum(counts.sum(0), 1)[:, None], even)

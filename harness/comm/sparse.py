@@ -63,16 +63,24 @@ class SparsePlan:
         return float((self.hosts.sum(1) > 1).mean()) if len(self.hosts) else 0.0
 
     @functools.cached_property
-    def _of_rank(self) -> dict[int, list[tuple[Hops, Hops]]]:
+    def _of_rank(self) -> dict[tuple[int, int, bool | None], tuple[Hops, Hops]]:
         return {}
 
-    def of_rank(self, rank: int) -> list[tuple[Hops, Hops]]:
-        """What ``rank`` sends and what it receives, for each stage of the gather."""
-        if rank not in self._of_rank:
-            self._of_rank[rank] = [
-                (_where(hops, hops.source == rank), _where(hops, hops.target == rank)) for hops in self.stages
-            ]
-        return self._of_rank[rank]
+    def near(self, stage: int) -> np.ndarray:
+        """Which hops of ``stage`` are of chunks whose owner is in the node, so that nothing need have come from
+        another, bool [n]."""
+        node, hops = self.topology.unit_of(0), self.stages[stage]
+        return node[self.owner[hops.chunk]] == node[hops.target]
+
+    def of_rank(self, rank: int, stage: int, near: bool | None = None) -> tuple[Hops, Hops]:
+        """What ``rank`` sends and what it receives in ``stage`` of the gather; of the ``near`` hops or of the others
+        alone, None: of all."""
+        key = (rank, stage, near)
+        if key not in self._of_rank:
+            hops = self.stages[stage]
+            wanted = np.ones(len(hops.chunk), dtype=bool) if near is None else self.near(stage) == near
+            self._of_rank[key] = tuple(_where(hops, wanted & (end == rank)) for end in (hops.source, hops.target))  # type: ignore[assignment]
+        return self._of_rank[key]
 
 
 def plan_sparse(owner: np.ndarray, hosts: np.ndarray, topology: Topology) -> SparsePlan:
@@ -144,8 +152,7 @@ class Transfer:
             for each in held
             for row, chunk in enumerate(each.ids)
         }
-        self._works: list[dist.Work] = []
-        self._arrived: dict[int, list[list[torch.Tensor]]] = {}
+        self._issued: _Issued | None = None
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -153,45 +160,46 @@ class Transfer:
         stages = range(len(self.plan.stages))
         return tuple(stages if self.kind == "gather" else reversed(stages))
 
-    def run(self, *stages: int) -> None:
-        """These stages, one after another, to the end."""
+    def run(self, *stages: int, near: bool | None = None) -> None:
+        """These stages, one after another, to the end. A gather's ``near`` hops may go before stage 0 or beside it."""
         for stage in stages:
-            self.issue(stage)
-            self.finish()
+            self._finish(self._issue(stage, near))
 
     def start(self) -> Transfer:
         """Set the first stage off and return; ``wait`` does the rest."""
-        self.issue(self.order[0])
+        self._issued = self._issue(self.order[0], None)
         return self
 
     def wait(self) -> None:
-        self.finish()
+        assert self._issued is not None
+        self._finish(self._issued)
+        self._issued = None
         self.run(*self.order[1:])
 
-    def issue(self, stage: int) -> None:
+    def _issue(self, stage: int, near: bool | None) -> _Issued:
         """Post the messages of ``stage``."""
         group = self.job.world if stage == 0 else self.job.inner(0)
-        there, here = self.plan.of_rank(self.job.rank)[stage]
-        out, into, receives, sends = (there.target, here.source, here, there)
+        sends, receives = self.plan.of_rank(self.job.rank, stage, near)
+        to, come_from = sends.target, receives.source
         if self.kind == "reduce":  # the same hops backwards
-            out, into, receives, sends = (here.source, there.target, there, here)
+            sends, receives, to, come_from = receives, sends, receives.source, sends.target
         work: list[dist.P2POp] = []
-        for chunk, peer in zip(receives.chunk.tolist(), into.tolist(), strict=True):
+        arriving: dict[int, list[list[torch.Tensor]]] = {}
+        for chunk, peer in zip(receives.chunk.tolist(), come_from.tolist(), strict=True):
             target = self.rows[chunk]
             if self.kind == "reduce":
                 target = [torch.empty_like(row) for row in target]
-                self._arrived.setdefault(chunk, []).append(target)
+                arriving.setdefault(chunk, []).append(target)
             work += [dist.P2POp(dist.irecv, row, peer, group) for row in target]
-        for chunk, peer in zip(sends.chunk.tolist(), out.tolist(), strict=True):
+        for chunk, peer in zip(sends.chunk.tolist(), to.tolist(), strict=True):
             work += [dist.P2POp(dist.isend, row, peer, group) for row in self.rows[chunk]]
-        self._works = dist.batch_isend_irecv(work) if work else []
+        return _Issued(dist.batch_isend_irecv(work) if work else [], arriving)
 
-    def finish(self) -> None:
+    def _finish(self, issued: _Issued) -> None:
         """Wait for what was issued; a reduction adds what came, in the order of the ranks that sent it."""
-        for work in self._works:
+        for work in issued.works:
             work.wait()
-        self._works = []
-        for chunk, parts in self._arrived.items():
+        for chunk, parts in issued.arriving.items():
             for into, *more in zip(self.rows[chunk], *parts, strict=True):
                 wide = accumulator(into.dtype)
                 if wide == into.dtype:
@@ -199,4 +207,8 @@ class Transfer:
                         into += each
                 else:
                     into.copy_(torch.stack([into, *more]).sum(0, dtype=wide))
-        self._arrived = {}
+
+
+class _Issued(NamedTuple):
+    works: list[dist.Work]
+    arriving: dict[int, list[list[torch.Tensor]]]  # by chunk: what is to be added to it

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from harness.comm.job import Job
-from harness.comm.replicas import ReplicaExchange, replica_bytes
+from harness.comm.replicas import ReplicaExchange, replica_bytes, replica_shares
 from harness.comm.sparse import Chunks, Transfer, plan_sparse
 from harness.errors import bad
 from harness.layer.experts import Experts
@@ -137,6 +137,10 @@ class CopiedSystem(UnifiedSystem):
         own = case.model.num_experts // case.topology.num_ranks
         # whole ones: a parameter and its gradient, which is what is asked for, and two moments
         return 2 * case.model.num_layers * (num_slots(case) - own)
+
+    @classmethod
+    def planned_shares(cls, case: Case) -> np.ndarray:
+        return replica_shares(case.routing, cls.first(case).hosts, case.topology)
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:

@@ -101,6 +101,7 @@ class Passage(abc.ABC):
     y: torch.Tensor
     dy: torch.Tensor
     dx: torch.Tensor | None
+    turns: bool = False  # the last layer of a step: its backward follows its forward at once
 
     @abc.abstractmethod
     def forward(

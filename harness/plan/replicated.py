@@ -15,10 +15,11 @@ holder, and what the holders find for the gradient is summed back at the owner. 
     class Mine(ReplicatedSystem):
         def policy(cls, case, job): return Shadow(...)
 
-In a plan: ``gather.inter`` and ``gather.intra`` beside the dense part before the layer (``Passage.ahead``),
-``late.*`` behind the dispatch for revised placements, ``reduce.intra`` and ``reduce.inter`` beside the dense part
-behind its backward (``Passage.behind``), on the link lanes. With ``Policy.rematerialises`` copies are let go after
-the layer's forward and gathered again (``regather.*``) beside the dense part of the layer above in backward.
+In a plan: ``gather.inter``, ``gather.near`` (what comes from inside the node) and ``gather.intra`` beside the dense
+part before the layer (``Passage.ahead``), ``late.*`` behind the dispatch for revised placements, ``reduce.intra`` and
+``reduce.inter`` beside the dense part behind its backward (``Passage.behind``), on the link lanes. With
+``Policy.rematerialises`` copies are let go after the layer's forward and gathered again (``regather.*``) beside the
+dense part of the layer above in backward; those of the last layer, whose backward is next, stay.
 
 Owners may change between steps: ``harness.plan.moving.move`` with the optimizer, then ``ReplicatedLayer.place``; a rank
 may own any number of a layer's experts. Phase ``exchange`` has no experts, so none are copied.
@@ -29,13 +30,14 @@ from __future__ import annotations
 import abc
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Literal
 
 import numpy as np
 import torch
 
 from harness.comm.job import Job
-from harness.comm.replicas import ReplicaExchange, replica_bytes
+from harness.comm.replicas import ReplicaExchange, replica_bytes, replica_shares
 from harness.comm.sparse import Chunks, SparsePlan, Transfer, plan_sparse
 from harness.layer.experts import Experts
 from harness.layer.gates import Gated
@@ -46,6 +48,7 @@ from harness.placement import Placement
 from harness.plan.graph import INTER, INTRA, Plan
 from harness.plan.native import NativeLayer, NativePassage
 from harness.routing.certificate import expert_counts
+from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES
 from harness.system import Case
 
@@ -163,6 +166,11 @@ class ReplicatedPassage(NativePassage):
         self.regathered: list[str] = []
         self.revises = layer.policy.revises and isinstance(layer.experts, Experts)
 
+    @property
+    def releases(self) -> bool:
+        """Whether copies are let go between forward and backward."""
+        return self.layer.policy.rematerialises and not self.turns
+
     # ------------------------------------------------------------------ plan
 
     def ahead(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
@@ -173,11 +181,12 @@ class ReplicatedPassage(NativePassage):
         return self.gathered
 
     def ready(self, plan: Plan, prefix: str) -> list[str]:
-        if self.revises:
-            return self.gathered + self._stages(
-                plan, f"{prefix}late", (), lambda: self._gather(self.late), None, "gather"
-            )
-        return self.gathered
+        if not self.revises:
+            return self.gathered
+        known = [f"{prefix}metadata"]  # what is late is known after it
+        return self.gathered + self._stages(
+            plan, f"{prefix}late", known, lambda: self._gather(self.late), None, "gather"
+        )
 
     def ahead_back(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
         def begin() -> Transfer:
@@ -185,7 +194,7 @@ class ReplicatedPassage(NativePassage):
                 each.restore()
             return Transfer(self.layer.job, self._sparse(self.hosts), self._held())
 
-        if self.layer.policy.rematerialises:
+        if self.releases:
             known = None if self.revises else self.early
             self.regathered = self._stages(plan, f"{prefix}regather", after, begin, known, "gather")
         return self.regathered
@@ -205,32 +214,52 @@ class ReplicatedPassage(NativePassage):
 
         return [plan.add(f"{prefix}release", INTER, last, run=let_go)] if last else []
 
-    def _stages(self, plan, name, after, begin, sparse, kind) -> list[str]:  # type: ignore[no-untyped-def]
-        """Add the stages of a transfer, which ``begin`` makes when the first one runs: those between nodes on their
-        lane, those inside on the other. ``sparse``: what it will be; None: known only then. No tasks where nothing
-        travels."""
-        num_levels = self.layer.job.topology.num_levels
-        lanes = {INTER: (0,), INTRA: tuple(range(1, num_levels))}
-        if sparse is not None:
-            lanes = {lane: tuple(i for i in stages if len(sparse.stages[i].chunk)) for lane, stages in lanes.items()}
-        order = [lane for lane in (INTER, INTRA) if lanes[lane]]
-        if kind == "reduce":
-            order, lanes = order[::-1], {lane: stages[::-1] for lane, stages in lanes.items()}
+    def _stages(
+        self,
+        plan: Plan,
+        name: str,
+        after: Iterable[str],
+        begin: Callable[[], Transfer],
+        known: SparsePlan | None,
+        kind: Literal["gather", "reduce"],
+    ) -> list[str]:
+        """Add a transfer, which ``begin`` makes when its first task runs: what crosses between nodes and what stays
+        inside are tasks of their lanes. A gather spreads chunks whose owner is in the node without waiting for others.
+        ``known``: what will travel; None: known only then. No tasks where nothing does; returns the last ones."""
+        inside = tuple(range(1, self.layer.job.topology.num_levels))
+        parts: list[tuple[str, str, tuple[int, ...], bool | None]] = [
+            (INTER, INTER, (0,), None),
+            ("near", INTRA, inside, True),
+            (INTRA, INTRA, inside, False),
+        ]
+        if kind == "reduce":  # owners' rows are added to by one lane after the other
+            parts = [(INTRA, INTRA, inside[::-1], None), (INTER, INTER, (0,), None)]
+        if known is not None:
+            parts = [part for part in parts if any(_travels(known, stage, part[3]) for stage in part[2])]
         running: list[Transfer] = []
-        last = list(after)
-        for i, lane in enumerate(order):
+        left, lock = [len(parts)], threading.Lock()
+        last, ends = list(after), []
+        for part, lane, stages, near in parts:
 
-            def run(
-                first: bool = i == 0, stages: tuple[int, ...] = lanes[lane], last: bool = i + 1 == len(order)
-            ) -> None:
-                if first:
-                    running.append(begin())
-                running[0].run(*stages)
-                if last:
-                    running.clear()  # and its hold on memory
+            def run(stages: tuple[int, ...] = stages, near: bool | None = near) -> None:
+                with lock:
+                    if not running:
+                        running.append(begin())
+                    transfer = running[0]
+                transfer.run(*stages, near=near)
+                with lock:
+                    left[0] -= 1
+                    if not left[0]:
+                        running.clear()  # and its hold on memory
 
-            last = [plan.add(f"{name}.{lane}", lane, last, run=run, kind=name.split(".")[-1])]
-        return last if order else []
+            task = plan.add(
+                f"{name}.{part}", lane, after if part == "near" else last, run=run, kind=name.split(".")[-1]
+            )
+            if part == "near":
+                ends = [task]
+            else:
+                last = [task]
+        return [*ends, *last] if parts else []
 
     # ------------------------------------------------------------------ execution
 
@@ -284,10 +313,14 @@ class ReplicatedPassage(NativePassage):
         if not self.copies:
             return self.layer.experts(arrived, self.plan.counts)
         made = self.layer.experts(arrived, self.plan.counts, [each.tensors for each in self.copies])
-        if self.layer.policy.rematerialises:
+        if self.releases:
             for each in self.copies:
                 each.release()
         return made
+
+
+def _travels(sparse: SparsePlan, stage: int, near: bool | None) -> bool:
+    return bool(len(sparse.stages[stage].chunk)) and (near is None or bool((sparse.near(stage) == near).any()))
 
 
 class ReplicatedSystem(UnifiedSystem):
@@ -305,24 +338,32 @@ class ReplicatedSystem(UnifiedSystem):
         return ReplicatedLayer(case, job, weights, cls.policy(case, job))
 
     @classmethod
+    def planned_hosts(cls, case: Case, policy: Policy, routing: Routing) -> tuple[np.ndarray, np.ndarray]:
+        """P' of the batch whose placement is decided by what the policy knows at first, before the gate and after."""
+        if case.identity_experts:
+            return case.placement.hosts, case.placement.hosts
+        early = policy.expect(case.placement.owner, case.topology.num_ranks)
+        return early, policy.revise(early, expert_counts(routing)) if policy.revises else early
+
+    @classmethod
+    def planned_shares(cls, case: Case) -> np.ndarray:
+        _, hosts = cls.planned_hosts(case, cls.policy(case, None), case.routing)
+        return replica_shares(case.routing, hosts, case.topology)
+
+    @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
-        """Of the batch whose placement is decided by what the policy knows at first."""
         routing = cls.planned_routing(case)
         if routing is None:
             return None
         policy, owner = cls.policy(case, None), case.placement.owner
-        hosts = case.placement.hosts
-        row_bytes = case.model.hidden * DTYPE_BYTES[case.dtype]
+        early, hosts = cls.planned_hosts(case, policy, routing)
+        exchange = replica_bytes(routing, hosts, case.topology, case.model.hidden * DTYPE_BYTES[case.dtype])
         if case.identity_experts:
-            return replica_bytes(routing, hosts, case.topology, row_bytes)
-        each, own = expert_bytes(case.model, case.dtype), hosts
-        hosts = policy.expect(owner, case.topology.num_ranks)
-        parts = {"gather": plan_sparse(owner, hosts, case.topology).bytes(each)}
-        if policy.revises:
-            early, hosts = hosts, policy.revise(hosts, expert_counts(routing))
-            parts["gather"] += plan_sparse(owner, (hosts & ~early) | own, case.topology).bytes(each)
-        whole = plan_sparse(owner, hosts, case.topology).bytes(each)
-        if policy.rematerialises:
-            parts["regather"] = whole
-        parts["reduce"] = whole.T.copy()
-        return parts | replica_bytes(routing, hosts, case.topology, row_bytes)
+            return exchange
+        each = expert_bytes(case.model, case.dtype)
+        gather = whole = plan_sparse(owner, hosts, case.topology).bytes(each)
+        if hosts is not early:
+            late = (hosts & ~early) | case.placement.hosts
+            gather = sum(plan_sparse(owner, part, case.topology).bytes(each) for part in (early, late))
+        again = {"regather": whole} if policy.rematerialises else {}
+        return {"gather": gather, **again, "reduce": whole.T.copy(), **exchange}

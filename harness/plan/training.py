@@ -185,6 +185,7 @@ class TrainingStep:
     def _forward(self, plan: Plan, tokens: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
         gpt, dense, passages = self.gpt, self.dense, self.passages
         self.embed, self.head = Segment(), Segment()
+        passages[-1].turns = True
 
         def look_up(ids: torch.Tensor) -> torch.Tensor:
             return gpt.token(ids) + gpt.position.weight[: ids.shape[1]]
@@ -213,7 +214,6 @@ class TrainingStep:
             tasks[0] = _before(take_over, tasks[0]) if i else tasks[0]
             tasks[-1] = _behind(tasks[-1], hand_over)
             last = forward_layer(plan, way.forward, tasks, ahead=way.ahead, prefix=f"layer{i}.", after=last)
-        passages[-1].ahead_back(plan, f"layer{len(passages) - 1}.backward.", last)
         return [plan.add("head", COMPUTE, last, run=finish)]
 
     def _backward_layer(self, plan: Plan, i: int, after: list[str]) -> list[str]:

@@ -157,13 +157,9 @@ def hosts_of(known: type[System], case: Case) -> Array:
     """Who holds what in a batch, bool [E, num_ranks]."""
     if issubclass(known, CopiedSystem):
         return known.first(case).hosts
-    hosts = case.placement.hosts
     if issubclass(known, ReplicatedSystem):
-        policy = known.policy(case, None)
-        hosts = policy.expect(case.placement.owner, case.topology.num_ranks)
-        if policy.revises:
-            hosts = policy.revise(hosts, expert_counts(case.routing))
-    return hosts
+        return known.planned_hosts(case, known.policy(case, None), case.routing)[1]
+    return case.placement.hosts
 
 
 def step_plan(experiment: Experiment, links: Links) -> Plan | None:

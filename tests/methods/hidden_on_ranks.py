@@ -1,42 +1,46 @@
-"""How much of what Hecate sends beside the attention is hidden, on every rank."""
+"""What every rank does to see how much of what Hecate sends is hidden."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
+import numpy as np
+
 from harness.bench import train
 from harness.comm.job import Job
+from harness.plan.graph import Plan, Timeline
 from harness.registry import system
 from harness.specs import Experiment
 
 
-def hidden(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
-    """Hidden part of every gather, re-gather and reduction of the last step, and the step's time and memory."""
+def traced(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of every step, the last one's timeline, and memory."""
     experiment = Experiment.model_validate(payload["experiment"])
-    trainer = train.Trainer(job, system(experiment.system), experiment)
-    seconds = []
+    trainer, seconds = train.Trainer(job, system(experiment.system), experiment), []
     for _ in range(payload["num_steps"]):
         tokens = trainer.training.prepare(trainer.step)
         begin = time.perf_counter()
         trainer._job_loss(trainer._update(tokens))
         seconds.append(time.perf_counter() - begin)
     timeline = trainer.timelines()["step"]
-    found = {
-        kind: {name: float(part) for name, part in timeline.hidden(kind).items()}
-        for kind in ("gather", "regather", "reduce")
-    }
-    spans = {
-        task.name: (float(start), float(end))
-        for task, start, end in zip(timeline.plan.tasks, timeline.start_s, timeline.end_s, strict=True)
-    }
-    measured, planned = trainer.memory() if payload.get("memory") else ({}, {})
-    policy = getattr(trainer.layers[0], "policy", None)
+    measured, planned = trainer.memory()
     return {
-        "hidden": found,
         "seconds": seconds,
-        "spans": spans,
-        "t": getattr(policy, "t", None),
+        "tasks": [(task.name, task.lane, task.kind) for task in timeline.plan.tasks],
+        "start_s": timeline.start_s.tolist(),
+        "end_s": timeline.end_s.tolist(),
+        "t": getattr(getattr(trainer.layers[0], "policy", None), "t", None),
+        "copies": [int((layer.hosts.sum(1) - 1).sum()) for layer in trainer.layers if hasattr(layer, "hosts")],
         "measured": measured,
         "planned": planned,
     }
+
+
+def timeline_of(found: list[dict[str, Any]]) -> Timeline:
+    """[num_tasks, ranks] of what all ranks returned."""
+    plan = Plan()
+    for name, lane, kind in found[0]["tasks"]:
+        plan.add(name, lane, kind=kind)
+    start, end = (np.array([each[key] for each in found]).T for key in ("start_s", "end_s"))
+    return Timeline(plan, start - start.min(), end - start.min())

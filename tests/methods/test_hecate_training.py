@@ -80,3 +80,17 @@ def test_the_overlap_degree_is_what_the_attention_hides(session):
     degree = found[0]["t"]
     assert degree == found[3]["t"]
     assert 0 <= degree < EXPERTS  # attention of a millisecond, experts of 16 KiB at 1 MB/s
+
+
+def test_training_goes_on_with_the_shards_it_had(session, tmp_path):
+    """Ranks own other numbers of a layer's experts by then."""
+    payload = training("hecate", cluster((2, 2)), options={"t": 3, "window": 2, "reshard_every": 2})
+    payload |= {"folder": str(tmp_path / "cut"), "every": 5, "num_steps": 5, "dies_at": 0}
+    trained = "tests.bench.checkpoint_on_ranks:trained"
+    session(cluster((2, 2))).call(trained, payload)
+    rest = session(cluster((2, 2))).call(trained, payload | {"num_steps": 9})[0]
+    whole = session(cluster((2, 2))).call(trained, payload | {"folder": str(tmp_path / "whole"), "num_steps": 9})[0]
+    assert rest["began"] == 5
+    assert len(rest["losses"]) == 4
+    for step, loss in rest["losses"].items():
+        assert loss == pytest.approx(whole["losses"][step], rel=1e-9)

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from harness.bench import conformance
+from harness.bench.timing import Stopwatch
 from harness.comm.job import Job
 from harness.comm.sparse import Chunks, Transfer, plan_sparse
 from harness.plan.replicated import Policy, ReplicatedSystem
 from harness.routing import planned_routing
 from harness.specs import Workload
 from harness.system import Case
+from harness.traffic import crossing
 
 
 def random_hosts(rng: np.random.Generator, owner: np.ndarray, num_ranks: int, share: float) -> np.ndarray:
@@ -92,3 +94,25 @@ def collectives(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         found["received"].append(len(copied))
         found["planned"].append(int(plan.bytes(1.0)[:, job.rank].sum()))
     return found
+
+
+def counted(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """Bytes over the node link at the interfaces during a gather and its reduction, beside the planned ones."""
+    rng = np.random.default_rng(0)
+    owner = np.arange(payload["rows"]) % job.num_ranks
+    hosts = random_hosts(rng, owner, job.num_ranks, payload["share"])
+    plan = plan_sparse(owner, hosts, job.topology)
+    ids = np.flatnonzero(hosts[:, job.rank])
+    held = [Chunks(ids.tolist(), [torch.ones(len(ids), payload["elements"], dtype=torch.float32)])]
+    watch, samples = Stopwatch(job), []
+    for kind in ("gather", "reduce"):
+        transfer = Transfer(job, plan, held, kind)  # type: ignore[arg-type]
+        samples.append(watch.measure(0, kind, lambda transfer=transfer: transfer.run(*transfer.order)))
+    matrix = plan.bytes(4.0 * payload["elements"])
+    planned = [float(crossing(each, job.topology)[0]) for each in (matrix, matrix.T)]
+    return {
+        "counted": [sample.num_bytes[0] for sample in samples if sample.num_bytes],
+        "planned": planned if job.rank == 0 else [],
+        "received": float(matrix.sum(0).max()),
+        "limit": plan.sparsity * 4.0 * payload["elements"] * payload["rows"],
+    }

@@ -12,6 +12,7 @@ from harness.routing import make_routing
 from harness.specs import Model, Workload
 from harness.topology import Topology
 from harness.traffic import crossing
+from tests.launch.clusters import EMULATED
 from tests.methods.test_hiermoe import cluster
 from tests.plan.replicated_on_ranks import random_hosts
 
@@ -104,3 +105,17 @@ def test_planned_bytes_without_replicas_are_the_flat_exchanges():
     routing = make_routing(Workload(name="w", tokens_per_rank=40, generator="uniform"), model, topology)
     found, flat = replica_bytes(routing, placement.hosts, topology, 8.0), flat_bytes(routing, placement, 8)
     assert all((found[part] == flat[part]).all() for part in ("dispatch", "combine", "combine_grad", "dispatch_grad"))
+
+
+def test_no_more_than_the_plan_goes_over_the_node_link(session):
+    """spAG and spRS of the same placement: both lambda S at most, at the interfaces of an emulated cluster."""
+    payload = {"rows": 16, "elements": 32_768, "share": 0.5}
+    ranks = session(EMULATED)
+    if not ranks.network["shaped"]:
+        pytest.skip(ranks.network["reason"])
+    found = ranks.call(ON_RANKS + "counted", payload)[0]
+    for counted, planned in zip(found["counted"], found["planned"], strict=True):
+        assert planned > 2**20
+        assert 1.0 <= counted / planned < 1.02
+    assert found["planned"][0] == found["planned"][1]
+    assert found["received"] <= found["limit"]
