@@ -18,12 +18,14 @@ import numpy as np
 import pandas as pd
 
 from baselines.fastermoe import FasterMoE, apart, num_groups
+from baselines.smartmoe import greedy
 from harness import ledger
 from harness.bench.train import training_case
 from harness.comm.replicas import nearest
 from harness.errors import bad
 from harness.ledger import Calibration
 from harness.memory import expert_bytes
+from harness.placement import Placement
 from harness.plan.agreement import agreement
 from harness.plan.copied import CopiedSystem
 from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Plan, Timeline
@@ -37,6 +39,7 @@ from harness.specs import DTYPE_BYTES, GEMMS, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 from harness.traffic import port_load
+from methods.hecate.shard import shard
 
 Array = np.ndarray
 METADATA = ("metadata", "metadata_grad")
@@ -99,24 +102,42 @@ class LayerCosts:
     reduce: tuple[float, float]
 
 
-def layer_costs(experiment: Experiment, links: Links, layer: int) -> LayerCosts | None:
-    """None for a system whose tasks are not known here."""
-    known = system(experiment.system)
-    if not issubclass(known, NativeSystem | ReplicatedSystem | CopiedSystem):
-        return None
-    case = training_case(experiment, links.topology, "cpu", layer)
-    gemm, model = case.cluster.gemm if case.cluster is not None else None, case.model
-    if gemm is None or not case.stand_in:
-        return None
-    tokens = max(case.routing.tokens)
-    head = model.hidden // model.num_heads
+def cases_of(known: type[System], experiment: Experiment, topology: Topology) -> list[Case]:
+    """The layers of a step, with t as Hecate profiles it in its second step, and with experts where a placement or a
+    re-sharding has brought them whose interval is an option (it is longer than a run otherwise)."""
+    cases = [training_case(experiment, topology, "cpu", layer) for layer in range(experiment.model.num_layers)]
+    options, model = dict(experiment.options), experiment.model
+    if "t" in known.options and "t" not in options:
+        bandwidth = experiment.cluster.levels[0].bandwidth_bytes_per_s or 0.0
+        gathered = attention_s(cases[0]) * bandwidth / expert_bytes(model, experiment.dtype)
+        options["t"] = min(model.num_experts, int(gathered))
+    loads = np.stack([expert_counts(case.routing).sum(0) for case in cases])
+    placements = [case.placement for case in cases]
+    if "place_every" in options:
+        placements = [greedy(load, placement) for load, placement in zip(loads, placements, strict=True)]
+    elif options.get("reshard_every"):
+        owners = shard(loads, int(options["t"]), topology, np.stack([each.owner for each in placements]))
+        placements = [Placement.reshaped(owner, each) for owner, each in zip(owners, placements, strict=True)]
+    return [
+        dataclasses.replace(case, options=options, placement=placement)
+        for case, placement in zip(cases, placements, strict=True)
+    ]
+
+
+def attention_s(case: Case) -> float:
+    """Forward, as its stand-in waits."""
+    gemm, model = case.stand_in_costs, case.model
+    assert gemm is not None
+    tokens, head = max(case.routing.tokens), model.hidden // model.num_heads
     width, narrow = model.num_heads * head, (model.num_kv_heads or model.num_heads) * head
     macs = tokens * (2 * model.hidden * (width + narrow) + 2 * min(model.seq, tokens) * width)
-    attention_s = 4 * gemm.alpha_s + macs * gemm.beta_s_per_mac
-    if "t" in known.options and "t" not in case.options and (outer := case.cluster) is not None:
-        bandwidth = outer.levels[0].bandwidth_bytes_per_s or 0.0  # as the system profiles it in its second step
-        t = min(model.num_experts, int(attention_s * bandwidth / expert_bytes(model, case.dtype)))
-        case = dataclasses.replace(case, options={**case.options, "t": t})
+    return 4 * gemm.alpha_s + macs * gemm.beta_s_per_mac
+
+
+def layer_costs(known: type[System], case: Case, links: Links) -> LayerCosts | None:
+    """None where the bytes of a layer are not known."""
+    gemm, model = case.stand_in_costs, case.model
+    assert gemm is not None
     parts = known.planned_bytes(case)
     if parts is None:
         return None
@@ -141,7 +162,7 @@ def layer_costs(experiment: Experiment, links: Links, layer: int) -> LayerCosts 
     busiest = [float((rows.sum(1) * mask).sum(0).max()) for mask in masks]
     shadows_s = start_s + float(shadows.max()) * row_macs * gemm.beta_s_per_mac if shadows.any() else 0.0
     return LayerCosts(
-        attention_s,
+        attention_s(case),
         links.both(parts["metadata"]),
         tuple(links.both(travelling * mask * row_bytes) for mask in masks),
         tuple(start_s + most * row_macs * gemm.beta_s_per_mac for most in busiest),
@@ -164,7 +185,10 @@ def hosts_of(known: type[System], case: Case) -> Array:
 
 def step_plan(experiment: Experiment, links: Links) -> Plan | None:
     """The tasks of one training step, priced; None where some are not known."""
-    found = [layer_costs(experiment, links, layer) for layer in range(experiment.model.num_layers)]
+    known = system(experiment.system)
+    if not issubclass(known, NativeSystem | ReplicatedSystem | CopiedSystem):
+        return None
+    found = [layer_costs(known, case, links) for case in cases_of(known, experiment, links.topology)]
     layers = [each for each in found if each is not None]
     if len(layers) < len(found):
         return None
@@ -245,7 +269,7 @@ class Simulator:
         return self._timelines(Experiment.model_validate(run.experiments[cell]))
 
     def _timelines(self, experiment: Experiment) -> dict[str, Timeline]:
-        if experiment.phase != "train_step" or experiment.compute != "stand-in":
+        if experiment.phase != "train_step" or experiment.compute != "stand-in" or experiment.cluster.gemm is None:
             return {}
         cluster = experiment.cluster
         if (found := ledger.latest(cluster, self.folder)) is None:

@@ -76,6 +76,10 @@ def test_every_system_has_its_tasks(timelines):
 def test_skew_costs_those_who_do_nothing_about_it(timelines, links):
     seconds = {system: float(t.total_s) for system, t in timelines.items()}
     assert seconds["smartmoe"] == seconds["flat"]  # it moves nothing in its first steps
+    placed = predict.Simulator()._timelines(experiment("smartmoe", options={"place_every": 5}))["step"]
+    assert float(placed.total_s) < seconds["flat"]
+    sharded = predict.Simulator()._timelines(experiment("hecate", options={"reshard_every": 5}))["step"]
+    assert float(sharded.total_s) != seconds["hecate"]
     assert seconds["hecate"] < seconds["flat"]
     assert seconds["hecate"] <= seconds["hecate-rm"]
     assert seconds["flexmoe"] < seconds["flat"]

@@ -29,8 +29,12 @@ def test_every_study_is_shown():
 
 def test_its_suite_races_every_system_that_the_claims_name():
     assert suite("hecate") == "hecate-emulated"
-    raced = {each.system for each in load("hecate-emulated").experiments}
-    assert raced <= set(systems())
+    experiments = load("hecate-emulated").experiments
+    assert {each.system for each in experiments} <= set(systems())
+    raced = set()
+    for each in experiments:
+        options = ", ".join(f"{key}={value}" for key, value in sorted(each.options.items()))
+        raced.add(f"{each.system} ({options})" if options else each.system)
     for claim in claims.read(claims.RESULTS / "claims" / "hecate.yaml"):
         for each in claim.experiments:
             if each.run:
