@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.memory import expert_bytes, state_bytes
+from harness.plan.copies import meter_of
 from harness.plan.graph import Plan, Timeline
-from harness.plan.replicated import ReplicatedLayer, meter_of
+from harness.plan.replicated import ReplicatedLayer
 
 if TYPE_CHECKING:
     from harness.bench.train import Trainer
