@@ -37,6 +37,7 @@ from harness.errors import bad
 from harness.layer.experts import Experts
 from harness.layer.gates import Gated
 from harness.layer.weights import Weights
+from harness.options import whole
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
 from harness.plan.replicated import Policy, ReplicatedLayer, ReplicatedPassage, ReplicatedSystem
 from harness.plan.segment import Segment
@@ -355,9 +356,7 @@ class FasterMoE(ReplicatedSystem):
 
     @classmethod
     def policy(cls, case: Case, job: Job | None) -> Shadowing:
-        wanted = case.options.get("shadows")
-        if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0):
-            raise bad("options.shadows", wanted, "must be a whole number of at least 0")
+        wanted = whole(case, "shadows", 0, case.model.num_experts, 0) if "shadows" in case.options else None
         return Shadowing(LatencyModel.of(case), wanted)
 
     @classmethod
@@ -374,9 +373,9 @@ class FasterMoE(ReplicatedSystem):
 def num_groups(case: Case) -> int:
     """Of the smart schedule, by a case's options."""
     num_ranks = case.topology.num_ranks
-    wanted = case.options.get("groups", math.gcd(GROUPS, num_ranks))
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1 or num_ranks % wanted:
-        raise bad("options.groups", wanted, f"must be a whole number that divides the {num_ranks} ranks")
+    wanted = whole(case, "groups", math.gcd(GROUPS, num_ranks), num_ranks)
+    if num_ranks % wanted:
+        raise bad("options.groups", wanted, f"must divide the {num_ranks} ranks")
     return wanted
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from harness.errors import bad
 from harness.memory import expert_bytes
+from harness.options import whole
 from harness.placement import Placement
 from harness.plan.copied import CopiedSystem, num_slots
 from harness.plan.rearrange import Planner
@@ -132,7 +133,7 @@ class FlexMoE(CopiedSystem):
     @classmethod
     def planner(cls, case: Case) -> Planner:
         costs, wide = Costs.of(case), num_slots(case)
-        every = int(case.options.get("rearrange_every", cls.every))
+        every = whole(case, "rearrange_every", cls.every, 10**9)
 
         def plan(load: np.ndarray, placement: Placement) -> Placement:
             slots = np.full((case.topology.num_ranks, wide), -1, dtype=np.int64)

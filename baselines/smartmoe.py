@@ -18,7 +18,7 @@ import numpy as np
 
 from baselines.flat import Flat
 from harness.comm.job import Job
-from harness.errors import bad
+from harness.options import whole, yes
 from harness.placement import Placement
 from harness.plan.rearrange import Rearranger
 from harness.system import AfterStep, Case, MoELayer
@@ -50,11 +50,7 @@ def greedy(load: np.ndarray, placement: Placement) -> Placement:
 
 def placer(layers: Sequence[MoELayer], case: Case, job: Job) -> Rearranger:
     """From a case's options."""
-    every, states = case.options.get("place_every", EVERY), case.options.get("optimizer_state", True)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise bad("options.place_every", every, "must be a whole number of at least 1")
-    if not isinstance(states, bool):
-        raise bad("options.optimizer_state", states, "must be true or false")
+    every, states = whole(case, "place_every", EVERY, 10**9), yes(case, "optimizer_state", True)
     return Rearranger(job, layers, greedy, every, WINDOW, states)  # type: ignore[arg-type]
 
 

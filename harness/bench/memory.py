@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from harness.memory import expert_bytes, state_bytes
+from harness.plan.copies import meter_of
 from harness.plan.graph import Plan, Timeline
 from harness.plan.native import NativeLayer
-from harness.plan.replicated import ReplicatedLayer, meter_of
+from harness.plan.replicated import ReplicatedLayer
 
 if TYPE_CHECKING:
     from harness.bench.train import Trainer
@@ -47,10 +48,11 @@ def measured(trainer: Trainer) -> dict[str, float]:
         return marked
 
     def serially(plan: Plan) -> Timeline:
-        plan.tasks = [
-            dataclasses.replace(task, run=at_head(task.run)) if task.name == "head" and task.run else task
-            for task in plan.tasks
-        ]
+        for i, task in enumerate(plan.tasks):
+            if task.name == "head" and task.run is not None:
+                plan.tasks[i] = dataclasses.replace(task, run=at_head(task.run))
+            elif task.name == "after-step":  # nobody moves now
+                plan.tasks[i] = dataclasses.replace(task, run=None)
         return trainer.lanes.run(plan, serial=True)
 
     before = parameters + buffer + _optimizer_bytes(training.optimizer)

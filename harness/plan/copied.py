@@ -23,11 +23,11 @@ import torch
 from harness.comm.job import Job
 from harness.comm.replicas import ReplicaExchange, replica_bytes, replica_shares
 from harness.comm.sparse import Chunks, Transfer, plan_sparse
-from harness.errors import bad
 from harness.layer.experts import Experts
 from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
 from harness.memory import expert_bytes
+from harness.options import whole
 from harness.placement import Placement
 from harness.plan.graph import INTER, INTRA, Plan
 from harness.plan.native import NativeLayer, NativePassage
@@ -127,9 +127,7 @@ class CopiedSystem(UnifiedSystem):
 
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        every = case.options.get("rearrange_every", cls.every)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise bad("options.rearrange_every", every, "must be a whole number of at least 1")
+        every = whole(case, "rearrange_every", cls.every, 10**9)
         return Rearranger(job, layers, cls.planner(case), every)  # type: ignore[arg-type]
 
     @classmethod
@@ -158,7 +156,5 @@ class CopiedSystem(UnifiedSystem):
 
 def num_slots(case: Case) -> int:
     """Of a rank."""
-    slots = case.options.get("slots", 2 * int(case.placement.hosts.sum(0).max()))
-    if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
-        raise bad("options.slots", slots, "must be a whole number of at least 1")
-    return slots
+    most = case.model.num_experts
+    return whole(case, "slots", min(most, 2 * int(case.placement.hosts.sum(0).max())), most)

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import abc
 import threading
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -45,6 +44,7 @@ from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
 from harness.memory import expert_bytes
 from harness.placement import Placement
+from harness.plan.copies import Copies, meter_of
 from harness.plan.graph import INTER, INTRA, Plan
 from harness.plan.native import NativeLayer, NativePassage
 from harness.routing.certificate import expert_counts
@@ -69,62 +69,6 @@ class Policy:
     def revise(self, hosts: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """P' for this batch, after its gate; contains ``hosts``, which are gathered already."""
         return hosts
-
-
-class Copies:
-    """Experts that a rank holds for one batch beside its own; ``tensors`` by name [len(ids), ...]."""
-
-    def __init__(self, experts: Experts, ids: np.ndarray, meter: Meter):
-        self.ids, self.meter = ids, meter
-        own = {name: getattr(experts, name) for name in experts.names}
-        self.tensors = {
-            name: p.new_empty((len(ids), *p.shape[1:]), requires_grad=torch.is_grad_enabled())
-            for name, p in own.items()
-        }
-        self.sizes = [(t.untyped_storage(), t.untyped_storage().nbytes()) for t in self.tensors.values()]
-        self.num_bytes = sum(size for _, size in self.sizes)
-        self.here = True
-        meter.add(self.num_bytes)
-
-    def release(self) -> None:
-        """Let the memory go; the tensors, which autograd has saved, stay and can be filled again."""
-        if self.here:
-            self.here = False
-            for storage, _ in self.sizes:
-                storage.resize_(0)
-            self.meter.add(-self.num_bytes)
-
-    def restore(self) -> None:
-        """Memory again, with nothing in it."""
-        self.here = True
-        for storage, size in self.sizes:
-            storage.resize_(size)
-        self.meter.add(self.num_bytes)
-
-    def __del__(self) -> None:
-        if self.here:
-            self.meter.add(-self.num_bytes)
-
-
-class Meter:
-    """Bytes of the copies that a rank holds now, over all layers, and the most so far."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-        self._lock = threading.Lock()
-
-    def add(self, num_bytes: int) -> None:
-        with self._lock:
-            self.now += num_bytes
-            self.peak = max(self.peak, self.now)
-
-
-def meter_of(job: Job) -> Meter:
-    """The one of a rank's job."""
-    return _meters.setdefault(job, Meter())
-
-
-_meters: weakref.WeakKeyDictionary[Job, Meter] = weakref.WeakKeyDictionary()
 
 
 class ReplicatedLayer(NativeLayer):

@@ -10,8 +10,8 @@ import numpy as np
 
 from harness.comm.replicas import nearest
 from harness.comm.sparse import plan_sparse
-from harness.errors import bad
 from harness.memory import expert_bytes
+from harness.options import whole, yes
 from harness.plan.replicated import Policy
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
@@ -38,12 +38,12 @@ class Options:
     def of(cls, case: Case, rematerialise: bool = False) -> Options:
         most = case.model.num_experts
         return cls(
-            _whole(case, "t", None, 0, most),
-            _whole(case, "m", None, 0, most),
-            _whole(case, "window", WINDOW, 1, 10**6) or WINDOW,
-            _whole(case, "reshard_every", RESHARD_EVERY, 0, 10**9) or 0,
-            _yes(case, "rematerialise", rematerialise),
-            _yes(case, "calibrate", False),
+            whole(case, "t", 0, most, 0) if "t" in case.options else None,
+            whole(case, "m", 0, most, 0) if "m" in case.options else None,
+            whole(case, "window", WINDOW, 10**6),
+            whole(case, "reshard_every", RESHARD_EVERY, 10**9, 0),
+            yes(case, "rematerialise", rematerialise),
+            yes(case, "calibrate", False),
         )
 
 
@@ -121,19 +121,3 @@ class Latency:
         compute = 3 * float(rows.sum(0).max()) * self.macs_per_row * self.seconds_per_mac
         np.fill_diagonal(rows, 0)
         return 2 * self.transfer_s(rows * self.row_bytes) + compute
-
-
-def _whole(case: Case, option: str, default: int | None, least: int, most: int) -> int | None:
-    value = case.options.get(option, default)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise bad(f"options.{option}", value, f"must be a whole number from {least} to {most}")
-    return value
-
-
-def _yes(case: Case, option: str, default: bool) -> bool:
-    value = case.options.get(option, default)
-    if not isinstance(value, bool):
-        raise bad(f"options.{option}", value, "must be true or false")
-    return value

@@ -33,6 +33,7 @@ STEPS, WARM = 16, 8  # of training, of which the first lead to a placement and d
 #: of what a device can do, that the computation beside the exchange reaches; no paper states it
 EFFICIENCY = 0.4
 EFFICIENCIES = (0.2, 0.4, 0.6)
+AXIS = "max over mean tokens of an expert"
 NOTE = (
     "Routing is not described in the paper: skew is the max over mean tokens of an expert, drawn Zipf-like and anew "
     "at every step with the same popular experts; skew 1 is uniform random. Placements follow earlier steps' routing. "
@@ -148,7 +149,7 @@ def exchanges(progress: Progress) -> Findings:
     columns = ["model", "variant", "skew", "one_way_s", "over_megatron", "over_hd2", "dimensions", "evidence"]
     shown["variant"] = pd.Categorical(shown["variant"], list(VARIANTS))
     shown = shown[columns].sort_values(["model", "variant", "evidence", "skew"], ascending=[True, True, False, True])
-    raw = {"exchanges": every.assign(evidence="simulated")}
+    raw = {"exchanges": every.assign(evidence="simulated", axis=f"skew, {AXIS}")}
     return Findings({"all-to-all": shown.astype({"variant": str})}, (NOTE,), raw)
 
 
@@ -173,7 +174,10 @@ def steps(progress: Progress) -> Findings:
         "device's rate: the paper states neither its length nor its precision. Nothing overlaps."
     )
     text = printed[["system", "quantity", "value", "evidence"]].rename(columns={"system": "variant"})
-    return Findings({"steps": every.assign(evidence="simulated"), "text": text.reset_index(drop=True)}, (NOTE, note))
+    every["evidence"] = "simulated"
+    axis = [f"skew; computation at {efficiency:.0%} of the device's rate" for efficiency in every["efficiency"]]
+    tables = {"steps": every, "text": text.reset_index(drop=True)}
+    return Findings(tables, (NOTE, note), {"lines": every.assign(axis=axis)})
 
 
 def compute_s(model: Model, cluster: Cluster, efficiency: float = EFFICIENCY) -> float:
@@ -202,7 +206,9 @@ def sweeps(progress: Progress) -> Findings:
             rows.append(one.assign(sweep=sweep, at=at, skew=skew, over_megatron=over(one, "megatron")))
     every = pd.concat(rows, ignore_index=True)
     columns = ["sweep", "at", "skew", "variant", "one_way_s", "over_megatron", "dimensions"]
-    return Findings({"sweeps": every[columns].assign(evidence="simulated")}, (NOTE, "Constants are those of 32 GPUs."))
+    shown = every[columns].assign(evidence="simulated")
+    lines = shown.assign(routing=[f"skew {skew:g}" for skew in shown["skew"]])
+    return Findings({"sweeps": shown}, (NOTE, "Constants are those of 32 GPUs."), {"lines": lines})
 
 
 def ablations(progress: Progress) -> Findings:

@@ -21,6 +21,7 @@ from methods.hiermoe.model import TimeModel
 from methods.hiermoe.swap import GAMMA, MaxFunction, Objective, Statistics, Swap, best_swap, collect, groups
 
 MAX_SHARE = 0.01
+MARGIN = 1.25  # in steps waited, as a search that ends in no swap is lost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Swapper:
         share = torch.tensor([cost_s / step_s], dtype=torch.float64, device=self.job.device)
         if self.job.num_ranks > 1:
             dist.all_reduce(share, dist.ReduceOp.MAX)
-        return math.ceil(float(share) / MAX_SHARE)
+        return math.ceil(MARGIN * float(share) / MAX_SHARE)
 
 
 def _exchange(layer: NativeLayer) -> HierExchange:
