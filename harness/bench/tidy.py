@@ -138,6 +138,10 @@ class _Cell:
         budgets = physics.budgets(self.experiment, registry.system(self.experiment.system), cases_of(self.experiment))
         self._plan(budgets)
         self._times(answers, outcomes, budgets)
+        for rank, outcome in enumerate(outcomes):
+            for kind, metric in (("measured", "memory_bytes"), ("planned", "memory_planned_bytes")):
+                for part, value in outcome.get("memory", {}).get(kind, {}).items():
+                    self._add(metric, value, "bytes", level=part, rank=rank)
         return self.rows
 
     def _add(self, metric: str, value: float, unit: str, **fields: Any) -> None:

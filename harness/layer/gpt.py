@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from harness.errors import bad
-from harness.specs import Model
+from harness.layer.standin import wait
+from harness.specs import Gemm, Model
 
 INIT_STD = 0.02  # of embeddings and projections, as in GPT-2
 
@@ -31,10 +32,15 @@ class Attention(nn.Module):
         self.head = model.hidden // model.num_heads
         self.qkv = nn.Linear(model.hidden, (self.num_heads + 2 * self.num_kv_heads) * self.head, bias=False)
         self.out = nn.Linear(model.hidden, model.hidden, bias=False)
+        self.stand_in: Gemm | None = None  # instead of computing, wait as long as these costs say
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, L, M] -> [B, L, M]."""
-        batch, length, _ = x.shape
+        batch, length, hidden = x.shape
+        if self.stand_in is not None:
+            width = self.num_heads * self.head
+            projections = 2 * hidden * (width + self.num_kv_heads * self.head)
+            return wait(x, self.stand_in, 4, batch * length * (projections + 2 * length * width), self.parameters())
         heads = self.qkv(x).view(batch, length, -1, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         grouped = self.num_kv_heads != self.num_heads
