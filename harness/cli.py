@@ -157,6 +157,7 @@ def record_(
     at: Annotated[list[int] | None, typer.Option(help="Record after this many steps; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to record at each step.")] = 16384,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="Keep the trained model too, for serving (.npz).")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face MoE model to record from.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -184,7 +185,9 @@ def record_(
         if checkpoint:
             made = huggingface.record_checkpoint(checkpoint, out, **common)
         else:
-            made = record.record(presets.model(model), out, num_steps=steps, steps=at or None, seed=seed, **common)
+            made = record.record(
+                presets.model(model), out, num_steps=steps, steps=at or None, seed=seed, weights=weights, **common
+            )
     _show_recording(made, as_json)
 
 

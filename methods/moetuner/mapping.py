@@ -69,7 +69,7 @@ def _exact(
     slack = 0
     while True:
         value = _length(arcs, path) if feasible else math.inf
-        if value - bound <= gap * value + 1e-9:
+        if feasible and value - bound <= gap * value + 1e-9:
             return _ranks(ways[path]), bound, "optimal", slack
         left = time_limit_s - (time.perf_counter() - began)
         if left <= 0 and feasible:
