@@ -28,8 +28,8 @@ ROUNDS = 30  # of the search
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
     """What one of the two programs found: ``owner`` int [L, E] (cluster or rank of each expert), its value, a proven
-    lower bound, and how it ended: ``optimal`` (within the gap asked for), ``search`` (a bound does not reach that far)
-    or ``time limit``."""
+    lower bound, and how it ended: ``optimal`` (within the gap asked for), ``search`` (a bound does not reach that far),
+    ``time limit`` or ``no solver``."""
 
     owner: np.ndarray
     value: float
@@ -70,7 +70,7 @@ def solve(load: np.ndarray, num_clusters: int, gap: float = 0.025, time_limit_s:
         value += deviation(of_layer, owner, num_clusters)
         bound += least
         ended.add(how)
-    how = next((each for each in ("time limit", "search") if each in ended), "optimal")
+    how = next((each for each in ("no solver", "time limit", "search") if each in ended), "optimal")
     stage = Stage(np.stack(owners), value, bound, how, time.perf_counter() - began)
     return dataclasses.replace(stage, ended="optimal") if stage.gap <= gap else stage
 
@@ -126,7 +126,7 @@ def _program(
         found[order] = answer.x[x.ravel()].reshape(x.shape).argmax(1)
         if deviation(load, found, num_clusters) < value:
             owner = found
-    return owner, max(least, answer.bound), "time limit" if answer.out_of_time else "optimal"
+    return owner, max(least, answer.bound), answer.ended
 
 
 __all__ = ["Stage", "deviation", "lower_bound", "solve", "solve_layer"]

@@ -66,7 +66,7 @@ def _exact(
     if len(np.unique(alike[:, 0])) == num_ranks:  # symmetry: cluster 0 of layer 0 may as well go to rank 0
         first = ways[:, 0] == 0
     path, bound, feasible = _with_multipliers(arcs, held, first, low, high)
-    slack = 0
+    free, slack = float(sum(arc.min() for arc in arcs)), 0
     while True:
         value = _length(arcs, path) if feasible else math.inf
         if feasible and value - bound <= gap * value + 1e-9:
@@ -74,18 +74,19 @@ def _exact(
         left = time_limit_s - (time.perf_counter() - began)
         if left <= 0 and feasible:
             return _ranks(ways[path]), bound, "time limit", slack
-        better, least, infeasible, out = _program(arcs, held, first, low - slack, high + slack, gap, left, value)
-        if infeasible and not feasible:
+        better, least, how = _program(arcs, held, first, low - slack, high + slack, gap, left, value)
+        if how == "infeasible" and not feasible:
             slack += 1
             feasible = _off(held, path, low, high) <= slack
+            bound = free  # that of the multipliers was for what cannot be had
             continue
-        if infeasible:  # nothing is below the path that is known
+        if how == "infeasible":  # nothing is below the path that is known
             return _ranks(ways[path]), value, "optimal", slack
         if better is not None and _length(arcs, better) < value:
             path, feasible = better, True
         if not feasible:  # out of time without any solution: the nearest of those seen
             slack = _off(held, path, low, high)
-        return _ranks(ways[path]), max(bound, least), "time limit" if out else "optimal", slack
+        return _ranks(ways[path]), max(bound, least), how, slack
 
 
 def _arc_costs(between: np.ndarray, cost: np.ndarray, ways: np.ndarray) -> np.ndarray:
@@ -169,8 +170,8 @@ def _program(
     gap: float,
     time_limit_s: float,
     start: float,
-) -> tuple[np.ndarray | None, float, bool, bool]:
-    """The shortest path with low .. high experts on every rank: path or None, bound, infeasible, out of time."""
+) -> tuple[np.ndarray | None, float, str]:
+    """The shortest path with low .. high experts on every rank: path or None, bound, how it ended."""
     num_layers, num_nodes, num_ranks = held.shape
     nodes = np.zeros((num_layers, num_nodes))
     nodes[0] = np.where(first, 0.0, np.inf)
@@ -180,7 +181,7 @@ def _program(
         np.nonzero(through <= start * (1 + 1e-9) + 1e-9) if math.isfinite(start) else np.nonzero(np.isfinite(through))
     )
     if num_layers == 1 or not len(layer):
-        return None, -math.inf, True, False
+        return None, -math.inf, "infeasible"
     program = Program(arcs[layer, a, b], np.ones(len(layer), dtype=bool), np.ones(len(layer)))
     index = np.arange(len(layer))
     program.row(index[layer == 0], 1.0, 1, 1)
@@ -197,10 +198,10 @@ def _program(
         program.row(index, weight, low, high)
     answer = program.solve(gap, time_limit_s, start)
     if answer.x is None:
-        return None, answer.bound, answer.infeasible, answer.out_of_time
+        return None, answer.bound, answer.ended
     used = index[answer.x > 0.5]
     used = used[np.argsort(layer[used])]
-    return np.append(a[used], b[used[-1]]), answer.bound, False, answer.out_of_time
+    return np.append(a[used], b[used[-1]]), answer.bound, answer.ended
 
 
 def _ranks(cluster: np.ndarray) -> np.ndarray:

@@ -57,7 +57,10 @@ def _notes(first: Stage, second: Stage) -> list[str]:
     if second.slack:
         notes.append(f"no arrangement has as many experts on every rank; a rank is off by up to {second.slack}")
     for name, stage in (("ILP 1", first), ("ILP 2", second)):
-        if stage.ended == "time limit":
+        if stage.ended == "no solver":
+            why = "HiGHS is not installed (pip install 'scipy>=1.14')"
+            notes.append(f"{name}: {why}: the best placement of the searches was kept, gap {stage.gap:.3g}")
+        elif stage.ended == "time limit":
             notes.append(f"{name} ran into its time limit: the best feasible solution was kept, gap {stage.gap:.3g}")
         elif stage.ended == "search":
             notes.append(f"{name} was searched, not solved: its gap of {stage.gap:.3g} is proven")
@@ -91,7 +94,7 @@ def two_stage(request: Request) -> Placed:
     bound = sum(stage.bound / scale if scale else 0.0 for stage, scale in parts)
     value = score(problem, second.owner).objective
     gap = (value - bound) / value if value else 0.0
-    ended = next((s.ended for s in (first, second) if s.ended == "time limit"), second.ended)
+    ended = next((s.ended for s in (first, second) if s.ended in ("no solver", "time limit")), second.ended)
     facts = {"bound": bound, "gap": gap, "ended": ended, "ilp1": _stage(first), "ilp2": _stage(second)}
     return _placed(request, problem, second.owner, facts, *_notes(first, second))
 

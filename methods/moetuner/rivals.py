@@ -129,4 +129,4 @@ def _program(
     if answer.x is not None:
         found = answer.x[x.ravel()].reshape(x.shape).argmax(2)
         owner = found if leaving(problem, found) < value else start
-    return owner, max(0.0, answer.bound), "time limit" if answer.out_of_time else "optimal"
+    return owner, max(0.0, answer.bound), answer.ended

@@ -45,8 +45,8 @@ NOTE = (
 )
 MODEL_NOTE = (
     "Links and devices at the rates of their data sheets, GEMMs at a share of the peak (efficiency, 0.5 unless said), "
-    "no start-up times, nothing overlaps. Traffic 'dispatcher': tokens go from their home rank to their experts and home "
-    "again, as in Megatron-LM; 'paper': straight from expert to expert, as ILP 2 has it."
+    "no start-up times, nothing overlaps. Traffic 'dispatcher': tokens go from their home rank to their experts and "
+    "home again, as in Megatron-LM; 'paper': straight from expert to expert, as ILP 2 has it."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Iterable
 
 import numpy as np
@@ -123,6 +124,15 @@ def test_where_no_arrangement_is_even_the_least_slack_is_taken() -> None:
     found = mapping.solve(made, np.array([[0, 0, 0, 0, 1, 2]]))
     assert found.slack == 2
     assert sorted(np.bincount(found.owner[0])) == [1, 1, 4]
+    made = problem(profile(2, 6, 0), FLAT3)  # sizes 4, 1 and 1 twice: 5, 5 and 2 at best, where 4 is wanted
+    clusters = np.array([[0, 0, 0, 0, 1, 2]] * 2)
+    found = mapping.solve(made, clusters, gap=0.0)
+    ways = itertools.product(itertools.permutations(range(3)), repeat=2)
+    every = [np.stack([np.array(way)[row] for way, row in zip(each, clusters, strict=True)]) for each in ways]
+    near = [owner for owner in every if np.bincount(owner.ravel()).tolist() in ([5, 5, 2], [5, 2, 5], [2, 5, 5])]
+    assert found.slack == 2
+    assert found.value == pytest.approx(min(communication(made, owner) for owner in near))
+    assert found.bound <= found.value
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -226,6 +236,14 @@ def test_a_time_limit_keeps_the_best_and_says_so() -> None:
     assert placed.objective["ended"] == "time limit"
     assert any("time limit" in note for note in placed.notes)
     assert placed.owner.shape == (32, 8)
+
+
+def test_without_a_solver_the_searches_placement_is_kept_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    placed = PLACERS["moetuner-two-stage"].run(request(gap=0.0))
+    assert placed.objective["ended"] == "no solver"
+    assert any("HiGHS is not installed (pip install" in note for note in placed.notes)
+    assert placed.scores["held-out"]["objective"] < 1.5
 
 
 def test_experts_never_used_are_named_and_placed_all_the_same() -> None:
