@@ -96,8 +96,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "w.npz"
 
 
-def test_a_trained_model_serves_as_it_was_trained(session, trained: Path) -> None:
+def test_a_trained_model_serves_as_it_was_trained(session, trained: Path, request: pytest.FixtureRequest) -> None:
     """Prefill of the trained model is what the trained model itself says; decoding gives its last token's logits."""
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float64)
     arrays = stored.load(trained, MODEL)
     gpt = GPT(MODEL, lambda layer: LocalMoE(MODEL, layer, 0))
     gpt.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
