@@ -236,7 +236,7 @@ def _by_group(frame: pd.DataFrame, columns: list[Column], note: str = "") -> lis
         shown = group[group["direction"] == main]
         parts.append(
             page.table(
-                shown, columns, title, ", ".join(filter(None, [words.direction_words(named["phase"], main), note]))
+                shown, columns, title, ", ".join(filter(None, [words.direction_words(str(named["phase"]), main), note]))
             )
         )
         if len(others := group[group["direction"] != main]):

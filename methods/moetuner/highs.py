@@ -61,6 +61,6 @@ class Program:
             options={"time_limit": max(time_limit_s, MIN_TIME_S), "mip_rel_gap": gap},
         )
         bound = getattr(found, "mip_dual_bound", None)
-        known = bound is not None and math.isfinite(bound)
+        least = -math.inf if bound is None or not math.isfinite(bound) else float(bound)
         ended = {1: "time limit", 2: "infeasible"}.get(found.status, "optimal")
-        return Answer(found.x, float(bound) if known else -math.inf, ended)
+        return Answer(found.x, least, ended)

@@ -105,7 +105,7 @@ def latency(progress: Progress) -> Findings:
             for traffic in TRAFFIC:
                 for efficiency in EFFICIENCIES if traffic == "dispatcher" else (0.5,):
                     where = {"testbed": testbed, "routing": name, "traffic": traffic, "efficiency": efficiency}
-                    one = []
+                    one: list[dict[str, Any]] = []
                     for method, owner in owners(testbed, name).items():
                         found = serve(served(testbed, efficiency), held, owner, traffic)
                         one.append({**where, "placement": method, **found.summary()})
