@@ -10,11 +10,8 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib
-import importlib.util
 import json
 import math
-import pkgutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from harness import __version__
 from harness.errors import UserError, bad, unknown
 from harness.placement import Placement
-from harness.registry import FOLDERS
+from harness.registry import brought
 from harness.specs import DTYPE_BYTES, GEMMS, Cluster, Count, Model, Spec
 from harness.topology import Topology
 
@@ -157,12 +154,7 @@ def _finite(value: Any) -> Any:
 @functools.cache
 def placers() -> dict[str, Placer]:
     """Every planner by name, sorted."""
-    found: dict[str, Placer] = {}
-    for folder in FOLDERS:
-        for info in pkgutil.iter_modules(importlib.import_module(folder).__path__, prefix=f"{folder}."):
-            if info.ispkg and importlib.util.find_spec(f"{info.name}.placers"):
-                found |= importlib.import_module(f"{info.name}.placers").PLACERS
-    return dict(sorted(found.items()))
+    return brought("placers", "PLACERS")
 
 
 def placer(name: str) -> Placer:
