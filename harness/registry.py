@@ -40,7 +40,7 @@ def system(name: str) -> type[System]:
 
 
 def brought(module: str, attribute: str) -> dict[str, Any]:
-    """What methods bring beside systems: the mappings ``attribute`` of every ``<folder>/<module>.py``, joined, sorted."""
+    """What methods bring beside systems: mappings ``attribute`` of every ``<folder>/<module>.py``, joined, sorted."""
     found: dict[str, Any] = {}
     for folder in FOLDERS:
         for info in pkgutil.iter_modules(importlib.import_module(folder).__path__, prefix=f"{folder}."):
