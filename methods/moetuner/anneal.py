@@ -44,12 +44,13 @@ def _dearest(between, cost, row_most, column_most):  # type: ignore[no-untyped-d
 
 
 @numba.njit(cache=True)
-def _change(layer, a, b, e, f, load, mean, carried, cost, ahead, behind, between, row_most, column_most, weights):  # type: ignore[no-untyped-def]
+def _change(layer, a, b, e, f, load, mean, carried, cost, ahead, behind, between, row_most, column_most, weights, blur):  # type: ignore[no-untyped-def]
     """Of the objective, if expert e goes from rank a to b and f (-1: none) from b to a."""
     num_ranks = len(cost)
     light = load[layer, e] - (load[layer, f] if f >= 0 else 0.0)
-    was = abs(carried[layer, a] - mean[layer]) + abs(carried[layer, b] - mean[layer])
-    will = abs(carried[layer, a] - light - mean[layer]) + abs(carried[layer, b] + light - mean[layer])
+    at_a, at_b, square = carried[layer, a] - mean[layer], carried[layer, b] - mean[layer], blur * mean[layer]
+    was = np.sqrt(at_a**2 + square) + np.sqrt(at_b**2 + square)
+    will = np.sqrt((at_a - light) ** 2 + square) + np.sqrt((at_b + light) ** 2 + square)
     change = weights[0] * (will - was)
     if layer < len(between):
         was, will, traffic = 0.0, 0.0, 0.0
@@ -105,10 +106,11 @@ def _move(layer, e, b, owner, load, flow, size, carried, cost, ahead, behind, be
 
 
 @numba.njit(cache=True)
-def search(owner, load, flow, cost, weights, moves, warmth, paired, rng):  # type: ignore[no-untyped-def]
+def search(owner, load, flow, cost, weights, moves, warmth, paired, blur, rng):  # type: ignore[no-untyped-def]
     """Improve ``owner`` int [L, E] in place to the best found of ``moves`` moves. ``load`` float64 [L, E], ``flow``
     float64 [L - 1, E, E]; ``weights`` of sum |T - mean|, sum z and of all traffic by its cost; ``warmth``: first
-    temperature in typical changes (0: downhill only). Returns the change of the objective (at most 0)."""
+    temperature in typical changes (0: downhill only); ``blur``: |T - mean| is taken as sqrt((T - mean)^2 + blur mean).
+    Returns the change of the objective (at most 0)."""
     num_layers, num_experts = owner.shape
     num_ranks = len(cost)
     mean = np.empty(num_layers)
@@ -136,16 +138,61 @@ def search(owner, load, flow, cost, weights, moves, warmth, paired, rng):  # typ
             continue
         if other == layer:
             change = _change(
-                layer, a, b, e, f, load, mean, carried, cost, ahead, behind, between, row_most, column_most, weights
+                layer,
+                a,
+                b,
+                e,
+                f,
+                load,
+                mean,
+                carried,
+                cost,
+                ahead,
+                behind,
+                between,
+                row_most,
+                column_most,
+                weights,
+                blur,
             )
         else:
             if abs(other - layer) < 2 or size[layer, a] < 2 or size[other, b] < 2:
                 continue
             change = _change(
-                layer, a, b, e, -1, load, mean, carried, cost, ahead, behind, between, row_most, column_most, weights
+                layer,
+                a,
+                b,
+                e,
+                -1,
+                load,
+                mean,
+                carried,
+                cost,
+                ahead,
+                behind,
+                between,
+                row_most,
+                column_most,
+                weights,
+                blur,
             )
             change += _change(
-                other, b, a, f, -1, load, mean, carried, cost, ahead, behind, between, row_most, column_most, weights
+                other,
+                b,
+                a,
+                f,
+                -1,
+                load,
+                mean,
+                carried,
+                cost,
+                ahead,
+                behind,
+                between,
+                row_most,
+                column_most,
+                weights,
+                blur,
             )
         if move < 0:
             typical += abs(change)

@@ -70,7 +70,10 @@ def _notes(first: Stage, second: Stage) -> list[str]:
 def moetuner(request: Request) -> Placed:
     problem = problem_of(request)
     rounds = joint.ROUNDS if request.rounds is None else request.rounds
-    found = joint.solve(problem, request.gap, request.time_limit_s, rounds, request.say)
+    request.say("ExFlow's program, to start from too")
+    limit = request.time_limit_s / 4
+    start = rivals.exflow(problem, request.gap, limit).owner
+    found = joint.solve(problem, request.gap, request.time_limit_s - limit, rounds, [start], request.say)
     facts = {
         "bound": found.bound,
         "gap": (found.after - found.bound) / found.after if found.after else 0.0,

@@ -50,9 +50,10 @@ def exflow(problem: Problem, gap: float = 0.025, time_limit_s: float = 60.0) -> 
     flat = dataclasses.replace(problem, cost=1.0 - np.eye(problem.num_ranks))
     owner, best = contiguous(problem), math.inf
     for seed in range(ROUNDS):
-        found = _each_between_its_neighbours(
-            flat, _annealed(flat, random_owner(flat, np.random.default_rng(seed)), seed)
-        )
+        start = random_owner(flat, np.random.default_rng(seed))
+        whole = max(1.0, float(flat.profile.flow.sum()))
+        found = joint.search(flat, start, (0.0, 0.0, 1 / whole), 0.1, False, seed)
+        found = _each_between_its_neighbours(flat, found)
         if (value := leaving(flat, found)) < best:
             owner, best = found, value
         if time.perf_counter() - began > time_limit_s:
@@ -69,20 +70,6 @@ def leaving(problem: Problem, owner: np.ndarray) -> float:
     """Tokens whose next expert is on another rank."""
     between = crossings(problem.profile, owner, problem.num_ranks)
     return float(between.sum() - np.trace(between, axis1=1, axis2=2).sum())
-
-
-def _annealed(problem: Problem, start: np.ndarray, seed: int) -> np.ndarray:
-    """By traffic alone, exchanging experts within layers."""
-    whole = max(1.0, float(problem.profile.flow.sum()))
-    from methods.moetuner import anneal as kernel  # numba takes its time to import
-
-    profile, owner = problem.profile, start.astype(np.int64).copy()
-    moves = min(joint.MOVES * owner.size, joint.MOST_MOVES)
-    kernel.search(
-        *(owner, profile.load.astype(np.float64), profile.flow.astype(np.float64), problem.cost),
-        *(np.array([0.0, 0.0, 1 / whole]), moves, 0.1, False, np.random.default_rng(seed)),
-    )
-    return owner
 
 
 def _each_between_its_neighbours(problem: Problem, start: np.ndarray) -> np.ndarray:
