@@ -22,7 +22,7 @@ import numpy as np
 from methods.moetuner.highs import Program
 
 MAX_BINARIES = 256  # of a layer: beyond, HiGHS does not get below a good search in minutes
-ROUNDS = 30  # of the search
+ROUNDS = 12  # of the search
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
