@@ -226,6 +226,8 @@ def _check_served(experiment: Experiment) -> None:
         raise bad("model.gate", model.gate, f"in phase {experiment.phase} each token chooses its experts by itself")
     if model.capacity_factor is not None:
         raise bad("model.capacity_factor", model.capacity_factor, f"in phase {experiment.phase} nothing is dropped")
+    if experiment.model_parallel:
+        raise bad("model_parallel", True, f"belongs to phase train_step; in {experiment.phase} attention is replicated")
     if experiment.phase == "decode" and model.seq < 2:
         raise bad("model.seq", model.seq, "leaves no token before the decoded one; at least 2")
     serve.placements(experiment)

@@ -212,3 +212,5 @@ def test_what_cannot_be_served_is_named(changed: str, said: str) -> None:
     text = RUN.replace("vocab: 256", f"vocab: 256, {changed}")
     with pytest.raises(UserError, match=said):
         suite.parse(text, "run.yaml")
+    with pytest.raises(UserError, match="attention is replicated"):
+        suite.parse(RUN.replace("dtype: float32", "dtype: float32, model_parallel: true"), "run.yaml")
