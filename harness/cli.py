@@ -112,7 +112,9 @@ def list_(
 def check(
     systems: Annotated[list[str] | None, typer.Argument(help="Names of systems (moebench list systems).")] = None,
     every: Annotated[bool, typer.Option("--all", help="Check every system.")] = False,
-    ranks: Annotated[int, typer.Option(help="Local ranks over loopback; 16 experts must divide over them.")] = 4,
+    ranks: Annotated[
+        int | None, typer.Option(help="Local ranks over loopback (default 4); 16 experts must divide over them.")
+    ] = None,
     cluster: Annotated[str, typer.Option(help="A local or emulated cluster preset, instead of --ranks.")] = "",
     dtype: Annotated[list[str] | None, typer.Option(help="Only these number formats; may be repeated.")] = None,
     as_json: Json = False,
@@ -134,7 +136,12 @@ def check(
         raise bad("systems", systems or [], "name at least one, or give --all (moebench list systems)")
     _check_words("--dtype", dtype or [], DTYPE_BYTES)
     names = list(registry.systems()) if every else [registry.system(name).name for name in systems or []]
-    where = presets.cluster(cluster) if cluster else checks.local_cluster(ranks)
+    where = presets.cluster(cluster) if cluster else checks.local_cluster(4 if ranks is None else ranks)
+    if ranks not in (None, where.num_ranks):
+        shape = " x ".join(map(str, where.shape))
+        raise bad(
+            "--ranks", ranks, f"but the levels of {cluster}, {shape}, multiply to {where.num_ranks}; leave it out"
+        )
     with console.progress("check") as bar:
         payload = {"dtypes": dtype} if dtype else {}
         rows = checks.check_systems(names, where, payload, lambda text: console.say(bar, text))
@@ -317,12 +324,16 @@ def run(
     name: Annotated[str, typer.Option(help="Name of the run; by default that of the suite or file.")] = "",
     launches: Annotated[int | None, typer.Option(min=1, help="How often to start anew, instead of the file's.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; do not resume after finished cells.")] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Training steps between checkpoints where experts change places; 0: none.")
+    ] = 10,
     results: Annotated[Path, typer.Option(help="Folder of the runs.")] = RUNS,
     as_json: Json = False,
 ) -> None:
     """Run experiments: every system checked first, then timed, interleaved with the others of its race.
 
-    Rows go to results/runs/NAME; a second call resumes after the finished cells. What is refused or fails is a row
+    Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
+    experts change places from its last checkpoint. What is refused or fails is a row
     with its reason; exit status 1 only if no cell at all has a result.
 
     ```
@@ -339,7 +350,7 @@ def run(
 
     chosen = suites.load(suite or str(experiments))
     run_dir = results / (name or chosen.name)
-    counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh)
+    counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
     if as_json:
         console.print_json({"run": str(run_dir), "cells": counts})
     else:

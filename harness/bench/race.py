@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from harness import registry
 from harness.bench import conformance, serve, train
+from harness.bench.checkpoint import Checkpoints
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
 from harness.comm.job import Job
 from harness.layer import gates
@@ -51,6 +52,9 @@ class Contender(Protocol):
     def timelines(self) -> dict[str, Timeline]:
         """Of the last run, by direction; none where the system is a black box."""
 
+    def close(self) -> None:
+        """Its race is over: what it kept on disk for the case that it were not is no longer needed."""
+
 
 @dataclasses.dataclass
 class Trace:
@@ -73,13 +77,14 @@ class Outcome:
 
 
 def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
-    """Collective. ``payload``: ``experiments`` (of one race, as plain data), ``repeats``, ``warmup`` ->
-    ``host``, ``num_cores``, ``shared_clock`` and ``cells``: an ``Outcome`` as plain data by experiment digest."""
+    """Collective. ``payload``: ``experiments`` (of one race, as plain data), ``repeats``, ``warmup``, ``checkpoints``
+    (folder and how often, of trainings whose experts change places) -> ``host``, ``num_cores``, ``shared_clock`` and
+    ``cells``: an ``Outcome`` as plain data by experiment digest."""
     experiments: list[Experiment] = [Experiment.model_validate(data) for data in payload["experiments"]]
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
     contenders: list[tuple[Experiment, Contender]] = []
     for experiment in experiments:
-        contender = admit(job, experiment, outcomes[experiment.digest], payload["warmup"])
+        contender = admit(job, experiment, outcomes[experiment.digest], payload)
         if contender is not None:
             contenders.append((experiment, contender))
         tell(job, {"did": "admit", "system": experiment.system})
@@ -94,6 +99,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         name_phase(job, experiment, "checking the last repetition")
         settle(experiment, outcomes[experiment.digest], contender.errors())
         outcomes[experiment.digest].trace = {name: _trace(each) for name, each in contender.timelines().items()}
+        contender.close()
     job.phase("race finished")
     return {
         "host": socket.gethostname(),
@@ -108,7 +114,7 @@ def _trace(timeline: Timeline) -> Trace:
     return Trace(tasks, timeline.start_s.tolist(), timeline.end_s.tolist())
 
 
-def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int) -> Contender | None:
+def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str, Any]) -> Contender | None:
     """Refusal, conformance at reduced shapes, build, check at full shape and warm-up; None if it may not race."""
     system = registry.system(experiment.system)
     case = make_case(experiment, job.topology, str(job.device))
@@ -135,13 +141,13 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int) -> Co
     def build() -> Contender:
         name_phase(job, experiment, "building")
         if experiment.phase == "train_step":
-            built: Contender = train.Trainer(job, system, experiment)
+            built: Contender = train.Trainer(job, system, experiment, _checkpoints(job, system, experiment, payload))
         elif experiment.phase in SERVING:
             built = serve.Server(job, system, experiment)
         else:
             built = LayerContender(job, system, experiment, case)
         name_phase(job, experiment, "first step at full shape")
-        for _ in range(max(1, warmup)):  # once at least, for the check
+        for _ in range(max(1, payload["warmup"])):  # once at least, for the check
             built.warm_up()
         settle(experiment, outcome, built.errors())
         return built
@@ -151,6 +157,13 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, warmup: int) -> Co
         outcome.status, outcome.reason = _status_of(reason), reason
         return None
     return contender if outcome.status == "ok" else None
+
+
+def _checkpoints(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> Checkpoints | None:
+    if "checkpoints" not in payload or system.after_step.__func__ is System.after_step.__func__:  # type: ignore[attr-defined]
+        return None
+    folder, every = payload["checkpoints"]
+    return Checkpoints(f"{folder}/{experiment.digest}", every, job)
 
 
 def _no_stand_in(system: type[System], case: Case) -> str | None:
@@ -248,6 +261,9 @@ class LayerContender:
 
     def timelines(self) -> dict[str, Timeline]:
         return dict(getattr(self.layer, "timelines", {}))
+
+    def close(self) -> None:
+        """It keeps nothing."""
 
     def _exchange_errors(self) -> dict[str, float]:
         assert self.y is not None

@@ -70,6 +70,7 @@ class Settings:
     run_dir: Path
     refuse_cpu_bound: bool = False
     timeout_s: float | None = None  # of one race; None: from its estimate
+    checkpoint_every: int = 10  # training steps, where experts change places; 0: never
 
 
 def run_suite(
@@ -80,6 +81,7 @@ def run_suite(
     resume: bool = True,
     refuse_cpu_bound: bool = False,
     timeout_s: float | None = None,
+    checkpoint_every: int = 10,
     show_progress: bool = True,
 ) -> dict[str, int]:
     """Run ``suite`` (a ``Suite``, a name or a YAML file) into the folder ``out_dir``; its name is the run's.
@@ -94,7 +96,9 @@ def run_suite(
     suite = suite if isinstance(suite, Suite) else load(suite)
     if launches is not None and launches < 1:
         raise bad("launches", launches, "must be at least 1")
-    settings = Settings(Path(out_dir).resolve(), refuse_cpu_bound, timeout_s)
+    if checkpoint_every < 0:
+        raise bad("checkpoint_every", checkpoint_every, "must be a number of training steps; 0 keeps none")
+    settings = Settings(Path(out_dir).resolve(), refuse_cpu_bound, timeout_s, checkpoint_every)
     store = Store(settings.run_dir)
     if not resume:
         put_aside(settings.run_dir)
@@ -179,21 +183,29 @@ class Sessions:
                 "experiments": [experiment.model_dump(mode="json") for experiment in remaining],
                 "repeats": race.repeats,
                 "warmup": race.warmup,
+                "checkpoints": (str(self.checkpoints), self.settings.checkpoint_every),
             }
             try:
                 answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
                 return answers, failed
             except RankFailure as failure:
-                verdict = (
-                    _STATUS_OF_FAILURE[failure.kind],
-                    f"rank {failure.rank} in {failure.phase!r}: {failure.message}",
-                )
+                status, what = _STATUS_OF_FAILURE[failure.kind], f"rank {failure.rank} in {failure.phase!r}"
                 guilty = _DIGEST.search(failure.phase)
                 blamed = [e for e in remaining if guilty is None or e.digest == guilty[1]] or remaining
-                failed |= {experiment.digest: verdict for experiment in blamed}
+                for cell in (experiment.digest for experiment in blamed):
+                    failed[cell] = (status, f"{what}: {failure.message}{self._on_their_way(cell)}")
                 remaining = [experiment for experiment in remaining if experiment not in blamed]
                 self._start()
         return [], failed
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the trainings that this launch has begun."""
+        return self.settings.run_dir / "checkpoints" / f"launch-{self.launch}"
+
+    def _on_their_way(self, cell: str) -> str:
+        path = self.checkpoints / cell / "moving.json"
+        return f"; experts were changing places, from where and to where is in {path}" if path.exists() else ""
 
     def write_record(self, store: Store, argv: list[str]) -> None:
         """What ran where, beside the rows of this launch."""

@@ -210,6 +210,9 @@ class Server:
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"pass": self.timeline}
 
+    def close(self) -> None:
+        """Nothing outlives a server."""
+
     def _prepare(self) -> tuple[torch.Tensor, list[Cache] | None]:
         """Untimed: the tokens of a pass, and the caches in front of them."""
         if self.experiment.phase == "prefill":

@@ -11,6 +11,7 @@ routers then stay as they were drawn (they are part of the steering). A natural 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from harness.bench.checkpoint import Checkpoints
 from harness.bench.timing import Sample, Stopwatch
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
@@ -181,11 +183,12 @@ class Training:
 
 
 class Trainer:
-    """A system's training on this rank, as a contender of a race: every step one plan (``harness.plan.training``)."""
+    """A system's training on this rank, as a contender of a race: every step one plan (``harness.plan.training``).
 
-    def __init__(self, job: Job, system: type[System], experiment: Experiment):
-        self.job, self.step, self.last_loss = job, 0, np.nan
-        self.num_updates = 0
+    ``step``: steps done. It goes on from the last of ``checkpoints``, if there is one."""
+
+    def __init__(self, job: Job, system: type[System], experiment: Experiment, checkpoints: Checkpoints | None = None):
+        self.job, self.step, self.last_loss, self.checkpoints = job, 0, np.nan, checkpoints
         self.timeline: Timeline | None = None  # of the last step
         self.model_parallel = experiment.model_parallel and job.inner(0) is not None
         case = training_case(experiment, job.topology, str(job.device), 0)
@@ -215,6 +218,8 @@ class Trainer:
         self.slices = system.place_gradients(layers[::-1], case, self.stream.part_bytes, scope)
         self.layers = layers
         self.after_step = system.after_step(layers, case, job)
+        if checkpoints is not None:
+            self.step = checkpoints.restore(self.training.gpt, self.training.optimizer, layers)
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed step; its loss is that of the whole job."""
@@ -226,12 +231,12 @@ class Trainer:
 
         sample = watch.measure(rep, "total", work)
         sample.loss = self.last_loss = self._job_loss(share)
-        self.step += 1
+        self._keep()
         return [sample]
 
     def warm_up(self) -> None:
         self.last_loss = self._job_loss(self._update(self.training.prepare(self.step)))
-        self.step += 1
+        self._keep()
 
     def errors(self) -> dict[str, float]:
         """Losses were compared with the oracle's at reduced shape; here they must be finite."""
@@ -239,6 +244,14 @@ class Trainer:
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"step": self.timeline}
+
+    def close(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.remove()
+
+    def _keep(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.step, self.training.gpt, self.training.optimizer, self.layers)
 
     def _update(self, tokens: torch.Tensor) -> torch.Tensor:
         training = self.training
@@ -254,10 +267,11 @@ class Trainer:
         )
         plan = step.plan(tokens[:, :-1], lambda logits: training.loss_of(logits, tokens), training.optimizer.step)
         if (after_step := self.after_step) is not None:
-            number = self.num_updates
+            number = self.step
             plan.add("after-step", INTER, ["optimizer"], run=lambda: after_step(training.optimizer, number))
-        self.num_updates += 1
-        self.timeline = self.lanes.run(plan)
+        with contextlib.nullcontext() if self.checkpoints is None else self.checkpoints.noting(self.step):
+            self.timeline = self.lanes.run(plan)
+        self.step += 1
         return step.loss
 
     def _job_loss(self, share: torch.Tensor) -> float:

@@ -40,6 +40,8 @@ class Job:
         self.counters = counters
         #: hands a small plain message to whoever waits for this call
         self.progress: Callable[[dict[str, Any]], None] = progress or (lambda message: None)
+        #: told which experts are about to change places (``harness.plan.moving``), where somebody wants to know
+        self.moving: Callable[[Any], None] | None = None
         #: True if perf_counter is one clock for all ranks (one kernel)
         self.shared_clock = shared_clock
         self.world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]

@@ -37,6 +37,8 @@ def move(job: Job, moves: Sequence[Move], optimizer: torch.optim.Optimizer | Non
 
     With ``optimizer`` its state of the experts (every tensor as large as the parameter) goes along; without, it stays
     with the slot, as in systems that move parameters only."""
+    if job.moving is not None:
+        job.moving(moves)
     tensors = [_tensors(each.parameters, optimizer) for each in moves]
     changes = [[each.changes(rank) for rank in range(job.num_ranks)] for each in moves]
     sending: dict[int, list[torch.Tensor]] = {}

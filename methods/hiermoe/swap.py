@@ -159,25 +159,10 @@ def best_swap(statistics: Statistics, group: Array, objective: Objective, num_ra
     scales = statistics.load.sum() / (group.max(1) + 1.0)
     if objective.function == "smooth":
         scales = statistics.filled.max(1).astype(np.float64)  # any will do; this one keeps the powers in range
-    most = int(statistics.filled.max() + statistics.load.max()) + 1
-    tables = np.stack([_table(objective, scale, most) for scale in scales])
     weights = np.asarray(objective.seconds_per_row)
     kind = {"smooth": 0, "plain": 1, "log-sum-exp": 2}[objective.function]
     from methods.hiermoe import kernels
 
     given = (statistics.load, statistics.sole, statistics.both, statistics.present, statistics.filled)
-    r, c, before, after = kernels.search(*given, group, tables, weights, scales, kind, objective.gamma)
+    r, c, before, after = kernels.search(*given, group, weights, scales, kind, objective.gamma)
     return Swap(int(r), int(c), objective.alpha_s + before / num_ranks, objective.alpha_s + after / num_ranks)
-
-
-def _table(objective: Objective, scale: float, most: int) -> Array:
-    """What a group of z tokens adds to the smooth maximum's sum, for z = 0 .. most."""
-    z = np.arange(most + 1) / scale
-    if objective.function == "log-sum-exp":
-        return np.exp(np.minimum(objective.gamma * z, 700.0))
-    if objective.gamma != int(objective.gamma):
-        return z**objective.gamma
-    power, square, rest = np.ones_like(z), z, int(objective.gamma)
-    while rest:  # a tenth of the time of a general power
-        power, square, rest = (power * square if rest % 2 else power), square * square, rest // 2
-    return power
