@@ -99,7 +99,9 @@ def flat_plan(
     by_expert = expert.argsort(stable=True).to(choice.device)
     by_source = torch.empty_like(by_expert)
     by_source[by_expert] = torch.arange(len(by_expert), device=choice.device)
-    sent = Spread(choice // weights.shape[1], len(weights))
+    # A token's rows are added in the order of its choices: so sums do not depend on where experts are.
+    top_k = weights.shape[1]
+    sent = Spread(choice // top_k, len(weights), rank_in_item=choice % top_k)
     receive_rows = [int(rows) for rows in received.sum(1)]
     counts = torch.empty_like(slot)
     counts[slot] = received.sum(0)
