@@ -136,6 +136,5 @@ def replica_shares(routing: Routing, hosts: np.ndarray, topology: Topology) -> n
     ``System.planned_shares``); of an expert without rows, as if evenly."""
     counts = expert_counts(routing)
     rows = nearest(hosts, topology).rows(counts).sum(0)
-    even = hosts / hosts.sum(1, keepdims=True)
     total = counts.sum(0)[:, None]
-    return np.where(total > 0, rows / np.maximum(total, 1), even)
+    return np.where(total > 0, rows / np.maximum(total, 1), hosts / hosts.sum(1, keepdims=True))

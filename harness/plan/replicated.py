@@ -308,6 +308,7 @@ class ReplicatedSystem(UnifiedSystem):
         gather = whole = plan_sparse(owner, hosts, case.topology).bytes(each)
         if hosts is not early:
             late = (hosts & ~early) | case.placement.hosts
-            gather = sum((plan_sparse(owner, part, case.topology).bytes(each) for part in (early, late)), 0 * gather)
+            first, then = (plan_sparse(owner, part, case.topology).bytes(each) for part in (early, late))
+            gather = first + then
         again = {"regather": whole} if policy.rematerialises else {}
         return {"gather": gather, **again, "reduce": whole.T.copy(), **exchange}

@@ -15,21 +15,26 @@ from harness.specs import Experiment
 
 
 def traced(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of every step, the last one's timeline, and memory."""
+    """Seconds and timelines of every step, and memory."""
     experiment = Experiment.model_validate(payload["experiment"])
-    trainer, seconds = train.Trainer(job, system(experiment.system), experiment), []
+    trainer, seconds, timelines = train.Trainer(job, system(experiment.system), experiment), [], []
     for _ in range(payload["num_steps"]):
         tokens = trainer.training.prepare(trainer.step)
         begin = time.perf_counter()
         trainer._job_loss(trainer._update(tokens))
         seconds.append(time.perf_counter() - begin)
-    timeline = trainer.timelines()["step"]
+        timelines.append(trainer.timelines()["step"])
     measured, planned = trainer.memory()
     return {
         "seconds": seconds,
-        "tasks": [(task.name, task.lane, task.kind) for task in timeline.plan.tasks],
-        "start_s": timeline.start_s.tolist(),
-        "end_s": timeline.end_s.tolist(),
+        "steps": [
+            {
+                "tasks": [(task.name, task.lane, task.kind) for task in timeline.plan.tasks],
+                "start_s": timeline.start_s.tolist(),
+                "end_s": timeline.end_s.tolist(),
+            }
+            for timeline in timelines
+        ],
         "t": getattr(getattr(trainer.layers[0], "policy", None), "t", None),
         "copies": [int((layer.hosts.sum(1) - 1).sum()) for layer in trainer.layers if hasattr(layer, "hosts")],
         "measured": measured,
@@ -37,10 +42,10 @@ def traced(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def timeline_of(found: list[dict[str, Any]]) -> Timeline:
-    """[num_tasks, ranks] of what all ranks returned."""
-    plan = Plan()
-    for name, lane, kind in found[0]["tasks"]:
+def timeline_of(found: list[dict[str, Any]], step: int = -1) -> Timeline:
+    """[num_tasks, ranks] of one step, of what all ranks returned."""
+    of_ranks, plan = [each["steps"][step] for each in found], Plan()
+    for name, lane, kind in of_ranks[0]["tasks"]:
         plan.add(name, lane, kind=kind)
-    start, end = (np.array([each[key] for each in found]).T for key in ("start_s", "end_s"))
+    start, end = (np.array([each[key] for each in of_ranks]).T for key in ("start_s", "end_s"))
     return Timeline(plan, start - start.min(), end - start.min())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from harness import presets
 from harness.specs import with_levels
+from tests.methods.hidden_on_ranks import timeline_of
 from tests.methods.test_fsmoe_training import training
 from tests.methods.test_hiermoe import cluster
 
@@ -94,3 +96,25 @@ def test_training_goes_on_with_the_shards_it_had(session, tmp_path):
     assert len(rest["losses"]) == 4
     for step, loss in rest["losses"].items():
         assert loss == pytest.approx(whole["losses"][step], rel=1e-9)
+
+
+def test_gathers_are_hidden_where_the_overlap_degree_says_so(session):
+    """On shaped links, computation a wait; t is what the attention that was profiled hides. Of three steps the best, as
+    two cores have to wake 24 threads."""
+    on = presets.cluster("emulated-2x4-balanced")
+    ranks = session(on)
+    if not ranks.network["shaped"]:
+        pytest.skip(ranks.network["reason"])
+    model = {"hidden": 256, "ffn": 128, "num_experts": 16, "top_k": 2, "num_layers": 2, "seq": 1024, "vocab": 64}
+    payload = training(
+        "hecate",
+        on,
+        model=presets.model("gpt-tiny-moe").model_dump() | model,
+        workload={"name": "w", "tokens_per_rank": 1024, "generator": "zipf", "params": {"target": 4.0}},
+        dtype="bfloat16",
+        compute="stand-in",
+    )
+    found = ranks.call("tests.methods.hidden_on_ranks:traced", payload | {"num_steps": 6}, timeout_s=120)
+    assert 4 <= found[0]["t"] < 16
+    hidden = [min(timeline_of(found, step).hidden("gather").values()) for step in (3, 4, 5)]
+    assert max(hidden) >= 0.9, hidden
