@@ -120,6 +120,7 @@ class System(abc.ABC):
     source: ClassVar[str]  # paper, section, or where the package comes from
     options: ClassVar[dict[str, str]] = {}  # option -> one-line meaning with its default
     stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
+    places: ClassVar[bool] = False  # whether it follows any placement, with unequal numbers of experts too
     stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked
 
@@ -147,6 +148,12 @@ class System(abc.ABC):
     @abc.abstractmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
         """Collective over the job: make the layer with ``weights``."""
+
+    @classmethod
+    def place(cls, case: Case, profile: Sequence[Routing]) -> list[Placement] | None:
+        """Where the experts of a served model go, layer by layer, the same at every call; None: in index order.
+        ``profile``: the routing of each layer, of other tokens than those that are served."""
+        return None
 
     @classmethod
     def place_gradients(

@@ -11,7 +11,7 @@ import numpy as np
 
 from harness.layer.gates import capacity
 from harness.routing.certificate import expert_counts
-from harness.specs import EXPERTS_CHOOSE, GEMMS, Cluster, Experiment
+from harness.specs import EXPERTS_CHOOSE, GEMMS, SERVING, Cluster, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 from harness.traffic import crossing, direction_bytes, port_load
@@ -38,8 +38,10 @@ def budgets(experiment: Experiment, system: type[System], cases: list[Case]) -> 
     """By direction; ``cases``: one per MoE layer of the step. Bandwidths and peaks are the cluster's.
 
     A ``train_step`` has the direction ``total`` only. Its plan holds the exchanges of the MoE layers and not the sum of
-    replicated gradients, so it is a lower bound."""
+    replicated gradients, so it is a lower bound. So has a phase of a server, which goes forward only."""
     plans = [system.planned_bytes(case) for case in cases]
+    if experiment.phase in SERVING:
+        return {"total": _budget(experiment, cases, plans, "forward")}
     if experiment.phase == "train_step":
         return {"total": _budget(experiment, cases, plans, "total")}
     directions = ["forward", "backward"] if experiment.backward else ["forward"]

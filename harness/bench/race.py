@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from harness import registry
-from harness.bench import conformance, train
+from harness.bench import conformance, serve, train
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
 from harness.comm.job import Job
@@ -28,7 +28,7 @@ from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.graph import Timeline
 from harness.routing import Routing, planned_routing
-from harness.specs import Experiment
+from harness.specs import SERVING, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 
@@ -127,6 +127,8 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
     found = conforms(job, system, experiment)
     if found["status"] == "ok" and experiment.phase == "train_step":
         found = train.gate_case(job, system, experiment, found)
+    if found["status"] == "ok" and experiment.phase in SERVING:
+        found = serve.gate_case(job, system, experiment, found)
     outcome.errors = dict(found["errors"])
     failure = found["reason"] or found["status"] if found["status"] == "failed" else None
     if reason := first_said(job, failure):
@@ -140,6 +142,8 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
         name_phase(job, experiment, "building")
         if experiment.phase == "train_step":
             built: Contender = train.Trainer(job, system, experiment, _checkpoints(job, system, experiment, payload))
+        elif experiment.phase in SERVING:
+            built = serve.Server(job, system, experiment)
         else:
             built = LayerContender(job, system, experiment, case)
         name_phase(job, experiment, "first step at full shape")

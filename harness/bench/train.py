@@ -57,7 +57,9 @@ class Steered(nn.Module):
         super().__init__()
         self.layer = layer
         self.directions: torch.Tensor | None
+        self.inverse: torch.Tensor | None
         self.register_buffer("directions", directions)  # ``Weights.directions`` in float32 or float64; None: natural
+        self.register_buffer("inverse", None if directions is None else torch.linalg.pinv(directions))
         self.ids: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +71,7 @@ class Steered(nn.Module):
         if self.ids is None:
             return x
         assert self.directions is not None
-        return gates.steer(x.to(self.directions.dtype), self.directions, self.ids).to(x.dtype)
+        return gates.steer(x.to(self.directions.dtype), self.directions, self.ids, self.inverse).to(x.dtype)
 
 
 class OracleLayer(nn.Module):
@@ -85,6 +87,31 @@ class OracleLayer(nn.Module):
             probabilities = self.oracle.logits(x).softmax(-1).detach()
             kept = self.system.kept(self.case, list(probabilities.split(list(self.case.routing.tokens))))
         return self.oracle(x, None if kept is None else torch.cat(kept))
+
+
+def steered_gpt(
+    experiment: Experiment,
+    moe: Callable[[int, Weights], MoELayer | OracleLayer],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    weights_of: Callable[[int], Weights] | None = None,
+) -> GPT:
+    """The experiment's GPT with MoE layers from ``moe`` (layer, its weights), each behind a ``Steered``.
+    ``weights_of``: a layer's weights, by default drawn."""
+    model, seed = experiment.model, experiment.workload.seed
+    prescribed = experiment.workload.generator != "natural"
+    steer_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def make(layer: int) -> nn.Module:
+        weights = weights_of(layer) if weights_of else Weights(model, experiment.dtype, seed=seed, layer=layer)
+        return Steered(moe(layer, weights), weights.directions.to(device, steer_dtype) if prescribed else None)
+
+    gpt = GPT(model, make, seed=seed, dtype=dtype, device=device)
+    # Drawn in the experiment's format, so that the oracle starts from the same numbers.
+    with torch.no_grad():
+        for parameter in gpt.replicated_parameters():
+            parameter.copy_(parameter.to(TORCH_DTYPE[experiment.dtype]))
+    return gpt
 
 
 class Training:
@@ -104,19 +131,7 @@ class Training:
         self.experiment, self.topology, self.ranks, self.device = experiment, topology, ranks, device
         self.prescribed = experiment.workload.generator != "natural"
         self.tokens = experiment.workload.tokens(topology.num_ranks)
-        model, seed = experiment.model, experiment.workload.seed
-        steer_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-
-        def make(layer: int) -> nn.Module:
-            weights = Weights(model, experiment.dtype, seed=seed, layer=layer)
-            directions = weights.directions.to(device, steer_dtype) if self.prescribed else None
-            return Steered(moe(layer, weights), directions)
-
-        self.gpt = GPT(model, make, seed=seed, dtype=dtype, device=device)
-        # Drawn in the experiment's format, so that the oracle starts from the same numbers.
-        with torch.no_grad():
-            for parameter in self.gpt.replicated_parameters():
-                parameter.copy_(parameter.to(TORCH_DTYPE[experiment.dtype]))
+        self.gpt = steered_gpt(experiment, moe, dtype, device)
         if heads[1] > 1:
             for attention in self.attentions:
                 attention.keep_heads(*heads)

@@ -111,7 +111,8 @@ class FlatExchange(Exchange):
         by_expert = expert.argsort(stable=True).to(device)
         by_source = torch.empty_like(by_expert)
         by_source[by_expert] = torch.arange(len(by_expert), device=device)
-        sent = Spread(choice // ids.shape[1], len(ids))
+        # A token's rows are added in the order of its choices: so sums do not depend on where experts are.
+        sent = Spread(choice // ids.shape[1], len(ids), rank_in_item=choice % ids.shape[1])
         return FlatPlan(weights, received.sum(0), sent, choice, send_rows, receive_rows, by_expert, by_source)
 
     def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Tensor:

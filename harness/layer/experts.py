@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from harness.layer.weights import Weights
+from harness.specs import GEMMS, Gemm, Model
 
 
 class Experts(nn.Module):
@@ -50,6 +52,32 @@ class IdentityExperts(nn.Module):
 
     def gradients(self) -> dict[int, dict[str, torch.Tensor]]:
         return {}
+
+
+class StandInExperts(IdentityExperts):
+    """Wait as long as a device with the costs ``gemm`` would compute: one grouped GEMM for all experts of each of an
+    expert's matrices, twice that backward. Rows go home as they came."""
+
+    def __init__(self, model: Model, gemm: Gemm):
+        super().__init__()
+        self.start_s = GEMMS[model.ffn_type] * gemm.alpha_s
+        self.row_s = GEMMS[model.ffn_type] * model.hidden * model.ffn * gemm.beta_s_per_mac
+
+    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return _Waiting.apply(x, self.start_s + self.row_s * len(x) if len(x) else 0.0)
+
+
+class _Waiting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, seconds):  # type: ignore[no-untyped-def, override]
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+        time.sleep(2 * ctx.seconds)
+        return dy, None
 
 
 def grouped_mm(x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from harness.comm.exchange import Exchange
 from harness.comm.job import Job
-from harness.layer.experts import Experts, IdentityExperts
+from harness.layer.experts import Experts, IdentityExperts, StandInExperts
 from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
@@ -26,8 +26,13 @@ class NativeLayer(PlannedLayer):
     def __init__(self, case: Case, exchange: Exchange, weights: Weights, rank: int):
         super().__init__(case, exchange.job, weights)
         self.exchange_ = exchange
+        self.experts: Experts | IdentityExperts
         if case.identity_experts:
             self.experts = IdentityExperts()
+        elif case.stand_in:
+            assert case.cluster is not None
+            assert case.cluster.gemm is not None
+            self.experts = StandInExperts(case.model, case.cluster.gemm)
         else:
             self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
 
@@ -126,6 +131,8 @@ class NativePassage(PlannedPassage):
 
 class NativeSystem(UnifiedSystem):
     """A native system that differs by its exchange alone."""
+
+    stands_in = True
 
     @classmethod
     @abc.abstractmethod
