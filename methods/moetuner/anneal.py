@@ -169,68 +169,20 @@ def search(owner, load, flow, cost, node, weights, moves, warmth, paired, blur, 
             continue
         if other == layer:
             change = _change(
-                layer,
-                a,
-                b,
-                e,
-                f,
-                load,
-                mean,
-                carried,
-                room,
-                node,
-                cost,
-                ahead,
-                behind,
-                between,
-                row_most,
-                column_most,
-                weights,
-                blur,
-            )
+                layer, a, b, e, f, load, mean, carried, room, node, cost, ahead, behind, between, row_most,
+                column_most, weights, blur
+            )  # fmt: skip
         else:
             if abs(other - layer) < 2 or size[layer, a] < 2 or size[other, b] < 2:
                 continue
             change = _change(
-                layer,
-                a,
-                b,
-                e,
-                -1,
-                load,
-                mean,
-                carried,
-                room,
-                node,
-                cost,
-                ahead,
-                behind,
-                between,
-                row_most,
-                column_most,
-                weights,
-                blur,
-            )
+                layer, a, b, e, -1, load, mean, carried, room, node, cost, ahead, behind, between, row_most,
+                column_most, weights, blur
+            )  # fmt: skip
             change += _change(
-                other,
-                b,
-                a,
-                f,
-                -1,
-                load,
-                mean,
-                carried,
-                room,
-                node,
-                cost,
-                ahead,
-                behind,
-                between,
-                row_most,
-                column_most,
-                weights,
-                blur,
-            )
+                other, b, a, f, -1, load, mean, carried, room, node, cost, ahead, behind, between, row_most,
+                column_most, weights, blur
+            )  # fmt: skip
         if move < 0:
             typical += abs(change)
             sampled += 1
@@ -238,41 +190,13 @@ def search(owner, load, flow, cost, node, weights, moves, warmth, paired, blur, 
         heat = warmth * typical / max(1, sampled) * (1 - move / moves) ** 2
         if change <= 0 or (heat > 0 and rng.random() < np.exp(-change / heat)):
             _move(
-                layer,
-                e,
-                b,
-                owner,
-                load,
-                flow,
-                size,
-                carried,
-                room,
-                node,
-                cost,
-                ahead,
-                behind,
-                between,
-                row_most,
-                column_most,
-            )
+                layer, e, b, owner, load, flow, size, carried, room, node, cost, ahead, behind, between,
+                row_most, column_most
+            )  # fmt: skip
             _move(
-                other,
-                f,
-                a,
-                owner,
-                load,
-                flow,
-                size,
-                carried,
-                room,
-                node,
-                cost,
-                ahead,
-                behind,
-                between,
-                row_most,
-                column_most,
-            )
+                other, f, a, owner, load, flow, size, carried, room, node, cost, ahead, behind, between,
+                row_most, column_most
+            )  # fmt: skip
             value += change
             if value < best_value - 1e-12:
                 best_value = value
