@@ -14,7 +14,10 @@ from harness.placement import Placement
 from harness.routing import Routing
 from harness.system import Case
 
-METHOD, ROUNDS = "moetuner", 6  # ROUNDS of annealing: what a few layers need, and the same wherever it is planned
+METHOD, ROUNDS = (
+    "moetuner-two-stage",
+    8,
+)  # ROUNDS of annealing: what a few layers need, and the same wherever it is planned
 
 
 class MoETuner(Flat):
@@ -27,7 +30,8 @@ class MoETuner(Flat):
     places = True
     options: ClassVar[dict[str, str]] = {
         "placement": "file that moebench place wrote (default: planned from routing of other tokens than those served)",
-        "method": "how to plan: moetuner, moetuner-two-stage, exflow, greedy, random or contiguous (default moetuner)",
+        "method": "how to plan: moetuner, moetuner-two-stage, exflow, greedy, random or contiguous (default "
+        "moetuner-two-stage, the paper's; moetuner also keeps chains of experts together, whose loads shift together)",
     }
 
     @classmethod

@@ -36,7 +36,7 @@ STEPS = {"recorded": 200, "recorded early": 40}
 STRENGTHS = (0.5, 0.9)
 EFFICIENCIES = (0.3, 0.5, 0.7)
 HELD = 0.5
-ROUNDS = 4
+ROUNDS = 8
 TIMES = ("end_to_end_s", "experts_tail_s", "experts_mean_s", "a2a_tail_s", "a2a_mean_s")
 NOTE = (
     "Half of the tokens are planned with, the other half is served. 'recorded': a byte-level model with Mixtral's 32 "

@@ -172,17 +172,18 @@ def test_both_at_once_is_never_worse_than_one_after_the_other(bandwidth: np.ndar
 def test_the_annealing_knows_what_it_changed() -> None:
     from methods.moetuner import anneal
 
-    made = problem(profile(5, 9, 2, num_tokens=1000), FLAT3)
+    made = problem(profile(5, 9, 2, num_tokens=1000), TWO_NODES, nodes=2)
     start = random_owner(made, np.random.default_rng(0))
-    owner, weights = start.astype(np.int64), np.array([1.0, 2.0, 0.5])
+    owner, weights = start.astype(np.int64), np.array([1.0, 2.0, 0.5, 3.0])
 
     def value(of: np.ndarray) -> float:
         found = score(made, of)
-        between = crossings(made.profile, of, 3)
-        return float(weights @ [found.balance, found.communication, (between * made.cost).sum()])
+        traffic = float((crossings(made.profile, of, 4) * made.cost).sum())
+        of_nodes = loads(made.profile, of, 4).reshape(5, 2, 2).sum(2)
+        uneven = float(np.abs(of_nodes - of_nodes.mean(1, keepdims=True)).sum())
+        return float(weights @ [found.balance, found.communication, traffic, uneven])
 
-    profile_ = made.profile
-    given = (owner, profile_.load.astype(float), profile_.flow.astype(float), made.cost, weights)
+    given = (owner, made.profile.load.astype(float), made.profile.flow.astype(float), made.cost, made.node, weights)
     change = anneal.search(*given, 3000, 0.1, True, 0.0, np.random.default_rng(1))
     assert change < 0
     assert value(owner) - value(start) == pytest.approx(change)
@@ -217,7 +218,7 @@ def request(**changed: object) -> Request:
 
 
 def test_mixtral_is_solved_and_no_rival_is_better_on_held_out_tokens() -> None:
-    given = request()
+    given = request(rounds=8)
     found = {name: placer.run(given) for name, placer in PLACERS.items()}
     programs = [found["moetuner-two-stage"].objective[name] for name in ("ilp1", "ilp2")]
     assert all(program["gap"] <= 0.025 and program["ended"] == "optimal" for program in programs)

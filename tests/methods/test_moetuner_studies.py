@@ -73,8 +73,6 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "ROUTINGS", ("recorded early",))
     monkeypatch.setattr(studies, "TESTBEDS", {"multi-node": studies.TESTBEDS["multi-node"]})
     monkeypatch.setattr(studies, "METHODS", ("contiguous", "greedy", "moetuner-two-stage", "moetuner"))
-    monkeypatch.setattr(studies, "ROUNDS", 1)
-    studies.owners.cache_clear()
 
 
 def quietly(text: str) -> None: ...
