@@ -70,6 +70,13 @@ def test_shards_have_as_much_for_everyone_and_even_the_light_experts_out(shape):
     assert (shard(loads, 4, topology, owner) == owner).all()  # nothing moves without a reason
 
 
+def test_loads_of_one_layer_do_not_weigh_in_the_next():
+    loads = np.array([[100, 1, 1, 1], [5, 5, 5, 5], [0, 0, 0, 0]])
+    owner = shard(loads, 0, Topology((2, 1)), np.tile([0, 0, 1, 1], (3, 1)))
+    assert owner[0].tolist() == [0, 1, 1, 1]
+    assert np.bincount(owner[1]).tolist() == [2, 2]
+
+
 def test_what_does_not_divide_is_refused():
     with pytest.raises(UserError, match="num_layers x num_experts: 15: does not divide over 8 ranks"):
         shard(np.ones((1, 15)), 2, Topology((2, 4)), np.zeros((1, 15), dtype=int))
