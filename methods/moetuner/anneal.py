@@ -44,26 +44,7 @@ def _dearest(between, cost, row_most, column_most):  # type: ignore[no-untyped-d
 
 
 @numba.njit(cache=True)
-def _change(
-    layer,
-    a,
-    b,
-    e,
-    f,
-    load,
-    mean,
-    carried,
-    room,
-    node,
-    cost,
-    ahead,
-    behind,
-    between,
-    row_most,
-    column_most,
-    weights,
-    blur,
-):  # type: ignore[no-untyped-def]
+def _change(layer, a, b, e, f, load, mean, carried, cost, ahead, behind, between, row_most, column_most, weights, blur):  # type: ignore[no-untyped-def]
     """Of the objective, if expert e goes from rank a to b and f (-1: none) from b to a."""
     num_ranks = len(cost)
     light = load[layer, e] - (load[layer, f] if f >= 0 else 0.0)
@@ -71,12 +52,6 @@ def _change(
     was = np.sqrt(at_a**2 + square) + np.sqrt(at_b**2 + square)
     will = np.sqrt((at_a - light) ** 2 + square) + np.sqrt((at_b + light) ** 2 + square)
     change = weights[0] * (will - was)
-    if node[a] != node[b] and weights[3] > 0:
-        whole = mean[layer] * num_ranks / room.shape[1]
-        at_a, at_b, square = room[layer, node[a]] - whole, room[layer, node[b]] - whole, blur * whole
-        was = np.sqrt(at_a**2 + square) + np.sqrt(at_b**2 + square)
-        will = np.sqrt((at_a - light) ** 2 + square) + np.sqrt((at_b + light) ** 2 + square)
-        change += weights[3] * (will - was)
     if layer < len(between):
         was, will, traffic = 0.0, 0.0, 0.0
         for g in range(num_ranks):
@@ -103,9 +78,7 @@ def _change(
 
 
 @numba.njit(cache=True)
-def _move(
-    layer, e, b, owner, load, flow, size, carried, room, node, cost, ahead, behind, between, row_most, column_most
-):  # type: ignore[no-untyped-def]
+def _move(layer, e, b, owner, load, flow, size, carried, cost, ahead, behind, between, row_most, column_most):  # type: ignore[no-untyped-def]
     """Carry out: expert e of ``layer`` to rank b."""
     a = owner[layer, e]
     owner[layer, e] = b
@@ -113,8 +86,6 @@ def _move(
     size[layer, b] += 1
     carried[layer, a] -= load[layer, e]
     carried[layer, b] += load[layer, e]
-    room[layer, node[a]] -= load[layer, e]
-    room[layer, node[b]] += load[layer, e]
     num_layers, num_experts = owner.shape
     if layer + 1 < num_layers:
         for g in range(len(cost)):
@@ -135,23 +106,21 @@ def _move(
 
 
 @numba.njit(cache=True)
-def search(owner, load, flow, cost, node, weights, moves, warmth, paired, blur, rng):  # type: ignore[no-untyped-def]
+def search(owner, load, flow, cost, weights, moves, warmth, paired, blur, rng):  # type: ignore[no-untyped-def]
     """Improve ``owner`` int [L, E] in place to the best found of ``moves`` moves. ``load`` float64 [L, E], ``flow``
-    float64 [L - 1, E, E]; ``node`` int [G]; ``weights`` of sum |T - mean|, sum z, all traffic by its cost, and
-    sum |T - mean| of nodes; ``warmth``: first
+    float64 [L - 1, E, E]; ``weights`` of sum |T - mean|, sum z and of all traffic by its cost; ``warmth``: first
     temperature in typical changes (0: downhill only); ``blur``: |T - mean| is taken as sqrt((T - mean)^2 + blur mean).
     Returns the change of the objective (at most 0)."""
     num_layers, num_experts = owner.shape
     num_ranks = len(cost)
     mean = np.empty(num_layers)
     size = np.zeros((num_layers, num_ranks), dtype=np.int64)
-    carried, room = np.zeros((num_layers, num_ranks)), np.zeros((num_layers, node.max() + 1))
+    carried = np.zeros((num_layers, num_ranks))
     for layer in range(num_layers):
         mean[layer] = load[layer].sum() / num_ranks
         for e in range(num_experts):
             size[layer, owner[layer, e]] += 1
             carried[layer, owner[layer, e]] += load[layer, e]
-            room[layer, node[owner[layer, e]]] += load[layer, e]
     ahead, behind = (np.zeros((num_layers, num_experts, num_ranks)), np.zeros((num_layers, num_experts, num_ranks)))
     between = np.zeros((max(0, num_layers - 1), num_ranks, num_ranks))
     row_most, column_most = (np.zeros((len(between), num_ranks)), np.zeros((len(between), num_ranks)))
@@ -169,19 +138,19 @@ def search(owner, load, flow, cost, node, weights, moves, warmth, paired, blur, 
             continue
         if other == layer:
             change = _change(
-                layer, a, b, e, f, load, mean, carried, room, node, cost, ahead, behind, between, row_most,
-                column_most, weights, blur
+                layer, a, b, e, f, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
+                weights, blur
             )  # fmt: skip
         else:
             if abs(other - layer) < 2 or size[layer, a] < 2 or size[other, b] < 2:
                 continue
             change = _change(
-                layer, a, b, e, -1, load, mean, carried, room, node, cost, ahead, behind, between, row_most,
-                column_most, weights, blur
+                layer, a, b, e, -1, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
+                weights, blur
             )  # fmt: skip
             change += _change(
-                other, b, a, f, -1, load, mean, carried, room, node, cost, ahead, behind, between, row_most,
-                column_most, weights, blur
+                other, b, a, f, -1, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
+                weights, blur
             )  # fmt: skip
         if move < 0:
             typical += abs(change)
@@ -189,14 +158,8 @@ def search(owner, load, flow, cost, node, weights, moves, warmth, paired, blur, 
             continue
         heat = warmth * typical / max(1, sampled) * (1 - move / moves) ** 2
         if change <= 0 or (heat > 0 and rng.random() < np.exp(-change / heat)):
-            _move(
-                layer, e, b, owner, load, flow, size, carried, room, node, cost, ahead, behind, between,
-                row_most, column_most
-            )  # fmt: skip
-            _move(
-                other, f, a, owner, load, flow, size, carried, room, node, cost, ahead, behind, between,
-                row_most, column_most
-            )  # fmt: skip
+            _move(layer, e, b, owner, load, flow, size, carried, cost, ahead, behind, between, row_most, column_most)
+            _move(other, f, a, owner, load, flow, size, carried, cost, ahead, behind, between, row_most, column_most)
             value += change
             if value < best_value - 1e-12:
                 best_value = value

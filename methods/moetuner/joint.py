@@ -5,9 +5,6 @@ A profile is a sample, so differences of load within its noise mean nothing on o
 decides between placements, is J as expected on as many other tokens. There |T - mean| has the mean of a folded normal
 with the observed one as its centre and the variance of two counts, about sqrt((T - mean)^2 + 2 (2 / pi) mean).
 
-Beside J, the loads of nodes are balanced as those of ranks are: whatever ILP 2 assumes, what a node's experts get comes
-through its port, and chains of experts that bring each other would crowd onto one node.
-
 The only proven bound of J is that of the load balance.
 """
 
@@ -55,14 +52,10 @@ def two_stages(problem: Problem, gap: float, time_limit_s: float) -> tuple[Stage
 
 
 def expected(problem: Problem, owner: np.ndarray) -> float:
-    """What is minimised: J as expected on as many other tokens, and the same of the loads of nodes (O1 of nodes over
-    the yardstick of O1); in units of this profile's yardstick."""
+    """What is minimised: J as expected on as many other tokens; in units of this profile's yardstick."""
     of_ranks = loads(problem.profile, owner, problem.num_ranks)
-    of_nodes = of_ranks @ (problem.node[:, None] == np.unique(problem.node))
-    o1 = sum(
-        float(np.sqrt((of - of.mean(1, keepdims=True)) ** 2 + BLUR * of.mean(1, keepdims=True)).sum())
-        for of in (of_ranks, of_nodes)[: 1 + (of_nodes.shape[1] > 1)]
-    )
+    mean = of_ranks.mean(1, keepdims=True)
+    o1 = float(np.sqrt((of_ranks - mean) ** 2 + BLUR * mean).sum())
     parts = zip((o1, communication(problem, owner)), problem.yardstick, strict=True)
     return sum(value / scale if scale else 0.0 for value, scale in parts)
 
@@ -106,12 +99,12 @@ def anneal(problem: Problem, start: np.ndarray, warmth: float, seed: int) -> np.
     """One round from ``start`` int [L, E]. Every rank keeps its number of experts."""
     o1, o2 = (1 / each if each else 0.0 for each in problem.yardstick)
     traffic = float(problem.profile.flow.sum() * problem.cost.mean())
-    weights = (o1, o2, TRAFFIC / traffic if traffic else 0.0, o1)
+    weights = (o1, o2, TRAFFIC / traffic if traffic else 0.0)
     return search(problem, start, weights, warmth, problem.profile.num_layers > 2, seed)
 
 
 def search(
-    problem: Problem, start: np.ndarray, weights: tuple[float, ...], warmth: float, paired: bool, seed: int
+    problem: Problem, start: np.ndarray, weights: tuple[float, float, float], warmth: float, paired: bool, seed: int
 ) -> np.ndarray:
     """``methods.moetuner.anneal.search`` from a copy of ``start``."""
     from methods.moetuner import anneal as kernel  # numba takes its time to import
@@ -120,6 +113,6 @@ def search(
     moves = min(MOVES * owner.size, MOST_MOVES)
     kernel.search(
         *(owner, profile.load.astype(np.float64), profile.flow.astype(np.float64), problem.cost),
-        *(problem.node, np.array(weights), moves, warmth, paired, BLUR, np.random.default_rng(seed)),
+        *(np.array(weights), moves, warmth, paired, BLUR, np.random.default_rng(seed)),
     )
     return owner

@@ -52,7 +52,7 @@ def exflow(problem: Problem, gap: float = 0.025, time_limit_s: float = 60.0) -> 
     for seed in range(ROUNDS):
         start = random_owner(flat, np.random.default_rng(seed))
         whole = max(1.0, float(flat.profile.flow.sum()))
-        found = joint.search(flat, start, (0.0, 0.0, 1 / whole, 0.0), 0.1, False, seed)
+        found = joint.search(flat, start, (0.0, 0.0, 1 / whole), 0.1, False, seed)
         found = _each_between_its_neighbours(flat, found)
         if (value := leaving(flat, found)) < best:
             owner, best = found, value

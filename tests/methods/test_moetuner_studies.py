@@ -98,6 +98,7 @@ def test_gains_stand_beside_the_reported_ones_and_add_up(few: None) -> None:
 
 def test_no_rival_has_a_better_objective_on_held_out_routing(few: None) -> None:
     table = studies.objective(quietly).tables["objective"].set_index("placement")
-    assert table.loc["moetuner", "over_best"] == 1
-    assert (table.drop(index=["moetuner", "moetuner-two-stage"])["over_best"] > 1.1).all()
+    rivals = table.drop(index=["moetuner", "moetuner-two-stage"])["objective"]
+    assert (rivals > table.loc["moetuner", "objective"]).all()
+    assert table.loc["moetuner", "over_best"] < 1.01  # its own two stages may be as good
     assert isinstance(table, pd.DataFrame)
