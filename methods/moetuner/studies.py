@@ -196,7 +196,7 @@ def solvers(progress: Progress) -> Findings:
     for name, num_layers, num_experts, shape, top_k, rounds in (
         ("Mixtral-8x7B, 4 ranks", 32, 8, (2, 2), 2, joint.ROUNDS),
         ("128 experts x 48 layers, 16 ranks", 48, 128, (2, 8), 8, 4),
-        ("256 experts x 58 layers, 64 ranks", 58, 256, (8, 8), 8, 1),
+        ("256 experts x 58 layers, 64 ranks", 58, 256, (8, 8), 8, 0),  # a round takes minutes and gained nothing
     ):
         progress(name)
         model = Model(name="m", num_layers=num_layers, hidden=64, ffn=64, num_experts=num_experts, top_k=top_k)
@@ -212,6 +212,8 @@ def solvers(progress: Progress) -> Findings:
             row = {"size": name, "program": program, "value": stage.value, "bound": stage.bound, "gap": stage.gap}
             share = (stage.value - stage.bound) / whole
             rows.append({**row, "gap_of_all_tokens": share, "ended": stage.ended, "seconds": stage.time_s})
+        if not rounds:
+            continue
         owner, before = second.owner, score(problem, second.owner).objective
         best = before
         for number in range(rounds):
