@@ -175,7 +175,7 @@ def steps(progress: Progress) -> Findings:
     )
     text = printed[["system", "quantity", "value", "evidence"]].rename(columns={"system": "variant"})
     every["evidence"] = "simulated"
-    axis = [f"skew; computation at {efficiency:.0%} of the device's rate" for efficiency in every["efficiency"]]
+    axis = [f"skew; computation at {efficiency:.0%}" for efficiency in every["efficiency"]]
     tables = {"steps": every, "text": text.reset_index(drop=True)}
     return Findings(tables, (NOTE, note), {"lines": every.assign(axis=axis)})
 
