@@ -78,9 +78,11 @@ def study(name: str) -> Study:
     return known[name]
 
 
-def reported(paper: str) -> pd.DataFrame:
-    """What a paper prints, one value a row (``results/reported`` of the repository); ``UserError`` if it is missing."""
+def reported(paper: str, item: str = "") -> pd.DataFrame:
+    """What a paper prints (of ``item`` alone, if named), one value a row, from ``results/reported`` of the repository;
+    ``UserError`` if it is missing."""
     path = REPORTED / f"{paper}.csv"
     if not path.is_file():
         raise bad("reported values", str(path), "are not there; run from a clone of the repository")
-    return pd.read_csv(path, keep_default_na=False)
+    rows = pd.read_csv(path, keep_default_na=False)
+    return rows[rows["item"] == item] if item else rows

@@ -194,10 +194,15 @@ def flat_bytes(
     np.fill_diagonal(matrix, 0)
     counts = np.broadcast_to(placement.hosts.sum(0) * 8.0, (num_ranks, num_ranks)).copy()  # int64 per expert
     np.fill_diagonal(counts, 0)
+    return there_and_back(counts, matrix)
+
+
+def there_and_back(metadata: np.ndarray, dispatch: np.ndarray) -> dict[str, np.ndarray]:
+    """Parts of ``System.planned_bytes`` of an exchange whose rows come home the way they went, and again backward."""
     return {
-        "metadata": counts,
-        "dispatch": matrix,
-        "combine": matrix.T.copy(),
-        "combine_grad": matrix,
-        "dispatch_grad": matrix.T.copy(),
+        "metadata": metadata,
+        "dispatch": dispatch,
+        "combine": dispatch.T.copy(),
+        "combine_grad": dispatch,
+        "dispatch_grad": dispatch.T.copy(),
     }

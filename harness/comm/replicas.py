@@ -15,7 +15,7 @@ import functools
 import numpy as np
 import torch
 
-from harness.comm.exchange import FlatExchange, FlatPlan, all_to_all, flat_plan, taken
+from harness.comm.exchange import FlatExchange, FlatPlan, all_to_all, flat_plan, taken, there_and_back
 from harness.comm.rows import stable_order
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
@@ -122,13 +122,7 @@ def replica_bytes(routing: Routing, hosts: np.ndarray, topology: Topology, row_b
     np.fill_diagonal(matrix, 0)
     metadata = np.full((num_ranks, num_ranks), 8.0 * len(hosts))  # int64 per expert
     np.fill_diagonal(metadata, 0)
-    return {
-        "metadata": metadata,
-        "dispatch": matrix,
-        "combine": matrix.T.copy(),
-        "combine_grad": matrix,
-        "dispatch_grad": matrix.T.copy(),
-    }
+    return there_and_back(metadata, matrix)
 
 
 def replica_shares(routing: Routing, hosts: np.ndarray, topology: Topology) -> np.ndarray:

@@ -78,7 +78,7 @@ def rearrangement(progress: Progress) -> Findings:
     alike = found_all[found_all["slots"] == 2]
     best = alike.loc[alike.groupby(keys, sort=False)["over_ep"].idxmax(), [*keys, "every", "over_ep"]]
     best = best.rename(columns={"every": "best_interval"}).assign(evidence="simulated")
-    text = reported("hecate").query("item == 'motivation'")[["system", "quantity", "value", "evidence"]]
+    text = reported("hecate", "motivation")[["system", "quantity", "value", "evidence"]]
     note = "slots: of a rank, over the experts per rank; moves: share of a layer's time. best: of the five intervals."
     return Findings({"best": best, "rearrangement": found_all, "text": text}, (NOTE, note))
 

@@ -22,7 +22,6 @@ from baselines.smartmoe import greedy
 from harness import ledger
 from harness.bench.train import training_case
 from harness.comm.replicas import nearest
-from harness.errors import bad
 from harness.ledger import Calibration
 from harness.memory import expert_bytes
 from harness.placement import Placement
@@ -272,8 +271,7 @@ class Simulator:
         if experiment.phase != "train_step" or experiment.compute != "stand-in" or experiment.cluster.gemm is None:
             return {}
         cluster = experiment.cluster
-        if (found := ledger.latest(cluster, self.folder)) is None:
-            raise bad("cluster", cluster.name, f"was never profiled; moebench profile {cluster.name}")
+        found = ledger.profiled(cluster, self.folder)
         plan = step_plan(experiment, Links.of(found))
         prices = Prices(cluster, contention=found.slowdown("stand-in"))
         return {} if plan is None else {"step": simulate(plan, prices)}

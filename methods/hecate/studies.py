@@ -74,7 +74,7 @@ def steps(progress: Progress) -> Findings:
     means = means.rename(columns=lambda name: name.replace("geometric_mean", "mean"))
     means = means[["testbed", "routing", "system", *means.filter(like="over_")]]
     means = means[means["system"] != "ep"].assign(evidence="simulated")
-    printed = _reported("end-to-end")
+    printed = reported("hecate", "end-to-end")
     keys = {
         "least_speedup_over_ep": "over_ep_min",
         "largest_speedup_over_ep": "over_ep_max",
@@ -225,7 +225,7 @@ def memory(progress: Progress) -> Findings:
     raw = pd.DataFrame(rows).assign(evidence="simulated")
     numbers = list(raw.filter(regex="_GB$|over|less"))
     means = raw.groupby(["testbed", "system"], sort=False)[numbers].mean().reset_index().assign(evidence="simulated")
-    text = _reported("memory")[["system", "quantity", "value", "evidence"]]
+    text = reported("hecate", "memory")[["system", "quantity", "value", "evidence"]]
     notes = (
         NOTE,
         "Opt + Grad + Param of the MoE layers is state; peak has replicated parameters and activations too. FlexMoE "
@@ -260,7 +260,7 @@ def batches(progress: Progress) -> Findings:
     raw["slower_than_hecate"] = raw["step_s"] / hecate["step_s"].to_numpy() - 1
     raw = raw.assign(evidence="simulated")
     fitting = raw[raw["fits"]].groupby("system", sort=False)["samples"].max().rename("largest_batch").reset_index()
-    text = _reported("remat")[["system", "quantity", "value", "evidence"]]
+    text = reported("hecate", "remat")[["system", "quantity", "value", "evidence"]]
     notes = (
         NOTE,
         "Here Hecate materialises t experts whatever the memory; a system whose peak is beyond the device's has no "
@@ -293,11 +293,6 @@ def ablation(progress: Progress) -> Findings:
     times = raw.groupby(["testbed", "routing", "variant"], sort=False)["all_to_all_ms"].mean()
     shown["all_to_all_ms"] = times.to_numpy()
     return Findings({"ablation": shown.assign(evidence="simulated")}, (NOTE,), {"models": raw})
-
-
-def _reported(item: str) -> pd.DataFrame:
-    rows = reported("hecate")
-    return rows[rows["item"] == item]
 
 
 STUDIES = {
