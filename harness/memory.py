@@ -71,11 +71,9 @@ def activation_bytes(experiment: Experiment, num_tokens: int, layers: Sequence[R
     row = width * (hidden + (inner + hidden if real else 0)) + 2 * _INDEX
     # Of the embedding; later layers add what the MoE part made to it, and norms in the same format keep that.
     sums = 1 if copy else len(layers)
-    for each in layers:
-        if each.parts > 1:
-            token += (each.parts * width * hidden + (each.parts - 1) * _INDEX) / len(layers)
+    split = sum(each.parts * width * hidden + (each.parts - 1) * _INDEX for each in layers if each.parts > 1)
     return float(
-        num_tokens * (sums * width * hidden + len(layers) * token)
+        num_tokens * (sums * width * hidden + len(layers) * token + split)
         + sum(sent * each.sent + row * each.computed for each in layers)
     )
 
