@@ -33,7 +33,7 @@ def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
         assert [measured[part] for part in static] == [planned[part] for part in static]
         assert ("activations" in planned) == (system != "fsmoe")  # which sends padded chunks
         if "activations" in planned:
-            assert measured["activations"] == pytest.approx(planned["activations"], rel=2e-3)
+            assert measured["activations"] == pytest.approx(planned["activations"], rel=3e-3)
             assert measured["peak"] == pytest.approx(planned["peak"], rel=0.1)
         static = measured["parameters"] + measured["optimizer"]
         assert measured["activations"] > 0
