@@ -117,7 +117,7 @@ def _build(cluster: Cluster) -> Network:
 
     Path("/run/netns").mkdir(parents=True, exist_ok=True)
     spaces = [unit.namespace for unit in ([*nodes] if delayed else [Unit(-1, 0), *units])]
-    _batch("ip", [], [f"netns add {name}" for name in spaces])
+    batch("ip", [], [f"netns add {name}" for name in spaces])
     settings = _prepare_namespaces(spaces)
     counters, switch_pid = Counters(len(cluster.levels)), None
     if delayed:
@@ -127,7 +127,7 @@ def _build(cluster: Cluster) -> Network:
     _address(nodes)
     if cluster.loopback_bytes_per_s is not None:
         for node in nodes:
-            _batch("tc", ["-n", node.namespace], [_tbf("lo", cluster.loopback_bytes_per_s, LOOPBACK_BURST_BYTES)])
+            batch("tc", ["-n", node.namespace], [_tbf("lo", cluster.loopback_bytes_per_s, LOOPBACK_BURST_BYTES)])
 
     for unit in units:
         if delayed and unit not in nodes:
@@ -178,11 +178,11 @@ def _join_by_veth(units: list[Unit], nodes: list[Unit], cluster: Cluster) -> Non
         if level.bandwidth_bytes_per_s is not None:
             for name, interface in ((here, INTERFACE), (parent, port)):
                 shaping.setdefault(name, []).append(_tbf(interface, level.bandwidth_bytes_per_s, burst_bytes(level)))
-    _batch("ip", [], links)
+    batch("ip", [], links)
     for name, commands in inside.items():
-        _batch("ip", ["-n", name], commands)
+        batch("ip", ["-n", name], commands)
     for name, commands in shaping.items():
-        _batch("tc", ["-n", name], commands)
+        batch("tc", ["-n", name], commands)
 
 
 def _join_by_switch(nodes: list[Unit], cluster: Cluster, sent_bytes: np.ndarray) -> int:
@@ -192,11 +192,11 @@ def _join_by_switch(nodes: list[Unit], cluster: Cluster, sent_bytes: np.ndarray)
     taps = []
     for node in nodes:
         taps.append(_within(node.namespace, lambda: switch.open_tap(INTERFACE)))
-        _batch(
+        batch(
             "ip", ["-n", node.namespace], [f"link set dev {INTERFACE} mtu {switch.MTU}", f"link set dev {INTERFACE} up"]
         )
         rate = level.bandwidth_bytes_per_s * BACK_PRESSURE
-        _batch("tc", ["-n", node.namespace], [_tbf(INTERFACE, rate, burst_bytes(level))])
+        batch("tc", ["-n", node.namespace], [_tbf(INTERFACE, rate, burst_bytes(level))])
     pid = os.fork()
     if pid == 0:
         try:
@@ -228,7 +228,7 @@ def _address(nodes: list[Unit]) -> None:
                 for other in nodes
                 if other != node
             ]
-        _batch("ip", ["-n", node.namespace], commands)
+        batch("ip", ["-n", node.namespace], commands)
 
 
 def address(index: int) -> str:
@@ -275,7 +275,8 @@ def _within(namespace: str, function: Callable[[], Any]) -> Any:
         return function()
 
 
-def _batch(program: str, options: list[str], commands: list[str]) -> None:
+def batch(program: str, options: list[str], commands: list[str]) -> None:
+    """Many commands of ``ip`` or ``tc`` at once. Raises ``NoNetwork``."""
     done = subprocess.run(
         [program, *options, "-batch", "-"], input="\n".join(commands) + "\n", capture_output=True, text=True
     )
