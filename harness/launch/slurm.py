@@ -1,6 +1,6 @@
 """A real Slurm on one machine, its virtual nodes joined by the shaped links of an emulated cluster.
 
-    slurm/one-machine up            # prints what to export; needs root and Debian's slurmctld, slurmd, slurm-client, munge
+    eval "$(slurm/one-machine up)"      # needs root, and Debian's slurmctld, slurmd, slurm-client and munge
     slurm/one-machine down
 
 Each node of the cluster is a network namespace with a slurmd in it: what a job's tasks send each other crosses the
@@ -212,15 +212,18 @@ def keep(state: Path) -> None:
     sacct = state / "bin" / "sacct"
     sacct.write_text(textwrap.dedent(SACCT))
     sacct.chmod(0o755)
-    (state / NETWORK_FACTS).write_text(
-        json.dumps({"cluster": cluster.model_dump(mode="json"), "facts": facts | built.facts})
-    )
     os.environ["SLURM_CONF"] = str(state / "slurm.conf")
     _start_munged(state)
     _start(["slurmctld", "-D"], state)
+    daemons = []
     for index, name in enumerate(built.node_namespaces):
-        inside = f'hostname n{index}; mount --bind {state}/hosts /etc/hosts; exec slurmd -D -N n{index}'
-        _start(["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount", "sh", "-c", inside], state)
+        inside = f"hostname n{index}; mount --bind {state}/hosts /etc/hosts; exec slurmd -D -N n{index}"
+        daemons.append(
+            _start(["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount", "sh", "-c", inside], state)
+        )
+    (state / NETWORK_FACTS).write_text(
+        json.dumps({"cluster": cluster.model_dump(mode="json"), "facts": facts | built.facts, "daemons": daemons})
+    )
     _await_nodes(cluster.num_nodes)
     (state / "ready").touch()
     while True:
@@ -253,7 +256,7 @@ def _configuration(state: Path, cluster: Cluster, addresses: list[str], max_jobs
         port = free.getsockname()[1]
     memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
     nodes = "\n".join(
-        f"NodeName=n{i} NodeHostname=n{i} NodeAddr={address} CPUs={cluster.shape[-1]} RealMemory={memory_mb} State=UNKNOWN"
+        f"NodeName=n{i} NodeAddr={address} CPUs={cluster.shape[-1]} RealMemory={memory_mb} State=UNKNOWN"
         for i, address in enumerate(addresses[1:])
     )
     return textwrap.dedent(CONFIGURATION).format(
@@ -280,9 +283,10 @@ def _start_munged(state: Path) -> None:
         time.sleep(0.01)
 
 
-def _start(command: list[str], state: Path) -> None:
+def _start(command: list[str], state: Path) -> int:
+    """Returns its process."""
     with (state / "daemons.log").open("ab") as log:
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True).pid
 
 
 def _await_nodes(num_nodes: int) -> None:
