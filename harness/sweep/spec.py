@@ -115,7 +115,8 @@ def load(source: Path | str, cluster: str = "") -> SweepFile:
     if not isinstance(chosen, str):
         raise bad(f"{path}: slurm", chosen, "name a cluster file of slurm/clusters, or give --cluster")
     data.pop("slurm", None)
-    slurm = load_cluster(chosen if cluster or "/" not in chosen else path.parent / chosen)
+    beside = path.parent / chosen
+    slurm = load_cluster(beside if not cluster and Path(chosen).suffix else chosen)
     cells_per_job = data.pop("cells_per_job", slurm.cluster.cells_per_job)
     if isinstance(cells_per_job, bool) or not isinstance(cells_per_job, int) or cells_per_job < 1:
         raise bad(f"{path}: cells_per_job", cells_per_job, "must be a whole number of at least 1")

@@ -1,0 +1,171 @@
+"""Sweeps on a real Slurm: arrays, ranks across nodes, kills, time-outs, a dead submitter, a full queue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from harness.bench.store import Store
+from harness.errors import UserError
+from harness.launch import slurm
+from harness.sweep import spec, submit
+from harness.sweep.states import Sweep
+from tests.sweep.conftest import NODES, settle
+
+ROOT = Path(__file__).parents[2]
+#: a race of some seconds that costs no CPU: 2 MB over a link of 0.5 MB/s
+SLOW = {
+    "name": "slow-2x1",
+    "kind": "emulated",
+    "levels": [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 5e5}, {"name": "rank", "size": 1}],
+}
+
+
+def slow(tokens: int) -> dict:
+    """Races that last."""
+    workload = {"name": "slow", "tokens_per_rank": tokens, "generator": "uniform"}
+    return {"cluster": SLOW, "workload": workload, "repeats": 3}
+
+
+@pytest.fixture(scope="module")
+def sweeps(
+    one_machine: slurm.Slurm, sweep_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Sweep]]:
+    """All of them at once in one Slurm; each test waits for its own."""
+    results = tmp_path_factory.mktemp("runs")
+    found = {}
+    files = {
+        "timed-out": sweep_file("timed-out", num_races=5, cells_per_job=5, timeout_min=1, **slow(900)),
+        "killed": sweep_file("killed", num_races=3, cells_per_job=3, **slow(300)),
+        "across": sweep_file("across", cluster={"nodes": 2}, system=["flat", "hiermoe-hd2"]),
+        "array": sweep_file("array", num_races=8, cells_per_job=1),
+    }
+    for name, file in files.items():
+        found[name] = submit.submit(spec.load(file), results / name, on="slurm")
+    yield found
+    for each in found.values():
+        submit.cancel(each)
+
+
+def part_files(sweep: Sweep) -> int:
+    return len(list(sweep.folder.run_dir.glob("rows-*.parquet")))
+
+
+def test_a_killed_job_keeps_its_finished_cells_and_does_the_others(sweeps):
+    sweep = sweeps["killed"]
+    deadline = time.monotonic() + 120
+    while not part_files(sweep):
+        assert time.monotonic() < deadline, sweep.jobs()
+        time.sleep(0.1)
+    (start,) = (event for event in sweep.folder.events(0) if event["did"] == "start")
+    workers = [p for p in psutil.process_iter(["cmdline"]) if str(sweep.folder.submitit) in (p.info["cmdline"] or [])]
+    for process in workers:
+        if "submitit.core._submit" in process.info["cmdline"] and "srun" not in process.info["cmdline"][0]:
+            process.send_signal(signal.SIGKILL)
+    first = set(sweep.folder.run_dir.glob("rows-*.parquet"))
+    assert settle(sweep) == {"ok": 3}
+    events = [event["did"] for event in sweep.folder.events(0)]
+    assert events.count("start") == 2  # Slurm ran it again
+    assert events[-1] == "end"
+    assert first < set(sweep.folder.run_dir.glob("rows-*.parquet"))
+    assert part_files(sweep) == 3  # and what was finished did not run again
+    assert start["host"] in ("n0", "n1")
+
+
+def test_an_array_of_eight_cells_on_two_nodes(sweeps):
+    sweep = sweeps["array"]
+    counts = settle(sweep)
+    assert sum(counts.values()) == 8
+    assert set(counts) <= {"ok", "cpu_bound"}
+    (line,) = sweep.folder.submissions()
+    assert {number.partition("_")[0] for number in line["ids"].values()} == {line["ids"]["0"].partition("_")[0]}
+    hosts = {event["host"] for i in range(8) for event in sweep.folder.events(i) if event["did"] == "start"}
+    assert hosts == {"n0", "n1"}
+
+
+def test_ranks_across_two_nodes_cross_the_shaped_network(sweeps):
+    sweep = sweeps["across"]
+    settle(sweep)
+    rows = Store(sweep.folder.run_dir).read("raise")
+    assert set(rows["network"]) == {"shaped"}
+    assert set(rows["evidence"]) == {"emulated"}
+    assert len(rows[rows["metric"] == "rank_time_s"]["rank"].unique()) == 4
+    assert set(rows["status"]) <= {"ok", "cpu_bound"}
+    bytes_ = rows[(rows["level"] == "node") & rows["direction"].isin(["forward"]) & (rows["system"] == "flat")]
+    planned, counted = (
+        bytes_[bytes_["metric"] == f"bytes_{kind}"]["value"].median() for kind in ("planned", "counted")
+    )
+    assert 1 <= counted / planned < 1.1  # headers; nothing else goes there, and nothing goes another way
+
+
+def test_a_time_out_requeues_and_loses_nothing(sweeps):
+    sweep = sweeps["timed-out"]
+    assert settle(sweep) == {"ok": 5}
+    events = [event["did"] for event in sweep.folder.events(0)]
+    assert events.count("stop") >= 1
+    assert events.count("start") == events.count("stop") + 1
+    assert part_files(sweep) == 5
+
+
+def test_the_submitter_is_killed_and_status_answers(one_machine, sweep_file, tmp_path):
+    file = sweep_file("orphan", num_races=2, cells_per_job=1, cluster={"nodes": 1})
+    command = [sys.executable, "-m", "harness", "sweep", str(file), "--on", "slurm", "--results", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as submitter:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "orphan" / "sweep" / "submissions.jsonl").exists():
+            assert time.monotonic() < deadline
+            assert submitter.poll() in (None, 0)
+            time.sleep(0.005)
+        submitter.kill()
+    sweep = Sweep.attach(tmp_path / "orphan")
+    assert set(sweep.counts()) <= {"queued", "running"}
+    assert sum(settle(sweep).values()) == 2
+
+
+def test_a_full_queue_takes_what_it_can_and_resume_brings_the_rest(sweep_file, one_machine, tmp_path):
+    with slurm.running(NODES, max_jobs=6):
+        loaded = spec.load(sweep_file("full", num_races=8, cells_per_job=1))
+        blocker = ["sbatch", "--nodes=2", "--exclusive", "--wrap", "sleep 600", "--output", "/dev/null"]
+        subprocess.run(blocker, check=True, capture_output=True)
+        with pytest.raises(
+            UserError, match=r"the queue of Slurm is full: \d of 8 jobs are in it; moebench resume full"
+        ):
+            submit.submit(loaded, tmp_path / "full", on="slurm")
+        sweep = Sweep.attach(tmp_path / "full")
+        counts = sweep.counts()
+        assert counts["queued"] + counts["unsubmitted"] == 8
+        assert counts["queued"] >= 2
+        reasons = set(sweep.cells()["reason"])
+        assert any("Resources" in reason or "Priority" in reason for reason in reasons), reasons
+        submit.cancel(sweep)
+        assert set(sweep.counts()) == {"cancelled", "unsubmitted"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("partition", "gpu-h200", "invalid partition"), ("partition", "closed", "[Aa]ccount")],
+)
+def test_what_slurm_refuses_names_the_line(one_machine, sweep_file, tmp_path, field, value, words):
+    file = sweep_file("refused", **{field: value})
+    line = (file.parent / "cluster.yaml").read_text().splitlines().index(f"{field}: {value}") + 1
+    with pytest.raises(UserError, match=rf"cluster.yaml:{line}: Slurm refuses the job: .*{words}"):
+        submit.submit(spec.load(file), tmp_path / "refused", on="slurm")
+    assert not (tmp_path / "refused" / "sweep").exists()
+
+
+def test_a_slurm_leaves_nothing_behind(one_machine):
+    with slurm.running(NODES) as other:
+        assert other.state != one_machine.state
+        nodes = subprocess.run(["sinfo", "-h", "-o", "%D %T", "-p", "normal"], capture_output=True, text=True).stdout
+        assert nodes.split() == ["2", "idle"]
+        links = set(os.listdir("/sys/class/net"))  # noqa: PTH208
+    assert not other.state.exists()
+    assert len(links - set(os.listdir("/sys/class/net"))) == 1  # noqa: PTH208
