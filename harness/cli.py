@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness import __version__, cli_sweep, console
+from harness import __version__, cli_regress, cli_sweep, console
 from harness.errors import UserError, bad
 from harness.specs import DTYPE_BYTES
 
@@ -35,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_sweep.commands)
+app.add_typer(cli_regress.commands)
 STATUS_COLOURS = {"refused": "yellow", "nonconforming": "bold red", "failed": "bold red", "hung": "bold red"}
 RUNS = Path("results/runs")
 SIMULATED = Path("results/simulated")

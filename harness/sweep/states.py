@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from harness.bench.store import Store, Told
+from harness.sweep import notebook
 from harness.sweep.folder import SweepFolder
 
 COLUMNS = ("cell", "launch", "race", "system", "phase", "model", "cluster", "workload")
@@ -113,6 +114,21 @@ class Sweep:
             return None
         lanes = max(1, cells[cells["state"] == "running"]["job"].nunique())
         return num_open * spent / done / lanes
+
+    def num_open(self) -> int:
+        """Cells that run or will."""
+        return int(self.cells()["state"].isin(OPEN).sum())
+
+    def watch(self, every_s: float = 5.0) -> None:
+        """In a notebook: the grid of cells, renewed until nothing is open."""
+        notebook.watch(self, every_s)
+
+    def speedups(self, reference: str) -> pd.DataFrame:
+        """Ratios to ``reference`` of the cells that have a time so far (``harness.report.compare.speedups``)."""
+        return notebook.speedups(self, reference)
+
+    def _repr_html_(self) -> str:
+        return notebook.grid(self)
 
     def jobs(self) -> list[JobState]:
         """State of every job, from one question to Slurm."""

@@ -1,0 +1,165 @@
+"""What a sweep keeps on disk: no row lost or doubled by kills, states told fast, resumed, cancelled."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness.bench import tidy
+from harness.bench.store import Store
+from harness.errors import UserError
+from harness.sweep import freeze, spec, submit
+from harness.sweep.folder import SweepFolder, deaths
+from harness.sweep.states import Sweep
+from harness.sweep.worker import MAX_DEATHS
+from tests.sweep.conftest import settle
+
+SETTING = tidy.Setting("r", 0, "emulated", {"network": "shaped"})
+
+
+@pytest.fixture(autouse=True)
+def frozen_once(monkeypatch, tmp_path_factory):
+    """These sweeps run this very tree; freezing has a test of its own."""
+    monkeypatch.setattr(submit, "freeze", lambda target, workloads: None)
+
+
+def prepared(sweep_file, run_dir: Path, num_races: int, cells_per_job: int) -> Sweep:
+    """A sweep whose driver does nothing: its jobs are for the test to play."""
+    loaded = spec.load(sweep_file("p", num_races=num_races, cells_per_job=cells_per_job))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submit, "start", lambda *_: None)
+        return submit.submit(loaded, run_dir, on="local")
+
+
+def play(sweep: Sweep, index: int) -> None:
+    """What a job does with the store and its events, race after race; the times are made up."""
+    store, folder = Store(sweep.folder.run_dir), sweep.folder
+    finished = {pair for pair, told in store.outcomes().items() if told[-1]}
+    folder.tell(index, "start")
+    from harness.sweep.worker import race_of
+
+    for launch, data in folder.job(index)["tasks"]:
+        race = race_of(data)
+        if all((e.digest, launch) in finished for e in race.experiments):
+            continue
+        folder.tell(index, "begin", race=race.digest, launch=launch)
+        rows = tidy.rows_of_race(race, SETTING, [], {e.digest: ("refused", "played") for e in race.experiments})
+        store.append(rows)
+        folder.tell(index, "race", race=race.digest, launch=launch)
+    folder.tell(index, "end")
+
+
+def test_fifty_random_kills_lose_and_double_no_row(sweep_file, tmp_path):
+    sweep = prepared(sweep_file, tmp_path / "kills", num_races=160, cells_per_job=80)
+    dice, kills, writing = random.Random(7), 0, {}
+    while kills < 50 or writing:
+        for index in (0, 1):
+            if (index not in writing and not (events := sweep.folder.events(index))[-1:]) or (
+                index not in writing and events[-1]["did"] != "end"
+            ):
+                if pid := os.fork():
+                    writing[index] = pid
+                else:
+                    try:
+                        play(sweep, index)
+                    finally:
+                        os._exit(0)
+        time.sleep(dice.uniform(0.01, 0.06))
+        for index, pid in list(writing.items()):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                del writing[index]
+        if writing and kills < 50:
+            index = dice.choice(list(writing))
+            os.kill(writing[index], signal.SIGKILL)
+            kills += os.waitstatus_to_exitcode(os.waitpid(writing.pop(index), 0)[1]) == -signal.SIGKILL
+        elif not writing:
+            break
+    assert kills >= 20  # else the jobs were over before
+    store = Store(sweep.folder.run_dir)
+    assert store.damaged() == []
+    rows = store.read("raise")
+    assert len(rows) == 160
+    assert not rows.duplicated(["cell", "launch"]).any()
+    assert sweep.counts() == {"refused": 160}
+    assert len(store.outcomes()) == 160
+
+
+def test_status_of_ten_thousand_cells(sweep_file, tmp_path):
+    folder = SweepFolder(tmp_path / "large")
+    store = Store(folder.run_dir)
+    store.prepare()
+    num_races, systems = 2000, 5
+    cells = [
+        [f"{r:08x}{s:08x}", 0, f"{r:016x}", f"s{s}", "exchange", "m", "c", f"w{r}"]
+        for r in range(num_races)
+        for s in range(systems)
+    ]
+    folder.write("sweep.json", {"name": "large", "on": "local", "cells": cells, "cluster": {}})
+    for job in range(125):
+        races = [{"digest": f"{r:016x}"} for r in range(job * 16, job * 16 + 16)]
+        folder.add_job({"tasks": [[0, race] for race in races]})
+        folder.tell(job, "start")
+        for race in races:
+            folder.tell(job, "begin", race=race["digest"], launch=0)
+            folder.tell(job, "race", race=race["digest"], launch=0)
+        folder.tell(job, "end")
+    names = ("run", "race", "phase", "model", "cluster", "workload", "dtype", "wire", "direction", "level")
+    base: dict[str, object] = dict.fromkeys(names, "")
+    base |= {"evidence": "emulated", "network": "shaped", "compute": "real", "unit": "s", "rank": -1, "reason": ""}
+    base |= {"launch": 0, "metric": "time_s", "value": 1.0, "status": "ok", "time_utc": tidy.now_utc()}
+    for r in range(num_races):
+        race = [
+            {**base, "cell": f"{r:08x}{s:08x}", "system": f"s{s}", "rep": i} for s in range(systems) for i in range(10)
+        ]
+        store.append(pd.DataFrame(race).assign(schema_version=1))
+    begin = time.monotonic()
+    sweep = Sweep.attach(folder.run_dir)
+    table = sweep.cells()
+    counts, eta_s = sweep.counts(table), sweep.eta_s(table)
+    took = time.monotonic() - begin
+    assert counts == {"ok": 10000}
+    assert eta_s == 0
+    assert took < 2, took
+    print(f"status over 10,000 cells: {took:.2f} s")
+
+
+def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path):
+    loaded = spec.load(sweep_file("here", num_races=2, cells_per_job=1))
+    sweep = submit.submit(loaded, tmp_path / "here", on="local")
+    assert set(sweep.counts()) <= {"queued", "running"}
+    submit.cancel(sweep)
+    deadline = time.monotonic() + 10
+    while (counts := sweep.counts()) != {"cancelled": 2}:
+        assert time.monotonic() < deadline, counts
+        time.sleep(0.05)
+    assert submit.resume(sweep, only_failed=True) == 0
+    assert submit.resume(sweep) == 1
+    counts = settle(sweep)
+    assert sum(counts.values()) == 2
+    assert set(counts) <= {"ok", "cpu_bound"}
+    assert submit.resume(sweep) == 0
+    assert "2 ok" in sweep._repr_html_()
+    with pytest.raises(UserError, match="exists; moebench resume goes on with it"):
+        submit.submit(loaded, tmp_path / "here", on="local")
+    with pytest.raises(UserError, match="there is none; known sweeps are here"):
+        Sweep.attach(tmp_path / "her")
+
+
+def test_deaths_are_counted_where_they_happened():
+    begin = {"did": "begin", "race": "a", "launch": 0}
+    died = [{"did": "start"}, begin] * MAX_DEATHS
+    assert deaths([*died, {"did": "start"}]) == {("a", 0): MAX_DEATHS}
+    assert deaths([{"did": "start"}, begin, {"did": "stop"}, {"did": "start"}]) == {}
+
+
+def test_the_frozen_tree_is_what_it_was(tmp_path):
+    freeze.freeze(tmp_path / "tree", [race.first.workload for race in spec.load("hiermoe").suite.races])
+    assert (tmp_path / "tree" / "harness" / "sweep" / "freeze.py").read_text() == Path(freeze.__file__).read_text()
+    assert (tmp_path / "tree" / "results" / "traces" / "record-e64k8.parquet").is_file()
+    assert (tmp_path / "tree" / "frozen.json").is_file()
