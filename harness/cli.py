@@ -314,13 +314,14 @@ def report(
 ) -> None:
     """Render a run, or a paper's experiments, as one self-contained HTML page, and print its path.
 
-    The tables lie beside it as CSV, and the executed notebook with them. A paper's page needs no run: what a run
-    would add to it says which command makes that run.
+    The tables lie beside it as CSV and LaTeX, and the executed notebook with them; results/index.html lists all pages.
+    A paper's page needs no run: what a run would add to it says which command makes that run. A sweep may be unfinished.
 
     ```
     moebench report quick
     moebench report summary --run quick -p baseline=flat
     moebench report fsmoe
+    moebench report compare --run new -p other=old
     ```
     """
     from harness.report import render, suite
@@ -330,7 +331,10 @@ def report(
     out = results.parent / "report" if suite(notebook) else None
     with console.progress(f"report {notebook}{f' on {run_dir.name}' if run_dir else ''}") as bar:
         page = render(notebook, run_dir, out=out, parameters=parameters, progress=lambda text: console.say(bar, text))
+    from harness.report import index
+
     typer.echo(page)
+    typer.echo(f"all reports: {index.write(results.parent)}", err=True)
 
 
 def _notebook_and_run(name: str, run: str, results: Path) -> tuple[str, Path | None]:
