@@ -315,7 +315,7 @@ def report(
     """Render a run, or a paper's experiments, as one self-contained HTML page, and print its path.
 
     The tables lie beside it as CSV and LaTeX, and the executed notebook with them; results/index.html lists all pages.
-    A paper's page needs no run: what a run would add to it says which command makes that run. A sweep may be unfinished.
+    A paper's page needs no run: what a run would add to it says which command makes that run. A sweep need not be over.
 
     ```
     moebench report quick

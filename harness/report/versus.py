@@ -28,7 +28,7 @@ def other_run(run_dir: str, other: str) -> Run:
 
 
 def ratios(run: Run, other: Run) -> pd.DataFrame:
-    """``compare.IDENTITY`` of the cells that both have, direction, times in s, ratio (of ``other`` over ``run``: above 1,
+    """``compare.IDENTITY`` of the cells of both, direction, times in s, ratio (of ``other`` over ``run``: above 1,
     ``run`` is faster) with its interval."""
     mine, theirs = compare.samples(run), compare.samples(other)
     there = dict(list(theirs.groupby(["cell", "direction"])))

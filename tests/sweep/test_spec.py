@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harness.bench import suite
 from harness.errors import UserError
 from harness.sweep import spec, submit
 from tests.sweep.conftest import ONE_RANK
@@ -19,6 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in spec.SWEEPS.glob("*.yaml")))
 def test_every_sweep_that_comes_with_moebench_is_accepted(name):
+    wanted = yaml.safe_load((spec.SWEEPS / f"{name}.yaml").read_text()).get("suite")
+    if wanted and wanted not in suite.names():
+        pytest.skip(f"the suite {wanted} is not part of this checkout")
     loaded = spec.load(name)
     assert loaded.name == name
     parts = submit.parts(loaded, set())
