@@ -45,7 +45,11 @@ class SlurmCluster(Spec):
     timeout_min: Count = 60
     cpus_per_task: Count | None = None
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    gpus_per_task: Annotated[int, Field(ge=0)] | None = None
+    cpus_per_gpu: Count | None = None
     mem_gb: Annotated[float, Field(gt=0)] | None = None
+    mem_per_gpu: str | None = None
+    mem_per_cpu: str | None = None
     exclusive: bool | None = None
     setup: tuple[str, ...] = ()  # lines of the job's script before the command
     srun_args: tuple[str, ...] = ()

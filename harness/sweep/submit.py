@@ -109,15 +109,16 @@ def submit(file: SweepFile, run_dir: Path, *, on: On, launches: int | None = Non
         for launch, race in part.plan.tasks
         for e in race.experiments
     ]
-    cluster = file.slurm.cluster.model_dump(mode="json")
-    facts: dict[str, Any] = {
+    facts = {
+        "name": file.name,
+        "on": on,
         "file": str(file.path),
         "cluster_file": str(file.slurm.path),
-        "cluster": cluster,
+        "cluster": file.slurm.cluster.model_dump(mode="json"),
+        "cells_per_job": file.cells_per_job,
         "cells": cells,
     }
-    facts["cells_per_job"] = file.cells_per_job
-    folder.write("sweep.json", {"name": file.name, "on": on, "cwd": str(Path.cwd()), **facts})
+    folder.write("sweep.json", facts)
     start(folder, [folder.add_job(part.as_job()) for part in made], on, file)
     return Sweep.attach(run_dir)
 
@@ -216,7 +217,7 @@ def start(folder: SweepFolder, indices: Sequence[int], on: str, file: SweepFile 
 def parameters(folder: SweepFolder, slurm: SlurmCluster, nodes: int, tasks_per_node: int) -> dict[str, Any]:
     """Of submitit's executor, in the words of sbatch."""
     asked = slurm.model_dump(mode="python", exclude=set(_OURS), exclude_none=True)
-    found = {_RENAMED.get(key, key): value for key, value in asked.items()}
+    found = {_RENAMED.get(key, key): value for key, value in asked.items() if value is not False}
     if "mem" in found:
         found["mem"] = f"{round(found['mem'] * 1024)}MB"
     mine = f"{folder.submitit}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"

@@ -130,6 +130,20 @@ def test_the_submitter_is_killed_and_status_answers(one_machine, sweep_file, tmp
     assert sum(settle(sweep).values()) == 2
 
 
+def test_a_preempted_job_gives_way_and_goes_on(one_machine, sweep_file, tmp_path):
+    sweep = submit.submit(spec.load(sweep_file("preempted", num_races=2, **slow(200))), tmp_path / "p", on="slurm")
+    deadline = time.monotonic() + 60
+    while not part_files(sweep):
+        assert time.monotonic() < deadline, sweep.jobs()
+        time.sleep(0.1)
+    urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 1", "--output", "/dev/null"]
+    subprocess.run(urgent, check=True, capture_output=True)
+    assert settle(sweep) == {"ok": 2}
+    events = [event["did"] for event in sweep.folder.events(0)]
+    assert (events.count("start"), events.count("stop")) == (2, 1)
+    assert part_files(sweep) == 2
+
+
 def test_a_full_queue_takes_what_it_can_and_resume_brings_the_rest(sweep_file, one_machine, tmp_path):
     with slurm.running(NODES, max_jobs=6):
         loaded = spec.load(sweep_file("full", num_races=8, cells_per_job=1))
