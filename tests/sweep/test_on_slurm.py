@@ -12,13 +12,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from harness.bench.store import Store
 from harness.errors import UserError
 from harness.launch import slurm
 from harness.sweep import spec, submit
 from harness.sweep.states import Sweep
-from tests.sweep.conftest import NODES, settle
+from tests.sweep.conftest import NODES, ONE_RANK, settle
 
 ROOT = Path(__file__).parents[2]
 #: a race of some seconds that costs no CPU: 2 MB over a link of 0.5 MB/s
@@ -161,6 +162,18 @@ def test_a_full_queue_takes_what_it_can_and_resume_brings_the_rest(sweep_file, o
         assert any("Resources" in reason or "Priority" in reason for reason in reasons), reasons
         submit.cancel(sweep)
         assert set(sweep.counts()) == {"cancelled", "unsubmitted"}
+
+
+def test_a_plain_sbatch(one_machine, tmp_path):
+    experiment = {"model": "moe-tiny", "cluster": ONE_RANK, "system": "flat", "phase": "exchange", "launches": 1}
+    experiment["workload"] = {"tokens_per_rank": 64, "generator": "uniform"}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"name": "plain", "experiments": [experiment]}))
+    words = [ROOT / "slurm" / "moebench.sbatch", tmp_path / "plain.yaml", "--results", tmp_path]
+    done = subprocess.run(
+        ["sbatch", "--wait", f"--output={tmp_path}/log", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stderr, (tmp_path / "log").read_text())
+    assert len(Store(tmp_path / "plain").finished()) == 1
 
 
 @pytest.mark.parametrize(
