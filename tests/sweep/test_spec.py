@@ -86,9 +86,12 @@ def test_two_cells_with_one_identity(sweep_file):
         spec.load(file)
 
 
-@pytest.mark.parametrize(("cluster", "message"), [({"nodes": 3}, "must be 1 to 2"), ("fsmoe-a", "is no part of")])
+REAL = {"name": "real", "kind": "physical", "levels": [{"name": "node", "size": 2}, {"name": "gpu", "size": 4}]}
+
+
+@pytest.mark.parametrize(("cluster", "message"), [({"nodes": 3}, "must be 1 to 2"), (REAL, "is no part of")])
 def test_a_cluster_that_the_nodes_do_not_make(sweep_file, cluster, message):
-    file = sweep_file("wrong", cluster=cluster, **({"model": "mixtral-8x7b"} if cluster == "fsmoe-a" else {}))
+    file = sweep_file("wrong", cluster=cluster)
     with pytest.raises(UserError, match=message):
         spec.load(file)
 
