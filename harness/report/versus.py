@@ -39,7 +39,7 @@ def ratios(run: Run, other: Run) -> pd.DataFrame:
         point, low, high = _unpaired(there[cell, direction], here)
         times = {"time_s": np.exp(np.log(here["value"]).mean())}
         times["other_s"] = np.exp(np.log(there[cell, direction]["value"]).mean())
-        identity = here.iloc[0][compare.IDENTITY].to_dict()
+        identity = {key: here.iloc[0][key] for key in compare.IDENTITY}
         rows.append({**identity, "direction": direction, **times, "ratio": point, "low": low, "high": high})
     columns = [*compare.IDENTITY, "direction", "time_s", "other_s", "ratio", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
@@ -86,13 +86,13 @@ def table(run: Run, other: Run) -> Html:
 def only_one(run: Run, other: Run) -> Html:
     """Cells that one of them lacks."""
     mine, theirs = set(compare.samples(run)["cell"]), set(compare.samples(other)["cell"])
-    rows = []
-    for name, frame, lone in ((run.name, run.rows, mine - theirs), (other.name, other.rows, theirs - mine)):
-        cells = frame[frame["cell"].isin(lone)].drop_duplicates("cell")
-        rows += [
-            {"run": name, **row} for row in cells[["label", "phase", "cluster", "model", "workload"]].to_dict("records")
-        ]
-    if not rows:
+    keys = ["phase", "cluster", "model", "workload", "label"]
+    lone = [
+        frame[frame["cell"].isin(cells)].drop_duplicates("cell")[keys].assign(run=name)
+        for name, frame, cells in ((run.name, run.rows, mine - theirs), (other.name, other.rows, theirs - mine))
+    ]
+    found = pd.concat(lone, ignore_index=True)
+    if found.empty:
         return Html("<p>Both runs have times of the same cells.</p>")
     columns = [
         Column(key, key, merge=key == "run") for key in ("run", "phase", "cluster", "model", "workload", "label")

@@ -10,7 +10,8 @@ sweep.speedups("flat")             # of the cells that have a time
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
@@ -51,7 +52,7 @@ def grid(sweep: Sweep) -> str:
     )
 
 
-def _mark(cell: dict[str, object]) -> Markup:
+def _mark(cell: Mapping[Any, Any]) -> Markup:
     letter, colour = MARKS.get(str(cell["state"]), _FAILED)
     words = f"launch {cell['launch']}: {cell['state']} {cell['reason']} {cell['log']}".strip()
     return Markup('<span style="color:{}" title="{}">{}</span>').format(colour, escape(words), letter)

@@ -193,7 +193,7 @@ class Sweep:
                 for event in self.folder.events(index):
                     if event["did"] in ("begin", "race"):
                         key = (event["race"], event["launch"])
-                        found.add(key) if event["did"] == "begin" else found.discard(key)
+                        (found.add if event["did"] == "begin" else found.discard)(key)
         return found
 
     def _state(
