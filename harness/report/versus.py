@@ -97,4 +97,4 @@ def only_one(run: Run, other: Run) -> Html:
     columns = [
         Column(key, key, merge=key == "run") for key in ("run", "phase", "cluster", "model", "workload", "label")
     ]
-    return Html(page.table(pd.DataFrame(rows), columns, "Timed in one run only"))
+    return Html(page.table(found, columns, "Timed in one run only"))
