@@ -166,7 +166,7 @@ class Sweep:
 
     def _local_job(self, index: int, line: dict[str, Any], number: str) -> JobState:
         log = str(self.folder.submitit / f"{index}.log")
-        events = [event for event in self.folder.events(index) if event["at"] >= line["at"]]
+        events = [event for event in self.folder.events(index) if event.get("at", 0.0) >= line["at"]]
         last = events[-1]["did"] if events else ""
         if last == "exit":
             said = [event["why"] for event in events if event["did"] == "error"]

@@ -134,7 +134,6 @@ def resume(sweep: Sweep, *, only_failed: bool = False) -> int:
     cells = sweep.cells()
     wanted = FAILED if only_failed else (*FAILED, "cancelled")
     tasks = set(zip(*(cells[cells["state"].isin(wanted)][key] for key in ("race", "launch")), strict=True))
-    folder.cancelled.unlink(missing_ok=True)
     indices = [] if only_failed else [i for i, job in enumerate(sweep.jobs()) if job.state == "unsubmitted"]
     again: dict[str, dict[str, Any]] = {}  # by what they need
     for index in sorted(set(cells[cells["state"].isin(wanted)]["job"])):
@@ -147,6 +146,7 @@ def resume(sweep: Sweep, *, only_failed: bool = False) -> int:
         for chunk in _chunks(job["tasks"], facts["cells_per_job"], lambda task: len(task[1]["experiments"])):
             indices.append(folder.add_job({**job, "tasks": chunk}))
     if indices:
+        folder.cancelled.unlink(missing_ok=True)
         start(folder, indices, facts["on"])
     return len(indices)
 

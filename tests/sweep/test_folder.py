@@ -142,7 +142,7 @@ def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path):
         assert time.monotonic() < deadline, counts
         time.sleep(0.05)
     assert submit.resume(sweep, only_failed=True) == 0
-    assert submit.resume(sweep) == 1
+    assert submit.resume(sweep) == 2
     counts = settle(sweep)
     assert sum(counts.values()) == 2
     assert set(counts) <= {"ok", "cpu_bound"}
