@@ -114,7 +114,9 @@ def list_(
 def check(
     systems: Annotated[list[str] | None, typer.Argument(help="Names of systems (moebench list systems).")] = None,
     every: Annotated[bool, typer.Option("--all", help="Check every system.")] = False,
-    ranks: Annotated[int, typer.Option(help="Local ranks over loopback; 16 experts must divide over them.")] = 4,
+    ranks: Annotated[
+        int | None, typer.Option(help="Local ranks over loopback (default 4); 16 experts must divide over them.")
+    ] = None,
     cluster: Annotated[str, typer.Option(help="A local or emulated cluster preset, instead of --ranks.")] = "",
     dtype: Annotated[list[str] | None, typer.Option(help="Only these number formats; may be repeated.")] = None,
     as_json: Json = False,
@@ -136,7 +138,12 @@ def check(
         raise bad("systems", systems or [], "name at least one, or give --all (moebench list systems)")
     _check_words("--dtype", dtype or [], DTYPE_BYTES)
     names = list(registry.systems()) if every else [registry.system(name).name for name in systems or []]
-    where = presets.cluster(cluster) if cluster else checks.local_cluster(ranks)
+    where = presets.cluster(cluster) if cluster else checks.local_cluster(4 if ranks is None else ranks)
+    if ranks not in (None, where.num_ranks):
+        shape = " x ".join(map(str, where.shape))
+        raise bad(
+            "--ranks", ranks, f"but the levels of {cluster}, {shape}, multiply to {where.num_ranks}; leave it out"
+        )
     with console.progress("check") as bar:
         payload = {"dtypes": dtype} if dtype else {}
         rows = checks.check_systems(names, where, payload, lambda text: console.say(bar, text))

@@ -142,6 +142,12 @@ def test_check_runs_real_ranks_and_prints_json_alone(moebench):
     assert "checking flat on 2 ranks" in err
 
 
+def test_check_says_what_levels_multiply_to(moebench):
+    status, _, err = moebench("check", "hiermoe", "--ranks", 6, "--cluster", "emulated-2x2x2")
+    assert status == 2
+    assert "--ranks: 6: but the levels of emulated-2x2x2, 2 x 2 x 2, multiply to 8" in err
+
+
 def test_check_fails_where_nothing_could_be_checked(moebench):
     status, out, _ = moebench("check", "flat", "--ranks", 3, "--dtype", "float64")
     assert status == 1

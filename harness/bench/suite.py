@@ -26,7 +26,6 @@ from typing import Any, get_args
 
 from harness import presets, registry
 from harness.errors import UserError, bad
-from harness.placement import Placement
 from harness.routing import KNOWN_GENERATORS, make_routing
 from harness.specs import Cluster, Dtype, Experiment, Model, Phase, Workload
 from harness.topology import Topology
@@ -220,7 +219,10 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
             raise bad(
                 "workload.generator", workload.generator, "unknown" + _nearest(workload.generator, KNOWN_GENERATORS)
             )
-        Placement.contiguous(experiment.model.num_experts, experiment.cluster.num_ranks)
+        for level, link in enumerate(experiment.cluster.levels):
+            if experiment.model.num_experts % (num_groups := topology.num_units(level)):
+                found = f"is not divisible by the {num_groups} groups of link level {link.name!r}"
+                raise bad("model.num_experts", experiment.model.num_experts, found)
         if experiment.phase == "train_step":
             for tokens in set(workload.tokens(topology.num_ranks)):
                 if tokens % experiment.model.seq:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import mmap
 import os
 import subprocess
@@ -23,6 +24,8 @@ from harness.launch import switch
 from harness.launch.kernel import inside_network
 from harness.specs import Cluster, Level
 from harness.topology import Topology
+
+log = logging.getLogger(__name__)
 
 INTERFACE = "eth0"
 QUEUE_BYTES = 64 << 20  # lossless: more than all TCP windows that can meet at one port
@@ -117,17 +120,17 @@ def _build(cluster: Cluster) -> Network:
 
     Path("/run/netns").mkdir(parents=True, exist_ok=True)
     spaces = [unit.namespace for unit in ([*nodes] if delayed else [Unit(-1, 0), *units])]
-    batch("ip", [], [f"netns add {name}" for name in spaces])
+    _batch("ip", [], [f"netns add {name}" for name in spaces])
     settings = _prepare_namespaces(spaces)
-    counters, switch_pid = Counters(len(cluster.levels)), None
+    counters, switch_pid, shaper = Counters(len(cluster.levels)), None, "delay line and tbf"
     if delayed:
         switch_pid = _join_by_switch(nodes, cluster, counters.switched)
     elif levels:
-        _join_by_veth(units, nodes, cluster)
+        shaper = _join_by_veth(units, nodes, cluster)
     _address(nodes)
     if cluster.loopback_bytes_per_s is not None:
         for node in nodes:
-            batch("tc", ["-n", node.namespace], [_tbf("lo", cluster.loopback_bytes_per_s, LOOPBACK_BURST_BYTES)])
+            _batch("tc", ["-n", node.namespace], [_tbf("lo", cluster.loopback_bytes_per_s, LOOPBACK_BURST_BYTES)])
 
     for unit in units:
         if delayed and unit not in nodes:
@@ -140,7 +143,7 @@ def _build(cluster: Cluster) -> Network:
     facts = {
         **settings,
         "gso_max_bytes": _gso_max_bytes(nodes[0]) if levels else None,
-        "shaper": "delay line and tbf" if delayed else "tbf",
+        "shaper": shaper,
         "mtu": switch.MTU if delayed else 1500,
         "loopback_bytes_per_s": cluster.loopback_bytes_per_s,
         "levels": [
@@ -161,11 +164,19 @@ def _parent(unit: Unit, shape: tuple[int, ...]) -> Unit:
     return Unit(unit.level - 1, unit.index // shape[unit.level] if unit.level else 0)
 
 
-def _join_by_veth(units: list[Unit], nodes: list[Unit], cluster: Cluster) -> None:
-    """A cable from every unit to the bridge in its parent, a token bucket at each end."""
+def _inside(node: Unit, unit: Unit, shape: tuple[int, ...]) -> bool:
+    while node.level > unit.level:
+        node = _parent(node, shape)
+    return node == unit
+
+
+def _join_by_veth(units: list[Unit], nodes: list[Unit], cluster: Cluster) -> str:
+    """A cable from every unit to the bridge in its parent, a token bucket at each end; where several nodes lie beyond,
+    one that is fair to all of them, if the kernel has it. Returns what shapes."""
     links: list[str] = []
     inside: dict[str, list[str]] = {}
-    shaping: dict[str, list[str]] = {}
+    arriving: dict[str, list[str]] = {}
+    leaving: dict[str, tuple[list[str], list[str]]] = {}
     for name in {_parent(unit, cluster.shape).namespace for unit in units}:
         inside[name] = ["link add name bridge type bridge", "link set dev bridge up"]
     for unit in units:
@@ -176,13 +187,27 @@ def _join_by_veth(units: list[Unit], nodes: list[Unit], cluster: Cluster) -> Non
         inside.setdefault(here, []).extend([*joined, f"link set dev {INTERFACE} up"])
         inside[parent].extend([f"link set dev {port} master bridge", f"link set dev {port} up"])
         if level.bandwidth_bytes_per_s is not None:
-            for name, interface in ((here, INTERFACE), (parent, port)):
-                shaping.setdefault(name, []).append(_tbf(interface, level.bandwidth_bytes_per_s, burst_bytes(level)))
-    batch("ip", [], links)
+            rate, burst = level.bandwidth_bytes_per_s, burst_bytes(level)
+            others = [node.index for node in nodes if not _inside(node, unit, cluster.shape)]
+            leaving[here] = ([_tbf(INTERFACE, rate, burst)], _fair(INTERFACE, rate, burst, others))
+            arriving.setdefault(parent, []).append(_tbf(port, rate, burst))
+    _batch("ip", [], links)
     for name, commands in inside.items():
-        batch("ip", ["-n", name], commands)
-    for name, commands in shaping.items():
-        batch("tc", ["-n", name], commands)
+        _batch("ip", ["-n", name], commands)
+    for name, commands in arriving.items():
+        _batch("tc", ["-n", name], commands)
+    fair = True
+    for name, (plain, by_turns) in leaving.items():
+        if fair and by_turns:
+            try:
+                _batch("tc", ["-n", name], by_turns)
+                continue
+            except NoNetwork as error:
+                fair = False
+                log.warning("links are not fair to their destinations: %s", error)
+                _batch("tc", ["-force", "-n", name], [f"qdisc del dev {INTERFACE} root"], may_fail=True)
+        _batch("tc", ["-n", name], plain)
+    return "tbf, htb by destination" if fair and any(by_turns for _, by_turns in leaving.values()) else "tbf"
 
 
 def _join_by_switch(nodes: list[Unit], cluster: Cluster, sent_bytes: np.ndarray) -> int:
@@ -192,11 +217,11 @@ def _join_by_switch(nodes: list[Unit], cluster: Cluster, sent_bytes: np.ndarray)
     taps = []
     for node in nodes:
         taps.append(_within(node.namespace, lambda: switch.open_tap(INTERFACE)))
-        batch(
+        _batch(
             "ip", ["-n", node.namespace], [f"link set dev {INTERFACE} mtu {switch.MTU}", f"link set dev {INTERFACE} up"]
         )
         rate = level.bandwidth_bytes_per_s * BACK_PRESSURE
-        batch("tc", ["-n", node.namespace], [_tbf(INTERFACE, rate, burst_bytes(level))])
+        _batch("tc", ["-n", node.namespace], [_tbf(INTERFACE, rate, burst_bytes(level))])
     pid = os.fork()
     if pid == 0:
         try:
@@ -211,6 +236,27 @@ def _join_by_switch(nodes: list[Unit], cluster: Cluster, sent_bytes: np.ndarray)
 def _tbf(interface: str, rate_bytes_per_s: float, burst: int) -> str:
     bits = round(rate_bytes_per_s * 8)
     return f"qdisc add dev {interface} root tbf rate {bits}bit burst {burst} limit {QUEUE_BYTES}"
+
+
+def _fair(interface: str, rate_bytes_per_s: float, burst: int, nodes: list[int]) -> list[str]:
+    """A token bucket that serves several destinations in turn, as a network card does its queue pairs: in one queue for
+    all of them packets for a port that is busy hold up those for idle ones. Nothing for a single destination."""
+    if len(nodes) < 2:
+        return []
+    whole, part = round(rate_bytes_per_s * 8), round(rate_bytes_per_s * 8 / len(nodes))
+    once = f"burst {burst} cburst {burst} quantum {burst}"
+    found = [
+        f"qdisc add dev {interface} root handle 1: htb default {10 + nodes[0]:x}",
+        f"class add dev {interface} parent 1: classid 1:1 htb rate {whole}bit {once}",
+    ]
+    for node in nodes:
+        leaf = f"{10 + node:x}"
+        found += [
+            f"class add dev {interface} parent 1:1 classid 1:{leaf} htb rate {part}bit ceil {whole}bit {once}",
+            f"qdisc add dev {interface} parent 1:{leaf} bfifo limit {QUEUE_BYTES}",
+            f"filter add dev {interface} parent 1: protocol ip u32 match ip dst {address(node)}/32 flowid 1:{leaf}",
+        ]
+    return found
 
 
 def _address(nodes: list[Unit]) -> None:
@@ -228,7 +274,7 @@ def _address(nodes: list[Unit]) -> None:
                 for other in nodes
                 if other != node
             ]
-        batch("ip", ["-n", node.namespace], commands)
+        _batch("ip", ["-n", node.namespace], commands)
 
 
 def address(index: int) -> str:
@@ -275,10 +321,9 @@ def _within(namespace: str, function: Callable[[], Any]) -> Any:
         return function()
 
 
-def batch(program: str, options: list[str], commands: list[str]) -> None:
-    """Many commands of ``ip`` or ``tc`` at once. Raises ``NoNetwork``."""
+def _batch(program: str, options: list[str], commands: list[str], *, may_fail: bool = False) -> None:
     done = subprocess.run(
         [program, *options, "-batch", "-"], input="\n".join(commands) + "\n", capture_output=True, text=True
     )
-    if done.returncode:
+    if done.returncode and not may_fail:
         raise NoNetwork(f"{program} failed: {' '.join(done.stderr.split())}")

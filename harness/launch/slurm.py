@@ -244,10 +244,10 @@ def _join_management(nodes: list[str]) -> list[str]:
         commands.append(f"link add manage netns {name} type veth peer name port{index} netns management")
         inside.append(f"link set port{index} master bridge up")
     commands += [f"addr add {addresses[0]}/16 dev moeslurm{number}", f"link set moeslurm{number} up"]
-    network.batch("ip", [], commands)
-    network.batch("ip", ["-n", "management"], inside)
+    _ip([], commands)
+    _ip(["-n", "management"], inside)
     for name, address in zip(nodes, addresses[1:], strict=True):
-        network.batch("ip", ["-n", name], [f"addr add {address}/16 dev manage", "link set manage up"])
+        _ip(["-n", name], [f"addr add {address}/16 dev manage", "link set manage up"])
     return addresses
 
 
@@ -298,6 +298,11 @@ def _await_nodes(num_nodes: int) -> None:
             return
         time.sleep(0.05)
     raise RuntimeError(f"nodes are {' '.join(states.split()) or 'unknown'}; see the logs beside this one")
+
+
+def _ip(options: list[str], commands: list[str]) -> None:
+    lines = "".join(f"{command}\n" for command in commands)
+    subprocess.run(["ip", *options, "-batch", "-"], input=lines, text=True, check=True)
 
 
 def _output(command: list[str]) -> str:

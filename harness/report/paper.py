@@ -161,15 +161,16 @@ class Paper:
         panels: tuple[str, str],
         without: Sequence[str],
         caption: str,
+        label: str = "schedule",
     ) -> Html:
-        """``y`` over ``x`` of the study's ``table``, a line a schedule (not those ``without``); a row of panels for
+        """``y`` over ``x`` of the study's ``table``, a line a ``label`` (not those ``without``); a row of panels for
         each value of the first column of ``panels``, in it one for each of the second, whose name ``x`` goes by."""
         rows = self.table(study, table)
-        rows = rows[~rows["schedule"].isin(without)]
-        alt = f"{ylabel} of every schedule, one panel for each {' and '.join(panels)}."
+        rows = rows[~rows[label].isin(without)]
+        alt = f"{ylabel} of every {label}, one panel for each {' and '.join(panels)}."
 
         def make() -> Figure:
-            return study_figures.lines(rows, x=x, y=y, label="schedule", panels=panels, ylabel=ylabel)
+            return study_figures.lines(rows, x=x, y=y, label=label, panels=panels, ylabel=ylabel)
 
         return Html(figures.drawn(make, alt, caption))
 

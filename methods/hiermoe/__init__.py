@@ -19,7 +19,7 @@ from methods.hiermoe.hierd import HierExchange
 from methods.hiermoe.model import TimeModel, calibrated_costs, choose, stage_costs
 from methods.hiermoe.swap import GAMMA
 from methods.hiermoe.traffic import Wire, hier_bytes
-from methods.hiermoe.training import SwapOptions, Swapper
+from methods.hiermoe.training import MAX_SHARE, SwapOptions, Swapper
 
 MAX_CHUNKS = 12
 MIN_CHUNK_BYTES = 128 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves
@@ -109,7 +109,8 @@ class HierMoE(HierD):
     title = "HierMoE: the all-to-all of the dimension that pays, and expert swap in training"
     source = "arXiv 2508.09591, sections III and IV (HierD-ES)"
     options: ClassVar[dict[str, str]] = HierD.options | {
-        "swap_every": "training steps between updates (default 1)",
+        "swap_every": "training steps between updates, at least (default 1); more where the cluster's costs are known "
+        f"and an update would take over {MAX_SHARE:.0%} of them",
         "swap_pairs": "swaps of each layer in one update (default 1)",
         "max": "of the objective: smooth, plain or log-sum-exp (default smooth)",
         "gamma": f"of the objective's smooth maximum (default {GAMMA:g})",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -33,6 +33,7 @@ STEPS, WARM = 16, 8  # of training, of which the first lead to a placement and d
 #: of what a device can do, that the computation beside the exchange reaches; no paper states it
 EFFICIENCY = 0.4
 EFFICIENCIES = (0.2, 0.4, 0.6)
+AXIS = "max over mean tokens of an expert"
 NOTE = (
     "Routing is not described in the paper: skew is the max over mean tokens of an expert, drawn Zipf-like and anew "
     "at every step with the same popular experts; skew 1 is uniform random. Placements follow earlier steps' routing. "
@@ -68,12 +69,16 @@ def times(
     model: Model,
     load: Workload,
     variants: dict[str, Variant] | None = None,
-    swapping: Swapping | None = None,
     steps: int = STEPS,
     warm: int = WARM,
 ) -> pd.DataFrame:
+    """``mean_times`` of ``replay``."""
+    return mean_times(replay(cluster, model, routings(load, model, cluster, steps), variants), warm)
+
+
+def mean_times(steps: Iterable[dict[str, object]], warm: int = WARM) -> pd.DataFrame:
     """Mean one_way_s of each variant after ``warm`` steps, and the dimensions that it took."""
-    rows = pd.DataFrame(replay(cluster, model, routings(load, model, cluster, steps), variants, swapping))
+    rows = pd.DataFrame(steps)
     counted = rows[rows["step"] >= warm].groupby("variant", sort=False)
     found = counted.agg(one_way_s=("one_way_s", "mean"), deviation_s=("one_way_s", "std")).reset_index()
     found["dimensions"] = [" ".join(map(str, sorted(set(part["dimension"])))) for _, part in counted]
@@ -144,7 +149,7 @@ def exchanges(progress: Progress) -> Findings:
     columns = ["model", "variant", "skew", "one_way_s", "over_megatron", "over_hd2", "dimensions", "evidence"]
     shown["variant"] = pd.Categorical(shown["variant"], list(VARIANTS))
     shown = shown[columns].sort_values(["model", "variant", "evidence", "skew"], ascending=[True, True, False, True])
-    raw = {"exchanges": every.assign(evidence="simulated")}
+    raw = {"exchanges": every.assign(evidence="simulated", axis=f"skew, {AXIS}")}
     return Findings({"all-to-all": shown.astype({"variant": str})}, (NOTE,), raw)
 
 
@@ -169,7 +174,10 @@ def steps(progress: Progress) -> Findings:
         "device's rate: the paper states neither its length nor its precision. Nothing overlaps."
     )
     text = printed[["system", "quantity", "value", "evidence"]].rename(columns={"system": "variant"})
-    return Findings({"steps": every.assign(evidence="simulated"), "text": text.reset_index(drop=True)}, (NOTE, note))
+    every["evidence"] = "simulated"
+    axis = [f"skew; computation at {efficiency:.0%} of the device's rate" for efficiency in every["efficiency"]]
+    tables = {"steps": every, "text": text.reset_index(drop=True)}
+    return Findings(tables, (NOTE, note), {"lines": every.assign(axis=axis)})
 
 
 def compute_s(model: Model, cluster: Cluster, efficiency: float = EFFICIENCY) -> float:
@@ -198,7 +206,9 @@ def sweeps(progress: Progress) -> Findings:
             rows.append(one.assign(sweep=sweep, at=at, skew=skew, over_megatron=over(one, "megatron")))
     every = pd.concat(rows, ignore_index=True)
     columns = ["sweep", "at", "skew", "variant", "one_way_s", "over_megatron", "dimensions"]
-    return Findings({"sweeps": every[columns].assign(evidence="simulated")}, (NOTE, "Constants are those of 32 GPUs."))
+    shown = every[columns].assign(evidence="simulated")
+    lines = shown.assign(routing=[f"skew {skew:g}" for skew in shown["skew"]])
+    return Findings({"sweeps": shown}, (NOTE, "Constants are those of 32 GPUs."), {"lines": lines})
 
 
 def ablations(progress: Progress) -> Findings:
@@ -211,12 +221,12 @@ def ablations(progress: Progress) -> Findings:
     choices += [("interval", f"{n}", Swapping(time_model, row_bytes, every=n)) for n in (1, 2, 4, 8)]
     choices += [("pairs", f"{n}", Swapping(time_model, row_bytes, pairs=n)) for n in (1, 2, 4)]
     rows = []
-    drift = workload(1, hot_experts=16, share=0.5, period=8)
-    wanted = {name: VARIANTS[name] for name in ("megatron", "hd", "hiermoe")}
+    drift = list(routings(workload(1, hot_experts=16, share=0.5, period=8), model, cluster, STEPS))
+    still = mean_times(replay(cluster, model, drift, {name: VARIANTS[name] for name in ("megatron", "hd")}))
     for option, value, swapping in choices:
         progress(f"{option} {value}")
-        one = times(cluster, model, drift, wanted, swapping)
-        own = one.set_index("variant")["one_way_s"]
+        one = mean_times(replay(cluster, model, drift, {"hiermoe": VARIANTS["hiermoe"]}, swapping))
+        own = pd.concat([still, one]).set_index("variant")["one_way_s"]
         rows.append(
             {
                 "option": option,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from methods.hiermoe.model import TimeModel
 from methods.hiermoe.swap import GAMMA, MaxFunction, Objective, Statistics, Swap, best_swap, collect, groups
 
 MAX_SHARE = 0.01
+MARGIN = 1.25  # in steps waited, as a search that ends in no swap is lost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,9 @@ class SwapOptions:
 class Swapper:
     """Called after every optimizer step; ``layers`` first layer first. Collective.
 
-    ``model``: None where no costs are known; else an update whose transfer would take more than ``MAX_SHARE`` of the
-    steps that it serves is not made. ``made``: all swaps so far, [(step, layer, swap)]."""
+    ``model``: None where no costs are known; else no update is made that would take more than ``MAX_SHARE`` of the
+    steps since the last one: neither the search, as measured, nor the transfer, as predicted. ``made``: all swaps so
+    far, [(step, layer, swap)]."""
 
     def __init__(
         self,
@@ -56,19 +59,31 @@ class Swapper:
         self.job, self.layers, self.options, self.model, self.row_bytes = job, layers, options, model, row_bytes
         self.made: list[tuple[int, int, Swap]] = []
         self.skipped = 0  # updates that would have cost too much
-        self._last = time.perf_counter()
+        self._from, self._since = 0, 0.0  # steps done at the last update, and when that was
+        self._due = 0  # steps until which an update would cost too much
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        step_s, self._last = time.perf_counter() - self._last, time.perf_counter()
-        if (step + 1) % self.options.every:
+        done, began = step + 1, time.perf_counter()
+        if self.model is not None and not self._since:  # nothing is known of a step's length yet
+            self._from, self._since = done, began
             return
+        if done % self.options.every or done < self._due:
+            return
+        step_s = (began - self._since) / max(1, done - self._from)
         for _ in range(self.options.pairs):
             swaps = self.decide()
             wanted = [i for i, swap in enumerate(swaps) if swap.r >= 0]
-            if not wanted or not self._worth(len(wanted), step_s * self.options.every, optimizer):
+            if not wanted:
                 break
+            cost_s = time.perf_counter() - began + self._move_s(len(wanted), optimizer)
+            if (due := self._from + self._serves(cost_s, step_s)) > done:
+                self._due, self.skipped = due, self.skipped + 1
+                return
             self.swap({i: (swaps[i].r, swaps[i].c) for i in wanted}, optimizer)
             self.made += [(step, i, swaps[i]) for i in wanted]
+        now = time.perf_counter()
+        self._due = done + self._serves(now - began, step_s)
+        self._from, self._since = done, now
 
     def decide(self) -> list[Swap]:
         """The best swap of every layer by the tokens of its last forward on all ranks; one all-reduce for all their
@@ -116,22 +131,24 @@ class Swapper:
             return Objective.unpriced(dimension, self.job.topology, options.max, options.gamma)
         return Objective.of(self.model, dimension, self.row_bytes, options.max, options.gamma)
 
-    def _worth(self, num_swaps: int, served_s: float, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the transfer is cheap enough; the slowest rank decides. Every swap may cross the outermost link."""
+    def _move_s(self, num_swaps: int, optimizer: torch.optim.Optimizer) -> float:
+        """Predicted; every swap may cross the outermost link."""
         if self.model is None:
-            return True
+            return 0.0
         parameters = list(self.layers[0].experts.parameters())
         of_expert = sum(p[0].numel() * p.element_size() for p in parameters)
         num_states = max(sum(getattr(v, "ndim", 0) > 0 for v in optimizer.state[p].values()) for p in parameters)
         cost = self.model.cost(Stage(0, 1) if self.model.num_levels > 1 else Stage(0, self.model.num_levels))
-        move_s = cost.alpha_s + 2 * num_swaps * of_expert * (1 + num_states) * cost.beta_s_per_byte
-        served = torch.tensor([served_s], dtype=torch.float64, device=self.job.device)
+        return cost.alpha_s + 2 * num_swaps * of_expert * (1 + num_states) * cost.beta_s_per_byte
+
+    def _serves(self, cost_s: float, step_s: float) -> int:
+        """Steps that an update must serve; the slowest rank decides."""
+        if self.model is None:
+            return 0
+        share = torch.tensor([cost_s / step_s], dtype=torch.float64, device=self.job.device)
         if self.job.num_ranks > 1:
-            dist.all_reduce(served, dist.ReduceOp.MIN)
-        if move_s <= MAX_SHARE * float(served):
-            return True
-        self.skipped += 1
-        return False
+            dist.all_reduce(share, dist.ReduceOp.MAX)
+        return math.ceil(MARGIN * float(share) / MAX_SHARE)
 
 
 def _exchange(layer: NativeLayer) -> HierExchange:

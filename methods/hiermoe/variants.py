@@ -49,15 +49,16 @@ NINE = {
 }
 
 
-def one_way_s(variant: Variant, model: TimeModel, counts: Counts, row_bytes: float, fullest: int = 0) -> float:
-    """Seconds of a dispatch (or a combine). ``fullest``: tokens of one rank for its fullest expert, times all experts;
-    for sizes ``expert``."""
-    if variant.sizes == "expert":
-        assert variant.dimension is not None
-        costs = [model.cost(stage) for stage in stages(variant.dimension, model.num_levels)]
-        return float(sum(cost.alpha_s + cost.beta_s_per_byte * fullest * row_bytes for cost in costs))
-    times = model.times(counts, row_bytes, deduplicated=variant.deduplicate, exact=variant.sizes == "exact")
-    return float(times[(variant.dimension or choose(times)) - 1])
+def times_s(variant: Variant, model: TimeModel, counts: Counts, row_bytes: float, fullest: int = 0) -> Array:
+    """Seconds of a dispatch (or a combine) of every dimension, float64 [D]. ``fullest``: tokens of one rank for its
+    fullest expert, times all experts; for sizes ``expert``."""
+    if variant.sizes != "expert":
+        return model.times(counts, row_bytes, deduplicated=variant.deduplicate, exact=variant.sizes == "exact")
+    found = []
+    for dimension in range(1, model.num_levels + 1):
+        costs = [model.cost(stage) for stage in stages(dimension, model.num_levels)]
+        found.append(sum(cost.alpha_s + cost.beta_s_per_byte * fullest * row_bytes for cost in costs))
+    return np.array(found)
 
 
 @dataclasses.dataclass
@@ -133,14 +134,17 @@ def replay(
             [np.bincount(routing.of_rank(r).ravel(), minlength=model.num_experts) for r in range(len(routing.tokens))]
         )
         fullest = int(per_rank.max(initial=0)) * model.num_experts
+        known: dict[tuple[str, bool, str], Array] = {}
         for name, variant in wanted.items():
-            own = counts[variant.placement]
-            times = time_model.times(own, row_bytes, deduplicated=variant.deduplicate)
+            key = (variant.placement, variant.deduplicate, variant.sizes)
+            if key not in known:
+                known[key] = times_s(variant, time_model, counts[variant.placement], row_bytes, fullest)
+            dimension = variant.dimension or choose(known[key])
             yield {
                 "step": step,
                 "variant": name,
-                "one_way_s": one_way_s(variant, time_model, own, row_bytes, fullest),
-                "dimension": variant.dimension or choose(times),
+                "one_way_s": float(known[key][dimension - 1]),
+                "dimension": dimension,
             }
         for kind in used - {"contiguous"}:
             mover = movers[kind]

@@ -60,6 +60,11 @@ def test_the_most_demanding_entry_decides_and_a_cell_stands_once() -> None:
         ("model: moe-tiny", "model: moe-tyni", "did you mean 'moe-tiny'?"),
         ("model: moe-tiny", "model: {name: x, num_layers: 1, hidden: 8, ffn: 8, num_experts: 2, top_k: 4}", "top_k"),
         ("model: moe-tiny", "model: moe-tiny\n    model: moe-tiny", "written twice"),
+        (
+            "model: moe-tiny",
+            "model: {num_layers: 1, hidden: 8, ffn: 8, num_experts: 5, top_k: 2}",
+            "model.num_experts: 5: is not divisible by the 2 groups of link level",
+        ),
         ("system: [flat", "system: [flatt", "did you mean 'flat'?"),
         ("chunks: 2", "chunkz: 2", "did you mean 'chunks'?"),
         ("cluster: [local-1, local-2]", "cluster: fsmoe-a", "published set-up"),

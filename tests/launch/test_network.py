@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -111,6 +112,27 @@ def test_no_tc_means_unshaped_with_a_reason(tmp_path, monkeypatch):
         assert ranks.network["shaped"] is False
         assert ranks.network["reason"] == "tc not found; install util-linux and iproute2"
     assert not list(tmp_path.glob("moebench-*"))
+
+
+def test_a_link_to_several_nodes_is_fair_to_them_where_the_kernel_can(shaped, tmp_path, monkeypatch):
+    """Three nodes: a tc that knows no htb leaves plain token buckets; the rate is the same."""
+    three = with_levels(
+        "three", [{"name": "node", "size": 3, "bandwidth_bytes_per_s": BYTES_PER_S}, {"name": "rank", "size": 1}],
+        kind="emulated",
+    )  # fmt: skip
+    ranks, size = shaped(three), 4 * MIB
+    assert ranks.network["shaper"] == "tbf, htb by destination"
+    ideal = size * WIRE_PER_PAYLOAD / BYTES_PER_S
+    assert 0.9 * ideal <= best_time(ranks, 2, size) <= 1.10 * ideal
+    assert shaped(EMULATED).network["shaper"] == "tbf"
+    (tmp_path / "tc").write_text(
+        f'#!/bin/sh\ni=$(cat)\ncase "$i" in *htb*) exit 1;; esac\necho "$i" | {shutil.which("tc")} "$@"\n'
+    )
+    (tmp_path / "tc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with open_session(three, log_dir=tmp_path / "log") as plain:
+        assert plain.network["shaper"] == "tbf"
+        assert 0.9 * ideal <= best_time(plain, 2, size) <= 1.10 * ideal
 
 
 def test_no_tap_device_means_no_latency(monkeypatch):

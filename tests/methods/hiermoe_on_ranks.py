@@ -31,6 +31,7 @@ def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "swaps": [(step, layer, swap.r, swap.c) for step, layer, swap in made],
         "better": all(swap.after_s < swap.before_s for _, _, swap in made),
         "owners": [layer.exchange_.placement.owner.tolist() for layer in trainer.layers],
+        "skipped": getattr(swapper, "skipped", 0),
         "placed": getattr(swapper, "placed", 0),
         "dimensions": [getattr(layer.exchange_, "used", 0) for layer in trainer.layers],
         "kinds": [task.kind for task in trainer.timelines()["step"].plan.tasks],

@@ -24,7 +24,7 @@ def test_swaps_help_on_skewed_routing_and_every_variant_has_its_time():
     cluster = presets.cluster("hiermoe")
     load = studies.workload(6.0, tokens=256)
     swapping = Swapping(TimeModel(cluster), 2.0 * SMALL.hidden, pairs=4)
-    frame = studies.times(cluster, SMALL, load, VARIANTS, swapping, steps=6, warm=3)
+    frame = studies.mean_times(replay(cluster, SMALL, routings(load, SMALL, cluster, 6), VARIANTS, swapping), warm=3)
     at = frame.set_index("variant")["one_way_s"]
     assert list(frame["variant"]) == list(VARIANTS)
     assert at["hd"] <= at["hd2"]

@@ -8,6 +8,7 @@ import pytest
 from baselines.smartmoe import greedy
 from harness.errors import UserError
 from harness.placement import Placement
+from harness.specs import Cluster
 from tests.methods.test_fsmoe_training import training
 from tests.methods.test_hiermoe import cluster
 
@@ -41,6 +42,19 @@ def test_interval_pairs_and_function_are_options(session):
     steps = [step for step, _, _, _ in found["swaps"]]
     assert set(steps) <= {2, 5}
     assert max(steps.count(step) for step in set(steps)) <= 2 * 3
+
+
+def test_where_costs_are_known_an_update_is_made_only_if_the_steps_that_it_serves_are_long_enough(session):
+    """These steps take milliseconds, and an update as long."""
+    one = {"alpha_s": 1e-6, "beta_s_per_byte": 1e-9}
+    known = Cluster.model_validate(
+        cluster((2, 2)).model_dump() | {"collectives": dict.fromkeys(("a2a.flat", "a2a.inter1", "a2a.intra1"), one)}
+    )
+    payload = training("hiermoe", known) | {"num_steps": 12}
+    found = session(known).call(ON_RANKS + "trained", payload)
+    assert all(each["swaps"] == found[0]["swaps"] for each in found)
+    assert found[0]["skipped"] == 1  # and then not asked again
+    assert found[0]["swaps"] == []
 
 
 @pytest.mark.parametrize("system", ["smartmoe", "hiermoe-hd2-smart"])
