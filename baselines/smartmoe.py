@@ -15,15 +15,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from baselines.flat import Flat
 from harness.comm.job import Job
-from harness.errors import bad
+from harness.options import whole, yes
 from harness.placement import Placement
-from harness.plan.moving import Move, move
-from harness.plan.native import NativeLayer
+from harness.plan.rearrange import Rearranger
 from harness.system import AfterStep, Case, MoELayer
 
 WINDOW = 2  # steps whose tokens count
@@ -51,46 +48,10 @@ def greedy(load: np.ndarray, placement: Placement) -> Placement:
     return Placement.of_owner(owner, placement) if carried.max() < before.max() else placement
 
 
-class Placer:
-    """Called after every optimizer step; collective. ``placed``: how often a layer's experts moved."""
-
-    def __init__(self, job: Job, layers: Sequence[NativeLayer], every: int = EVERY, optimizer_state: bool = True):
-        self.job, self.layers, self.every, self.optimizer_state = job, layers, every, optimizer_state
-        self.load = torch.zeros(len(layers), layers[0].model.num_experts, dtype=torch.int64, device=job.device)
-        self.placed = 0
-
-    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        if step % self.every >= self.every - min(WINDOW, self.every):
-            for load, layer in zip(self.load, self.layers, strict=True):
-                assert layer.routed is not None
-                ids, kept = layer.routed
-                taken = ids.flatten() if kept is None else ids[kept]
-                load += torch.bincount(taken, minlength=len(load))
-        if (step + 1) % self.every:
-            return
-        if self.job.num_ranks > 1:
-            dist.all_reduce(self.load)
-        moves, loads = [], self.load.cpu().numpy()
-        for layer, load in zip(self.layers, loads, strict=True):
-            before = layer.exchange_.placement
-            after = greedy(load, before)
-            if after is not before:
-                moves.append((layer, Move(list(layer.experts.parameters()), before, after)))
-        move(self.job, [each for _, each in moves], optimizer if self.optimizer_state else None)
-        for layer, each in moves:
-            layer.place(each.after)
-        self.placed += len(moves)
-        self.load.zero_()
-
-
-def placer(layers: Sequence[MoELayer], case: Case, job: Job) -> Placer:
+def placer(layers: Sequence[MoELayer], case: Case, job: Job) -> Rearranger:
     """From a case's options."""
-    every, states = case.options.get("place_every", EVERY), case.options.get("optimizer_state", True)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise bad("options.place_every", every, "must be a whole number of at least 1")
-    if not isinstance(states, bool):
-        raise bad("options.optimizer_state", states, "must be true or false")
-    return Placer(job, layers, every, states)  # type: ignore[arg-type]
+    every, states = whole(case, "place_every", EVERY, 10**9), yes(case, "optimizer_state", True)
+    return Rearranger(job, layers, greedy, every, WINDOW, states)  # type: ignore[arg-type]
 
 
 class SmartMoE(Flat):

@@ -65,7 +65,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line = table.setdefault(
             (row["system"], row["dtype"]),
             {"system": row["system"], "dtype": row["dtype"], "ok": 0, "refused": 0, "wrong": 0}
-            | dict.fromkeys(("output", "input_grad", "weight_grad", "allowed")),
+            | dict.fromkeys(("output", "input_grad", "weight_grad", "loss", "allowed")),
         )
         line[row["status"] if row["status"] in ("ok", "refused") else "wrong"] += 1
         for name, error in row["errors"].items():

@@ -166,6 +166,7 @@ def record_(
     at: Annotated[list[int] | None, typer.Option(help="Record after this many steps; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to record at each step.")] = 16384,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="Keep the trained model too, for serving (.npz).")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face MoE model to record from.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -193,8 +194,56 @@ def record_(
         if checkpoint:
             made = huggingface.record_checkpoint(checkpoint, out, **common)
         else:
-            made = record.record(presets.model(model), out, num_steps=steps, steps=at or None, seed=seed, **common)
+            made = record.record(
+                presets.model(model), out, num_steps=steps, steps=at or None, seed=seed, weights=weights, **common
+            )
     _show_recording(made, as_json)
+
+
+@app.command()
+def place(
+    model: Annotated[str, typer.Option(help="Model preset whose experts are placed (moebench list models).")],
+    trace: Annotated[Path, typer.Option(help="Recorded routing of that model (moebench record).")],
+    cluster: Annotated[str, typer.Option(help="Cluster preset (moebench list clusters).")],
+    out: Annotated[Path, typer.Option(help="The placement to write (.json).")],
+    method: Annotated[str, typer.Option(help="How to place; an unknown name lists all.")] = "moetuner",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Neighbouring ranks that share each expert.")] = 1,
+    step: Annotated[int | None, typer.Option(help="Recorded training step; by default the last.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the tokens to judge by and not to plan with.")] = 0.25,
+    bandwidths: Annotated[Path | None, typer.Option(help="CSV of rates between ranks, not the cluster's.")] = None,
+    gap: Annotated[float, typer.Option(min=0.0, help="Relative gap at which a program counts as solved.")] = 0.025,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds; then the best placement so far is kept.")] = 300,
+    as_json: Json = False,
+) -> None:
+    """Place the experts of all layers by recorded routing, and write a placement that ``moebench run`` serves with.
+
+    Part of the recording is held out: the placement is judged on it, beside random placements (objective 2).
+
+    ```
+    moebench place --model record-l32e8k2 --trace record-l32e8k2.parquet --cluster local-4 --out placement.json
+    moebench place --model mixtral-8x7b --trace record-l32e8k2.parquet --cluster moetuner-multi --tensor-parallel 4 \
+      --method exflow --out exflow.json
+    ```
+    """
+    from harness import placing
+
+    wanted = placing.Wanted(model, trace, cluster, method, tensor_parallel, step, held_out, bandwidths, gap, time_limit)
+    with console.progress(f"place {model} by {method}") as bar:
+        made = placing.place(wanted, lambda text: console.say(bar, text), shlex.join(["moebench", *sys.argv[1:]]))
+    placing.write(out, made)
+    if as_json:
+        return console.print_json(made.model_dump(mode="json"))
+    rows = [{"on": name, **found} for name, found in made.scores.items()]
+    console.show(
+        rows, f"{out}: {made.method}, {len(made.slots)} layers of {made.num_experts} experts, {made.num_ranks} ranks"
+    )
+    console.show(
+        [{k: v for k, v in made.objective.items() if not isinstance(v, dict)} | {"time_s": made.time_s}], "solved"
+    )
+    if parts := {k: v for k, v in made.objective.items() if isinstance(v, dict)}:
+        console.show([{"program": name, **part} for name, part in parts.items()], "programs")
+    for note in made.notes:
+        typer.echo(f"- {note}")
 
 
 @app.command()

@@ -135,6 +135,13 @@ def latest(cluster: Cluster, folder: Path = LEDGER) -> Calibration | None:
     return same[-1] if same else None
 
 
+def profiled(cluster: Cluster, folder: Path = LEDGER) -> Calibration:
+    """``latest``; ``UserError`` if there is none."""
+    if (found := latest(cluster, folder)) is None:
+        raise bad("cluster", cluster.name, f"was never profiled; moebench profile {cluster.name}")
+    return found
+
+
 def history(name: str, folder: Path = LEDGER) -> list[Calibration]:
     """All calibrations of the clusters of this name, oldest first. ``UserError`` for a damaged file or a newer one."""
     path = folder / f"{name}.json"

@@ -52,6 +52,25 @@ class Placement:
             slots.append(own)
         return cls.of_slots(slots)
 
+    @classmethod
+    def of_hosts(cls, hosts: np.ndarray, before: Placement) -> Placement:
+        """``hosts`` bool [E, num_ranks]: any number of experts on each rank, any number of ranks for each. Experts that
+        stay keep their slots where these remain."""
+        slots = []
+        for rank in range(hosts.shape[1]):
+            wanted, old = np.flatnonzero(hosts[:, rank]), before.local(rank)
+            own = np.full(len(wanted), -1)
+            kept = np.isin(old[: len(own)], wanted)
+            own[: len(kept)][kept] = old[: len(own)][kept]
+            own[own < 0] = np.setdiff1d(wanted, own)
+            slots.append(own)
+        return cls.of_slots(slots)
+
+    @classmethod
+    def reshaped(cls, owner: np.ndarray, before: Placement) -> Placement:
+        """``owner`` int [E], as many for each rank as it may be; otherwise as ``of_hosts``."""
+        return cls.of_hosts(owner[:, None] == np.arange(before.hosts.shape[1]), before)
+
     def swapped(self, pairs: Sequence[tuple[int, int]]) -> Placement:
         """With the places of each pair of experts exchanged, one pair after another."""
         slots = [self.local(rank).copy() for rank in range(self.hosts.shape[1])]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import pkgutil
+from typing import Any
 
 from harness.errors import unknown
 from harness.system import System
@@ -35,3 +37,16 @@ def system(name: str) -> type[System]:
     if name not in known:
         raise unknown("system", name, known, "systems")
     return known[name]
+
+
+def brought(module: str, attribute: str) -> dict[str, Any]:
+    """What methods bring beside systems: mappings ``attribute`` of every ``<folder>/<module>.py``, joined, sorted."""
+    found: dict[str, Any] = {}
+    for folder in FOLDERS:
+        for info in pkgutil.iter_modules(importlib.import_module(folder).__path__, prefix=f"{folder}."):
+            if info.ispkg and importlib.util.find_spec(f"{info.name}.{module}"):
+                for name, each in getattr(importlib.import_module(f"{info.name}.{module}"), attribute).items():
+                    if name in found:
+                        raise RuntimeError(f"two {attribute.lower()} are named {name}: one of them in {info.name}")
+                    found[name] = each
+    return dict(sorted(found.items()))

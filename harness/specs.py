@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from harness.errors import UserError, bad
 
-Phase = Literal["exchange", "layer", "train_step"]
+Phase = Literal["exchange", "layer", "train_step", "prefill", "decode"]
+SERVING = ("prefill", "decode")  # phases of a whole model in inference
 Dtype = Literal["float64", "float32", "bfloat16"]
 #: gates in which each expert takes a fixed number of a rank's tokens, or of mixtures of them
 EXPERTS_CHOOSE = ("expert_choice", "softmoe")
@@ -249,6 +250,17 @@ class Experiment(Spec):
     model_parallel: bool = False  # train_step: attention's heads are shared out over the ranks of a node
     options: dict[str, bool | int | float | str] = {}  # the system's own (pipeline chunks, 2DH, ...)
 
+    @model_validator(mode="after")
+    def _forward_only(self) -> Experiment:
+        if self.phase in SERVING and self.backward:
+            raise ValueError(f"phase {self.phase} has no backward; give backward: false")
+        return self
+
+    @property
+    def exactly_planned(self) -> bool:
+        """Whether what is planned is what runs: not where routing differs from step to step, or is the model's own."""
+        return self.phase != "train_step" and not (self.phase in SERVING and self.workload.generator == "natural")
+
     @property
     def race(self) -> str:
         """Identity of what the systems race over: everything but the system, its options and its drop rule."""
@@ -266,6 +278,7 @@ __all__ = [
     "DTYPE_BYTES",
     "EXPERTS_CHOOSE",
     "GEMMS",
+    "SERVING",
     "Cluster",
     "Collective",
     "Dtype",

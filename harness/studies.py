@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
-import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from harness.errors import bad, unknown
-from harness.registry import FOLDERS
+from harness.registry import brought
 
 REPORTED = Path(__file__).resolve().parents[1] / "results" / "reported"
 LEVELS = ("measured", "simulated", "reported")
@@ -70,15 +67,7 @@ class Study:
 @functools.cache
 def studies() -> dict[str, Study]:
     """Every study by name, sorted."""
-    found: dict[str, Study] = {}
-    for folder in FOLDERS:
-        for info in pkgutil.iter_modules(importlib.import_module(folder).__path__, prefix=f"{folder}."):
-            if info.ispkg and importlib.util.find_spec(f"{info.name}.studies"):
-                for name, study in importlib.import_module(f"{info.name}.studies").STUDIES.items():
-                    if name in found:
-                        raise RuntimeError(f"two studies are named {name}: one of them in {info.name}")
-                    found[name] = study
-    return dict(sorted(found.items()))
+    return brought("studies", "STUDIES")
 
 
 def study(name: str) -> Study:
@@ -89,9 +78,11 @@ def study(name: str) -> Study:
     return known[name]
 
 
-def reported(paper: str) -> pd.DataFrame:
-    """What a paper prints, one value a row (``results/reported`` of the repository); ``UserError`` if it is missing."""
+def reported(paper: str, item: str = "") -> pd.DataFrame:
+    """What a paper prints (of ``item`` alone, if named), one value a row, from ``results/reported`` of the repository;
+    ``UserError`` if it is missing."""
     path = REPORTED / f"{paper}.csv"
     if not path.is_file():
         raise bad("reported values", str(path), "are not there; run from a clone of the repository")
-    return pd.read_csv(path, keep_default_na=False)
+    rows = pd.read_csv(path, keep_default_na=False)
+    return rows[rows["item"] == item] if item else rows

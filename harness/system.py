@@ -18,12 +18,13 @@ from torch import nn
 from harness.dtypes import TORCH_DTYPE
 from harness.placement import Placement
 from harness.routing.types import Routing
-from harness.specs import Cluster, Dtype, Model
+from harness.specs import Cluster, Dtype, Gemm, Model
 from harness.topology import Topology
 
 if TYPE_CHECKING:
     from harness.comm.job import Job
     from harness.layer.weights import Weights
+    from harness.plan.graph import Timeline
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +49,11 @@ class Case:
     @property
     def torch_dtype(self) -> torch.dtype:
         return TORCH_DTYPE[self.dtype]
+
+    @property
+    def stand_in_costs(self) -> Gemm | None:
+        """By which computation waits; None: it computes."""
+        return self.cluster.gemm if self.stand_in and self.cluster is not None else None
 
     @property
     def ragged(self) -> bool:
@@ -86,6 +92,7 @@ class MoELayer(nn.Module, abc.ABC):
 
     gate_in_exchange: bool = True
     step: int = 0  # of training, set by the harness: a noisy gate draws other noise at every step
+    timeline: Timeline | None = None  # of the last training step, set by the harness
 
     @abc.abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +126,10 @@ class System(abc.ABC):
     kind: ClassVar[Literal["package", "native"]]
     source: ClassVar[str]  # paper, section, or where the package comes from
     options: ClassVar[dict[str, str]] = {}  # option -> one-line meaning with its default
+    #: options beside the defaults with which ``moebench check`` tries it too, layers and a few training steps, by name
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {}
     stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
+    places: ClassVar[bool] = False  # whether it follows any placement, with unequal numbers of experts too
     stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked
 
@@ -149,6 +159,12 @@ class System(abc.ABC):
         """Collective over the job: make the layer with ``weights``."""
 
     @classmethod
+    def place(cls, case: Case, profile: Sequence[Routing]) -> list[Placement] | None:
+        """Where the experts of a served model go, layer by layer, the same at every call; None: in index order.
+        ``profile``: the routing of each layer, of other tokens than those that are served."""
+        return None
+
+    @classmethod
     def place_gradients(
         cls, layers: Sequence[MoELayer], case: Case, gradient_bytes: Sequence[int], scope: str
     ) -> list[GradientSlices]:
@@ -165,11 +181,22 @@ class System(abc.ABC):
         return None
 
     @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        """Experts of other ranks that one rank may keep at a time in a training step, over all layers, as far as it is
+        known beforehand; for the memory that is asked for before the start."""
+        return 0
+
+    @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
         """Payload bytes that each rank sends to each rank, float64 [num_ranks, num_ranks] (diagonal 0), by part:
         ``metadata``, ``dispatch``, ``combine`` (forward) and ``combine_grad``, ``dispatch_grad``, ``metadata_grad``
         (backward). None where it cannot be planned."""
         return None
+
+    @classmethod
+    def planned_shares(cls, case: Case) -> np.ndarray:
+        """Which part of each expert's rows each rank computes, float64 [E, num_ranks]."""
+        return case.placement.hosts / case.placement.hosts.sum(1, keepdims=True)
 
     @classmethod
     def kept(cls, case: Case, probabilities: list[torch.Tensor]) -> list[torch.Tensor] | None:

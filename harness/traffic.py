@@ -8,8 +8,8 @@ from harness.topology import Topology
 
 #: parts of ``System.planned_bytes`` that belong to a direction
 PARTS = {
-    "forward": ("metadata", "dispatch", "combine"),
-    "backward": ("combine_grad", "dispatch_grad", "metadata_grad", "gradients"),
+    "forward": ("gather", "metadata", "dispatch", "combine"),
+    "backward": ("regather", "combine_grad", "dispatch_grad", "metadata_grad", "reduce", "gradients"),
 }
 
 

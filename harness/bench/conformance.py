@@ -24,7 +24,7 @@ from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.routing import planned_routing
 from harness.routing.types import Routing
-from harness.specs import EXPERTS_CHOOSE, Cluster, Dtype, Experiment, Model, Workload
+from harness.specs import EXPERTS_CHOOSE, Cluster, Dtype, Experiment, Model, Workload, with_levels
 from harness.system import Case, System
 
 BASE = Model(name="conformance", num_layers=1, hidden=48, ffn=24, num_experts=16, top_k=2)
@@ -68,6 +68,8 @@ TRIALS: dict[str, Trial] = {
     "drops": Trial({"capacity_factor": 1.0}, generator="zipf", params={"target": 3.0}),
     "exchange": Trial({"top_k": 4}, identity_experts=True),
 }
+#: what ``System.variants`` go through
+VARIANT_TRIALS, TRAINING = ("uniform", "ragged", "experts-without-tokens", "drops"), "training"
 
 
 def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
@@ -80,10 +82,41 @@ def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
             for dtype in payload.get("dtypes") or TRIALS[trial].dtypes:
                 job.phase(f"check {name} {trial} {dtype}")
                 rows.append({"system": name, "trial": trial, "dtype": dtype, **check_one(job, name, trial, dtype)})
+        for variant, options in registry.system(name).variants.items():
+            for trial in (*VARIANT_TRIALS, TRAINING):
+                if trial in (payload.get("trials") or [trial]) and "float64" in (payload.get("dtypes") or ["float64"]):
+                    job.phase(f"check {name} {trial}, {variant}")
+                    found = (
+                        check_training(job, name, options)
+                        if trial == TRAINING
+                        else check_one(job, name, trial, "float64", options)
+                    )
+                    rows.append({"system": name, "trial": f"{trial}, {variant}", "dtype": "float64", **found})
     return rows
 
 
-def check_one(job: Job, name: str, trial: str, dtype: Dtype) -> dict[str, Any]:
+def check_training(job: Job, name: str, options: dict[str, Any], num_steps: int = 8) -> dict[str, Any]:
+    """A few AdamW steps in float64, whose losses must be the oracle's."""
+    from harness.bench import train
+
+    model = BASE.model_copy(update={"name": "training", "num_layers": 2, "num_heads": 4, "seq": 8, "vocab": 64})
+    levels = [{"name": f"level{i}", "size": size} for i, size in enumerate(job.topology.shape)]
+    experiment = Experiment(
+        model=model,
+        cluster=with_levels("check", levels, kind="local"),
+        workload=Workload(name="training", tokens_per_rank=16, generator="natural"),
+        system=name,
+        phase="train_step",
+        dtype="float64",
+        options=options,
+    )
+    try:
+        return train.gate_case(job, registry.system(name), experiment, _row("ok", ""), num_steps)
+    except Exception as error:  # as in ``compare``
+        return _row("failed", f"{type(error).__name__}: {error}")
+
+
+def check_one(job: Job, name: str, trial: str, dtype: Dtype, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """One system on one trial and dtype."""
     spec = TRIALS[trial]
     model = BASE.model_copy(update=spec.model)
@@ -99,6 +132,7 @@ def check_one(job: Job, name: str, trial: str, dtype: Dtype) -> dict[str, Any]:
         routing,
         prescribed=spec.generator != "natural",
         identity_experts=spec.identity_experts,
+        options=options,
     )
 
 

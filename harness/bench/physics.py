@@ -11,7 +11,7 @@ import numpy as np
 
 from harness.layer.gates import capacity
 from harness.routing.certificate import expert_counts
-from harness.specs import EXPERTS_CHOOSE, GEMMS, Cluster, Experiment
+from harness.specs import EXPERTS_CHOOSE, GEMMS, SERVING, Cluster, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 from harness.traffic import crossing, direction_bytes, port_load
@@ -38,26 +38,32 @@ def budgets(experiment: Experiment, system: type[System], cases: list[Case]) -> 
     """By direction; ``cases``: one per MoE layer of the step. Bandwidths and peaks are the cluster's.
 
     A ``train_step`` has the direction ``total`` only. Its plan holds the exchanges of the MoE layers and not the sum of
-    replicated gradients, so it is a lower bound."""
+    replicated gradients, so it is a lower bound. So has a phase of a server, which goes forward only."""
     plans = [system.planned_bytes(case) for case in cases]
+    if experiment.phase in SERVING:
+        return {"total": _budget(experiment, system, cases, plans, "forward")}
     if experiment.phase == "train_step":
-        return {"total": _budget(experiment, cases, plans, "total")}
+        return {"total": _budget(experiment, system, cases, plans, "total")}
     directions = ["forward", "backward"] if experiment.backward else ["forward"]
-    found = {direction: _budget(experiment, cases, plans, direction) for direction in directions}
+    found = {direction: _budget(experiment, system, cases, plans, direction) for direction in directions}
     if experiment.backward:
         limits = [found[direction].speed_of_light_s for direction in directions]
-        total = _budget(experiment, cases, plans, "total")
+        total = _budget(experiment, system, cases, plans, "total")
         known = [limit for limit in limits if limit is not None]
         found["total"] = dataclasses.replace(total, speed_of_light_s=sum(known) if known else None)
     return found
 
 
 def _budget(
-    experiment: Experiment, cases: list[Case], plans: list[dict[str, np.ndarray] | None], direction: str
+    experiment: Experiment,
+    system: type[System],
+    cases: list[Case],
+    plans: list[dict[str, np.ndarray] | None],
+    direction: str,
 ) -> Budget:
     cluster, topology = experiment.cluster, cases[0].topology
     levels = range(topology.num_levels)
-    flops = sum(expert_flops(case, direction) for case in cases) if experiment.phase != "exchange" else 0.0
+    flops = sum(expert_flops(system, case, direction) for case in cases) if experiment.phase != "exchange" else 0.0
     limits = [flops / cluster.device_flops_per_s] if flops and cluster.device_flops_per_s else []
     by_level = ports = None
     known = [plan for plan in plans if plan is not None]
@@ -70,12 +76,12 @@ def _budget(
     return Budget(by_level, ports, flops, max(limits) if limits else None)
 
 
-def expert_flops(case: Case, direction: str) -> float:
+def expert_flops(system: type[System], case: Case, direction: str) -> float:
     """Operations of the busiest rank in its experts: 2 M H per token and GEMM forward, twice that backward."""
     per_expert = expert_counts(case.routing).sum(0)
     if case.model.gate in EXPERTS_CHOOSE:
         per_expert = np.full_like(per_expert, sum(capacity(case.model, count) for count in case.routing.tokens))
-    counts = per_expert @ (case.placement.hosts / case.placement.hosts.sum(1, keepdims=True))
+    counts = per_expert @ system.planned_shares(case)
     per_token = 2 * case.model.hidden * case.model.ffn * GEMMS[case.model.ffn_type]
     return float(counts.max() * per_token * {"forward": 1, "backward": 2, "total": 3}[direction])
 

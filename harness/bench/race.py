@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from harness import registry
-from harness.bench import conformance, train
+from harness import memory, registry
+from harness.bench import conformance, serve, train
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
 from harness.comm.job import Job
@@ -28,7 +28,7 @@ from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.graph import Timeline
 from harness.routing import Routing, planned_routing
-from harness.specs import Experiment
+from harness.specs import SERVING, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 
@@ -74,6 +74,7 @@ class Outcome:
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # output, input_grad, weight_grad, loss
     samples: list[Sample] = dataclasses.field(default_factory=list)
     trace: dict[str, Trace] = dataclasses.field(default_factory=dict)  # of the last repetition, by direction
+    memory: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # measured, planned: bytes by part
 
 
 def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +100,9 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         name_phase(job, experiment, "checking the last repetition")
         settle(experiment, outcomes[experiment.digest], contender.errors())
         outcomes[experiment.digest].trace = {name: _trace(each) for name, each in contender.timelines().items()}
+        if isinstance(contender, train.Trainer):
+            name_phase(job, experiment, "counting memory")
+            outcomes[experiment.digest].memory = dict(zip(("measured", "planned"), contender.memory(), strict=True))
         contender.close()
     job.phase("race finished")
     return {
@@ -119,7 +123,8 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
     system = registry.system(experiment.system)
     case = make_case(experiment, job.topology, str(job.device))
     name_phase(job, experiment, "asking whether it can run")
-    if reason := first_said(job, system.missing() or _no_stand_in(system, case) or system.refuse(case)):
+    refused = system.missing() or _no_stand_in(system, case) or system.refuse(case)
+    if reason := first_said(job, refused or memory.refusal(experiment, system, case)):
         outcome.status, outcome.reason = "refused", reason
         return None
 
@@ -127,6 +132,8 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
     found = conforms(job, system, experiment)
     if found["status"] == "ok" and experiment.phase == "train_step":
         found = train.gate_case(job, system, experiment, found)
+    if found["status"] == "ok" and experiment.phase in SERVING:
+        found = serve.gate_case(job, system, experiment, found)
     outcome.errors = dict(found["errors"])
     failure = found["reason"] or found["status"] if found["status"] == "failed" else None
     if reason := first_said(job, failure):
@@ -140,6 +147,8 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
         name_phase(job, experiment, "building")
         if experiment.phase == "train_step":
             built: Contender = train.Trainer(job, system, experiment, _checkpoints(job, system, experiment, payload))
+        elif experiment.phase in SERVING:
+            built = serve.Server(job, system, experiment)
         else:
             built = LayerContender(job, system, experiment, case)
         name_phase(job, experiment, "first step at full shape")
@@ -163,7 +172,11 @@ def _checkpoints(job: Job, system: type[System], experiment: Experiment, payload
 
 
 def _no_stand_in(system: type[System], case: Case) -> str | None:
-    return f"{system.name} has no stand-in for its computation" if case.stand_in and not system.stands_in else None
+    if not case.stand_in:
+        return None
+    if not system.stands_in:
+        return f"{system.name} has no stand-in for its computation"
+    return None if case.stand_in_costs else "stand-in compute needs the gemm constants of the cluster"
 
 
 def conforms(job: Job, system: type[System], experiment: Experiment) -> dict[str, Any]:

@@ -46,7 +46,7 @@ SCHEMA = pa.schema(
         ("compute", pa.string()),  # real | stand-in
         ("metric", pa.string()),
         ("direction", pa.string()),  # forward | backward | total | ""
-        ("level", pa.string()),  # a link level, or expert | rank | node | link, or ""
+        ("level", pa.string()),  # a link level, expert | rank | node | link, a part of memory, or ""
         ("value", pa.float64()),
         ("unit", pa.string()),
         ("rep", pa.int32()),

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from harness import presets, registry
+from harness.bench import serve
 from harness.errors import UserError, bad
 from harness.routing import KNOWN_GENERATORS, make_routing
-from harness.specs import Cluster, Dtype, Experiment, Model, Phase, Workload
+from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Workload
 from harness.topology import Topology
 
 _REQUIRED = ("model", "cluster", "workload", "system", "phase")
@@ -178,6 +179,8 @@ def _experiment(choice: dict[str, Any], here: str) -> Experiment:
         if choice[key] not in values:
             raise bad(f"{here}.{key}", choice[key], f"must be one of {', '.join(values)}")
     fields |= {key: choice[key] for key in ("phase", "dtype", "backward", "wire", "compute", "model_parallel")}
+    if choice["phase"] in SERVING:
+        fields["backward"] = False
     experiment: Experiment = Experiment.parse({**fields, "system": system, "options": dict(options)}, here)
     return experiment
 
@@ -210,7 +213,9 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
             raise bad(
                 "cluster", experiment.cluster.name, "is a published set-up to be simulated; run on local or emulated"
             )
-        may_choose = experiment.phase == "train_step" or (
+        if experiment.phase in SERVING:
+            _check_served(experiment)
+        may_choose = experiment.phase in ("train_step", *SERVING) or (
             experiment.phase == "layer" and not experiment.model.takes_routing
         )
         if workload.generator == "natural" and not may_choose:
@@ -223,13 +228,27 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
             if experiment.model.num_experts % (num_groups := topology.num_units(level)):
                 found = f"is not divisible by the {num_groups} groups of link level {link.name!r}"
                 raise bad("model.num_experts", experiment.model.num_experts, found)
-        if experiment.phase == "train_step":
+        if experiment.phase in ("train_step", "prefill"):
             for tokens in set(workload.tokens(topology.num_ranks)):
                 if tokens % experiment.model.seq:
                     raise bad(
                         "workload.tokens_per_rank", tokens, f"must be a multiple of model.seq = {experiment.model.seq}"
                     )
         make_routing(workload, experiment.model, topology)
+
+
+def _check_served(experiment: Experiment) -> None:
+    """A server's tokens come as they come: nothing is dropped, and no expert picks among them."""
+    model = experiment.model
+    if not model.takes_routing:
+        raise bad("model.gate", model.gate, f"in phase {experiment.phase} each token chooses its experts by itself")
+    if model.capacity_factor is not None:
+        raise bad("model.capacity_factor", model.capacity_factor, f"in phase {experiment.phase} nothing is dropped")
+    if experiment.model_parallel:
+        raise bad("model_parallel", True, f"belongs to phase train_step; in {experiment.phase} attention is replicated")
+    if experiment.phase == "decode" and model.seq < 2:
+        raise bad("model.seq", model.seq, "leaves no token before the decoded one; at least 2")
+    serve.placements(experiment)
 
 
 def _check_entry(entry: Any, here: str) -> None:

@@ -11,14 +11,15 @@ import numpy as np
 import pandas as pd
 
 from harness import registry
-from harness.bench import physics
+from harness.bench import physics, serve
 from harness.bench.race import make_case
 from harness.bench.store import SCHEMA_VERSION
 from harness.bench.suite import Race
 from harness.placement import Placement
 from harness.plan.graph import Plan, Timeline
 from harness.routing import Certificate, certify, make_routing
-from harness.specs import Experiment
+from harness.routing.certificate import expert_counts
+from harness.specs import SERVING, Experiment
 from harness.system import Case
 from harness.topology import Topology
 
@@ -29,6 +30,7 @@ _ERRORS = {
     "input_grad": "error_input_grad",
     "weight_grad": "error_weight_grad",
     "loss": "error_loss",
+    "logits": "error_logits",
 }
 
 
@@ -90,6 +92,8 @@ def certificate(experiment: Experiment) -> Certificate | None:
 
 def cases_of(experiment: Experiment) -> list[Case]:
     """One case per MoE layer of a step."""
+    if experiment.phase in SERVING:
+        return serve.cases(experiment)
     num_layers = experiment.model.num_layers if experiment.phase == "train_step" else 1
     return [make_case(experiment, Topology(experiment.cluster.shape), layer=layer) for layer in range(num_layers)]
 
@@ -137,7 +141,12 @@ class _Cell:
         self._routing()
         budgets = physics.budgets(self.experiment, registry.system(self.experiment.system), cases_of(self.experiment))
         self._plan(budgets)
+        self._placed()
         self._times(answers, outcomes, budgets)
+        for rank, outcome in enumerate(outcomes):
+            for kind, metric in (("measured", "memory_bytes"), ("planned", "memory_planned_bytes")):
+                for part, value in outcome.get("memory", {}).get(kind, {}).items():
+                    self._add(metric, value, "bytes", level=part, rank=rank)
         return self.rows
 
     def _add(self, metric: str, value: float, unit: str, **fields: Any) -> None:
@@ -152,11 +161,19 @@ class _Cell:
     def _plan(self, budgets: Mapping[str, physics.Budget]) -> None:
         names = [level.name for level in self.experiment.cluster.levels]
         for direction, budget in budgets.items():
-            if budget.bytes_by_level is not None and self.experiment.phase != "train_step":
+            if budget.bytes_by_level is not None and self.experiment.exactly_planned:
                 for level, value in zip(names, budget.bytes_by_level, strict=True):
                     self._add("bytes_planned", value, "bytes", direction=direction, level=level)
             if budget.speed_of_light_s is not None and self.base["network"] != "unshaped":
                 self._add("speed_of_light_s", budget.speed_of_light_s, "s", direction=direction)
+
+    def _placed(self) -> None:
+        """What a server's placement makes of the load, layer by layer."""
+        if self.experiment.phase not in SERVING or not self.experiment.exactly_planned:
+            return
+        for layer, case in enumerate(cases_of(self.experiment)):
+            load = expert_counts(case.routing).sum(0) @ case.placement.hosts
+            self._add("placed_max_over_mean", load.max() / max(load.mean(), 1e-300), "ratio", level=f"layer{layer}")
 
     def _times(
         self, answers: list[dict[str, Any]], outcomes: list[dict[str, Any]], budgets: Mapping[str, physics.Budget]
@@ -175,6 +192,13 @@ class _Cell:
                 self._add("rank_time_s", own, "s", rank=rank, **where)
             if samples[0]["loss"] is not None:
                 self._add("loss", samples[0]["loss"], "nats", **where)
+            if self.experiment.phase in SERVING:
+                tokens = sum(self.experiment.workload.tokens(len(answers)))
+                self._add("tokens_per_s", tokens / time_s, "tokens/s", **where)
+            for rank, sample in enumerate(samples):
+                for part, of_layers in (sample["parts_s"] or {}).items():
+                    for layer, seconds in enumerate(of_layers):
+                        self._add(f"{part}_s", seconds, "s", level=f"layer{layer}", rank=rank, **where)
             counted = samples[0]["num_bytes"]
             for level, value in zip(self.experiment.cluster.levels, counted or [], strict=False):
                 self._add("bytes_counted", value, "bytes", level=level.name, **where)
@@ -189,7 +213,7 @@ class _Cell:
                 budgets.get(direction),
                 time_s,
                 counted,
-                exact=self.experiment.phase != "train_step",
+                exact=self.experiment.exactly_planned,
             )
         for rep, parts in totals.items():
             if len(parts) > 1:

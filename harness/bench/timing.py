@@ -40,6 +40,7 @@ class Sample:
     window_busy_s: float  # ... CPUs of this machine busy with anything
     num_bytes: list[int] | None  # sent over each link level by the whole job; rank 0 only, where countable
     loss: float | None = None  # train_step
+    parts_s: dict[str, list[float]] | None = None  # serving: of each layer, by part, where the system has tasks
 
 
 class Stopwatch:

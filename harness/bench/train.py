@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from harness.bench import memory
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.timing import Sample, Stopwatch
 from harness.comm.job import Job
@@ -31,7 +32,7 @@ from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.gradients import Stream
-from harness.plan.graph import INTER, Timeline
+from harness.plan.graph import INTER, Plan, Timeline
 from harness.plan.lanes import executor_of
 from harness.plan.passage import passage
 from harness.plan.training import TrainingStep
@@ -57,7 +58,9 @@ class Steered(nn.Module):
         super().__init__()
         self.layer = layer
         self.directions: torch.Tensor | None
+        self.inverse: torch.Tensor | None
         self.register_buffer("directions", directions)  # ``Weights.directions`` in float32 or float64; None: natural
+        self.register_buffer("inverse", None if directions is None else torch.linalg.pinv(directions))
         self.ids: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +72,7 @@ class Steered(nn.Module):
         if self.ids is None:
             return x
         assert self.directions is not None
-        return gates.steer(x.to(self.directions.dtype), self.directions, self.ids).to(x.dtype)
+        return gates.steer(x.to(self.directions.dtype), self.directions, self.ids, self.inverse).to(x.dtype)
 
 
 class OracleLayer(nn.Module):
@@ -85,6 +88,31 @@ class OracleLayer(nn.Module):
             probabilities = self.oracle.logits(x).softmax(-1).detach()
             kept = self.system.kept(self.case, list(probabilities.split(list(self.case.routing.tokens))))
         return self.oracle(x, None if kept is None else torch.cat(kept))
+
+
+def steered_gpt(
+    experiment: Experiment,
+    moe: Callable[[int, Weights], MoELayer | OracleLayer],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    weights_of: Callable[[int], Weights] | None = None,
+) -> GPT:
+    """The experiment's GPT with MoE layers from ``moe`` (layer, its weights), each behind a ``Steered``.
+    ``weights_of``: a layer's weights, by default drawn."""
+    model, seed = experiment.model, experiment.workload.seed
+    prescribed = experiment.workload.generator != "natural"
+    steer_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def make(layer: int) -> nn.Module:
+        weights = weights_of(layer) if weights_of else Weights(model, experiment.dtype, seed=seed, layer=layer)
+        return Steered(moe(layer, weights), weights.directions.to(device, steer_dtype) if prescribed else None)
+
+    gpt = GPT(model, make, seed=seed, dtype=dtype, device=device)
+    # Drawn in the experiment's format, so that the oracle starts from the same numbers.
+    with torch.no_grad():
+        for parameter in gpt.replicated_parameters():
+            parameter.copy_(parameter.to(TORCH_DTYPE[experiment.dtype]))
+    return gpt
 
 
 class Training:
@@ -104,19 +132,7 @@ class Training:
         self.experiment, self.topology, self.ranks, self.device = experiment, topology, ranks, device
         self.prescribed = experiment.workload.generator != "natural"
         self.tokens = experiment.workload.tokens(topology.num_ranks)
-        model, seed = experiment.model, experiment.workload.seed
-        steer_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-
-        def make(layer: int) -> nn.Module:
-            weights = Weights(model, experiment.dtype, seed=seed, layer=layer)
-            directions = weights.directions.to(device, steer_dtype) if self.prescribed else None
-            return Steered(moe(layer, weights), directions)
-
-        self.gpt = GPT(model, make, seed=seed, dtype=dtype, device=device)
-        # Drawn in the experiment's format, so that the oracle starts from the same numbers.
-        with torch.no_grad():
-            for parameter in self.gpt.replicated_parameters():
-                parameter.copy_(parameter.to(TORCH_DTYPE[experiment.dtype]))
+        self.gpt = steered_gpt(experiment, moe, dtype, device)
         if heads[1] > 1:
             for attention in self.attentions:
                 attention.keep_heads(*heads)
@@ -173,7 +189,7 @@ class Trainer:
     ``step``: steps done. It goes on from the last of ``checkpoints``, if there is one."""
 
     def __init__(self, job: Job, system: type[System], experiment: Experiment, checkpoints: Checkpoints | None = None):
-        self.job, self.step, self.last_loss, self.checkpoints = job, 0, np.nan, checkpoints
+        self.job, self.experiment, self.step, self.last_loss, self.checkpoints = job, experiment, 0, np.nan, checkpoints
         self.timeline: Timeline | None = None  # of the last step
         self.model_parallel = experiment.model_parallel and job.inner(0) is not None
         case = training_case(experiment, job.topology, str(job.device), 0)
@@ -191,6 +207,8 @@ class Trainer:
             device=job.device,
             heads=(job.rank % num_local, num_local) if self.model_parallel else (0, 1),
         )
+        for attention in self.training.attentions:
+            attention.stand_in = case.stand_in_costs
         self.lanes = executor_of(job)
         attentions = [list(attention.parameters()) for attention in reversed(self.training.attentions)]
         over_all = job.world if job.num_ranks > 1 else None
@@ -230,6 +248,10 @@ class Trainer:
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"step": self.timeline}
 
+    def memory(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Collective: bytes of this rank by part, measured over one more step and planned for it."""
+        return memory.measured(self), memory.planned(self)
+
     def close(self) -> None:
         if self.checkpoints is not None:
             self.checkpoints.remove()
@@ -238,7 +260,7 @@ class Trainer:
         if self.checkpoints is not None:
             self.checkpoints.save(self.step, self.training.gpt, self.training.optimizer, self.layers)
 
-    def _update(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _update(self, tokens: torch.Tensor, run: Callable[[Plan], Timeline] | None = None) -> torch.Tensor:
         training = self.training
         step = TrainingStep(
             training.gpt,
@@ -255,7 +277,9 @@ class Trainer:
             number = self.step
             plan.add("after-step", INTER, ["optimizer"], run=lambda: after_step(training.optimizer, number))
         with contextlib.nullcontext() if self.checkpoints is None else self.checkpoints.noting(self.step):
-            self.timeline = self.lanes.run(plan)
+            self.timeline = (run or self.lanes.run)(plan)
+        for layer in self.layers:
+            layer.timeline = self.timeline
         self.step += 1
         return step.loss
 
@@ -316,7 +340,8 @@ def training_case(experiment: Experiment, topology: Topology, device: str, layer
     routing = planned_routing(workload, model, topology, layer=layer)
     placement = Placement.contiguous(model.num_experts, topology.num_ranks)
     options, cluster = dict(experiment.options), experiment.cluster
-    return Case(model, experiment.dtype, topology, placement, routing, device, False, options, cluster)
+    stand_in = experiment.compute == "stand-in"
+    return Case(model, experiment.dtype, topology, placement, routing, device, False, options, cluster, stand_in)
 
 
 def reduced(experiment: Experiment) -> Experiment:
@@ -331,7 +356,7 @@ def reduced(experiment: Experiment) -> Experiment:
     workload = experiment.workload.model_copy(
         update={"name": "gate", "generator": generator, "params": {}, "tokens_per_rank": 16}
     )
-    return experiment.model_copy(update={"model": small, "workload": workload})
+    return experiment.model_copy(update={"model": small, "workload": workload, "compute": "real"})
 
 
 def _ids(routing: Routing, ranks: list[int]) -> torch.Tensor:

@@ -77,42 +77,61 @@ class FlatPlan:
     by_source: torch.Tensor  # its inverse
 
 
+def taken(ids: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Flat indices into [T, k] of the assignments that the gate did not drop, int64 [R_sent]."""
+    choice = torch.arange(ids.numel(), device=ids.device)
+    return choice if kept is None else choice[kept.flatten()]
+
+
+def flat_plan(
+    weights: torch.Tensor,
+    choice: torch.Tensor,
+    send_rows: list[int],
+    received: torch.Tensor,
+    slot: torch.Tensor | None = None,
+) -> FlatPlan:
+    """``choice``: assignments in the order in which they are sent, ``send_rows`` to each rank; ``received`` int64
+    [num_ranks, E_local] on the CPU: rows from each rank for each local expert, in the order in which each rank sends
+    them; ``slot`` int64 [E_local]: the place of each among the local experts; None: that order."""
+    if slot is None:
+        slot = torch.arange(received.shape[1])
+    expert = slot.repeat(len(received)).repeat_interleave(received.flatten())
+    by_expert = expert.argsort(stable=True).to(choice.device)
+    by_source = torch.empty_like(by_expert)
+    by_source[by_expert] = torch.arange(len(by_expert), device=choice.device)
+    # A token's rows are added in the order of its choices: so sums do not depend on where experts are.
+    top_k = weights.shape[1]
+    sent = Spread(choice // top_k, len(weights), rank_in_item=choice % top_k)
+    receive_rows = [int(rows) for rows in received.sum(1)]
+    counts = torch.empty_like(slot)
+    counts[slot] = received.sum(0)
+    return FlatPlan(weights, counts, sent, choice, send_rows, receive_rows, by_expert, by_source)
+
+
 class FlatExchange(Exchange):
     """All-to-all-v expert parallelism. Rows leave sorted by expert, so only counts travel as metadata; gate weights
     stay with the token and are applied when the rows come home."""
 
     def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> FlatPlan:
         placement, num_ranks = self.placement, self.job.num_ranks
-        device = ids.device
         order = np.concatenate([placement.local(rank) for rank in range(num_ranks)])
-        order_of_expert = torch.as_tensor(order, device=device)
+        order_of_expert = torch.as_tensor(order, device=ids.device)
         rank_order = torch.empty_like(order_of_expert)  # expert -> its place when experts are sorted by owner
-        rank_order[order_of_expert] = torch.arange(len(rank_order), device=device)
+        rank_order[order_of_expert] = torch.arange(len(rank_order), device=ids.device)
 
-        key = rank_order[ids.flatten()]
-        choice = torch.arange(key.numel(), device=device)
-        if kept is not None:
-            choice = choice[kept.flatten()]
-        choice = choice[key[choice].argsort(stable=True)]
-        rows_of_expert = torch.bincount(key[choice], minlength=len(rank_order)).cpu()
-
+        chosen = taken(ids, kept)
+        key = rank_order[ids.flatten()[chosen]]
+        rows_of_slot = torch.bincount(key, minlength=len(rank_order)).cpu()
         local = [len(placement.local(rank)) for rank in range(num_ranks)]
         received, _ = all_to_all(
-            rows_of_expert.to(device),
+            rows_of_slot.to(ids.device),
             local,
             [local[self.job.rank]] * num_ranks,
             self.job.world if num_ranks > 1 else None,
         )
         received = received.cpu().view(num_ranks, local[self.job.rank])  # [source, local expert]
-        send_rows = [int(part.sum()) for part in rows_of_expert.split(local)]
-        receive_rows = [int(rows) for rows in received.sum(1)]
-
-        expert = torch.arange(received.shape[1]).repeat(num_ranks).repeat_interleave(received.flatten())
-        by_expert = expert.argsort(stable=True).to(device)
-        by_source = torch.empty_like(by_expert)
-        by_source[by_expert] = torch.arange(len(by_expert), device=device)
-        sent = Spread(choice // ids.shape[1], len(ids))
-        return FlatPlan(weights, received.sum(0), sent, choice, send_rows, receive_rows, by_expert, by_source)
+        send_rows = [int(part.sum()) for part in rows_of_slot.split(local)]
+        return flat_plan(weights, chosen[key.argsort(stable=True)], send_rows, received)
 
     def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
         return _FlatDispatch.apply(x, self, plan)
@@ -175,10 +194,15 @@ def flat_bytes(
     np.fill_diagonal(matrix, 0)
     counts = np.broadcast_to(placement.hosts.sum(0) * 8.0, (num_ranks, num_ranks)).copy()  # int64 per expert
     np.fill_diagonal(counts, 0)
+    return there_and_back(counts, matrix)
+
+
+def there_and_back(metadata: np.ndarray, dispatch: np.ndarray) -> dict[str, np.ndarray]:
+    """Parts of ``System.planned_bytes`` of an exchange whose rows come home the way they went, and again backward."""
     return {
-        "metadata": counts,
-        "dispatch": matrix,
-        "combine": matrix.T.copy(),
-        "combine_grad": matrix,
-        "dispatch_grad": matrix.T.copy(),
+        "metadata": metadata,
+        "dispatch": dispatch,
+        "combine": dispatch.T.copy(),
+        "combine_grad": dispatch,
+        "dispatch_grad": dispatch.T.copy(),
     }

@@ -213,7 +213,7 @@ def _grouped_gemm(rows: int, side: int, device: torch.device) -> Work:
     x = torch.ones(rows, side, device=device, dtype=_dtype(device))
     w = torch.ones(NUM_EXPERTS, side, side, device=device, dtype=_dtype(device))
     counts = torch.full((NUM_EXPERTS,), rows // NUM_EXPERTS)
-    return lambda: grouped_mm(x, w, counts)
+    return lambda: grouped_mm(x, (w,), counts)
 
 
 OPERATIONS = {"a2a": _all_to_all, "ag": _all_gather, "rs": _reduce_scatter, "ar": _all_reduce, "sr": _send_receive}

@@ -18,17 +18,22 @@ from torch.nn import functional as F
 class Spread:
     """Row r copies item ``item[r]``; ``item`` int64 [R], values in 0..num_items - 1.
 
-    ``place`` int64 [R]: where row r stands in the buffer of rows, if not in order.
+    ``place`` int64 [R]: where row r stands in the buffer of rows, if not in order. ``rank_in_item`` int64 [R], below
+    2^16: in which order an item's rows are added, if not in theirs.
     """
 
     item: torch.Tensor
     num_items: int
     place: torch.Tensor | None = None
+    rank_in_item: torch.Tensor | None = None
 
     @functools.cached_property
     def by_item(self) -> torch.Tensor:
         """Rows by item, int64 [R]."""
-        return stable_order(self.item, self.num_items)
+        if self.rank_in_item is None:
+            return stable_order(self.item, self.num_items)
+        first = stable_order(self.rank_in_item, 1 << 16)
+        return first[stable_order(self.item[first], self.num_items)]
 
     @functools.cached_property
     def source(self) -> torch.Tensor:

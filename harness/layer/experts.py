@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from harness.layer.standin import wait
 from harness.layer.weights import Weights
+from harness.specs import Gemm
 
 
 class Experts(nn.Module):
@@ -21,6 +23,7 @@ class Experts(nn.Module):
         super().__init__()
         self.local = [int(e) for e in local]
         self.ffn_type = weights.model.ffn_type
+        self.stand_in: Gemm | None = None  # instead of computing, wait as long as these costs say
         drawn = [weights.expert(e) for e in self.local]
         self.w1: torch.Tensor
         self.w2: torch.Tensor
@@ -29,11 +32,19 @@ class Experts(nn.Module):
         for name in self.names:
             self.register_parameter(name, nn.Parameter(torch.stack([w[name] for w in drawn]).to(device)))
 
-    def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """x [R, M], rows of local expert 0 first; counts int64 [E_local] on the CPU, summing to R -> y [R, M]."""
-        h = grouped_mm(x, self.w1, counts)
-        h = F.silu(h) * grouped_mm(x, self.w3, counts) if self.ffn_type == "swiglu" else F.gelu(h)
-        return grouped_mm(h, self.w2, counts)
+    def forward(
+        self, x: torch.Tensor, counts: torch.Tensor, more: Sequence[Mapping[str, torch.Tensor]] = ()
+    ) -> torch.Tensor:
+        """x [R, M], rows of local expert 0 first; counts int64 [E_local] on the CPU, summing to R -> y [R, M].
+
+        ``more``: weights of further experts by name, behind the own ones in ``x`` and ``counts``."""
+        if self.stand_in is not None:
+            given = [*self.parameters(), *(each[name] for each in more for name in self.names)]
+            return wait(x, self.stand_in, len(self.names), len(self.names) * len(x) * self.w1.shape[1:].numel(), given)
+        weights = {name: (getattr(self, name), *(each[name] for each in more)) for name in self.names}
+        h = grouped_mm(x, weights["w1"], counts)
+        h = F.silu(h) * grouped_mm(x, weights["w3"], counts) if self.ffn_type == "swiglu" else F.gelu(h)
+        return grouped_mm(h, weights["w2"], counts)
 
     def gradients(self) -> dict[int, dict[str, torch.Tensor]]:
         """Gradient of every local expert by name; zeros where no token came."""
@@ -52,38 +63,55 @@ class IdentityExperts(nn.Module):
         return {}
 
 
-def grouped_mm(x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """y[rows of e] = x[rows of e] @ w[e]: x [R, K], w [E, K, N], counts [E] on the CPU -> [R, N].
+def grouped_mm(x: torch.Tensor, ws: Sequence[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+    """y[rows of e] = x[rows of e] @ w[e]: x [R, K], counts [E] on the CPU -> [R, N]. The E matrices w [K, N] are
+    those of all ``ws`` [E_i, K, N], one after another.
 
     bfloat16 on CUDA: torch's grouped GEMM. Elsewhere: one GEMM per expert straight into the output.
     """
     if x.is_cuda and x.dtype == torch.bfloat16:
-        return F.grouped_mm(x, w, offs=counts.cumsum(0).to(x.device, torch.int32))
-    return _LoopedMM.apply(x, w, [int(c) for c in counts])
+        parts = counts.split([len(w) for w in ws])
+        made = [
+            F.grouped_mm(rows, w, offs=part.cumsum(0).to(x.device, torch.int32))
+            for rows, w, part in zip(x.split([int(part.sum()) for part in parts]), ws, parts, strict=True)
+            if len(w)
+        ]
+        if made:
+            return made[0] if len(made) == 1 else torch.cat(made)
+    return _LoopedMM.apply(x, [int(c) for c in counts], *ws)
 
 
 class _LoopedMM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, counts):  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(x, w)
+    def forward(ctx, x, counts, *ws):  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x, *ws)
         ctx.counts = counts
-        y = x.new_empty(len(x), w.shape[2])
-        for e, (a, b) in enumerate(_ranges(counts)):
-            torch.mm(x[a:b], w[e], out=y[a:b])
+        y = x.new_empty(len(x), ws[0].shape[2])
+        for (a, b), w in zip(_ranges(counts), _each(ws), strict=True):
+            torch.mm(x[a:b], w, out=y[a:b])
         return y
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
-        x, w = ctx.saved_tensors
+        x, *ws = ctx.saved_tensors
         dy = dy.contiguous()
+        ranges = _ranges(ctx.counts)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.empty_like(w) if ctx.needs_input_grad[1] else None
-        for e, (a, b) in enumerate(_ranges(ctx.counts)):
-            if dx is not None:
-                torch.mm(dy[a:b], w[e].t(), out=dx[a:b])
+        dws = [torch.empty_like(w) if needed else None for w, needed in zip(ws, ctx.needs_input_grad[2:], strict=True)]
+        if dx is not None:
+            for (a, b), w in zip(ranges, _each(ws), strict=True):
+                torch.mm(dy[a:b], w.t(), out=dx[a:b])
+        start = 0
+        for w, dw in zip(ws, dws, strict=True):
             if dw is not None:
-                torch.mm(x[a:b].t(), dy[a:b], out=dw[e])
-        return dx, dw, None
+                for (a, b), own in zip(ranges[start : start + len(w)], dw, strict=True):
+                    torch.mm(x[a:b].t(), dy[a:b], out=own)
+            start += len(w)
+        return dx, None, *dws
+
+
+def _each(ws: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [w for group in ws for w in group]
 
 
 def _ranges(counts: Sequence[int]) -> list[tuple[int, int]]:

@@ -158,12 +158,15 @@ def _soft(model: Model, x: torch.Tensor, router: torch.Tensor) -> Gated:
     return Gated(ids, x.new_ones(ids.shape), None, affinity.softmax(0).T, affinity.softmax(1))
 
 
-def steer(z: torch.Tensor, directions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def steer(
+    z: torch.Tensor, directions: torch.Tensor, ids: torch.Tensor, inverse: torch.Tensor | None = None
+) -> torch.Tensor:
     """Move z by the smallest amount so that the real gate, by x @ directions, chooses ``ids`` in that order.
 
     z [T, M] (float64 or float32), ``Weights.directions`` [M, E], ids [T, k] best first -> x [T, M], differentiable in
-    z. Of x @ directions the chosen run from 3 down to just above 2, the others stay within -2 +- 0.5: margins that
-    bfloat16 keeps. So a real package's own gate takes a prescribed routing without being touched.
+    z. ``inverse``: the directions' pseudo-inverse [E, M], if it is known. Of x @ directions the chosen run from 3 down
+    to just above 2, the others stay within -2 +- 0.5: margins that bfloat16 keeps. So a real package's own gate takes a
+    prescribed routing without being touched.
     """
     hidden, num_experts = directions.shape
     if hidden < num_experts:
@@ -174,4 +177,4 @@ def steer(z: torch.Tensor, directions: torch.Tensor, ids: torch.Tensor) -> torch
     target = -2 + 0.5 * torch.tanh(found)
     chosen = 3 - torch.arange(k, device=z.device, dtype=z.dtype) / k
     target = target.scatter(-1, ids.to(z.device, torch.int64), chosen.expand(len(z), k))
-    return z + (target - found) @ torch.linalg.pinv(directions)
+    return z + (target - found) @ (torch.linalg.pinv(directions) if inverse is None else inverse)

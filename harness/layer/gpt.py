@@ -14,9 +14,27 @@ from torch import nn
 from torch.nn import functional as F
 
 from harness.errors import bad
-from harness.specs import Model
+from harness.layer.standin import wait
+from harness.specs import Gemm, Model
 
 INIT_STD = 0.02  # of embeddings and projections, as in GPT-2
+
+
+class Cache:
+    """Keys and values of the tokens so far of B sequences, [B, kv heads, seq, head] each; ``length`` are there."""
+
+    def __init__(self, model: Model, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        heads = model.num_kv_heads or model.num_heads
+        shape = (batch, heads, model.seq, model.hidden // model.num_heads)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.length = 0
+
+    def extend(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v [B, kv heads, new, head] -> those of all tokens so far."""
+        end = self.length + k.shape[2]
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = k, v
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class Attention(nn.Module):
@@ -31,14 +49,22 @@ class Attention(nn.Module):
         self.head = model.hidden // model.num_heads
         self.qkv = nn.Linear(model.hidden, (self.num_heads + 2 * self.num_kv_heads) * self.head, bias=False)
         self.out = nn.Linear(model.hidden, model.hidden, bias=False)
+        self.stand_in: Gemm | None = None  # instead of computing, wait as long as these costs say
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, L, M] -> [B, L, M]."""
-        batch, length, _ = x.shape
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """x [B, L, M] -> [B, L, M]. With a ``cache`` x are the next tokens: all, or one of each sequence."""
+        batch, length, hidden = x.shape
+        if self.stand_in is not None:
+            width = self.num_heads * self.head
+            projections = 2 * hidden * (width + self.num_kv_heads * self.head)
+            return wait(x, self.stand_in, 4, batch * length * (projections + 2 * length * width), self.parameters())
         heads = self.qkv(x).view(batch, length, -1, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        if cache is not None:
+            assert cache.length == 0 or length == 1
+            k, v = cache.extend(k, v)
         grouped = self.num_kv_heads != self.num_heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == length, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).flatten(2))
 
     @torch.no_grad()

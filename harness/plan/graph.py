@@ -142,6 +142,25 @@ class Timeline:
         here = self.plan.index[name]
         return self.start_s[here], self.end_s[here]
 
+    def hidden(self, kind: str, behind: str = COMPUTE) -> dict[str, float]:
+        """Of a timeline [num_tasks, ranks] on one clock: how much of the transfers of ``kind`` is hidden, by the prefix
+        before the kind in their names. The tasks with one prefix are one transfer. It lasts from when the last rank has
+        begun to when the last has ended, and is hidden while the lane ``behind`` of some rank is at work."""
+        busy = [here for here, task in enumerate(self.plan.tasks) if task.lane == behind]
+        spans = np.stack([self.start_s[busy].ravel(), self.end_s[busy].ravel()])  # [2, tasks x ranks]
+        spans = spans[:, spans[0].argsort()]
+        spans[0, 1:] = np.maximum(spans[0, 1:], np.maximum.accumulate(spans[1])[:-1])  # what is not covered before
+        tasks: dict[str, list[int]] = {}
+        for here, task in enumerate(self.plan.tasks):
+            if task.kind == kind:
+                tasks.setdefault(task.name[: task.name.rindex(kind)], []).append(here)
+        found = {}
+        for prefix, mine in tasks.items():
+            begin, end = self.start_s[mine[0]].max(), self.end_s[mine].max()
+            covered = np.clip(np.minimum(end, spans[1]) - np.maximum(begin, spans[0]), 0, None).sum()
+            found[prefix] = float(covered / (end - begin)) if end > begin else 1.0
+        return found
+
     def busy_s(self) -> dict[str, np.ndarray]:
         """Time per kind of task, [...]."""
         spans: dict[str, np.ndarray] = {}

@@ -51,16 +51,16 @@ class Executor:
             inbox.put(None)
         self._inbox = {}
 
-    def run(self, plan: Plan) -> Timeline:
+    def run(self, plan: Plan, serial: bool = False) -> Timeline:
         """Execute; returns when every task has ended (on CUDA: has been issued, and the calling stream waits for all).
 
         The timeline's clock is ``time.perf_counter`` (on CUDA seconds since the first task started, once
         ``trace`` asked for it). Raises ``PlanFailure`` with the name of the first task that failed; tasks that wait
-        for it, or follow it on its lane, do not run."""
+        for it, or follow it on its lane, do not run. ``serial``: one task after another, in the calling thread."""
         plan.order  # noqa: B018  # a cycle or a stranger is found before anything runs
         if self.device.type == "cuda":
             return self._run_streams(plan)
-        return self._run_serial(plan) if plan.serial else self._run_threads(plan)
+        return self._run_serial(plan) if serial or plan.serial else self._run_threads(plan)
 
     # ------------------------------------------------------------------ CPU
 

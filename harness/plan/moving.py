@@ -1,4 +1,6 @@
-"""Experts that change places: weights and optimizer state go to their new ranks, point to point and all at once."""
+"""Experts that change places: weights and optimizer state go to their new ranks, point to point and all at once.
+
+A rank may have another number of experts afterwards; its parameters then have another number of rows."""
 
 from __future__ import annotations
 
@@ -22,12 +24,13 @@ class Move:
     after: Placement
 
     def changes(self, rank: int) -> list[tuple[int, int, int]]:
-        """(slot, rank and slot from which its new expert comes) of every slot of ``rank`` that changes."""
+        """(slot, rank and slot from which its new expert comes) of every slot of ``rank`` that changes or is new. It
+        comes from the rank itself if that has a copy, else from the first that has one."""
         found = []
-        owner = self.before.owner
-        for slot, (old, new) in enumerate(zip(self.before.local(rank), self.after.local(rank), strict=True)):
-            if old != new:
-                source = int(owner[new])
+        owner, old = self.before.owner, self.before.local(rank)
+        for slot, new in enumerate(self.after.local(rank)):
+            if slot >= len(old) or old[slot] != new:
+                source = rank if new in old else int(owner[new])
                 found.append((slot, source, int((self.before.local(source) == new).argmax())))
         return found
 
@@ -64,6 +67,9 @@ def move(job: Job, moves: Sequence[Move], optimizer: torch.optim.Optimizer | Non
     work += [dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in sorted(incoming.items())]
     for each in dist.batch_isend_irecv(work) if work else ():
         each.wait()
+    for layer_move in moves:
+        resize(layer_move.parameters, optimizer, len(layer_move.after.local(job.rank)))
+    tensors = [_tensors(each.parameters, optimizer) for each in moves]
     for layer, slot, rows in local:
         for tensor, row in zip(tensors[layer], rows, strict=True):
             tensor[slot] = row
@@ -88,9 +94,30 @@ def _tensors(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimize
     return found
 
 
+@torch.no_grad()
+def resize(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None, num_slots: int) -> None:
+    """Another number of rows, of which the first stay as they are. Parameters remain the optimizer's."""
+
+    def resized(tensor: torch.Tensor) -> torch.Tensor:
+        made = tensor.new_zeros(num_slots, *tensor.shape[1:])
+        kept = min(num_slots, len(tensor))
+        made[:kept] = tensor[:kept]
+        return made
+
+    for parameter in parameters:
+        if len(parameter) == num_slots:
+            continue
+        state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+        for key, value in state.items():
+            if getattr(value, "shape", None) == parameter.shape:
+                state[key] = resized(value)
+        parameter.grad = None
+        parameter.data = resized(parameter.data)
+
+
 def _bytes(row: torch.Tensor) -> torch.Tensor:
     return row.contiguous().view(-1).view(torch.uint8)
 
 
 def _row_bytes(tensors: Sequence[torch.Tensor]) -> int:
-    return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in tensors)

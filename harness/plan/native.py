@@ -15,6 +15,7 @@ from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
+from harness.plan.moving import resize
 from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.plan.segment import Segment
 from harness.system import Case
@@ -30,6 +31,7 @@ class NativeLayer(PlannedLayer):
             self.experts = IdentityExperts()
         else:
             self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
+            self.experts.stand_in = case.stand_in_costs
 
         self.routed: tuple[torch.Tensor, torch.Tensor | None] | None = (
             None  # the gate's ids and kept, of the last batch
@@ -40,6 +42,7 @@ class NativeLayer(PlannedLayer):
         self.exchange_.place(placement)
         if isinstance(self.experts, Experts):
             self.experts.local = placement.local(self.rank).tolist()
+            resize(list(self.experts.parameters()), None, len(self.experts.local))  # if nothing was moved here
 
     def passage(self, gated: Gated | None = None) -> NativePassage:
         return NativePassage(self, gated)
@@ -79,6 +82,14 @@ class NativePassage(PlannedPassage):
     def arrive_back(self) -> torch.Tensor | None:
         return self.drows
 
+    def ready(self, plan: Plan, prefix: str) -> list[str]:
+        """What the experts' forward waits for beside the tokens. Called when these have their place in the plan."""
+        return []
+
+    def ready_back(self) -> list[str]:
+        """What the experts' backward waits for beside the gradients of their outputs."""
+        return []
+
     def there_and_back(
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
@@ -95,10 +106,11 @@ class NativePassage(PlannedPassage):
             self.home = self.combine.forward(self._combine, self.made, self.at_experts)
 
         plan.add(f"{prefix}metadata", INTER, after, run=metadata)
-        last = plan.add(f"{prefix}dispatch", INTER, run=dispatch)
+        arrived = plan.add(f"{prefix}dispatch", INTER, run=dispatch)
+        needed = [arrived, *self.ready(plan, prefix)]
         if gradients is not None:
             plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
-        last = plan.add(f"{prefix}experts", COMPUTE, [last], run=experts)
+        last = plan.add(f"{prefix}experts", COMPUTE, needed, run=experts)
         return [plan.add(f"{prefix}combine", INTER, [last], run=combine)]
 
     def back_and_there(
@@ -117,7 +129,7 @@ class NativePassage(PlannedPassage):
             (self.dweights,) = self.metadata.backward(self.dat_experts)
 
         last = plan.add(f"{prefix}combine", INTER, after, run=combine)
-        last = plan.add(f"{prefix}experts", COMPUTE, [last], run=experts)
+        last = plan.add(f"{prefix}experts", COMPUTE, [last, *self.ready_back()], run=experts)
         if gradients is not None:
             plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
         plan.add(f"{prefix}dispatch", INTER, [last], run=dispatch)
@@ -126,6 +138,8 @@ class NativePassage(PlannedPassage):
 
 class NativeSystem(UnifiedSystem):
     """A native system that differs by its exchange alone."""
+
+    stands_in = True
 
     @classmethod
     @abc.abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -37,11 +37,23 @@ class MoEPart(Protocol):
     ) -> list[str]: ...
 
 
+#: adds tasks that the dense part does not wait for, on lanes that it leaves free: plan, prefix, what they wait for
+Beside = Callable[[Plan, str, Iterable[str]], list[str]]
+
+
 def forward_layer(
-    plan: Plan, moe: MoEPart, dense: Sequence[Dense], *, prefix: str = "", after: Iterable[str] = ()
+    plan: Plan,
+    moe: MoEPart,
+    dense: Sequence[Dense],
+    *,
+    ahead: Beside | None = None,
+    prefix: str = "",
+    after: Iterable[str] = (),
 ) -> list[str]:
-    """Add a layer's forward; returns its last tasks."""
+    """Add a layer's forward, with ``ahead`` beside its dense part; returns its last tasks."""
     prefix = f"{prefix}forward."
+    if ahead is not None:
+        ahead(plan, prefix, ())
     return moe(plan, prefix=prefix, after=_dense(plan, dense, prefix, after))
 
 
@@ -53,13 +65,16 @@ def backward_layer(
     in_moe: Work | None = None,
     beside_dense: Work | None = None,
     after_layer: Work | None = None,
+    beside: Callable[[], object] | None = None,
     prefix: str = "",
     after: Iterable[str] = (),
 ) -> list[str]:
     """Add a layer's backward, with the slices of the gradient all-reduce that run in its two parts and after it;
-    returns the tasks that the next layer waits for."""
+    ``beside``: called to add what else runs beside its dense part. Returns the tasks that the next layer waits for."""
     prefix = f"{prefix}backward."
     home = moe(plan, prefix=prefix, after=after, gradients=in_moe)
+    if beside is not None:
+        beside()
     if beside_dense is not None:
         plan.add(f"{prefix}gradients-dense", INTER, home, beside_dense.cost, beside_dense.run, "gradients")
     last = _dense(plan, dense, prefix, home)
@@ -86,6 +101,7 @@ class Passage(abc.ABC):
     y: torch.Tensor
     dy: torch.Tensor
     dx: torch.Tensor | None
+    turns: bool = False  # the last layer of a step: its backward follows its forward at once
 
     @abc.abstractmethod
     def forward(
@@ -96,6 +112,20 @@ class Passage(abc.ABC):
     def backward(
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]: ...
+
+    def ahead(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        """Add what forward needs and may run beside the dense part before it: fetching parameters, for instance.
+        Called before ``forward``; the tasks of ``forward`` wait for these themselves."""
+        return []
+
+    def ahead_back(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        """The same for backward: beside the dense part of the layer above. Called before ``backward``."""
+        return []
+
+    def behind(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        """Add what backward leaves to be done, beside the dense part behind it: summing gradients, for instance.
+        Called after ``backward``; returns what must have ended before the optimizer."""
+        return []
 
 
 class Opaque(Passage):

@@ -49,13 +49,14 @@ class PlannedLayer(UnifiedLayer):
     def plan_forward(self, way: PlannedPassage) -> Plan:
         """Of the layer alone."""
         plan = Plan()
-        forward_layer(plan, way.forward, ())
+        forward_layer(plan, way.forward, (), ahead=way.ahead)
         return plan
 
     def plan_backward(self, way: PlannedPassage) -> Plan:
         """Of the layer alone."""
         plan = Plan()
-        backward_layer(plan, way.backward, ())
+        way.ahead_back(plan, "backward.")
+        backward_layer(plan, way.backward, (), beside=lambda: way.behind(plan, "backward."))
         return plan
 
 

@@ -145,6 +145,7 @@ class TrainingStep:
         self.summed = summed
         group = job.inner(0) if model_parallel else None
         self.dense = [DensePart(block, each, group) for block, each in zip(gpt.blocks, steer, strict=True)]  # type: ignore[arg-type]
+        self.awaited: list[str] = []  # tasks that the optimizer waits for beside the sums of gradients
         self.loss: torch.Tensor
 
     def plan(
@@ -155,6 +156,7 @@ class TrainingStep:
     ) -> Plan:
         """tokens int64 [B, L]; ``loss``: logits [B, L, vocab] -> this rank's share; ``update``: the optimizer's."""
         plan, num_layers = Plan(), len(self.dense)
+        self.awaited = []
         last = self._forward(plan, tokens, loss)
         for i in reversed(range(num_layers)):
             last = self._backward_layer(plan, i, last)
@@ -177,12 +179,13 @@ class TrainingStep:
 
         cost = None if tail is None else tail.cost
         last = [plan.add("gradients-tail", INTER, last, cost, reduce_rest, "gradients")]
-        plan.add("optimizer", COMPUTE, last, run=optimize)
+        plan.add("optimizer", COMPUTE, [*last, *self.awaited], run=optimize)
         return plan
 
     def _forward(self, plan: Plan, tokens: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
         gpt, dense, passages = self.gpt, self.dense, self.passages
         self.embed, self.head = Segment(), Segment()
+        passages[-1].turns = True
 
         def look_up(ids: torch.Tensor) -> torch.Tensor:
             return gpt.token(ids) + gpt.position.weight[: ids.shape[1]]
@@ -210,7 +213,7 @@ class TrainingStep:
             tasks = part.forward()
             tasks[0] = _before(take_over, tasks[0]) if i else tasks[0]
             tasks[-1] = _behind(tasks[-1], hand_over)
-            last = forward_layer(plan, way.forward, tasks, prefix=f"layer{i}.", after=last)
+            last = forward_layer(plan, way.forward, tasks, ahead=way.ahead, prefix=f"layer{i}.", after=last)
         return [plan.add("head", COMPUTE, last, run=finish)]
 
     def _backward_layer(self, plan: Plan, i: int, after: list[str]) -> list[str]:
@@ -230,6 +233,12 @@ class TrainingStep:
         prefix, (in_moe, beside_dense, behind) = f"layer{i}.", self.slices[back].num_bytes
         counts = self.slices[back].messages
         take = self.stream.take
+
+        def beside() -> None:
+            self.awaited += way.behind(plan, f"{prefix}backward.")
+            if i:
+                passages[i - 1].ahead_back(plan, f"layer{i - 1}.backward.")
+
         return backward_layer(
             plan,
             way.backward,
@@ -237,6 +246,7 @@ class TrainingStep:
             in_moe=take(f"{prefix}backward.gradients", in_moe, counts[0], after_part=back),
             beside_dense=take(f"{prefix}backward.gradients-dense", beside_dense, counts[1], after_part=back),
             after_layer=take(f"{prefix}backward.gradients-after", behind, counts[2], after_part=back + 1),
+            beside=beside,
             prefix=prefix,
             after=after,
         )

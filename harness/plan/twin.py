@@ -27,7 +27,7 @@ def twin(system: type[System], case: Case) -> dict[str, Plan] | None:
     parts = system.planned_bytes(case)
     if parts is None:
         return None
-    rows = expert_counts(case.routing).sum(0) @ case.placement.hosts
+    rows = expert_counts(case.routing).sum(0) @ system.planned_shares(case)
     gemms = 0 if case.identity_experts else GEMMS[case.model.ffn_type]
     macs = gemms * rows * case.model.hidden * case.model.ffn  # of every rank
     plans = {}

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from harness.report import page
 from harness.report.run import GROUP, Run
-from harness.report.words import DIRECTIONS, group_title, main_direction
+from harness.report.words import direction_words, group_title, main_direction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -204,7 +204,7 @@ def _panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     for key, rows in frame.groupby(GROUP, sort=False):
         group: dict[str, Any] = dict(zip(GROUP, key, strict=True))
         direction = main_direction(rows)
-        what = "whole step" if group["phase"] == "train_step" else DIRECTIONS[direction]
+        what = direction_words(group["phase"], direction)
         title = f"{group_title(group)}, {what} [{group['evidence']}]"
         yield title, rows[rows["direction"] == direction].reset_index(drop=True)
 

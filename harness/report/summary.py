@@ -231,9 +231,14 @@ def _by_group(frame: pd.DataFrame, columns: list[Column], note: str = "") -> lis
     """A table a group in its main direction, with the other directions folded below; two columns lead to the rest."""
     parts = []
     for key, group in frame.groupby(GROUP, sort=False):
-        title, main = words.group_title(dict(zip(GROUP, key, strict=True))), words.main_direction(group)
+        named = dict(zip(GROUP, key, strict=True))
+        title, main = words.group_title(named), words.main_direction(group)
         shown = group[group["direction"] == main]
-        parts.append(page.table(shown, columns, title, ", ".join(filter(None, [words.DIRECTIONS[main], note]))))
+        parts.append(
+            page.table(
+                shown, columns, title, ", ".join(filter(None, [words.direction_words(str(named["phase"]), main), note]))
+            )
+        )
         if len(others := group[group["direction"] != main]):
             split = [*columns[:2], Column("direction", "direction"), *columns[2:]]
             inner = page.table(others, split, f"{title}, by direction", note)

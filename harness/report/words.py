@@ -17,8 +17,11 @@ PHASES = {
     "exchange": "Exchange",
     "layer": "MoE layer",
     "train_step": "Training step",
+    "prefill": "Prefill of a whole model",
+    "decode": "Decoding a token of every sequence, whole model",
 }
 DIRECTIONS = {"total": "forward and backward", "forward": "forward", "backward": "backward", "": "no direction stated"}
+WHOLE = {"train_step": "whole step", "prefill": "whole batch", "decode": "one token of every sequence"}
 STATUS_WORDS = {
     "refused": "the system said that it cannot run this case",
     "failed": "a rank raised an error",
@@ -60,6 +63,11 @@ def group_title(group: dict[str, Any]) -> str:
     extras += [f"wire {group['wire']}"] if group["wire"] != "recv_first" else []
     extras += ["stand-in compute"] if group["compute"] != "real" else []
     return f"{what} on {group['cluster']} ({', '.join(extras)})"
+
+
+def direction_words(phase: str, direction: str) -> str:
+    """What was timed."""
+    return WHOLE.get(phase, DIRECTIONS[direction])
 
 
 def main_direction(frame: pd.DataFrame) -> str:

@@ -32,8 +32,9 @@ def make_routing(
     unknown or impossible params, a trace that does not fit.
     """
     if workload.generator == "natural":
-        if workload.params:
-            raise bad(f"workload {workload.name} (natural).params", workload.params, "natural routing has no params")
+        if other := set(workload.params) - {"weights"}:
+            remedy = "natural routing has no params but weights, the file of a trained model to serve"
+            raise bad(f"workload {workload.name} (natural).params", sorted(other)[0], remedy)
         return None
     if not model.takes_routing:
         field, remedy = "gate", "takes no prescribed routing; use a natural workload"
@@ -61,7 +62,7 @@ def planned_routing(workload: Workload, model: Model, topology: Topology, *, ste
     routing = make_routing(workload, model, topology, step=step, layer=layer)
     if routing is not None:
         return routing
-    uniform = workload.model_copy(update={"generator": "uniform"})
+    uniform = workload.model_copy(update={"generator": "uniform", "params": {}})
     ids = within_groups(generate(uniform, model, topology, step, layer), model, np.random.default_rng(workload.seed))
     return Routing(ids, workload.tokens(topology.num_ranks), model.num_experts)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import numpy as np
@@ -308,11 +308,17 @@ class Markov(Spec):
 def markov(p: Markov, draw: Draw) -> np.ndarray:
     """Inter-layer dependence (what MoETuner exploits): layer 0 is uniform; every layer has one random permutation
     of the experts that names each expert's successor. Experts that no predecessor brings are uniform."""
-    first = dataclasses.replace(draw, layer=0)
-    ids = uniform(NoParams(), first)
+    *_, ids = markov_layers(p, draw)
+    return ids
+
+
+def markov_layers(p: Markov, draw: Draw) -> Iterator[np.ndarray]:
+    """The same, of every layer from 0 to ``draw.layer``."""
+    ids = uniform(NoParams(), dataclasses.replace(draw, layer=0))
+    yield ids
     starts = np.concatenate([[0], np.cumsum(draw.tokens)])
     for layer in range(1, draw.layer + 1):
-        here = dataclasses.replace(draw, layer=layer)
+        here, ids = dataclasses.replace(draw, layer=layer), ids.copy()
         successor = here.popularity_rng().permutation(draw.num_experts)
         for rank, num_tokens in enumerate(draw.tokens):
             rng, of_rank = here.rank_rng(rank), ids[starts[rank] : starts[rank + 1]]
@@ -323,7 +329,7 @@ def markov(p: Markov, draw: Draw) -> np.ndarray:
                 bonus = np.take_along_axis(keys, brought, 1) + kept  # kept ones beat all others
                 np.put_along_axis(keys, brought, bonus, 1)
                 of_rank[part] = _top(keys, draw.top_k)
-    return ids
+        yield ids
 
 
 GENERATORS: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {

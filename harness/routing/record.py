@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from harness.errors import bad
-from harness.layer import gates
+from harness.layer import gates, stored
 from harness.layer.experts import Experts
 from harness.layer.gpt import GPT
 from harness.layer.weights import Weights
@@ -103,6 +103,7 @@ def record(
     num_threads: int = 1,
     command: str = "",
     corpus: Corpus | None = None,
+    weights: Path | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
     """Train ``model`` over bytes for ``num_steps`` steps of ``batch`` sequences and write its routing to ``out``.
@@ -128,6 +129,8 @@ def record(
     if num_tokens < model.seq or num_tokens % model.seq:
         raise bad("record.num_tokens", num_tokens, f"must be a multiple of the model's seq = {model.seq}")
     check_writable(out)
+    if weights is not None:
+        check_writable(weights)
     started = time.perf_counter()
     corpus = corpus or python_corpus()
     held = torch.from_numpy(corpus.held_windows(num_tokens // model.seq, model.seq + 1))
@@ -150,6 +153,8 @@ def record(
             optimizer.step()
             schedule.step()
             progress(Progress(step + 1, num_steps, float(loss.detach()), sum(s <= step for s in steps)))
+    if weights is not None:
+        stored.save(weights, gpt)
     header = Header(
         model=model.name,
         num_experts=model.num_experts,

@@ -27,6 +27,7 @@ from harness.specs import Count, Model, Spec, Workload
 from harness.topology import Topology
 
 SCHEMA_VERSION = 1
+WINDOW = 128  # tokens that follow one another in a recording, where its header does not say
 HEADER_KEY = b"moebench.trace"
 SHIPPED = Path(__file__).resolve().parents[2] / "results" / "traces"
 COLUMNS = {
@@ -189,6 +190,43 @@ def _rows(table: pa.Table, header: Header) -> dict[tuple[int, int], Recorded]:
         weights = weights.astype(np.float32) * np.float32(header.weight_scale / 255)
         rows[step, layer] = Recorded(step, layer, ids, weights, row["loss"])
     return rows
+
+
+# ---- whole recordings --------------------------------------------------------------------------------------------
+
+
+def all_layers(trace: Trace, step: int | None = None) -> np.ndarray:
+    """Routing of all layers at one recorded step (by default the last), int32 [L, T, k]. ``UserError`` if the trace has
+    no such step, or lacks a layer of it."""
+    if not trace.steps:
+        raise bad("trace", str(trace.path), "is empty; record it again with `moebench record`")
+    step = trace.steps[-1] if step is None else step
+    if step not in trace.steps:
+        raise bad("--step", step, f"the trace {trace.path.name} has steps {', '.join(map(str, trace.steps))}")
+    lacking = [layer for layer in range(trace.header.num_layers) if (step, layer) not in trace.rows]
+    if lacking:
+        raise bad("trace", str(trace.path), f"lacks layer {lacking[0]} at step {step}; record it again")
+    return np.stack([trace.rows[step, layer].ids for layer in range(trace.header.num_layers)]).astype(np.int32)
+
+
+def window_of(trace: Trace) -> int:
+    """Tokens of one sequence of a recording."""
+    try:
+        return int(json.loads(str(trace.header.details["model"]))["seq"])
+    except (KeyError, ValueError, TypeError):
+        return WINDOW
+
+
+def split(ids: np.ndarray, share: float, window: int = WINDOW) -> tuple[np.ndarray, np.ndarray]:
+    """ids [L, T, k] -> (to profile, held out): ``share`` of the tokens is held out, in whole windows spread evenly, so
+    that both parts are of the same text. ``UserError`` if either part would be empty."""
+    if not 0 < share < 1:
+        raise bad("held-out share", share, "must lie between 0 and 1")
+    which = np.arange(ids.shape[1]) // window
+    held = np.floor((which + 1) * share) > np.floor(which * share)
+    if held.all() or not held.any():
+        raise bad("held-out share", share, f"leaves nothing of {int(which[-1]) + 1} windows; record more tokens")
+    return ids[:, ~held], ids[:, held]
 
 
 # ---- the workload "trace" ----------------------------------------------------------------------------------------

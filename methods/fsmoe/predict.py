@@ -10,7 +10,6 @@ import pandas as pd
 
 from harness import ledger
 from harness.bench.race import make_case
-from harness.errors import bad
 from harness.ledger import Calibration
 from harness.plan.agreement import agreement
 from harness.plan.graph import COMPUTE, Cost, Plan, Timeline, Work
@@ -91,10 +90,7 @@ class Simulator:
         return timelines(experiment, self._calibration(experiment))
 
     def _calibration(self, experiment: Experiment) -> Calibration:
-        cluster = experiment.cluster
-        if (found := ledger.latest(cluster, self.folder)) is None:
-            raise bad("cluster", cluster.name, f"was never profiled; moebench profile {cluster.name}")
-        return found
+        return ledger.profiled(experiment.cluster, self.folder)
 
 
 def experiments_of(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Experiment]:

@@ -378,8 +378,7 @@ def _over(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _reported_rows(item: str) -> pd.DataFrame:
     """The paper's values of an item, with schedules by their names here."""
-    table = reported("fsmoe")
-    table = table[table["item"] == item]
+    table = reported("fsmoe", item)
     return table.assign(schedule=table["system"].replace(REPORTED_AS))
 
 

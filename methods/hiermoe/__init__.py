@@ -10,7 +10,7 @@ import numpy as np
 from baselines import smartmoe
 from harness import ledger
 from harness.comm.job import Job
-from harness.errors import bad
+from harness.options import whole, yes
 from harness.plan.native import NativeSystem
 from harness.specs import DTYPE_BYTES, Cluster
 from harness.system import AfterStep, Case, MoELayer
@@ -85,14 +85,14 @@ class HierD(NativeSystem):
         if cls.fixed is not None:
             return min(cls.fixed, case.topology.num_levels)
         if "dimension" in case.options:
-            return _whole(case, "dimension", case.topology.num_levels, 0)
+            return whole(case, "dimension", 0, case.topology.num_levels)
         costs = known_costs(case.cluster)
         return min(2, case.topology.num_levels) if costs is None else TimeModel(costs)
 
     @classmethod
     def wire(cls, case: Case) -> Wire:
         """How its exchange sends."""
-        deduplicate, padded = (_yes(case, key, default) for key, default in (("deduplicate", True), ("padded", False)))
+        deduplicate, padded = (yes(case, key, default) for key, default in (("deduplicate", True), ("padded", False)))
         return Wire(
             row_bytes=case.model.hidden * DTYPE_BYTES[case.dtype],
             weight_bytes=8 if case.dtype == "float64" else 4,
@@ -126,8 +126,8 @@ class HierMoE(HierD):
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
         options = SwapOptions(
-            every=_whole(case, "swap_every", 10**6, 1),
-            pairs=_whole(case, "swap_pairs", case.model.num_experts // 2, 1),
+            every=whole(case, "swap_every", 1, 10**6),
+            pairs=whole(case, "swap_pairs", 1, case.model.num_experts // 2),
             max=case.options.get("max", "smooth"),  # type: ignore[arg-type]
             gamma=float(case.options.get("gamma", GAMMA)),
         )
@@ -172,20 +172,6 @@ def known_costs(cluster: Cluster | None) -> Cluster | None:
 def _chunks(case: Case) -> int:
     """The same on every rank, so the rank with the most tokens decides."""
     if "chunks" in case.options:
-        return _whole(case, "chunks", 1024, 0)
+        return whole(case, "chunks", 0, 1024)
     most = max(case.routing.tokens) * case.model.hidden * DTYPE_BYTES[case.dtype]
     return min(MAX_CHUNKS, max(1, most // MIN_CHUNK_BYTES))
-
-
-def _whole(case: Case, option: str, most: int, default: int) -> int:
-    value = case.options.get(option, default)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise bad(f"options.{option}", value, f"must be a whole number from 1 to {most}")
-    return value
-
-
-def _yes(case: Case, option: str, default: bool) -> bool:
-    value = case.options.get(option, default)
-    if not isinstance(value, bool):
-        raise bad(f"options.{option}", value, "must be true or false")
-    return value

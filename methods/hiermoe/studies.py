@@ -116,7 +116,7 @@ def duplicates(progress: Progress) -> Findings:
                 "counted": counted_duplication(ids, 256, num_groups),
             }
             rows += [{**where, "how": how, "share": share, "evidence": "simulated"} for how, share in shares.items()]
-    printed = _reported("duplication")
+    printed = reported("hiermoe", "duplication")
     keys = printed["quantity"].str.extract(r"k=(?P<top_k>\d+) groups=(?P<groups>\d+)").astype(int)
     table2 = keys.assign(how="Table II", share=printed["value"].to_numpy(dtype=float), evidence="reported")
     found = pd.DataFrame(rows)
@@ -140,7 +140,7 @@ def exchanges(progress: Progress) -> Findings:
     every = pd.concat(found, ignore_index=True)
     every["over_megatron"] = over(every, "megatron", ["model", "skew"])
     every["over_hd2"] = over(every, "hd2", ["model", "skew"])
-    printed = _reported("all-to-all")
+    printed = reported("hiermoe", "all-to-all")
     printed = printed[printed["quantity"] == "speedup_over_megatron"]
     text = pd.DataFrame(
         {"model": printed["model"], "variant": printed["system"], "over_megatron": printed["value"].astype(float)}
@@ -168,14 +168,14 @@ def steps(progress: Progress) -> Findings:
                 base = whole.loc[whole["variant"] == "megatron", "step_s"].iloc[0]
                 found.append(whole.assign(over_megatron=base / whole["step_s"]))
     every = pd.concat(found, ignore_index=True)[["model", "skew", "efficiency", "variant", "step_s", "over_megatron"]]
-    printed = _reported("end-to-end")
+    printed = reported("hiermoe", "end-to-end")
     note = (
         f"Computation is counted in FLOPs and takes its time at {', '.join(f'{e:.0%}' for e in EFFICIENCIES)} of the "
         "device's rate: the paper states neither its length nor its precision. Nothing overlaps."
     )
     text = printed[["system", "quantity", "value", "evidence"]].rename(columns={"system": "variant"})
     every["evidence"] = "simulated"
-    axis = [f"skew; computation at {efficiency:.0%} of the device's rate" for efficiency in every["efficiency"]]
+    axis = [f"skew; computation at {efficiency:.0%}" for efficiency in every["efficiency"]]
     tables = {"steps": every, "text": text.reset_index(drop=True)}
     return Findings(tables, (NOTE, note), {"lines": every.assign(axis=axis)})
 
@@ -349,11 +349,6 @@ def stale(progress: Progress) -> Findings:
     )
     raw = {"layers": every.assign(evidence="simulated")}
     return Findings({"stale": shown.assign(evidence="simulated")}, (note,), raw)
-
-
-def _reported(item: str) -> pd.DataFrame:
-    rows = reported("hiermoe")
-    return rows[rows["item"] == item]
 
 
 STUDIES = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from harness.bench.checkpoint import Checkpoints
@@ -13,17 +15,37 @@ from harness.registry import system
 from harness.specs import Experiment
 
 
+class Counting(Checkpoints):
+    """``armed`` while the move of experts number ``dies_at`` is under way."""
+
+    num_moves, dies_at, armed = 0, 0, False
+
+    @contextlib.contextmanager
+    def noting(self, step: int) -> Iterator[None]:
+        with super().noting(step):
+            note = self.job.moving
+            assert note is not None
+
+            def counted(moves: Any) -> None:
+                note(moves)
+                self.num_moves += 1
+                self.armed = self.num_moves == self.dies_at
+
+            self.job.moving = counted
+            yield
+
+
 def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """Losses by step, in a run that goes on from its last checkpoint. ``dies_at``: the move of experts in the middle of
     which rank 1 ends."""
     experiment = Experiment.model_validate(payload["experiment"])
-    trainer = Trainer(job, system(experiment.system), experiment, Checkpoints(payload["folder"], payload["every"], job))
-    began, transfer, num_moves = trainer.step, moving.dist.batch_isend_irecv, 0
+    checkpoints = Counting(payload["folder"], payload["every"], job)
+    checkpoints.dies_at = payload["dies_at"]
+    trainer = Trainer(job, system(experiment.system), experiment, checkpoints)
+    began, transfer = trainer.step, moving.dist.batch_isend_irecv
 
     def dying(work: list[Any]) -> Any:
-        nonlocal num_moves
-        num_moves += 1
-        if job.rank == 1 and num_moves == payload["dies_at"]:
+        if job.rank == 1 and checkpoints.armed:
             os._exit(9)
         return transfer(work)
 

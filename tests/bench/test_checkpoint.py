@@ -18,8 +18,10 @@ SHAPE = (2, 2)
 TRAINED = "tests.bench.checkpoint_on_ranks:trained"
 
 
-def run(folder: Path, session: Any, **changes: Any) -> list[dict[str, Any]]:
-    payload = training("hiermoe", cluster(SHAPE)) | {"folder": str(folder), "every": 3, "num_steps": 10, "dies_at": 0}
+def run(folder: Path, session: Any, system: str = "hiermoe", **changes: Any) -> list[dict[str, Any]]:
+    options = {"reshard_every": 2, "t": 2} if system == "hecate" else {}
+    payload = training(system, cluster(SHAPE), options=options)
+    payload |= {"folder": str(folder), "every": 3, "num_steps": 10, "dies_at": 0}
     return session(cluster(SHAPE)).call(TRAINED, payload | changes, timeout_s=100)
 
 
@@ -41,6 +43,22 @@ def test_a_death_in_the_middle_of_a_swap_loses_no_whole_step(tmp_path, session):
     assert all(each["losses"] == {step: whole["losses"][step] for step in range(6, 10)} for each in rest)
     assert rest[0]["owners"] == whole["owners"]
     assert not (tmp_path / "cut" / "moving.json").exists()
+
+
+def test_a_death_in_the_middle_of_a_resharding_loses_no_whole_step(tmp_path, session):
+    """Ranks own other numbers of experts by then. What the loads were before is forgotten."""
+    whole = run(tmp_path / "whole", session, "hecate")[0]
+    started = open_session(cluster(SHAPE), log_dir=tmp_path / "log")
+    with started as dying, pytest.raises(RankFailure, match="rank 1 died"):
+        run(tmp_path / "cut", lambda _: dying, "hecate", dies_at=3)
+    moving = json.loads((tmp_path / "cut" / "moving.json").read_text())
+    began = json.loads((tmp_path / "cut" / "latest.json").read_text())["step"]
+    assert 3 <= began <= moving["step"]
+    rest = run(tmp_path / "cut", session, "hecate")
+    assert rest[0]["began"] == began
+    assert [rest[0]["losses"][step] for step in range(began, 10)] == pytest.approx(
+        [whole["losses"][step] for step in range(began, 10)], rel=1e-9
+    )
 
 
 def test_what_is_no_checkpoint_is_said_and_not_begun_with(tmp_path, session):

@@ -34,6 +34,7 @@ def answers(time_s: float = 1.0, own_cpu_s: float = 0.05, shared_clock: bool = T
             "end_s": 100 + time_s - (NUM_RANKS - 1 - rank) / 1000,
             "device_s": None,
             "own_cpu_s": own_cpu_s,
+            "parts_s": None,
             "window_s": 2 * time_s,
             "window_cpu_s": own_cpu_s,
             "window_busy_s": 2.0 * time_s,

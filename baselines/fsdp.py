@@ -1,0 +1,45 @@
+"""Plain FSDP on experts: every rank gathers all experts of a layer before it, and reduces all their gradients after it.
+
+Parameters, gradients and optimizer state are sharded, as in Hecate, but which experts are gathered does not depend on
+the load: all of them, in forward and again in backward. No token travels.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from harness.comm.job import Job
+from harness.plan.replicated import Policy, ReplicatedSystem
+from harness.system import Case
+
+
+def gathered_bytes(num_experts: int, expert_bytes: float, num_units: int) -> float:
+    """What passes the port of one of ``num_units`` (ranks or nodes) when all of them gather all experts that they share
+    out evenly; as much when gradients are reduced."""
+    return num_experts * expert_bytes * (num_units - 1) / num_units
+
+
+class Everything(Policy):
+    """All experts everywhere, in every batch."""
+
+    rematerialises = True
+
+    def expect(self, owner: np.ndarray, num_ranks: int) -> np.ndarray:
+        return np.ones((len(owner), num_ranks), dtype=bool)
+
+
+class FSDPExperts(ReplicatedSystem):
+    name = "fsdp-experts"
+    title = "plain FSDP on experts: every rank gathers all of them, forward and backward"
+    source = "fully sharded data parallelism (ZeRO-3), a baseline of Hecate (arXiv 2502.02581)"
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"training": {}}
+
+    @classmethod
+    def policy(cls, case: Case, job: Job | None) -> Policy:
+        return Everything()
+
+    @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        return case.model.num_experts - case.model.num_experts // case.topology.num_ranks  # of one layer

@@ -1,0 +1,134 @@
+"""Tokens to experts that have replicas, over the flat all-to-all-v: to the nearest, evenly among those as near.
+
+A token on a rank that holds its expert stays; else the rows for this expert are dealt out evenly to the holders in
+the rank's node; else evenly to all holders (Hecate, arXiv 2502.02581, topology-aware dispatch). With more than two
+link levels the holders of the nearest unit share. A rank deals its rows in their order, beginning with the holder
+after its own number, so that what does not divide does not always go to the first. Who gets how many is then a
+function of the tokens that each rank has for each expert: every rank is told these, and nothing else travels as
+metadata.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from harness.comm.exchange import FlatExchange, FlatPlan, all_to_all, flat_plan, taken, there_and_back
+from harness.comm.rows import stable_order
+from harness.routing.certificate import expert_counts
+from harness.routing.types import Routing
+from harness.topology import Topology
+
+
+class Nearest:
+    """Which holders share the rows that each rank has for each expert. ``hosts`` bool [E, num_ranks]."""
+
+    def __init__(self, hosts: np.ndarray, topology: Topology):
+        level = topology.level_between  # num_levels: the rank itself
+        held = np.where(hosts[None], level[:, None, :], -1)  # [source, E, rank]
+        self.share = hosts[None] & (held == held.max(2, keepdims=True))
+        self.count = self.share.sum(2)  # [source, E]
+        self.index = np.cumsum(self.share, axis=2) - 1  # of each holder among those that share
+        self.holders = np.argsort(~self.share, axis=2, kind="stable")  # [source, E, index]
+
+    def rows(self, counts: np.ndarray) -> np.ndarray:
+        """``counts`` int [source, E]: rows of each rank for each expert -> int [source, E, rank]: who gets how many."""
+        first = np.arange(len(counts))[:, None, None]
+        whole, rest = np.divmod(counts, self.count)
+        turn = (self.index - first) % self.count[..., None]
+        return np.where(self.share, whole[..., None] + (turn < rest[..., None]), 0)
+
+
+def nearest(hosts: np.ndarray, topology: Topology) -> Nearest:
+    """Kept for placements that come again."""
+    return _nearest(np.packbits(hosts).tobytes(), hosts.shape, topology)
+
+
+@functools.lru_cache(maxsize=64)
+def _nearest(packed: bytes, shape: tuple[int, int], topology: Topology) -> Nearest:
+    bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=shape[0] * shape[1])
+    return Nearest(bits.reshape(shape).astype(bool), topology)
+
+
+class ReplicaExchange(FlatExchange):
+    """``placement``: the owners. Replicas come with every plan (``plan_to``)."""
+
+    def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> FlatPlan:
+        """Without replicas."""
+        own = self.placement.local(self.job.rank)
+        return self.plan_to(self.placement.hosts, own, ids, weights, kept, self.count(ids, kept))
+
+    def count(self, ids: torch.Tensor, kept: torch.Tensor | None) -> np.ndarray:
+        """Collective: rows of every rank for every expert, int64 [num_ranks, E]."""
+        num_ranks, num_experts = self.placement.hosts.shape[::-1]
+        own = torch.bincount(ids.flatten()[taken(ids, kept)], minlength=num_experts)
+        if num_ranks == 1:
+            return own.cpu().numpy()[None]
+        each = [num_experts] * num_ranks
+        every, _ = all_to_all(own.repeat(num_ranks), each, each, self.job.world)
+        return every.cpu().numpy().reshape(num_ranks, num_experts)
+
+    def plan_to(
+        self,
+        hosts: np.ndarray,
+        held: np.ndarray,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        kept: torch.Tensor | None,
+        counts: np.ndarray,
+        only: np.ndarray | None = None,
+    ) -> FlatPlan:
+        """``hosts`` bool [E, num_ranks]: who holds what in this batch; ``held``: this rank's experts in the order in
+        which it computes them; ``counts``: as of ``count``; ``only`` bool [source, E, rank]: the part of the rows that
+        this plan is for."""
+        rank, device = self.job.rank, ids.device
+        near = nearest(hosts, self.job.topology)
+        rows = near.rows(counts)  # [source, E, rank]
+        if only is not None:
+            rows = np.where(only, rows, 0)
+
+        chosen = taken(ids, kept)
+        expert = ids.flatten()[chosen]
+        order = stable_order(expert, len(hosts))
+        expert, chosen = expert[order], chosen[order]
+        own = torch.as_tensor(counts[rank], device=device)
+        number = (
+            torch.arange(len(expert), device=device) - (own.cumsum(0) - own)[expert]
+        )  # among the rows of its expert
+        share = torch.as_tensor(near.count[rank], device=device)[expert]
+        target = torch.as_tensor(near.holders[rank], device=device)[expert, (number + rank) % share]
+        if only is not None:
+            these = torch.as_tensor(only[rank], device=device)[expert, target]
+            chosen, target = chosen[these], target[these]
+        send = chosen[stable_order(target, len(counts))]
+
+        ascending = np.argsort(held, kind="stable")  # as ranks send them
+        received = torch.as_tensor(np.ascontiguousarray(rows[:, np.asarray(held)[ascending], rank]))
+        return flat_plan(weights, send, rows[rank].sum(0).tolist(), received, torch.as_tensor(ascending))
+
+
+def replica_bytes(routing: Routing, hosts: np.ndarray, topology: Topology, row_bytes: float) -> dict[str, np.ndarray]:
+    """Planned bytes of ``ReplicaExchange``, [num_ranks, num_ranks] from -> to, by part (see
+    ``System.planned_bytes``)."""
+    num_ranks = topology.num_ranks
+    counts = expert_counts(routing)
+    matrix = np.zeros((num_ranks, num_ranks))
+    for first in range(0, len(hosts), 32):  # a few experts at a time: [source, E, rank] may be large
+        part = slice(first, first + 32)
+        matrix += nearest(hosts[part], topology).rows(counts[:, part]).sum(1)
+    matrix *= row_bytes
+    np.fill_diagonal(matrix, 0)
+    metadata = np.full((num_ranks, num_ranks), 8.0 * len(hosts))  # int64 per expert
+    np.fill_diagonal(metadata, 0)
+    return there_and_back(metadata, matrix)
+
+
+def replica_shares(routing: Routing, hosts: np.ndarray, topology: Topology) -> np.ndarray:
+    """Share of each expert's rows that each of its ``hosts`` computes, float64 [E, num_ranks] (see
+    ``System.planned_shares``); of an expert without rows, as if evenly."""
+    counts = expert_counts(routing)
+    rows = nearest(hosts, topology).rows(counts).sum(0)
+    total = counts.sum(0)[:, None]
+    return np.where(total > 0, rows / np.maximum(total, 1), hosts / hosts.sum(1, keepdims=True))

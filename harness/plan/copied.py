@@ -1,0 +1,160 @@
+"""Layers whose experts have whole copies: parameters, gradient and optimizer state on every rank that holds one.
+
+Where the copies are is the layer's placement (a row of ``Placement.hosts`` with more than one rank) and stays until
+a ``Rearranger`` changes it between steps. Tokens go to the nearest copy. Before the optimizer the copies' gradients are
+summed at the expert's first holder and sent back to all, beside the dense part behind the layer's backward (tasks
+``reduce.*`` and ``spread.*`` on the link lanes): an all-reduce of each expert over its holders. So copies stay equal,
+bit by bit. What differs between systems is where they put copies:
+
+    class Mine(CopiedSystem):
+        def planner(cls, case): return lambda load, placement: ...  # load [E] of some steps -> Placement
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from harness.comm.job import Job
+from harness.comm.replicas import ReplicaExchange, replica_bytes, replica_shares
+from harness.comm.sparse import Chunks, Transfer, plan_sparse
+from harness.layer.experts import Experts
+from harness.layer.moe import UnifiedSystem
+from harness.layer.weights import Weights
+from harness.memory import expert_bytes
+from harness.options import whole
+from harness.placement import Placement
+from harness.plan.graph import INTER, INTRA, Plan
+from harness.plan.native import NativeLayer, NativePassage
+from harness.plan.rearrange import Planner, Rearranger
+from harness.routing.certificate import expert_counts
+from harness.specs import DTYPE_BYTES
+from harness.system import AfterStep, Case, MoELayer
+
+
+class CopiedLayer(NativeLayer):
+    """``placement``: who holds what."""
+
+    exchange_: ReplicaExchange
+
+    def __init__(self, case: Case, job: Job, weights: Weights, placement: Placement):
+        super().__init__(
+            dataclasses.replace(case, placement=placement), ReplicaExchange(job, placement), weights, job.rank
+        )
+
+    @property
+    def placement(self) -> Placement:
+        return self.exchange_.placement
+
+    def passage(self, gated=None) -> CopiedPassage:  # type: ignore[no-untyped-def]
+        return CopiedPassage(self, gated)
+
+
+class CopiedPassage(NativePassage):
+    layer: CopiedLayer
+
+    def behind(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        job, placement = self.layer.job, self.layer.placement
+        sparse = plan_sparse(placement.owner, placement.hosts, job.topology)
+        if not isinstance(self.layer.experts, Experts) or not any(len(hops.chunk) for hops in sparse.stages):
+            return []
+        inside = tuple(range(1, job.topology.num_levels))
+        running: list[Transfer] = []
+
+        def add(name: str, lane: str, stages: tuple[int, ...], kind: str, last: list[str]) -> list[str]:
+            if not any(len(sparse.stages[stage].chunk) for stage in stages):
+                return last
+
+            def run() -> None:
+                if not running or running[-1].kind != kind:
+                    running[:] = [Transfer(job, sparse, [self._gradients()], kind)]  # type: ignore[arg-type]
+                running[0].run(*stages)
+
+            return [plan.add(f"{prefix}{name}.{lane}", lane, last, run=run, kind=name)]
+
+        last = [*after, f"{prefix}experts"]
+        last = add("reduce", INTRA, inside[::-1], "reduce", last)
+        last = add("reduce", INTER, (0,), "reduce", last)
+        last = add("spread", INTER, (0,), "gather", last)
+        return add("spread", INTRA, inside, "gather", last)
+
+    def _gradients(self) -> Chunks:
+        experts = self.layer.experts
+        own = [getattr(experts, name) for name in experts.names]
+        for parameter in own:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return Chunks(experts.local, [parameter.grad for parameter in own])
+
+
+class CopiedSystem(UnifiedSystem):
+    """A native system that differs by its planner alone. A layer begins with what the planner makes of the case's
+    routing, as if training had been going on; ``rearrange_every`` and ``slots`` are options of all of them."""
+
+    stands_in = True
+    every: ClassVar[int]
+    variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"rearranged": {"rearrange_every": 3}}
+    options: ClassVar[dict[str, str]] = {
+        "rearrange_every": "training steps between rearrangements (default 25)",
+        "slots": "experts and copies that a rank has memory for (default: twice its experts)",
+    }
+
+    @classmethod
+    @abc.abstractmethod
+    def planner(cls, case: Case) -> Planner:
+        """For every layer of a case; all ranks must decide alike."""
+
+    @classmethod
+    def refuse(cls, case: Case) -> str | None:
+        most, slots = int(case.placement.hosts.sum(0).max()), num_slots(case)
+        return f"{slots} slots are fewer than the {most} experts of a rank" if slots < most else None
+
+    @classmethod
+    def first(cls, case: Case) -> Placement:
+        """Of a layer before any training."""
+        if case.identity_experts:
+            return case.placement
+        return cls.planner(case)(expert_counts(case.routing).sum(0), case.placement)
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> CopiedLayer:
+        return CopiedLayer(case, job, weights, cls.first(case))
+
+    @classmethod
+    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
+        every = whole(case, "rearrange_every", cls.every, 10**9)
+        return Rearranger(job, layers, cls.planner(case), every)  # type: ignore[arg-type]
+
+    @classmethod
+    def copies_kept(cls, case: Case) -> int:
+        own = case.model.num_experts // case.topology.num_ranks
+        # whole ones: a parameter and its gradient, which is what is asked for, and two moments
+        return 2 * case.model.num_layers * (num_slots(case) - own)
+
+    @classmethod
+    def planned_shares(cls, case: Case) -> np.ndarray:
+        return replica_shares(case.routing, cls.first(case).hosts, case.topology)
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        placement, row_bytes = cls.first(case), case.model.hidden * DTYPE_BYTES[case.dtype]
+        parts = replica_bytes(routing, placement.hosts, case.topology, row_bytes)
+        if not case.identity_experts:
+            sent = plan_sparse(placement.owner, placement.hosts, case.topology)
+            spread = sent.bytes(expert_bytes(case.model, case.dtype))
+            parts["reduce"] = spread + spread.T
+        return parts
+
+
+def num_slots(case: Case) -> int:
+    """Of a rank."""
+    most = case.model.num_experts
+    return whole(case, "slots", min(most, 2 * int(case.placement.hosts.sum(0).max())), most)

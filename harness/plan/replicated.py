@@ -1,0 +1,314 @@
+"""A layer whose experts have replicas by a placement that may change with every batch; gradients are summed at owners.
+
+Every expert has one owner, which alone keeps its parameters, gradient and optimizer state. For one batch other ranks
+may hold copies: parameters are gathered from the owners before the experts need them, tokens go to the nearest
+holder, and what the holders find for the gradient is summed back at the owner. What differs between systems is
+*which* copies there are:
+
+    class Shadow(Policy):  # any subset of these; all ranks must decide alike
+        def expect(self, owner, num_ranks): ...  # P' of the next batch, bool [E, num_ranks], before its gate
+        def saw(self, counts): ...  # after every gate: rows of each rank for each expert, int64 [num_ranks, E]
+
+        revises = True  # and then ask, after the gate and on the critical path, for
+        def revise(self, hosts, counts): ...  # more copies in this batch: a P' that contains ``hosts``
+
+    class Mine(ReplicatedSystem):
+        def policy(cls, case, job): return Shadow(...)
+
+In a plan: ``gather.inter``, ``gather.near`` (what comes from inside the node) and ``gather.intra`` beside the dense
+part before the layer (``Passage.ahead``), ``late.*`` behind the dispatch for revised placements, ``reduce.intra`` and
+``reduce.inter`` beside the dense part behind its backward (``Passage.behind``), on the link lanes. With
+``Policy.rematerialises`` copies are let go after the layer's forward and gathered again (``regather.*``) beside the
+dense part of the layer above in backward; those of the last layer, whose backward is next, stay.
+
+Owners may change between steps: ``harness.plan.moving.move`` with the optimizer, then ``ReplicatedLayer.place``; a rank
+may own any number of a layer's experts. Phase ``exchange`` has no experts, so none are copied.
+"""
+
+from __future__ import annotations
+
+import abc
+import threading
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import numpy as np
+import torch
+
+from harness.comm.job import Job
+from harness.comm.replicas import ReplicaExchange, replica_bytes, replica_shares
+from harness.comm.sparse import Chunks, SparsePlan, Transfer, plan_sparse
+from harness.layer.experts import Experts
+from harness.layer.gates import Gated
+from harness.layer.moe import UnifiedSystem
+from harness.layer.weights import Weights
+from harness.memory import expert_bytes
+from harness.placement import Placement
+from harness.plan.copies import Copies, meter_of
+from harness.plan.graph import INTER, INTRA, Plan
+from harness.plan.native import NativeLayer, NativePassage
+from harness.routing.certificate import expert_counts
+from harness.routing.types import Routing
+from harness.specs import DTYPE_BYTES
+from harness.system import Case
+
+
+class Policy:
+    """Which copies there are; of one layer, on every rank alike. By default none."""
+
+    revises: bool = False  # whether ``revise`` is asked
+    rematerialises: bool = False  # copies do not stay from forward to backward
+
+    def expect(self, owner: np.ndarray, num_ranks: int) -> np.ndarray:
+        """P' for the next batch, before its gate: bool [E, num_ranks], every owner in it. ``owner`` int [E]."""
+        return owner[:, None] == np.arange(num_ranks)
+
+    def saw(self, counts: np.ndarray) -> None:
+        """Told after every gate: rows of each rank for each expert, int64 [num_ranks, E]."""
+
+    def revise(self, hosts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """P' for this batch, after its gate; contains ``hosts``, which are gathered already."""
+        return hosts
+
+
+class ReplicatedLayer(NativeLayer):
+    """Owned experts, and copies by ``policy``. ``placement``: P, each expert's owner."""
+
+    exchange_: ReplicaExchange
+
+    def __init__(self, case: Case, job: Job, weights: Weights, policy: Policy):
+        super().__init__(case, ReplicaExchange(job, case.placement), weights, job.rank)
+        self.policy = policy
+        self.hosts = case.placement.hosts  # P' of the last batch
+
+    @property
+    def placement(self) -> Placement:
+        return self.exchange_.placement
+
+    def passage(self, gated: Gated | None = None) -> ReplicatedPassage:
+        return ReplicatedPassage(self, gated)
+
+    def expected(self) -> np.ndarray:
+        """P' for the next batch."""
+        placement = self.exchange_.placement
+        if not isinstance(self.experts, Experts):  # nothing to copy
+            return placement.hosts
+        return self.policy.expect(placement.owner, placement.hosts.shape[1])
+
+
+class ReplicatedPassage(NativePassage):
+    layer: ReplicatedLayer
+
+    def __init__(self, layer: ReplicatedLayer, gated: Gated | None):
+        super().__init__(layer, gated)
+        self.own = layer.placement
+        self.hosts = layer.expected()
+        self.early = self._sparse(self.hosts)
+        self.late = self._sparse(self.own.hosts)
+        self.copies: list[Copies] = []
+        self.gathered: list[str] = []
+        self.regathered: list[str] = []
+        self.revises = layer.policy.revises and isinstance(layer.experts, Experts)
+
+    @property
+    def releases(self) -> bool:
+        """Whether copies are let go between forward and backward."""
+        return self.layer.policy.rematerialises and not self.turns
+
+    # ------------------------------------------------------------------ plan
+
+    def ahead(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        def begin() -> Transfer:
+            return self._gather(self.early)
+
+        self.gathered = self._stages(plan, f"{prefix}gather", after, begin, self.early, "gather")
+        return self.gathered
+
+    def ready(self, plan: Plan, prefix: str) -> list[str]:
+        if not self.revises:
+            return self.gathered
+        known = [f"{prefix}metadata"]  # what is late is known after it
+        return self.gathered + self._stages(
+            plan, f"{prefix}late", known, lambda: self._gather(self.late), None, "gather"
+        )
+
+    def ahead_back(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        def begin() -> Transfer:
+            for each in self.copies:
+                each.restore()
+            return Transfer(self.layer.job, self._sparse(self.hosts), self._held())
+
+        if self.releases:
+            known = None if self.revises else self.early
+            self.regathered = self._stages(plan, f"{prefix}regather", after, begin, known, "gather")
+        return self.regathered
+
+    def ready_back(self) -> list[str]:
+        return self.regathered
+
+    def behind(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
+        def begin() -> Transfer:
+            return Transfer(self.layer.job, self._sparse(self.hosts), self._gradients(), "reduce")
+
+        known = None if self.revises else self.early
+        last = self._stages(plan, f"{prefix}reduce", [*after, f"{prefix}experts"], begin, known, "reduce")
+
+        def let_go() -> None:
+            self.copies = []
+
+        return [plan.add(f"{prefix}release", INTER, last, run=let_go)] if last else []
+
+    def _stages(
+        self,
+        plan: Plan,
+        name: str,
+        after: Iterable[str],
+        begin: Callable[[], Transfer],
+        known: SparsePlan | None,
+        kind: Literal["gather", "reduce"],
+    ) -> list[str]:
+        """Add a transfer, which ``begin`` makes when its first task runs: what crosses between nodes and what stays
+        inside are tasks of their lanes. A gather spreads chunks whose owner is in the node without waiting for others.
+        ``known``: what will travel; None: known only then. No tasks where nothing does; returns the last ones."""
+        inside = tuple(range(1, self.layer.job.topology.num_levels))
+        parts: list[tuple[str, str, tuple[int, ...], bool | None]] = [
+            (INTER, INTER, (0,), None),
+            ("near", INTRA, inside, True),
+            (INTRA, INTRA, inside, False),
+        ]
+        if kind == "reduce":  # owners' rows are added to by one lane after the other
+            parts = [(INTRA, INTRA, inside[::-1], None), (INTER, INTER, (0,), None)]
+        if known is not None:
+            parts = [part for part in parts if any(_travels(known, stage, part[3]) for stage in part[2])]
+        running: list[Transfer] = []
+        left, lock = [len(parts)], threading.Lock()
+        last, ends = list(after), []
+        for part, lane, stages, near in parts:
+
+            def run(stages: tuple[int, ...] = stages, near: bool | None = near) -> None:
+                with lock:
+                    if not running:
+                        running.append(begin())
+                    transfer = running[0]
+                transfer.run(*stages, near=near)
+                with lock:
+                    left[0] -= 1
+                    if not left[0]:
+                        running.clear()  # and its hold on memory
+
+            task = plan.add(
+                f"{name}.{part}", lane, after if part == "near" else last, run=run, kind=name.split(".")[-1]
+            )
+            if part == "near":
+                ends = [task]
+            else:
+                last = [task]
+        return [*ends, *last] if parts else []
+
+    # ------------------------------------------------------------------ execution
+
+    def _sparse(self, hosts: np.ndarray) -> SparsePlan:
+        return plan_sparse(self.own.owner, hosts, self.layer.job.topology)
+
+    def _mine(self, sparse: SparsePlan) -> np.ndarray:
+        """Experts that this rank gets by ``sparse``."""
+        rank = self.layer.rank
+        return np.flatnonzero(sparse.hosts[:, rank] & (sparse.owner != rank))
+
+    def _gather(self, sparse: SparsePlan) -> Transfer:
+        copies = Copies(self.layer.experts, self._mine(sparse), meter_of(self.layer.job))
+        self.copies.append(copies)
+        own = self._held()[0]
+        return Transfer(self.layer.job, sparse, [own, Chunks(copies.ids.tolist(), list(copies.tensors.values()))])
+
+    def _held(self) -> list[Chunks]:
+        experts = self.layer.experts
+        own = Chunks(experts.local, [getattr(experts, name) for name in experts.names])
+        return [own, *(Chunks(each.ids.tolist(), list(each.tensors.values())) for each in self.copies)]
+
+    def _gradients(self) -> list[Chunks]:
+        found = []
+        for ids, tensors in self._held():
+            for tensor in tensors:
+                if tensor.grad is None:
+                    tensor.grad = torch.zeros_like(tensor)
+            found.append(Chunks(ids, [tensor.grad for tensor in tensors]))  # type: ignore[misc]
+        return found
+
+    def _metadata(self, weights: torch.Tensor) -> torch.Tensor:
+        layer, exchange = self.layer, self.layer.exchange_
+        layer.routed = (self.ids, self.kept)
+        counts = exchange.count(self.ids, self.kept)
+        early = self.hosts
+        if self.revises:
+            self.hosts = layer.policy.revise(early, counts)
+            self.late = self._sparse((self.hosts & ~early) | self.own.hosts)
+        layer.policy.saw(counts)
+        layer.hosts = self.hosts
+        held = np.concatenate([self.own.local(layer.rank), self._mine(self.early), self._mine(self.late)])
+        return self._plan(held, weights, counts)
+
+    def _plan(self, held: np.ndarray, weights: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
+        """Where this rank's rows go, of ``counts`` [num_ranks, E], and what it computes, ``held``."""
+        self.plan = self.layer.exchange_.plan_to(self.hosts, held, self.ids, weights, self.kept, counts)
+        return self.plan.weights
+
+    def _experts(self, arrived: torch.Tensor) -> torch.Tensor:
+        if not self.copies:
+            return self.layer.experts(arrived, self.plan.counts)
+        made = self.layer.experts(arrived, self.plan.counts, [each.tensors for each in self.copies])
+        if self.releases:
+            for each in self.copies:
+                each.release()
+        return made
+
+
+def _travels(sparse: SparsePlan, stage: int, near: bool | None) -> bool:
+    return bool(len(sparse.stages[stage].chunk)) and (near is None or bool((sparse.near(stage) == near).any()))
+
+
+class ReplicatedSystem(UnifiedSystem):
+    """A native system that differs by its policy alone."""
+
+    stands_in = True
+
+    @classmethod
+    @abc.abstractmethod
+    def policy(cls, case: Case, job: Job | None) -> Policy:
+        """Of one layer; ``job`` None: for planning alone. ``UserError`` for options that make no sense."""
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> ReplicatedLayer:
+        return ReplicatedLayer(case, job, weights, cls.policy(case, job))
+
+    @classmethod
+    def planned_hosts(cls, case: Case, policy: Policy, routing: Routing) -> tuple[np.ndarray, np.ndarray]:
+        """P' of the batch whose placement is decided by what the policy knows at first, before the gate and after."""
+        if case.identity_experts:
+            return case.placement.hosts, case.placement.hosts
+        early = policy.expect(case.placement.owner, case.topology.num_ranks)
+        return early, policy.revise(early, expert_counts(routing)) if policy.revises else early
+
+    @classmethod
+    def planned_shares(cls, case: Case) -> np.ndarray:
+        _, hosts = cls.planned_hosts(case, cls.policy(case, None), case.routing)
+        return replica_shares(case.routing, hosts, case.topology)
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        policy, owner = cls.policy(case, None), case.placement.owner
+        early, hosts = cls.planned_hosts(case, policy, routing)
+        exchange = replica_bytes(routing, hosts, case.topology, case.model.hidden * DTYPE_BYTES[case.dtype])
+        if case.identity_experts:
+            return exchange
+        each = expert_bytes(case.model, case.dtype)
+        gather = whole = plan_sparse(owner, hosts, case.topology).bytes(each)
+        if hosts is not early:
+            late = (hosts & ~early) | case.placement.hosts
+            first, then = (plan_sparse(owner, part, case.topology).bytes(each) for part in (early, late))
+            gather = first + then
+        again = {"regather": whole} if policy.rematerialises else {}
+        return {"gather": gather, **again, "reduce": whole.T.copy(), **exchange}

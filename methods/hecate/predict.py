@@ -1,0 +1,277 @@
+"""What the simulator says of executed training steps, from the profiler's calibration alone: tasks as they stand in the
+plan, of the bytes that each system plans, on lanes.
+
+For steps whose computation is a stand-in (attention and experts wait as long as the cluster's gemm costs say), of the
+systems that go through the native layer. A transfer takes what the busiest port carries over the rate that the
+profiler found there; an exchange and the experts between take what they take on the busiest rank. What the processor
+does beside (gate, packing of rows, embedding, head, optimizer) has no cost here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from baselines.fastermoe import FasterMoE, apart, num_groups
+from baselines.smartmoe import greedy
+from harness import ledger
+from harness.bench.train import training_case
+from harness.comm.replicas import nearest
+from harness.ledger import Calibration
+from harness.memory import expert_bytes
+from harness.placement import Placement
+from harness.plan.agreement import agreement
+from harness.plan.copied import CopiedSystem
+from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Plan, Timeline
+from harness.plan.native import NativeSystem
+from harness.plan.prices import Prices
+from harness.plan.replicated import ReplicatedSystem
+from harness.plan.simulate import simulate
+from harness.registry import system
+from harness.routing.certificate import expert_counts
+from harness.specs import DTYPE_BYTES, GEMMS, Experiment
+from harness.system import Case, System
+from harness.topology import Topology
+from harness.traffic import port_load
+from methods.hecate.shard import shard
+
+Array = np.ndarray
+METADATA = ("metadata", "metadata_grad")
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """Bytes per second, as the profiler found them: of a node's port, and of all that ranks of a node send each
+    other; ``all_reduce``: alpha and beta of one over all ranks."""
+
+    topology: Topology
+    port: float
+    inside: float
+    all_reduce: tuple[float, float]
+
+    @classmethod
+    def of(cls, calibration: Calibration) -> Links:
+        topology = Topology(calibration.profiled.shape)
+        nodes, inner = topology.shape[0], topology.num_ranks // topology.shape[0]
+        between, within = calibration.fit("a2a.inter"), calibration.fit("a2a.intra")
+        whole = calibration.fit("ar.flat")
+        return cls(
+            topology,
+            inner * (nodes - 1) / nodes / _beta(between),
+            inner * (inner - 1) / inner / _beta(within),
+            (whole.alpha_s, _beta(whole)),
+        )
+
+    def seconds(self, matrix: Array) -> tuple[float, float]:
+        """Of bytes [num_ranks, num_ranks]: until they have crossed between nodes, and inside them."""
+        level = self.topology.level_between
+        between = port_load(np.where(level == 0, matrix, 0), self.topology, 0).max(initial=0)
+        node = self.topology.unit_of(0)
+        inside = np.bincount(node, np.where(level > 0, matrix, 0).sum(1)).max(initial=0)
+        return float(between) / self.port, float(inside) / self.inside
+
+    def both(self, matrix: Array) -> float:
+        """Side by side, as in one exchange."""
+        return max(self.seconds(matrix))
+
+
+def _beta(fit: Any) -> float:
+    return float(fit.beta_s_per_byte)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCosts:
+    """Seconds of one layer's tasks. ``sent``, ``computed``: of each part of the exchange; ``shadows_s``: of what is
+    computed last; transfers between nodes and inside: ``gather`` before the experts, ``late`` behind the dispatch,
+    ``regather``, and ``reduce``, which goes inside first."""
+
+    attention_s: float
+    metadata_s: float
+    sent: tuple[float, ...]
+    computed: tuple[float, ...]
+    shadows_s: float
+    gather: tuple[float, float]
+    late: tuple[float, float]
+    regather: tuple[float, float]
+    reduce: tuple[float, float]
+
+
+def cases_of(known: type[System], experiment: Experiment, topology: Topology) -> list[Case]:
+    """The layers of a step, with t as Hecate profiles it in its second step, and with experts where a placement or a
+    re-sharding has brought them whose interval is an option (it is longer than a run otherwise)."""
+    cases = [training_case(experiment, topology, "cpu", layer) for layer in range(experiment.model.num_layers)]
+    options, model = dict(experiment.options), experiment.model
+    if "t" in known.options and "t" not in options:
+        bandwidth = experiment.cluster.levels[0].bandwidth_bytes_per_s or 0.0
+        gathered = attention_s(cases[0]) * bandwidth / expert_bytes(model, experiment.dtype)
+        options["t"] = min(model.num_experts, int(gathered))
+    loads = np.stack([expert_counts(case.routing).sum(0) for case in cases])
+    placements = [case.placement for case in cases]
+    if "place_every" in options:
+        placements = [greedy(load, placement) for load, placement in zip(loads, placements, strict=True)]
+    elif options.get("reshard_every"):
+        owners = shard(loads, int(options["t"]), topology, np.stack([each.owner for each in placements]))
+        placements = [Placement.reshaped(owner, each) for owner, each in zip(owners, placements, strict=True)]
+    return [
+        dataclasses.replace(case, options=options, placement=placement)
+        for case, placement in zip(cases, placements, strict=True)
+    ]
+
+
+def attention_s(case: Case) -> float:
+    """Forward, as its stand-in waits."""
+    gemm, model = case.stand_in_costs, case.model
+    assert gemm is not None
+    tokens, head = max(case.routing.tokens), model.hidden // model.num_heads
+    width, narrow = model.num_heads * head, (model.num_kv_heads or model.num_heads) * head
+    macs = tokens * (2 * model.hidden * (width + narrow) + 2 * min(model.seq, tokens) * width)
+    return 4 * gemm.alpha_s + macs * gemm.beta_s_per_mac
+
+
+def layer_costs(known: type[System], case: Case, links: Links) -> LayerCosts | None:
+    """None where the bytes of a layer are not known."""
+    gemm, model = case.stand_in_costs, case.model
+    assert gemm is not None
+    parts = known.planned_bytes(case)
+    if parts is None:
+        return None
+    nothing = (0.0, 0.0)
+    moved = {name: links.seconds(parts[name]) for name in ("gather", "regather", "reduce") if name in parts}
+    rows = nearest(hosts_of(known, case), links.topology).rows(expert_counts(case.routing))  # [source, E, rank]
+    masks = [np.ones(rows.shape[::2], dtype=bool)]
+    shadows = np.zeros(rows.shape[2])
+    late = issubclass(known, FasterMoE)  # on the critical path, as shadows follow the gate
+    if issubclass(known, FasterMoE) and (groups := num_groups(case)) > 1:
+        distance = apart(links.topology.num_ranks, groups)
+        masks = [distance == j for j in range(groups)]
+        home = np.arange(rows.shape[2])
+        copied = hosts_of(known, case) & ~case.placement.hosts
+        stays = np.where(copied.T, rows[home, :, home], 0)  # [rank, E]
+        shadows = stays.sum(1)
+        rows = rows.copy()
+        rows[home, :, home] -= stays
+    row_macs = GEMMS[model.ffn_type] * model.hidden * model.ffn
+    start_s, row_bytes = GEMMS[model.ffn_type] * gemm.alpha_s, model.hidden * DTYPE_BYTES[case.dtype]
+    travelling = rows.sum(1) * (1 - np.eye(len(rows)))
+    busiest = [float((rows.sum(1) * mask).sum(0).max()) for mask in masks]
+    shadows_s = start_s + float(shadows.max()) * row_macs * gemm.beta_s_per_mac if shadows.any() else 0.0
+    return LayerCosts(
+        attention_s(case),
+        links.both(parts["metadata"]),
+        tuple(links.both(travelling * mask * row_bytes) for mask in masks),
+        tuple(start_s + most * row_macs * gemm.beta_s_per_mac for most in busiest),
+        shadows_s,
+        nothing if late else moved.get("gather", nothing),
+        moved.get("gather", nothing) if late else nothing,
+        moved.get("regather", nothing),
+        moved.get("reduce", nothing),
+    )
+
+
+def hosts_of(known: type[System], case: Case) -> Array:
+    """Who holds what in a batch, bool [E, num_ranks]."""
+    if issubclass(known, CopiedSystem):
+        return known.first(case).hosts
+    if issubclass(known, ReplicatedSystem):
+        return known.planned_hosts(case, known.policy(case, None), case.routing)[1]
+    return case.placement.hosts
+
+
+def step_plan(experiment: Experiment, links: Links) -> Plan | None:
+    """The tasks of one training step, priced; None where some are not known."""
+    known = system(experiment.system)
+    if not issubclass(known, NativeSystem | ReplicatedSystem | CopiedSystem):
+        return None
+    found = [layer_costs(known, case, links) for case in cases_of(known, experiment, links.topology)]
+    layers = [each for each in found if each is not None]
+    if len(layers) < len(found):
+        return None
+    plan = Plan()
+
+    def add(name: str, lane: str, seconds: float, after: list[str]) -> str:
+        return plan.add(name, lane, after, Cost("wait", amount=seconds))
+
+    def transfer(name: str, seconds: tuple[float, float], after: list[str], *, inside_first: bool = False) -> list[str]:
+        stages = [(INTER, seconds[0]), (INTRA, seconds[1])]
+        for lane, each in reversed(stages) if inside_first else stages:
+            if each:
+                after = [add(f"{name}.{lane}", lane, each, after)]
+        return after
+
+    def exchange(prefix: str, each: LayerCosts, there: str, back: str, factor: int, needed: list[str]) -> list[str]:
+        sent = [add(f"{prefix}{there}[{j}]", INTER, s, []) for j, s in enumerate(each.sent)]
+        late = transfer(f"{prefix}late", each.late, []) if there == "dispatch" else []
+        made = [
+            add(f"{prefix}experts[{j}]", COMPUTE, factor * s, [arrived, *needed])
+            for j, (s, arrived) in enumerate(zip(each.computed, sent, strict=True))
+        ]
+        last = [add(f"{prefix}experts", COMPUTE, factor * each.shadows_s, [made[-1], *late])]
+        home = [add(f"{prefix}{back}[{j}]", INTER, s, [made[j]]) for j, s in enumerate(each.sent)]
+        return [*last, home[-1]]
+
+    last: list[str] = []
+    for i, each in enumerate(layers):
+        prefix = f"layer{i}.forward."
+        ready = transfer(f"{prefix}gather", each.gather, [])
+        last = [add(f"{prefix}attention", COMPUTE, each.attention_s, last)]
+        add(f"{prefix}metadata", INTER, each.metadata_s, last)
+        last = exchange(prefix, each, "dispatch", "combine", 1, ready)
+    again: list[str] = []  # of the layer whose backward is next; the last one's copies stay
+    awaited: list[str] = []
+    for i in reversed(range(len(layers))):
+        each, prefix = layers[i], f"layer{i}.backward."
+        add(f"{prefix}start", INTER, 0.0, last)
+        last = exchange(prefix, each, "combine", "dispatch", 2, again)
+        awaited += transfer(f"{prefix}reduce", each.reduce, [f"{prefix}experts"], inside_first=True)
+        if i:
+            again = transfer(f"layer{i - 1}.backward.regather", layers[i - 1].regather, [])
+        last = [add(f"{prefix}attention", COMPUTE, 2 * each.attention_s, last)]
+    alpha, beta = links.all_reduce
+    seconds = sum(alpha + beta * num_bytes for num_bytes in _replicated_bytes(experiment))
+    add("gradients-tail", INTER, seconds, [*last, *awaited])
+    return plan
+
+
+def _replicated_bytes(experiment: Experiment) -> list[float]:
+    """All-reduces at the end of a step: gradients of the attentions, of embeddings and norms, and of routers."""
+    model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
+    head = model.hidden // model.num_heads
+    attention = 2 * model.hidden * head * (model.num_heads + (model.num_kv_heads or model.num_heads))
+    rest = (model.vocab + model.seq + 1 + 2 * model.num_layers) * model.hidden
+    routers = model.num_layers * model.hidden * model.num_experts
+    return [model.num_layers * attention * width, rest * width, routers * max(4, width)]
+
+
+class Simulator:
+    """For the report of a run (``harness.report.own_run``): the newest calibration of its cluster, and nothing else of
+    it. ``folder``: the ledger's."""
+
+    agreement = staticmethod(agreement)
+
+    def __init__(self, folder: Path = ledger.LEDGER):
+        self.folder = folder
+
+    def predictions(self, run: Any) -> pd.DataFrame:
+        """Of every cell in phase ``train_step`` whose tasks are known here."""
+        rows = []
+        for cell, data in run.experiments.items():
+            for timeline in self._timelines(Experiment.model_validate(data)).values():
+                rows.append({"cell": cell, "direction": "total", "predicted_s": float(timeline.total_s)})
+        return pd.DataFrame(rows, columns=["cell", "direction", "predicted_s"])
+
+    def timelines(self, run: Any, cell: str) -> Mapping[str, Timeline]:
+        return self._timelines(Experiment.model_validate(run.experiments[cell]))
+
+    def _timelines(self, experiment: Experiment) -> dict[str, Timeline]:
+        if experiment.phase != "train_step" or experiment.compute != "stand-in" or experiment.cluster.gemm is None:
+            return {}
+        cluster = experiment.cluster
+        found = ledger.profiled(cluster, self.folder)
+        plan = step_plan(experiment, Links.of(found))
+        prices = Prices(cluster, contention=found.slowdown("stand-in"))
+        return {} if plan is None else {"step": simulate(plan, prices)}

@@ -1,0 +1,135 @@
+"""How long a served batch takes, layer by layer: computation of experts, and the links, for any placement.
+
+A rank is one expert-parallel rank: ``tensor_parallel`` devices that share each token and each expert. The model has no
+start-up times and nothing overlaps, as in Megatron-LM's layer: attention, dispatch, experts, combine.
+
+- experts: the larger of FLOPs over ``efficiency`` of the peak, and reading the weights of experts in use once.
+- all-to-all: bytes through the busiest of what a rank's tokens cross: its own port at the inner link's rate and, if
+  they leave the node, the node's port that all its ranks share. Two models of what travels (``traffic``):
+  ``dispatcher``: as Megatron's, from the rank that holds the token's sequence to the experts' ranks and home again;
+  ``paper``: as ILP 2 has it, from the ranks of a layer's experts straight to those of the next layer's.
+- attention and its tensor-parallel collectives: the same on all ranks.
+
+Interpretations: batch, length, efficiency and the ranks' places are not stated in the paper. Ranks hold equal parts of
+the batch; a token's pair of experts in successive layers carries 1 / k of a row in ``paper``; precision is bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+from harness.specs import GEMMS, Cluster, Model
+from harness.topology import Topology
+from harness.traffic import port_load
+from methods.moetuner.objective import crossings
+from methods.moetuner.profile import Profile
+
+ELEMENT_BYTES = 2  # bfloat16
+TRAFFIC = ("dispatcher", "paper")
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What is served where. ``efficiency``: share of the peak that GEMMs reach."""
+
+    model: Model
+    cluster: Cluster
+    tensor_parallel: int
+    efficiency: float = 0.5
+
+    @property
+    def topology(self) -> Topology:
+        """Of expert-parallel ranks."""
+        *outer, inner = self.cluster.shape
+        return Topology((*outer, inner // self.tensor_parallel))
+
+    @property
+    def flops_per_s(self) -> float:
+        """Of one expert-parallel rank."""
+        assert self.cluster.device_flops_per_s is not None
+        return self.tensor_parallel * self.efficiency * self.cluster.device_flops_per_s
+
+    def experts_s(self, rows: np.ndarray) -> np.ndarray:
+        """``rows`` [L, E] with 0 where an expert is elsewhere -> seconds [L]."""
+        assert self.cluster.device_bytes_per_s is not None
+        values = GEMMS[self.model.ffn_type] * self.model.hidden * self.model.ffn
+        compute = 2 * values * rows.sum(1) / self.flops_per_s
+        read = values * ELEMENT_BYTES * (rows > 0).sum(1) / (self.tensor_parallel * self.cluster.device_bytes_per_s)
+        return np.maximum(compute, read)
+
+    def links_s(self, matrix: np.ndarray) -> np.ndarray:
+        """Bytes from rank to rank [G, G] -> seconds [G] until each rank has sent and got its own."""
+        topology, found = self.topology, np.zeros(len(matrix))
+        rates = [level.bandwidth_bytes_per_s or math.inf for level in self.cluster.levels]
+        ports = len(rates) - 1
+        for level, rate in enumerate(rates):
+            if level < ports:  # the port of a whole unit, which all its ranks share
+                load = port_load(matrix, topology, level)[topology.unit_of(level)] / rate
+            else:
+                own = matrix - np.diag(np.diag(matrix))
+                load = np.maximum(own.sum(0), own.sum(1)) / (rate * self.tensor_parallel)
+            found = np.maximum(found, load)
+        return found
+
+    def attention_s(self, tokens: int) -> float:
+        """Of one layer and ``tokens`` of a rank, with the tensor-parallel gather and scatter of their hidden states."""
+        model, inner = self.model, self.cluster.levels[-1].bandwidth_bytes_per_s
+        kv = (model.num_kv_heads or model.num_heads) / model.num_heads
+        flops = 2 * tokens * (2 * (1 + kv) * model.hidden**2 + model.seq * model.hidden)
+        shared = 2 * tokens * model.hidden * ELEMENT_BYTES * (self.tensor_parallel - 1) / self.tensor_parallel
+        return flops / self.flops_per_s + shared / (inner or math.inf)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layers:
+    """Seconds of each layer on each rank, [L, G]; ``paper`` has no combine, and no dispatch to the first layer."""
+
+    attention_s: float
+    experts_s: np.ndarray
+    dispatch_s: np.ndarray
+    combine_s: np.ndarray
+
+    @property
+    def all_to_all_s(self) -> np.ndarray:
+        return self.dispatch_s + self.combine_s
+
+    @property
+    def end_to_end_s(self) -> float:
+        """A step of each layer costs what its slowest rank costs."""
+        steps = (self.dispatch_s, self.experts_s, self.combine_s)
+        return len(self.experts_s) * self.attention_s + float(sum(step.max(1).sum() for step in steps))
+
+    def summary(self) -> dict[str, float]:
+        """Seconds: the whole, and of a layer (mean over layers) the tail over ranks and the mean over them."""
+        return {
+            "end_to_end_s": self.end_to_end_s,
+            "experts_tail_s": float(self.experts_s.max(1).mean()),
+            "experts_mean_s": float(self.experts_s.mean()),
+            "a2a_tail_s": float(self.dispatch_s.max(1).mean() + self.combine_s.max(1).mean()),
+            "a2a_mean_s": float(self.all_to_all_s.mean()),
+        }
+
+
+def serve(served: Served, ids: np.ndarray, owner: np.ndarray, traffic: str = "dispatcher") -> Layers:
+    """A batch with routing ``ids`` int [L, T, k] under ``owner`` int [L, E]."""
+    num_layers, num_tokens, top_k = ids.shape
+    num_ranks, num_experts = served.topology.num_ranks, owner.shape[1]
+    home = np.arange(num_tokens) * num_ranks // num_tokens
+    row_bytes = served.model.hidden * ELEMENT_BYTES
+    load = np.stack([np.bincount(layer.ravel(), minlength=num_experts) for layer in ids])
+    on = owner[:, :, None] == np.arange(num_ranks)  # [L, E, G]
+    experts = np.stack([served.experts_s(load * on[:, :, rank]) for rank in range(num_ranks)], axis=1)
+    dispatch, combine = np.zeros((num_layers, num_ranks)), np.zeros((num_layers, num_ranks))
+    if traffic == "paper":
+        between = crossings(Profile.of_ids(ids, num_experts), owner, num_ranks) * row_bytes / top_k
+        for layer, matrix in enumerate(between, start=1):
+            dispatch[layer] = served.links_s(matrix)
+    else:
+        for layer in range(num_layers):
+            pairs = home[:, None] * num_ranks + owner[layer][ids[layer]]
+            matrix = np.bincount(pairs.ravel(), minlength=num_ranks**2).reshape(num_ranks, -1) * float(row_bytes)
+            dispatch[layer], combine[layer] = served.links_s(matrix), served.links_s(matrix.T)
+    return Layers(served.attention_s(num_tokens // num_ranks), experts, dispatch, combine)

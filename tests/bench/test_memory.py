@@ -1,0 +1,43 @@
+"""Memory of training steps: what is planned is what is counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.bench import memory
+from tests.methods.hidden_on_ranks import timeline_of
+from tests.methods.test_fsmoe_training import training
+from tests.methods.test_hiermoe import cluster
+
+
+@pytest.mark.parametrize(
+    ("system", "options"),
+    [
+        ("flat", {}),
+        ("hecate", {"t": 3, "reshard_every": 2}),
+        ("hecate-rm", {"t": 3, "reshard_every": 2}),
+        ("fsmoe", {}),
+    ],
+    ids=["flat", "hecate", "hecate-rm", "fsmoe"],
+)
+def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
+    changes = {"workload": {"name": "w", "tokens_per_rank": 16, "generator": "uniform"}, "dtype": "float32"}
+    payload = training(system, cluster((2, 2)), options=options, **changes) | {"num_steps": 3}
+    every = session(cluster((2, 2))).call("tests.methods.hidden_on_ranks:traced", payload)
+    for found in every:
+        measured, planned = found["measured"], found["planned"]
+        assert tuple(measured) == memory.PARTS
+        assert {part: measured[part] for part in planned} == planned
+        static = measured["parameters"] + measured["optimizer"]
+        assert measured["activations"] > 0
+        assert measured["peak"] >= static + max(
+            measured["gradients"], measured["activations"] + measured["materialised"]
+        )
+        assert measured["peak"] <= sum(measured[part] for part in memory.PARTS[:-1]) + 300_000  # what a task needs
+    copies = [found["measured"]["materialised"] for found in every]
+    assert (max(copies) > 0) == system.startswith("hecate")
+    if system == "hecate-rm":  # one layer's at a time
+        assert max(copies) <= 3 * 2 * 32 * 32 * 4
+    if system != "fsmoe":  # which gathers tokens
+        gathers = {f"layer{i}.forward." for i in range(3)} if system.startswith("hecate") else set()
+        assert timeline_of(every).hidden("gather").keys() == gathers

@@ -1,0 +1,107 @@
+"""What the simulator says of emulated training steps: tasks, orders and bounds, from planned bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from harness import ledger, presets
+from harness.specs import Experiment
+from harness.topology import Topology
+from methods.hecate import predict
+
+SYSTEMS = ["flat", "smartmoe", "fastermoe", "flexmoe", "eplb", "fsdp-experts", "hecate", "hecate-rm"]
+MODEL = {
+    "name": "m",
+    "num_layers": 2,
+    "hidden": 512,
+    "ffn": 256,
+    "num_experts": 16,
+    "top_k": 2,
+    "seq": 512,
+    "vocab": 256,
+}
+
+
+def experiment(system: str, **changes) -> Experiment:
+    fields = {
+        "model": MODEL,
+        "cluster": presets.cluster("emulated-2x4-balanced"),
+        "workload": {"name": "w", "tokens_per_rank": 1024, "generator": "zipf", "params": {"target": 4.0}},
+        "system": system,
+        "phase": "train_step",
+        "compute": "stand-in",
+    }
+    return Experiment.parse(fields | changes, "test")
+
+
+@pytest.fixture(scope="module")
+def links() -> predict.Links:
+    found = ledger.latest(presets.cluster("emulated-2x4-balanced"))
+    assert found is not None
+    return predict.Links.of(found)
+
+
+@pytest.fixture(scope="module")
+def timelines() -> dict:
+    simulator = predict.Simulator()
+    return {system: simulator._timelines(experiment(system))["step"] for system in SYSTEMS}
+
+
+def test_links_have_about_the_rates_that_were_shaped(links):
+    assert 0.85 * 25e6 < links.port < 1.05 * 25e6
+    assert 0.85 * 250e6 < links.inside < 1.05 * 250e6
+    matrix = np.zeros((8, 8))
+    matrix[0, 4] = matrix[1, 5] = 1e6  # one port, out
+    matrix[2, 3] = 1e6
+    assert links.seconds(matrix) == pytest.approx((2e6 / links.port, 1e6 / links.inside))
+    assert Topology((2, 4)) == links.topology
+
+
+def test_every_system_has_its_tasks(timelines):
+    kinds = {
+        system: {task.name.split(".")[2] for task in t.plan.tasks if t.plan and task.name.count(".") > 1}
+        for system, t in timelines.items()
+    }
+    assert {"attention", "metadata"} <= kinds["flat"]
+    assert not {"gather", "late", "reduce"} & kinds["flat"]
+    assert {"gather", "reduce"} <= kinds["hecate"]
+    assert "regather" not in kinds["hecate"]
+    assert {"gather", "regather", "reduce"} <= kinds["hecate-rm"] & kinds["fsdp-experts"]
+    assert {"late", "dispatch[3]"} <= kinds["fastermoe"]
+    assert "gather" not in kinds["fastermoe"]
+    assert "reduce" in kinds["flexmoe"] & kinds["eplb"]
+
+
+def test_skew_costs_those_who_do_nothing_about_it(timelines, links):
+    seconds = {system: float(t.total_s) for system, t in timelines.items()}
+    assert seconds["smartmoe"] == seconds["flat"]  # it moves nothing in its first steps
+    placed = predict.Simulator()._timelines(experiment("smartmoe", options={"place_every": 5}))["step"]
+    assert float(placed.total_s) < seconds["flat"]
+    sharded = predict.Simulator()._timelines(experiment("hecate", options={"reshard_every": 5}))["step"]
+    assert float(sharded.total_s) != seconds["hecate"]
+    assert seconds["hecate"] < seconds["flat"]
+    assert seconds["hecate"] <= seconds["hecate-rm"]
+    assert seconds["flexmoe"] < seconds["flat"]
+    for system, t in timelines.items():
+        busy = {
+            lane: sum(e - s for task, s, e in zip(t.plan.tasks, t.start_s, t.end_s, strict=True) if task.lane == lane)
+            for lane in ("compute", "inter")
+        }
+        assert max(busy.values()) <= seconds[system] * (1 + 1e-9)
+
+
+def test_what_is_hidden_does_not_count(timelines):
+    timeline = timelines["hecate"]
+    start, end = timeline.of("layer1.forward.gather.inter")
+    begin, _ = timeline.of("layer1.forward.attention")
+    dispatch, _ = timeline.of("layer1.forward.dispatch[0]")
+    assert start <= begin + 1e-9
+    assert end <= dispatch + 1e-9
+
+
+def test_only_what_is_known_is_predicted():
+    simulator = predict.Simulator()
+    assert simulator._timelines(experiment("flat", compute="real")) == {}
+    assert simulator._timelines(experiment("flat", phase="layer")) == {}
+    assert simulator._timelines(experiment("megatron")) == {}
