@@ -2,7 +2,7 @@
 
 from harness.sweep import attach
 
-sweep = attach("results/runs/hiermoe")
+sweep = attach("results/runs/hiermoe-emulated")
 sweep.watch()                      # the grid, until nothing is open or the cell is interrupted
 sweep.speedups("flat")             # of the cells that have a time
 """

@@ -1,8 +1,9 @@
 """Sweep files and cluster files, checked whole before anything is submitted.
 
-A sweep file is an experiments file (``harness.bench.suite``; or ``suite`` names one that comes with moebench) that may
-say ``slurm``, the cluster file it is written for, and ``cells_per_job``. In it, ``cluster: {nodes: 2}`` means two nodes
-of that Slurm cluster: the ranks are the job's tasks there. Any other cluster is made on one node by the job itself.
+A sweep file is an experiments file (``harness.bench.suite``; or ``suite`` names one that comes with moebench, whose run
+it fills) that may say ``slurm``, the cluster file it is written for, and ``cells_per_job``. In it, ``cluster: {nodes:
+2}`` means two nodes of that Slurm cluster: the ranks are the job's tasks there. Any other cluster is made on one node
+by the job itself.
 """
 
 from __future__ import annotations

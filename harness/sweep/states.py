@@ -1,6 +1,6 @@
 """What becomes of a sweep's cells: told by the store, the jobs' own words and Slurm; from any login, at any time.
 
-    sweep = Sweep.attach("results/runs/hiermoe")
+    sweep = Sweep.attach("results/runs/hiermoe-emulated")
     sweep.cells()      # one row a cell and launch: state, reason, log
     sweep.counts()     # cells by state
 

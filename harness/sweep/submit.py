@@ -1,6 +1,6 @@
 """From a sweep file to jobs: cells grouped by what they need, arrays with a throttle, the code frozen.
 
-    sweep = submit(load("hiermoe"), Path("results/runs/hiermoe"), on="slurm")
+    sweep = submit(load("hiermoe"), Path("results/runs/hiermoe-emulated"), on="slurm")
 
 The process that submits may end at once: what the jobs do from there on is theirs (``harness.sweep.worker``).
 """

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.bench import suite
 from harness.errors import UserError
 from harness.sweep import spec, submit
 from tests.sweep.conftest import ONE_RANK
@@ -20,11 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in spec.SWEEPS.glob("*.yaml")))
 def test_every_sweep_that_comes_with_moebench_is_accepted(name):
-    wanted = yaml.safe_load((spec.SWEEPS / f"{name}.yaml").read_text()).get("suite")
-    if wanted and wanted not in suite.names():
-        pytest.skip(f"the suite {wanted} is not part of this checkout")
     loaded = spec.load(name)
-    assert loaded.name == name
+    assert loaded.name == (name if name == "smoke" else f"{name}-emulated")  # the run that a paper's page reads
     parts = submit.parts(loaded, set())
     cells = sum(len(race.experiments) * race.launches for race in loaded.suite.races)
     assert sum(len(race.experiments) for part in parts for _, race in part.plan.tasks) == cells

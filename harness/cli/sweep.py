@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from harness import console
+from harness.cli.options import RUNS, Json, Results
 from harness.errors import bad
 
 if TYPE_CHECKING:
     from harness.sweep.states import Sweep
 
 commands = typer.Typer()
-RUNS = Path("results/runs")
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for a script instead of a table.")]
-Results = Annotated[Path, typer.Option(help="Folder of the runs.")]
 Name = Annotated[str, typer.Argument(help="A sweep in results/runs, or its folder.")]
 COLOURS = {"ok": "green", "failed": "bold red", "oom": "bold red", "crashed": "bold red", "timed out": "bold red"}
 
@@ -71,9 +69,9 @@ def status(
     Exit status 1 if a cell has failed.
 
     ```
-    moebench status hiermoe
-    moebench status hiermoe --only-failed
-    moebench status hiermoe --watch
+    moebench status hiermoe-emulated
+    moebench status hiermoe-emulated --only-failed
+    moebench status hiermoe-emulated --watch
     ```
     """
     from harness.sweep.states import FAILED, OPEN
@@ -112,8 +110,8 @@ def resume(
     """Submit again what has no result and no live job, with the code as it was frozen.
 
     ```
-    moebench resume hiermoe
-    moebench resume hiermoe --only-failed
+    moebench resume hiermoe-emulated
+    moebench resume hiermoe-emulated --only-failed
     ```
     """
     from harness.sweep import submit
@@ -128,7 +126,7 @@ def cancel(name: Name, results: Results = RUNS) -> None:
     """End every job of a sweep; finished cells keep their rows, and resume goes on with the others.
 
     ```
-    moebench cancel hiermoe
+    moebench cancel hiermoe-emulated
     ```
     """
     from harness.sweep import submit

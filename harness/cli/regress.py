@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from harness import console
+from harness.cli.options import Json
 from harness.errors import bad
 
 commands = typer.Typer()
@@ -23,7 +24,7 @@ def regress(
     threshold: Annotated[float, typer.Option(min=0, help="Slower by less than this share is no alarm.")] = 0.01,
     save_reference: Annotated[bool, typer.Option("--save-reference", help="Keep the head's times.")] = False,
     results: Annotated[Path, typer.Option(help="Folder for logs and the table.")] = Path("results"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for a script instead of a table.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Time base and head in turns in one job, and say what became slower; exit status 1 if anything did.
 
