@@ -70,7 +70,7 @@ def table(run: Run, other: Run) -> Html:
     parts = []
     for key, group in frame[frame["direction"] == "total"].groupby(GROUP, sort=False):
         case = dict(zip(GROUP, key, strict=True))
-        group = group.assign(shown=[page.ratio(r.ratio, r.low, r.high) for r in group.itertuples()])
+        group = group.assign(shown=[page.ratio(*each) for each in group[["ratio", "low", "high"]].to_numpy()])
         columns = [
             Column("workload", "workload", merge=True),
             Column("label", "system"),

@@ -187,7 +187,7 @@ class Sweep:
 
     def _running(self, jobs: list[JobState]) -> set[tuple[str, int]]:
         """(race, launch) pairs that are begun in a job that runs."""
-        found = set()
+        found: set[tuple[str, int]] = set()
         for index, job in enumerate(jobs):
             if job.state == "running":
                 for event in self.folder.events(index):
