@@ -67,7 +67,8 @@ def forked(sweep: Sweep, index: int) -> int:
 
 
 def test_fifty_random_kills_lose_and_double_no_row(sweep_file, tmp_path):
-    sweep = prepared(sweep_file, tmp_path / "kills", num_races=160, cells_per_job=80)
+    num_races = 320
+    sweep = prepared(sweep_file, tmp_path / "kills", num_races=num_races, cells_per_job=num_races // 2)
     dice, kills, writing = random.Random(7), 0, {}
     while True:
         for index in (0, 1):
@@ -83,21 +84,21 @@ def test_fifty_random_kills_lose_and_double_no_row(sweep_file, tmp_path):
             kills += os.waitstatus_to_exitcode(os.waitpid(writing.pop(index), 0)[1]) == -signal.SIGKILL
         elif os.waitpid(writing[index], os.WNOHANG)[0]:
             del writing[index]
-    assert kills >= 30  # all 50, where the jobs are not over before
+    assert kills == 50
     store = Store(sweep.folder.run_dir)
     assert store.damaged() == []
-    assert len(list(store.path.glob("rows-*.parquet"))) == 160  # none was made twice
+    assert len(list(store.path.glob("rows-*.parquet"))) == num_races  # none was made twice
     rows = store.read("raise")
-    assert len(rows) == 160
+    assert len(rows) == num_races
     assert not rows.duplicated(["cell", "launch"]).any()
-    assert sweep.counts() == {"refused": 160}
+    assert sweep.counts() == {"refused": num_races}
 
 
 def test_status_of_ten_thousand_cells(sweep_file, tmp_path):
     folder = SweepFolder(tmp_path / "large")
     store = Store(folder.run_dir)
     store.prepare()
-    num_races, systems = 2000, 5
+    num_races, systems = 1000, 10
     cells = [
         [f"{r:08x}{s:08x}", 0, f"{r:016x}", f"s{s}", "exchange", "m", "c", f"w{r}"]
         for r in range(num_races)
@@ -105,7 +106,7 @@ def test_status_of_ten_thousand_cells(sweep_file, tmp_path):
     ]
     folder.write("sweep.json", {"name": "large", "on": "local", "cells": cells, "cluster": {}})
     for job in range(125):
-        races = [{"digest": f"{r:016x}"} for r in range(job * 16, job * 16 + 16)]
+        races = [{"digest": f"{r:016x}"} for r in range(job * 8, job * 8 + 8)]
         folder.add_job({"tasks": [[0, race] for race in races]})
         folder.tell(job, "start")
         for race in races:

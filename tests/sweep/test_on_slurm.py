@@ -165,6 +165,19 @@ def test_a_full_queue_takes_what_it_can_and_resume_brings_the_rest(sweep_file, o
         assert set(sweep.counts()) == {"cancelled", "unsubmitted"}
 
 
+def test_a_thousand_cells_are_submitted_in_seconds(sweep_file, tmp_path):
+    loaded = spec.load(sweep_file("many", num_races=1000, cells_per_job=1))
+    with slurm.running(NODES):
+        blocker = ["sbatch", "--nodes=2", "--exclusive", "--wrap", "sleep 600", "--output", "/dev/null"]
+        subprocess.run(blocker, check=True, capture_output=True)
+        begin = time.monotonic()
+        sweep = submit.submit(loaded, tmp_path / "many", on="slurm")
+        took = time.monotonic() - begin
+        assert sweep.counts() == {"queued": 1000}
+    assert took < 30, took
+    print(f"1,000 cells in 1,000 jobs: submitted in {took:.1f} s")
+
+
 def test_a_plain_sbatch(one_machine, tmp_path):
     experiment = {"model": "moe-tiny", "cluster": ONE_RANK, "system": "flat", "phase": "exchange", "launches": 1}
     experiment["workload"] = {"tokens_per_rank": 64, "generator": "uniform"}
