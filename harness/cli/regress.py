@@ -20,7 +20,7 @@ def regress(
     base: Annotated[str, typer.Option(help="A revision or another checkout; without one, the stored reference.")] = "",
     head: Annotated[str, typer.Option(help="A revision or a checkout; by default this one.")] = "",
     suite: Annotated[str, typer.Option(help="quick, gpu, or a YAML file of experiments.")] = "quick",
-    pairs: Annotated[int, typer.Option(min=4, help="Visits of each side to each race.")] = 10,
+    pairs: Annotated[int, typer.Option(min=4, help="Visits of each side to each race.")] = 16,
     threshold: Annotated[float, typer.Option(min=0, help="Slower by less than this share is no alarm.")] = 0.01,
     save_reference: Annotated[bool, typer.Option("--save-reference", help="Keep the head's times.")] = False,
     results: Annotated[Path, typer.Option(help="Folder for logs and the table.")] = Path("results"),
