@@ -366,8 +366,8 @@ class FasterMoE(ReplicatedSystem):
         return layer
 
     @classmethod
-    def copies_kept(cls, case: Case) -> int:
-        return case.model.num_layers * (cls.policy(case, None).num_shadows or 0)
+    def copied_parameters(cls, case: Case) -> int:
+        return (case.model.num_layers + 1) * (cls.policy(case, None).num_shadows or 0)  # with one layer's gradients
 
 
 def num_groups(case: Case) -> int:

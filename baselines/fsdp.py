@@ -41,5 +41,5 @@ class FSDPExperts(ReplicatedSystem):
         return Everything()
 
     @classmethod
-    def copies_kept(cls, case: Case) -> int:
-        return case.model.num_experts - case.model.num_experts // case.topology.num_ranks  # of one layer
+    def copied_parameters(cls, case: Case) -> int:
+        return 2 * (case.model.num_experts - case.model.num_experts // case.topology.num_ranks)  # of one layer

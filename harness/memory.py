@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, GEMMS, Dtype, Experiment, Model
 from harness.system import Case, System
 from harness.topology import Topology
@@ -18,8 +22,7 @@ def state_bytes(experiment: Experiment, topology: Topology, num_own: int) -> dic
     out inside nodes; a prescribed workload trains no routers. Of the gates GShard's."""
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
     parts = topology.num_ranks // topology.shape[0] if experiment.model_parallel else 1
-    head = model.hidden // model.num_heads
-    attention = model.hidden * head * (2 * model.num_heads + 2 * (model.num_kv_heads or model.num_heads)) // parts
+    attention = _attention_parameters(model) // parts
     rest = (model.vocab + model.seq + 1 + 2 * model.num_layers) * model.hidden
     dense = (rest + model.num_layers * attention) * width
     gate = model.num_layers * model.hidden * model.num_experts * (8 if experiment.dtype == "float64" else 4)
@@ -32,17 +35,106 @@ def state_bytes(experiment: Experiment, topology: Topology, num_own: int) -> dic
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Of one layer on one rank: assignments of its own tokens, and rows that its experts compute; ``parts``: exchanges
+    over which they are split, whose sums are added up."""
+
+    sent: int
+    computed: int
+    parts: int = 1
+
+
+def activation_bytes(experiment: Experiment, num_tokens: int, layers: Sequence[Rows]) -> float | None:
+    """What the forward of a step leaves for its backward on a rank with ``num_tokens`` tokens, copies of experts
+    excepted, of native layers whose rows travel as they are, in one all-to-all-v. None where a layer keeps more or
+    other things: gates that no routing can be prescribed to, a capacity, model parallelism."""
+    model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
+    if model.gate not in _GATES or model.capacity_factor is not None or experiment.model_parallel:
+        return None
+    real, wide = experiment.compute == "real", max(4, width)  # wide: of the gate, of steering, inside norms
+    hidden, top_k, num_experts = model.hidden, model.top_k, model.num_experts
+    copy = wide * hidden if wide > width else 0
+    # The residual behind the attention, what enters the MoE part, and the gate's copy of it.
+    token = 2 * width * hidden + copy
+    token += 2 * wide if experiment.cluster.kind == "physical" else 2 * (wide * hidden + copy + wide)  # norms: fused?
+    if real:  # what enters the projections, what they make, what attention makes of it and its log-sum-exp
+        keys = 2 * hidden // model.num_heads * (model.num_kv_heads or model.num_heads)
+        token += width * (3 * hidden + keys) + wide * model.num_heads
+    if experiment.workload.generator != "natural":
+        token += wide * num_experts
+    every, chosen, once = _GATES[model.gate]
+    token += wide * (every * num_experts + chosen * top_k + once) + _INDEX * top_k
+    token += width * hidden + _INDEX  # what leaves the layer, and where each token's rows begin
+    sent = width * hidden + 4 * _INDEX  # what came home, and its ways
+    inner = {"gpt": 2, "swiglu": 4}[model.ffn_type] * model.ffn
+    row = width * (hidden + (inner + hidden if real else 0)) + 2 * _INDEX
+    # Of the embedding; later layers add what the MoE part made to it, and norms in the same format keep that.
+    sums = 1 if copy else len(layers)
+    for each in layers:
+        if each.parts > 1:
+            token += (each.parts * width * hidden + (each.parts - 1) * _INDEX) / len(layers)
+    return float(
+        num_tokens * (sums * width * hidden + len(layers) * token)
+        + sum(sent * each.sent + row * each.computed for each in layers)
+    )
+
+
+def peak_bytes(experiment: Experiment, num_tokens: int, parts: Mapping[str, float]) -> float:
+    """The most that a rank holds in a step, of what it holds by part (``state_bytes``, ``materialised``,
+    ``activations``): when the loss is computed, or when all gradients are there and AdamW updates the largest tensor.
+    """
+    model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
+    wide = max(4, width)
+    attention = model.num_layers * _attention_parameters(experiment.model) * width
+    of_norm = 2 * width * model.hidden + wide * model.hidden * (2 if wide > width else 1)
+    of_loss = model.vocab * (width + wide * (2 if wide > width else 1))
+    at_loss = attention + parts["materialised"] + parts["activations"] + num_tokens * (of_norm + of_loss)
+    largest = 0.0
+    return parts["parameters"] + parts["optimizer"] + max(at_loss, parts["gradients"] + 2 * largest)
+
+
+def room_bytes(experiment: Experiment, case: Case) -> float | None:
+    """What the cluster's stated memory of a device leaves beside the state and activations of a training step, at
+    least 0; None where none is stated."""
+    limit = experiment.cluster.device_memory_bytes
+    if limit is None:
+        return None
+    num_own = -(-experiment.model.num_layers * experiment.model.num_experts // case.topology.num_ranks)
+    kept = sum(state_bytes(experiment, case.topology, num_own).values())
+    return max(0.0, limit - kept - _activations(experiment, case))
+
+
+def _activations(experiment: Experiment, case: Case) -> float:
+    """Of the busiest rank, as far as they are known; as if every layer had ``case``'s routing."""
+    counts = expert_counts(case.routing)
+    rows = Rows(int(counts.sum(1).max()), int((counts.sum(0) @ case.placement.hosts).max()))
+    return activation_bytes(experiment, max(case.routing.tokens), [rows] * experiment.model.num_layers) or 0.0
+
+
+_INDEX = 8  # bytes of one
+#: what a gate keeps of each token, in numbers: of every expert, of each chosen one, and once
+_GATES = {"gshard": (1, 2, 1), "softmax_topk": (0, 1, 0), "sigmoid": (1, 3, 1)}
+
+
+def _attention_parameters(model: Model) -> int:
+    """Of one layer."""
+    head = model.hidden // model.num_heads
+    return model.hidden * head * (2 * model.num_heads + 2 * (model.num_kv_heads or model.num_heads))
+
+
 def refusal(experiment: Experiment, system: type[System], case: Case) -> str | None:
     """Why a native system's training step cannot fit the memory that the cluster states for a device, with the
-    arithmetic; None if it may. Activations are not in it, so what passes may still run out."""
+    arithmetic; None if it may. What single tasks need is not in it, so what passes may still run out."""
     limit = experiment.cluster.device_memory_bytes
     if limit is None or experiment.phase != "train_step" or system.kind == "package":
         return None
     model, each = experiment.model, expert_bytes(experiment.model, experiment.dtype)
     num_own = -(-model.num_layers * model.num_experts // case.topology.num_ranks)
     found = state_bytes(experiment, case.topology, num_own)
-    if copies := system.copies_kept(case):
-        found["copies and their gradients"] = 2.0 * copies * each
+    found["activations"] = _activations(experiment, case)
+    if copies := system.copied_parameters(dataclasses.replace(case, room_bytes=room_bytes(experiment, case))):
+        found["copies and their gradients"] = float(copies * each)
     total = sum(found.values())
     if total <= limit:
         return None

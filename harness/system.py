@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -45,6 +45,7 @@ class Case:
     options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     cluster: Cluster | None = None  # for systems that plan by its costs; None: there is no timing to plan for
     stand_in: bool = False  # computation is a timed wait, as long as the cluster's gemm costs say
+    room_bytes: float | None = None  # of a device, beside a training step's state and activations; None: not known
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -115,7 +116,20 @@ class MoELayer(nn.Module, abc.ABC):
         All others are this rank's experts."""
 
 
-AfterStep = Callable[[torch.optim.Optimizer, int], None]
+class AfterStep(abc.ABC):
+    """What a system does at the boundary of training steps, collectively: move experts, for instance."""
+
+    @abc.abstractmethod
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Behind the optimizer's update of ``step``."""
+
+    def state(self) -> dict[str, Any]:
+        """What this rank knows beside parameters and placements, for a checkpoint: tensors, numbers, lists of them."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Know it again; ``state`` on the same rank of a job of the same size."""
+        assert not state
 
 
 class System(abc.ABC):
@@ -176,14 +190,14 @@ class System(abc.ABC):
 
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep | None:
-        """What to do at the boundary of training steps, collectively, with the optimizer and the step's number: move
-        experts, for instance. ``layers``: first layer first."""
+        """What to do at the boundary of training steps. ``layers``: first layer first."""
         return None
 
     @classmethod
-    def copies_kept(cls, case: Case) -> int:
-        """Experts of other ranks that one rank may keep at a time in a training step, over all layers, as far as it is
-        known beforehand; for the memory that is asked for before the start."""
+    def copied_parameters(cls, case: Case) -> int:
+        """Experts of other ranks that one rank may keep at a time in a training step, over all layers, with what it
+        keeps of each beside (a gradient, moments), in experts' parameters; as far as it is known beforehand, for the
+        memory that is asked for before the start."""
         return 0
 
     @classmethod

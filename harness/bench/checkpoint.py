@@ -1,9 +1,10 @@
 """A training that outlives its ranks: its state at a boundary of steps, and the move of experts under way, on disk.
 
-A folder holds ``step-N/rank-R.pt`` (parameters and optimizer state of each rank), ``latest.json`` (the step that is
-whole on all ranks, and the placement of every layer's experts at it) and, while experts change places, ``moving.json``:
-the placements before and after. Each file is written beside its name and renamed, ``latest.json`` last of all, so that
-whenever a rank dies both placements can be read and the training goes on from the last whole step.
+A folder holds ``step-N/rank-R.pt`` (parameters, optimizer state and what the system remembers, of each rank),
+``latest.json`` (the step that is whole on all ranks, and the placement of every layer's experts at it) and, while
+experts change places, ``moving.json``: the placements before and after. Each file is written beside its name and
+renamed, ``latest.json`` last of all, so that whenever a rank dies both placements can be read and the training goes on
+from the last whole step.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from harness.errors import bad
 from harness.placement import Placement
 from harness.plan.moving import Move
 from harness.plan.native import NativeLayer
-from harness.system import MoELayer
+from harness.system import AfterStep, MoELayer
 
 
 class Checkpoints:
@@ -35,13 +36,22 @@ class Checkpoints:
         if job.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, layers: Sequence[MoELayer]) -> None:
+    def save(
+        self,
+        step: int,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layers: Sequence[MoELayer],
+        after_step: AfterStep | None,
+    ) -> None:
         """After ``step`` steps, where that is due."""
         if not self.every or step % self.every:
             return
         here = self.folder / f"step-{step}"
         here.mkdir(parents=True, exist_ok=True)
         state = {"module": module.state_dict(), "optimizer": optimizer.state_dict()}
+        if after_step is not None:
+            state["after_step"] = after_step.state()
         path = here / f"rank-{self.job.rank}.pt"
         torch.save(state, path.with_suffix(".partial"))
         path.with_suffix(".partial").replace(path)
@@ -54,8 +64,14 @@ class Checkpoints:
                     shutil.rmtree(old)
         self._meet()
 
-    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer, layers: Sequence[MoELayer]) -> int:
-        """Steps done by the last whole checkpoint, whose state ``module`` and ``optimizer`` then have; 0: none."""
+    def restore(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layers: Sequence[MoELayer],
+        after_step: AfterStep | None,
+    ) -> int:
+        """Steps done by the last whole checkpoint, whose state all of them then have; 0: none."""
         path = self.folder / "latest.json"
         if not path.exists():
             return 0
@@ -78,6 +94,8 @@ class Checkpoints:
                 layer.place(Placement.of_slots(slots))
         module.load_state_dict(state["module"])
         optimizer.load_state_dict(state["optimizer"])
+        if after_step is not None:
+            after_step.restore(state["after_step"])
         return int(step)
 
     @contextmanager

@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from harness.memory import expert_bytes, state_bytes
+from harness.comm.exchange import FlatExchange
+from harness.comm.replicas import nearest
+from harness.memory import Rows, activation_bytes, expert_bytes, peak_bytes, state_bytes
 from harness.plan.copies import meter_of
 from harness.plan.graph import Plan, Timeline
 from harness.plan.native import NativeLayer
 from harness.plan.replicated import ReplicatedLayer
+from harness.routing import make_routing
+from harness.routing.certificate import expert_counts
 
 if TYPE_CHECKING:
     from harness.bench.train import Trainer
@@ -115,7 +119,28 @@ def planned(trainer: Trainer) -> dict[str, float]:
     found = state_bytes(experiment, job.topology, own)
     copies = [int((layer.hosts[:, job.rank] & (layer.placement.owner != job.rank)).sum()) for layer in layers]
     together = max if layers and layers[0].policy.rematerialises else sum
-    return found | {"materialised": float(each * together(copies)) if copies else 0.0}
+    found["materialised"] = float(each * together(copies)) if copies else 0.0
+    if (activations := _planned_activations(trainer)) is not None:
+        found["activations"] = activations
+        found["peak"] = peak_bytes(experiment, trainer.training.tokens[job.rank], found)
+    return found
+
+
+def _planned_activations(trainer: Trainer) -> float | None:
+    """Of the last step; None where its routing was not prescribed, or rows do not travel as they are."""
+    experiment, job, tokens = trainer.experiment, trainer.job, trainer.training.tokens
+    rows = []
+    for i, layer in enumerate(trainer.layers):
+        exchange = getattr(layer, "exchange_", None)
+        if not trainer.training.prescribed or not isinstance(exchange, FlatExchange):
+            return None
+        routing = make_routing(experiment.workload, experiment.model, job.topology, step=trainer.step - 1, layer=i)
+        assert routing is not None
+        counts = expert_counts(routing)
+        hosts = layer.hosts if isinstance(layer, ReplicatedLayer) else exchange.placement.hosts
+        here = nearest(hosts, job.topology).rows(counts)[:, :, job.rank]
+        rows.append(Rows(int(counts[job.rank].sum()), int(here.sum()), getattr(layer, "num_groups", 1)))
+    return activation_bytes(experiment, tokens[job.rank], rows)
 
 
 def _bytes(tensors: Any) -> float:

@@ -12,6 +12,7 @@ routers then stay as they were drawn (they are part of the steering). A natural 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,6 +31,7 @@ from harness.layer import gates
 from harness.layer.gpt import GPT, Attention
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
+from harness.memory import room_bytes
 from harness.placement import Placement
 from harness.plan.gradients import Stream
 from harness.plan.graph import INTER, Plan, Timeline
@@ -222,7 +224,7 @@ class Trainer:
         self.layers = layers
         self.after_step = system.after_step(layers, case, job)
         if checkpoints is not None:
-            self.step = checkpoints.restore(self.training.gpt, self.training.optimizer, layers)
+            self.step = checkpoints.restore(self.training.gpt, self.training.optimizer, layers, self.after_step)
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed step; its loss is that of the whole job."""
@@ -258,7 +260,7 @@ class Trainer:
 
     def _keep(self) -> None:
         if self.checkpoints is not None:
-            self.checkpoints.save(self.step, self.training.gpt, self.training.optimizer, self.layers)
+            self.checkpoints.save(self.step, self.training.gpt, self.training.optimizer, self.layers, self.after_step)
 
     def _update(self, tokens: torch.Tensor, run: Callable[[Plan], Timeline] | None = None) -> torch.Tensor:
         training = self.training
@@ -341,7 +343,8 @@ def training_case(experiment: Experiment, topology: Topology, device: str, layer
     placement = Placement.contiguous(model.num_experts, topology.num_ranks)
     options, cluster = dict(experiment.options), experiment.cluster
     stand_in = experiment.compute == "stand-in"
-    return Case(model, experiment.dtype, topology, placement, routing, device, False, options, cluster, stand_in)
+    case = Case(model, experiment.dtype, topology, placement, routing, device, False, options, cluster, stand_in)
+    return dataclasses.replace(case, room_bytes=room_bytes(experiment, case))
 
 
 def reduced(experiment: Experiment) -> Experiment:

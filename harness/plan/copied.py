@@ -131,10 +131,9 @@ class CopiedSystem(UnifiedSystem):
         return Rearranger(job, layers, cls.planner(case), every)  # type: ignore[arg-type]
 
     @classmethod
-    def copies_kept(cls, case: Case) -> int:
+    def copied_parameters(cls, case: Case) -> int:
         own = case.model.num_experts // case.topology.num_ranks
-        # whole ones: a parameter and its gradient, which is what is asked for, and two moments
-        return 2 * case.model.num_layers * (num_slots(case) - own)
+        return 4 * case.model.num_layers * (num_slots(case) - own)  # with a gradient and two moments
 
     @classmethod
     def planned_shares(cls, case: Case) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +13,14 @@ from harness.comm.job import Job
 from harness.placement import Placement
 from harness.plan.moving import Move, move
 from harness.plan.native import NativeLayer
+from harness.system import AfterStep
 
 #: load [E] of some steps, placement so far -> placement; that one itself where nothing is to change
 Planner = Callable[[np.ndarray, Placement], Placement]
 WINDOW = 5  # steps whose tokens count
 
 
-class Rearranger:
+class Rearranger(AfterStep):
     """Called after every optimizer step; collective. Every ``every`` steps each layer's ``planner`` gets the tokens
     that its experts had in the last ``window`` steps, on all ranks; parameters move, with optimizer state unless
     ``optimizer_state`` is False. ``placed``: how often a layer's placement changed."""
@@ -59,3 +61,9 @@ class Rearranger:
             layer.place(each.after)
         self.placed += len(moves)
         self.load.zero_()
+
+    def state(self) -> dict[str, Any]:
+        return {"load": self.load}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.load.copy_(state["load"])

@@ -8,7 +8,9 @@ from typing import ClassVar
 from harness.comm.job import Job
 from harness.plan.replicated import ReplicatedLayer, ReplicatedSystem
 from harness.routing.certificate import expert_counts
+from harness.specs import DTYPE_BYTES
 from harness.system import AfterStep, Case, MoELayer
+from methods.hecate.memory_model import capacity
 from methods.hecate.policy import RESHARD_EVERY, WINDOW, Options
 from methods.hecate.policy import Hecate as Materialisation
 from methods.hecate.training import Sharder
@@ -25,7 +27,8 @@ class Hecate(ReplicatedSystem):
         "t": "overlap degree, experts that are materialised elsewhere (default: in training as many as are gathered "
         "while the attention computes, T_non-MoE * bw / expert_size, profiled in its second step; E / ranks where "
         "there is no attention or no known bandwidth)",
-        "m": "memory capacity, copies that a device takes of each layer (default: t)",
+        "m": "memory capacity, copies that a device takes of each layer (default: what fits the memory that the "
+        "cluster states for a device, beside a training step's state and activations; t where it states none)",
         "window": f"iterations of the load estimate (default {WINDOW})",
         "reshard_every": f"training steps between re-shardings, 0: never (default {RESHARD_EVERY})",
         "rematerialise": "true: copies are let go after a layer's forward and gathered again in backward (default "
@@ -45,15 +48,23 @@ class Hecate(ReplicatedSystem):
         options = Options.of(case, cls.rematerialise)
         num_experts = case.model.num_experts
         t = num_experts // case.topology.num_ranks if options.t is None else options.t
-        policy = Materialisation(case, options, t, num_experts if options.m is None else options.m)
+        policy = Materialisation(case, options, t, cls._capacity(case, options))
         policy.saw(expert_counts(case.routing))  # a layer alone has the same routing again and again
         return policy
 
     @classmethod
-    def copies_kept(cls, case: Case) -> int:
+    def copied_parameters(cls, case: Case) -> int:
         options = Options.of(case, cls.rematerialise)
-        copies = min(case.model.num_experts if options.m is None else options.m, options.t or 0)
-        return copies * (1 if options.rematerialise else case.model.num_layers)
+        copies = min(cls._capacity(case, options), options.t or 0)
+        return copies * ((1 if options.rematerialise else case.model.num_layers) + 1)  # one layer's gradients
+
+    @classmethod
+    def _capacity(cls, case: Case, options: Options) -> int:
+        if options.m is not None:
+            return options.m
+        if case.room_bytes is None:
+            return case.model.num_experts
+        return capacity(case.model, case.room_bytes, remat=options.rematerialise, width=DTYPE_BYTES[case.dtype])
 
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:

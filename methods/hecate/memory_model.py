@@ -81,9 +81,8 @@ def memory(model: Model, copies: Copies, samples: float, busiest: float) -> Memo
     )
 
 
-def capacity(model: Model, room_bytes: float, *, remat: bool) -> int:
+def capacity(model: Model, room_bytes: float, *, remat: bool, width: int = PARAMETER) -> int:
     """m: experts that can be materialised on a device in ``room_bytes``: copies of all layers stay from forward to
-    backward, or (RM) of one; and one layer's gradients."""
-    layers = 1 if remat else model.num_layers
-    each = expert_parameters(model) * (PARAMETER * layers + GRADIENT)
+    backward, or (RM) of one; and one layer's gradients. ``width``: bytes of a parameter, and of its gradient."""
+    each = width * expert_parameters(model) * ((1 if remat else model.num_layers) + 1)
     return max(0, min(model.num_experts, int(room_bytes // each)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -60,6 +61,11 @@ class Hecate(Policy):
     def forget(self) -> None:
         """No iteration has been yet."""
         self.window.clear()
+
+    def know(self, window: Sequence[Sequence[int]], t: int) -> None:
+        """``window``: loads [E] of the last iterations, oldest first."""
+        self.t = t
+        self.window.extend(np.asarray(load) for load in window)
 
     def load(self, num_experts: int) -> np.ndarray:
         """F, float64 [E]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +15,14 @@ from harness.placement import Placement
 from harness.plan.graph import Timeline
 from harness.plan.moving import Move, move
 from harness.plan.replicated import ReplicatedLayer
-from harness.system import Case
+from harness.system import AfterStep, Case
 from methods.hecate.policy import Hecate, Options
 from methods.hecate.shard import shard
 
 PROFILED_STEP = 1  # of this process; the first one has everything cold
 
 
-class Sharder:
+class Sharder(AfterStep):
     """Called after every optimizer step; ``layers`` first layer first. Collective.
 
     ``moved``: bytes of parameters and optimizer state that this rank sent, of each re-sharding that changed
@@ -34,15 +35,26 @@ class Sharder:
         self.bandwidth = outermost.bandwidth_bytes_per_s if outermost is not None else None
         self.moved: list[int] = []
         self.calls = 0
+        self.profiled = False
         for layer in layers:
             _policy(layer).forget()
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> None:
-        if self.calls == PROFILED_STEP + 1 and self.options.t is None and self.bandwidth:
+        if self.calls == PROFILED_STEP + 1 and self.options.t is None and self.bandwidth and not self.profiled:
             self.profile()
         self.calls += 1
         if self.options.reshard_every and (step + 1) % self.options.reshard_every == 0:
             self.reshard(optimizer)
+
+    def state(self) -> dict[str, Any]:
+        policies = [_policy(layer) for layer in self.layers]
+        windows = [[load.tolist() for load in policy.window] for policy in policies]
+        return {"windows": windows, "t": policies[0].t, "profiled": self.profiled}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.profiled = state["profiled"]
+        for layer, window in zip(self.layers, state["windows"], strict=True):
+            _policy(layer).know(window, state["t"])
 
     def profile(self) -> None:
         """t = T_non-MoE bw / expert_size, of the step before: the shortest attention of a layer, on the rank that is
@@ -55,6 +67,7 @@ class Sharder:
             dist.all_reduce(found, dist.ReduceOp.MIN)
         for layer in self.layers:
             _policy(layer).t = min(layer.model.num_experts, int(float(found) * self.bandwidth / self.expert_bytes))
+        self.profiled = True
 
     def reshard(self, optimizer: torch.optim.Optimizer) -> None:
         """Algorithm 2 on the loads of the window; parameters and optimizer state move if it changes anything."""

@@ -15,6 +15,7 @@ from harness.comm.job import Job
 from harness.errors import bad
 from harness.plan.moving import Move, move
 from harness.plan.native import NativeLayer
+from harness.system import AfterStep
 from methods.hiermoe.counts import Stage
 from methods.hiermoe.hierd import HierExchange
 from methods.hiermoe.model import TimeModel
@@ -41,7 +42,7 @@ class SwapOptions:
             raise bad("options.swap_pairs", self.pairs, "must be at least 1 pair")
 
 
-class Swapper:
+class Swapper(AfterStep):
     """Called after every optimizer step; ``layers`` first layer first. Collective.
 
     ``model``: None where no costs are known; else no update is made that would take more than ``MAX_SHARE`` of the
