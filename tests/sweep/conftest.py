@@ -45,7 +45,7 @@ def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def write(name: str, *, num_races: int = 1, cluster: object = None, **more: object) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        known = {key: more.pop(key) for key in list(more) if key in ("timeout_min", "partition", "account")}
+        known = {key: more.pop(key) for key in list(more) if key in ("timeout_min", "partition", "account", "setup")}
         (folder / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER | known))
         entry = {
             "model": "moe-tiny",

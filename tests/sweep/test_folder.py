@@ -14,7 +14,7 @@ import pytest
 from harness.bench import tidy
 from harness.bench.store import Store
 from harness.errors import UserError
-from harness.sweep import freeze, spec, submit
+from harness.sweep import freeze, spec, states, submit
 from harness.sweep.folder import SweepFolder, deaths
 from harness.sweep.states import Sweep
 from harness.sweep.worker import MAX_DEATHS
@@ -153,6 +153,26 @@ def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path):
         submit.submit(loaded, tmp_path / "here", on="local")
     with pytest.raises(UserError, match="there is none; known sweeps are here"):
         Sweep.attach(tmp_path / "her")
+
+
+@pytest.mark.parametrize(
+    ("word", "state", "reason"),
+    [
+        ("PENDING", "queued", ""),
+        ("OUT_OF_MEMORY", "oom", "Slurm: OUT_OF_MEMORY"),
+        ("TIMEOUT", "timed out", "Slurm: TIMEOUT"),
+        ("NODE_FAIL", "crashed", "Slurm: NODE_FAIL"),
+        ("COMPLETED", "crashed", "the job ended without rows of this cell"),
+        ("CANCELLED", "cancelled", "Slurm: CANCELLED"),
+        ("PREEMPTED", "requeued", "Slurm: PREEMPTED"),
+    ],
+)
+def test_what_slurm_says_of_a_job_is_the_state_of_its_cells(sweep_file, tmp_path, monkeypatch, word, state, reason):
+    sweep = prepared(sweep_file, tmp_path / "s", num_races=1, cells_per_job=1)
+    sweep.folder.add_submission("slurm", {0: "77"})
+    monkeypatch.setattr(states, "_output", lambda command: f"77|{word}|None\n" if command[0] == "squeue" else "")
+    (cell,) = sweep.cells().to_dict("records")
+    assert (cell["state"], cell["reason"]) == (state, reason)
 
 
 def test_deaths_are_counted_where_they_happened():

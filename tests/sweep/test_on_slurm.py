@@ -165,6 +165,19 @@ def test_a_full_queue_takes_what_it_can_and_resume_brings_the_rest(sweep_file, o
         assert set(sweep.counts()) == {"cancelled", "unsubmitted"}
 
 
+def test_a_job_that_breaks_is_told_with_its_log(one_machine, sweep_file, tmp_path):
+    lines = ["echo 'error: no such module: cuda/99' >&2", "exit 3"]
+    sweep = submit.submit(spec.load(sweep_file("broken", setup=lines)), tmp_path / "broken", on="slurm")
+    assert settle(sweep) == {"crashed": 1}
+    (cell,) = sweep.cells().to_dict("records")
+    assert cell["reason"] == "Slurm: FAILED; error: no such module: cuda/99"
+    assert "cuda/99" in Path(cell["log"]).read_text()
+    command = [sys.executable, "-m", "harness", "status", "broken", "--only-failed", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cuda/99" in done.stdout
+
+
 def test_a_thousand_cells_are_submitted_in_seconds(sweep_file, tmp_path):
     loaded = spec.load(sweep_file("many", num_races=1000, cells_per_job=1))
     with slurm.running(NODES):
