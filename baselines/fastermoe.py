@@ -40,7 +40,7 @@ from harness.layer.weights import Weights
 from harness.options import whole
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
 from harness.plan.replicated import Policy, ReplicatedLayer, ReplicatedPassage, ReplicatedSystem
-from harness.plan.segment import Segment
+from harness.plan.segment import Segment, pop
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
 
@@ -238,7 +238,7 @@ class FasterPassage(ReplicatedPassage):
             part.plan.weights = weights
             return exchange.combine(made, part.plan)
 
-        return part.combine.forward(combine, part.made, self.weights)
+        return part.combine.forward(combine, pop(part, "made"), self.weights)
 
     def _compute(self, part: Part) -> None:
         def experts(arrived: torch.Tensor) -> torch.Tensor:
@@ -247,7 +247,7 @@ class FasterPassage(ReplicatedPassage):
                 return self.layer.experts(arrived, part.plan.counts, [each.tensors for each in self.copies])
             return self.layer.experts(arrived, part.plan.counts[:own])
 
-        part.made = part.experts.forward(experts, part.arrived)
+        part.made = part.experts.forward(experts, pop(part, "arrived"))
 
     def there_and_back(
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
@@ -332,7 +332,8 @@ class FasterPassage(ReplicatedPassage):
     def arrive_back(self) -> torch.Tensor | None:
         if not self.smart:
             return super().arrive_back()
-        drows, dweights = zip(*(part.grads for part in (*self.parts, self.shadows)), strict=True)
+        drows, dweights = zip(*(pop(part, "grads") for part in (*self.parts, self.shadows)), strict=True)
+        self.dhome = None
         self.dweights = _sum(dweights)
         return _sum(drows)
 

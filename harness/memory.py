@@ -71,26 +71,26 @@ def activation_bytes(experiment: Experiment, num_tokens: int, layers: Sequence[R
     row = width * (hidden + (inner + hidden if real else 0)) + 2 * _INDEX
     # Of the embedding; later layers add what the MoE part made to it, and norms in the same format keep that.
     sums = 1 if copy else len(layers)
-    for each in layers:
-        if each.parts > 1:
-            token += (each.parts * width * hidden + (each.parts - 1) * _INDEX) / len(layers)
+    split = sum(each.parts * width * hidden + (each.parts - 1) * _INDEX for each in layers if each.parts > 1)
     return float(
-        num_tokens * (sums * width * hidden + len(layers) * token)
+        num_tokens * (sums * width * hidden + len(layers) * token + split)
         + sum(sent * each.sent + row * each.computed for each in layers)
     )
 
 
-def peak_bytes(experiment: Experiment, num_tokens: int, parts: Mapping[str, float]) -> float:
+def peak_bytes(experiment: Experiment, num_tokens: int, parts: Mapping[str, float], most_experts: int) -> float:
     """The most that a rank holds in a step, of what it holds by part (``state_bytes``, ``materialised``,
-    ``activations``): when the loss is computed, or when all gradients are there and AdamW updates the largest tensor.
-    """
+    ``activations``): around the loss, or when all gradients are there and AdamW updates the largest tensor.
+    ``most_experts``: that it owns of one layer."""
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
     wide = max(4, width)
     attention = model.num_layers * _attention_parameters(experiment.model) * width
-    of_norm = 2 * width * model.hidden + wide * model.hidden * (2 if wide > width else 1)
-    of_loss = model.vocab * (width + wide * (2 if wide > width else 1))
-    at_loss = attention + parts["materialised"] + parts["activations"] + num_tokens * (of_norm + of_loss)
-    largest = 0.0
+    copies, numbers = (2, 6) if wide > width else (1, 8)  # of each in the last norm's backward, which is not fused
+    of_loss = num_tokens * (model.vocab * (width + wide * copies) + model.hidden * (2 * width + wide * copies))
+    of_norm = num_tokens * model.hidden * wide * numbers + model.vocab * model.hidden * width
+    at_loss = attention + parts["materialised"] + parts["activations"] + max(of_norm, of_loss)
+    projected = model.hidden + 2 * model.hidden // model.num_heads * (model.num_kv_heads or model.num_heads)
+    largest = max(model.vocab, projected, most_experts * model.ffn) * model.hidden * width
     return parts["parameters"] + parts["optimizer"] + max(at_loss, parts["gradients"] + 2 * largest)
 
 

@@ -122,7 +122,9 @@ def planned(trainer: Trainer) -> dict[str, float]:
     found["materialised"] = float(each * together(copies)) if copies else 0.0
     if (activations := _planned_activations(trainer)) is not None:
         found["activations"] = activations
-        found["peak"] = peak_bytes(experiment, trainer.training.tokens[job.rank], found)
+        found["peak"] = peak_bytes(
+            experiment, trainer.training.tokens[job.rank], found, max(len(p.local(job.rank)) for p in placements)
+        )
     return found
 
 

@@ -17,7 +17,7 @@ from harness.placement import Placement
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
 from harness.plan.moving import resize
 from harness.plan.planned import PlannedLayer, PlannedPassage
-from harness.plan.segment import Segment
+from harness.plan.segment import Segment, pop
 from harness.system import Case
 
 
@@ -74,13 +74,13 @@ class NativePassage(PlannedPassage):
         self.rows = rows
 
     def arrive(self) -> torch.Tensor:
-        return self.home
+        return pop(self, "home")
 
     def depart_back(self, dhome: torch.Tensor | None) -> None:
         self.dhome = dhome
 
     def arrive_back(self) -> torch.Tensor | None:
-        return self.drows
+        return pop(self, "drows")
 
     def ready(self, plan: Plan, prefix: str) -> list[str]:
         """What the experts' forward waits for beside the tokens. Called when these have their place in the plan."""
@@ -97,13 +97,13 @@ class NativePassage(PlannedPassage):
             self.at_experts = self.metadata.forward(self._metadata, self.weights)
 
         def dispatch() -> None:
-            self.arrived = self.dispatch.forward(self._dispatch, self.rows)
+            self.arrived = self.dispatch.forward(self._dispatch, pop(self, "rows"))
 
         def experts() -> None:
-            self.made = self.experts.forward(self._experts, self.arrived)
+            self.made = self.experts.forward(self._experts, pop(self, "arrived"))
 
         def combine() -> None:
-            self.home = self.combine.forward(self._combine, self.made, self.at_experts)
+            self.home = self.combine.forward(self._combine, pop(self, "made"), pop(self, "at_experts"))
 
         plan.add(f"{prefix}metadata", INTER, after, run=metadata)
         arrived = plan.add(f"{prefix}dispatch", INTER, run=dispatch)
@@ -117,16 +117,16 @@ class NativePassage(PlannedPassage):
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         def combine() -> None:
-            self.dmade, self.dat_experts = self.combine.backward(self.dhome)
+            self.dmade, self.dat_experts = self.combine.backward(pop(self, "dhome"))
 
         def experts() -> None:
-            (self.darrived,) = self.experts.backward(self.dmade)
+            (self.darrived,) = self.experts.backward(pop(self, "dmade"))
 
         def dispatch() -> None:
-            (self.drows,) = self.dispatch.backward(self.darrived)
+            (self.drows,) = self.dispatch.backward(pop(self, "darrived"))
 
         def metadata() -> None:
-            (self.dweights,) = self.metadata.backward(self.dat_experts)
+            (self.dweights,) = self.metadata.backward(pop(self, "dat_experts"))
 
         last = plan.add(f"{prefix}combine", INTER, after, run=combine)
         last = plan.add(f"{prefix}experts", COMPUTE, [last, *self.ready_back()], run=experts)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
-from harness.plan.segment import Segment
+from harness.plan.segment import Segment, pop
 from harness.system import MoELayer
 
 
@@ -138,7 +138,7 @@ class Opaque(Passage):
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         def run() -> None:
-            self.y = self.segment.forward(self.layer, self.x)
+            self.y = self.segment.forward(self.layer, pop(self, "x"))
 
         return [plan.add(f"{prefix}moe", COMPUTE, after, run=run)]
 
@@ -146,7 +146,7 @@ class Opaque(Passage):
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         def run() -> None:
-            (self.dx,) = self.segment.backward(self.dy)
+            (self.dx,) = self.segment.backward(pop(self, "dy"))
 
         last = [plan.add(f"{prefix}moe", COMPUTE, after, run=run)]
         if gradients is not None:  # never beside collectives that nobody here knows of

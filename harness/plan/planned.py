@@ -19,7 +19,7 @@ from harness.layer.weights import Weights
 from harness.plan.graph import COMPUTE, Plan, Timeline, Work
 from harness.plan.lanes import executor_of
 from harness.plan.passage import Passage, backward_layer, forward_layer
-from harness.plan.segment import Segment
+from harness.plan.segment import Segment, pop
 from harness.system import Case
 
 
@@ -109,11 +109,11 @@ class PlannedPassage(Passage):
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         def enter() -> None:
-            rows, self.weights, self.unmix = self.enter.forward(self._enter, self.x)
+            rows, self.weights, self.unmix = self.enter.forward(self._enter, pop(self, "x"))
             self.depart(rows)
 
         def leave() -> None:
-            self.y = self.leave.forward(self._leave, self.arrive(), self.weights, self.unmix)
+            self.y = self.leave.forward(self._leave, self.arrive(), pop(self, "weights"), pop(self, "unmix"))
 
         last = [plan.add(f"{prefix}gate", COMPUTE, after, run=enter)]
         last = self.there_and_back(plan, prefix=prefix, after=last, gradients=gradients)
@@ -123,11 +123,11 @@ class PlannedPassage(Passage):
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         def leave() -> None:
-            dhome, self.dweights, self.dunmix = self.leave.backward(self.dy)
+            dhome, self.dweights, self.dunmix = self.leave.backward(pop(self, "dy"))
             self.depart_back(dhome)
 
         def enter() -> None:
-            (self.dx,) = self.enter.backward(self.arrive_back(), self.dweights, self.dunmix)
+            (self.dx,) = self.enter.backward(self.arrive_back(), pop(self, "dweights"), pop(self, "dunmix"))
 
         last = [plan.add(f"{prefix}restore", COMPUTE, after, run=leave)]
         last = self.back_and_there(plan, prefix=prefix, after=last, gradients=gradients)

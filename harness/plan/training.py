@@ -20,7 +20,7 @@ from harness.layer.gpt import GPT, Block
 from harness.plan.gradients import Stream, sum_over
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
 from harness.plan.passage import Dense, Passage, backward_layer, forward_layer
-from harness.plan.segment import Segment
+from harness.plan.segment import Segment, pop
 from harness.system import GradientSlices
 
 
@@ -56,11 +56,11 @@ class DensePart:
         """``made``: called as soon as the gradients of the attention's projections are complete."""
 
         def whole() -> None:
-            self.dresidual, self.dmade = self.whole.backward(self.dresidual, self.dx)
+            self.dresidual, self.dmade = self.whole.backward(pop(self, "dresidual"), pop(self, "dx"))
             made()
 
         def attention() -> None:
-            (dtokens,) = self.attention.backward(self.tokens)
+            (dtokens,) = self.attention.backward(pop(self, "tokens"))
             assert dtokens is not None
             self.partial = dtokens
             made()
@@ -92,10 +92,10 @@ class DensePart:
     # ------------------------------------------------------------------ tasks
 
     def _forward_whole(self) -> None:
-        self.residual, self.x = self.whole.forward(self._whole, self.residual, self.made)
+        self.residual, self.x = self.whole.forward(self._whole, pop(self, "residual"), pop(self, "made"))
 
     def _forward_norm(self) -> None:
-        self.residual, own = self.norm.forward(self._norm, self.residual, self.made)
+        self.residual, own = self.norm.forward(self._norm, pop(self, "residual"), pop(self, "made"))
         self.own = own.detach()
 
     def _gather(self) -> None:
@@ -105,23 +105,24 @@ class DensePart:
         self.tokens.requires_grad_()
 
     def _forward_attention(self) -> None:
-        self.partial = self.attention.forward(self.block.attention, self.tokens).detach()
+        self.partial = self.attention.forward(self.block.attention, pop(self, "tokens")).detach()
 
     def _scatter(self) -> None:
         """partial [ranks B, L, M] of every rank -> own [B, L, M], summed."""
         self.own = torch.empty_like(self.own)
-        dist.reduce_scatter_tensor(self.own, self.partial.contiguous(), group=self.group)
+        dist.reduce_scatter_tensor(self.own, pop(self, "partial").contiguous(), group=self.group)
 
     def _forward_join(self) -> None:
-        self.residual, self.x = self.join.forward(self._join, self.residual, self.own.requires_grad_())
+        own = pop(self, "own").requires_grad_()
+        self.residual, self.x = self.join.forward(self._join, pop(self, "residual"), own)
 
     def _backward_join(self) -> None:
-        self.dresidual, own = self.join.backward(self.dresidual, self.dx)
+        self.dresidual, own = self.join.backward(pop(self, "dresidual"), pop(self, "dx"))
         assert own is not None
         self.own = own
 
     def _backward_norm(self) -> None:
-        self.dresidual, self.dmade = self.norm.backward(self.dresidual, self.own)
+        self.dresidual, self.dmade = self.norm.backward(pop(self, "dresidual"), pop(self, "own"))
 
 
 class TrainingStep:
@@ -162,7 +163,7 @@ class TrainingStep:
             last = self._backward_layer(plan, i, last)
 
         def embed_backward() -> None:
-            self.embed.backward(self.dense[0].dresidual)
+            self.embed.backward(pop(self.dense[0], "dresidual"))
 
         last = [plan.add("embedding.backward", COMPUTE, last, run=embed_backward, kind="embedding")]
         rest = sum(self.stream.part_bytes) - self.stream.taken * self.stream.element_bytes
@@ -197,7 +198,7 @@ class TrainingStep:
             dense[0].residual, dense[0].made = self.embed.forward(look_up, tokens), None
 
         def finish() -> None:
-            share = self.head.forward(head, dense[-1].residual, passages[-1].y)
+            share = self.head.forward(head, pop(dense[-1], "residual"), pop(passages[-1], "y"))
             self.loss = share.detach()
             dense[-1].dresidual, passages[-1].dy = self.head.backward(torch.ones_like(share))  # type: ignore[assignment]
 
@@ -205,10 +206,10 @@ class TrainingStep:
         for i, (part, way) in enumerate(zip(dense, passages, strict=True)):
 
             def hand_over(part: DensePart = part, way: Passage = way) -> None:
-                way.x = part.x
+                way.x = pop(part, "x")
 
             def take_over(i: int = i, part: DensePart = part) -> None:
-                part.residual, part.made = dense[i - 1].residual, passages[i - 1].y
+                part.residual, part.made = pop(dense[i - 1], "residual"), pop(passages[i - 1], "y")
 
             tasks = part.forward()
             tasks[0] = _before(take_over, tasks[0]) if i else tasks[0]
@@ -221,11 +222,11 @@ class TrainingStep:
         part, way, back = dense[i], passages[i], len(dense) - 1 - i
 
         def take_over() -> None:
-            part.dx = way.dx
+            part.dx = pop(way, "dx")
 
         def hand_over() -> None:
             if i:
-                dense[i - 1].dresidual, passages[i - 1].dy = part.dresidual, part.dmade  # type: ignore[assignment]
+                dense[i - 1].dresidual, passages[i - 1].dy = pop(part, "dresidual"), pop(part, "dmade")
 
         tasks = part.backward(lambda: self.stream.fill(back))
         tasks[0] = _before(take_over, tasks[0])

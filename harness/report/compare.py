@@ -202,6 +202,19 @@ def skew(run: Run) -> pd.DataFrame:
     return pd.DataFrame(found, columns=columns).sort_values([*GROUP, "rank", "workload"], ignore_index=True)
 
 
+def memory(run: Run) -> pd.DataFrame:
+    """``IDENTITY``, part, measured_bytes and planned_bytes (NaN where there is no plan): of the rank that has the most
+    of it, the most over launches."""
+    rows = run.rows[run.rows["metric"].isin(["memory_bytes", "memory_planned_bytes"])]
+    if rows.empty:
+        return pd.DataFrame(columns=[*IDENTITY, "part", "measured_bytes", "planned_bytes"])
+    most = rows.groupby(["cell", "level", "metric"])["value"].max().unstack("metric")
+    most = most.reindex(columns=["memory_bytes", "memory_planned_bytes"])
+    most.columns = pd.Index(["measured_bytes", "planned_bytes"])
+    parts = most.rename_axis(["cell", "part"]).reset_index()
+    return _sorted(run, rows[IDENTITY].drop_duplicates("cell").merge(parts, on="cell"), [])
+
+
 def losses(run: Run) -> pd.DataFrame:
     """``IDENTITY``, launch, step, loss (the mean over ranks where each stored its own)."""
     rows = run.metric("loss")

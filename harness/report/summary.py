@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.bench.memory import PARTS
 from harness.report import compare, figures, page, words
 from harness.report.context import QUICK, provenance, routing, setbacks, where
 from harness.report.page import Column, Html
@@ -84,7 +85,7 @@ def traffic(run: Run) -> Html:
         Column("level", "link level"),
         Column("planned_bytes", "planned, MB", page.megabytes, "num"),
         Column("counted_bytes", "counted, MB", page.megabytes, "num"),
-        Column("quotient", "counted / planned", lambda v: f"{v:.3f}" if math.isfinite(v) else "–", "num"),
+        Column("quotient", "counted / planned", _quotient, "num"),
         _EVIDENCE,
     ]
     some = frame[(frame["planned_bytes"] > 0) | (frame["counted_bytes"] > 0)]
@@ -165,6 +166,40 @@ def training(run: Run) -> Html:
         ),
         page.table(agreement, columns, "Do the systems train the same model?", "step times: speedup tables above"),
     )
+
+
+def memory(run: Run) -> Html:
+    """Bytes of a training step by part, measured, beside what was planned."""
+    frame = compare.memory(run)
+    run.write_table("memory", frame)
+    if frame.empty:
+        return Html(page.missing("No training step was run.", _RUN, "with phase train_step in that file"))
+    frame["quotient"] = (frame["planned_bytes"] / frame["measured_bytes"]).where(frame["measured_bytes"] > 0)
+    wide, quotient = (
+        frame.pivot(index=compare.IDENTITY, columns="part", values=value).reindex(columns=PARTS)
+        for value in ("measured_bytes", "quotient")
+    )
+    wide = wide.join(quotient, rsuffix="_planned").reindex(pd.MultiIndex.from_frame(frame[compare.IDENTITY]).unique())
+    said = ("activations", "peak")
+    columns = [
+        _WORKLOAD,
+        Column("label", "system"),
+        *(Column(part, f"{part}, MB", page.megabytes, "num") for part in PARTS),
+        *(Column(f"{part}_planned", f"{part}, planned / measured", _quotient, "num") for part in said),
+        _EVIDENCE,
+    ]
+    note = "each part of the rank that has the most of it"
+    groups = wide.reset_index().groupby(GROUP, sort=False)
+    return Html(
+        *(
+            page.table(group, columns, words.group_title(dict(zip(GROUP, key, strict=True))), note)
+            for key, group in groups
+        )
+    )
+
+
+def _quotient(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
 def _agreement(run: Run, losses: pd.DataFrame) -> pd.DataFrame:

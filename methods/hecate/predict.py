@@ -4,13 +4,14 @@ plan, of the bytes that each system plans, on lanes.
 For steps whose computation is a stand-in (attention and experts wait as long as the cluster's gemm costs say), of the
 systems that go through the native layer. A transfer takes what the busiest port carries over the rate that the
 profiler found there; an exchange and the experts between take what they take on the busiest rank. What the processor
-does beside (gate, packing of rows, embedding, head, optimizer) has no cost here.
+does beside costs what it took in the executed steps of one system of the run, where there are any
+(``methods.hecate.host``); the optimizer by what a rank owns.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import pandas as pd
 from baselines.fastermoe import FasterMoE, apart, num_groups
 from baselines.smartmoe import greedy
 from harness import ledger
+from harness.bench.store import Store
 from harness.bench.train import training_case
 from harness.comm.replicas import nearest
 from harness.ledger import Calibration
-from harness.memory import expert_bytes
+from harness.memory import expert_bytes, state_bytes
 from harness.placement import Placement
-from harness.plan.agreement import agreement
+from harness.plan.agreement import Agreement, agreement
 from harness.plan.copied import CopiedSystem
 from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Plan, Timeline
 from harness.plan.native import NativeSystem
@@ -38,6 +40,7 @@ from harness.specs import DTYPE_BYTES, GEMMS, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 from harness.traffic import port_load
+from methods.hecate.host import SYSTEM, Seconds, beside, merged
 from methods.hecate.shard import shard
 
 Array = np.ndarray
@@ -182,16 +185,17 @@ def hosts_of(known: type[System], case: Case) -> Array:
     return case.placement.hosts
 
 
-def step_plan(experiment: Experiment, links: Links) -> Plan | None:
-    """The tasks of one training step, priced; None where some are not known."""
+def step_plan(experiment: Experiment, links: Links, processor_s: Seconds | None = None) -> Plan | None:
+    """The tasks of one training step, priced; None where some are not known. ``processor_s``: ``host.beside``."""
     known = system(experiment.system)
     if not issubclass(known, NativeSystem | ReplicatedSystem | CopiedSystem):
         return None
-    found = [layer_costs(known, case, links) for case in cases_of(known, experiment, links.topology)]
+    cases = cases_of(known, experiment, links.topology)
+    found = [layer_costs(known, case, links) for case in cases]
     layers = [each for each in found if each is not None]
     if len(layers) < len(found):
         return None
-    plan = Plan()
+    plan, extra = Plan(), processor_s or {}
 
     def add(name: str, lane: str, seconds: float, after: list[str]) -> str:
         return plan.add(name, lane, after, Cost("wait", amount=seconds))
@@ -214,27 +218,45 @@ def step_plan(experiment: Experiment, links: Links) -> Plan | None:
         home = [add(f"{prefix}{back}[{j}]", INTER, s, [made[j]]) for j, s in enumerate(each.sent)]
         return [*last, home[-1]]
 
-    last: list[str] = []
+    def processor(name: str, after: list[str], seconds: float = 0.0) -> list[str]:
+        """``seconds``: of a stand-in."""
+        key = name.split(".", 1)[1] if name.startswith("layer") else name
+        return [add(name, COMPUTE, seconds + extra.get(key, 0.0), after)]
+
+    last = processor("embedding", [])
     for i, each in enumerate(layers):
         prefix = f"layer{i}.forward."
         ready = transfer(f"{prefix}gather", each.gather, [])
-        last = [add(f"{prefix}attention", COMPUTE, each.attention_s, last)]
-        add(f"{prefix}metadata", INTER, each.metadata_s, last)
+        last = processor(f"{prefix}attention", last, each.attention_s)
+        last = processor(f"{prefix}gate", last)
+        add(f"{prefix}metadata", INTER, each.metadata_s + extra.get("forward.metadata", 0.0), last)
         last = exchange(prefix, each, "dispatch", "combine", 1, ready)
+        last = processor(f"{prefix}restore", last)
+    last = processor("head", last)
     again: list[str] = []  # of the layer whose backward is next; the last one's copies stay
     awaited: list[str] = []
     for i in reversed(range(len(layers))):
         each, prefix = layers[i], f"layer{i}.backward."
-        add(f"{prefix}start", INTER, 0.0, last)
-        last = exchange(prefix, each, "combine", "dispatch", 2, again)
+        add(f"{prefix}start", INTER, 0.0, processor(f"{prefix}restore", last))
+        last = processor(f"{prefix}gate", exchange(prefix, each, "combine", "dispatch", 2, again))
         awaited += transfer(f"{prefix}reduce", each.reduce, [f"{prefix}experts"], inside_first=True)
         if i:
             again = transfer(f"layer{i - 1}.backward.regather", layers[i - 1].regather, [])
-        last = [add(f"{prefix}attention", COMPUTE, 2 * each.attention_s, last)]
+        last = processor(f"{prefix}attention", last, 2 * each.attention_s)
+    last = processor("embedding.backward", last)
     alpha, beta = links.all_reduce
     seconds = sum(alpha + beta * num_bytes for num_bytes in _replicated_bytes(experiment))
-    add("gradients-tail", INTER, seconds, [*last, *awaited])
+    tail = add("gradients-tail", INTER, seconds, [*last, *awaited])
+    more = _optimizer_bytes(known, experiment, cases) / _optimizer_bytes(system(SYSTEM), experiment, cases)
+    add("optimizer", COMPUTE, more * extra.get("optimizer", 0.0), [tail])
     return plan
+
+
+def _optimizer_bytes(known: type[System], experiment: Experiment, cases: Sequence[Case]) -> float:
+    """Of the rank that owns the most; whole copies are as good as owned."""
+    copied = issubclass(known, CopiedSystem)
+    own = sum((known.first(case) if copied else case.placement).hosts.sum(0) for case in cases)  # type: ignore[attr-defined]
+    return state_bytes(experiment, cases[0].topology, int(np.max(own)))["optimizer"]
 
 
 def _replicated_bytes(experiment: Experiment) -> list[float]:
@@ -248,30 +270,50 @@ def _replicated_bytes(experiment: Experiment) -> list[float]:
 
 
 class Simulator:
-    """For the report of a run (``harness.report.own_run``): the newest calibration of its cluster, and nothing else of
-    it. ``folder``: the ledger's."""
-
-    agreement = staticmethod(agreement)
+    """For the report of a run (``harness.report.own_run``): the newest calibration of its cluster, and of the run what
+    the processor does beside in steps of ``host.SYSTEM``. ``folder``: the ledger's."""
 
     def __init__(self, folder: Path = ledger.LEDGER):
         self.folder = folder
 
     def predictions(self, run: Any) -> pd.DataFrame:
         """Of every cell in phase ``train_step`` whose tasks are known here."""
-        rows = []
+        rows, of_shape = [], self._beside(run)
         for cell, data in run.experiments.items():
-            for timeline in self._timelines(Experiment.model_validate(data)).values():
+            experiment = Experiment.model_validate(data)
+            for timeline in self._timelines(experiment, of_shape.get(_shape(experiment))).values():
                 rows.append({"cell": cell, "direction": "total", "predicted_s": float(timeline.total_s)})
         return pd.DataFrame(rows, columns=["cell", "direction", "predicted_s"])
 
     def timelines(self, run: Any, cell: str) -> Mapping[str, Timeline]:
-        return self._timelines(Experiment.model_validate(run.experiments[cell]))
+        experiment = Experiment.model_validate(run.experiments[cell])
+        return self._timelines(experiment, self._beside(run).get(_shape(experiment)))
 
-    def _timelines(self, experiment: Experiment) -> dict[str, Timeline]:
+    def agreement(self, frame: pd.DataFrame) -> Agreement:
+        """Of the cells from which nothing was taken."""
+        return agreement(frame[frame["label"] != SYSTEM])
+
+    def _beside(self, run: Any) -> dict[str, Seconds]:
+        """By ``_shape``."""
+        found: dict[str, list[Seconds]] = {}
+        for cell, data in run.experiments.items():
+            experiment = Experiment.model_validate(data)
+            if experiment.system != SYSTEM or not (simulated := self._timelines(experiment)):
+                continue
+            if (executed := Store(run.path).trace(cell).get("step")) is not None:
+                found.setdefault(_shape(experiment), []).append(beside(executed, simulated["step"]))
+        return {shape: merged(several) for shape, several in found.items()}
+
+    def _timelines(self, experiment: Experiment, extra: Seconds | None = None) -> dict[str, Timeline]:
         if experiment.phase != "train_step" or experiment.compute != "stand-in" or experiment.cluster.gemm is None:
             return {}
         cluster = experiment.cluster
         found = ledger.profiled(cluster, self.folder)
-        plan = step_plan(experiment, Links.of(found))
+        plan = step_plan(experiment, Links.of(found), extra)
         prices = Prices(cluster, contention=found.slowdown("stand-in"))
         return {} if plan is None else {"step": simulate(plan, prices)}
+
+
+def _shape(experiment: Experiment) -> str:
+    """What the processor's part of a step depends on."""
+    return repr((experiment.model, experiment.cluster.name, experiment.dtype, experiment.workload.tokens_per_rank))

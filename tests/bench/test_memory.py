@@ -16,9 +16,11 @@ from tests.methods.test_hiermoe import cluster
         ("flat", {}),
         ("hecate", {"t": 3, "reshard_every": 2}),
         ("hecate-rm", {"t": 3, "reshard_every": 2}),
+        ("fastermoe", {"shadows": 2}),
+        ("eplb", {}),
         ("fsmoe", {}),
     ],
-    ids=["flat", "hecate", "hecate-rm", "fsmoe"],
+    ids=["flat", "hecate", "hecate-rm", "fastermoe", "eplb", "fsmoe"],
 )
 def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
     changes = {"workload": {"name": "w", "tokens_per_rank": 16, "generator": "uniform"}, "dtype": "float32"}
@@ -27,7 +29,12 @@ def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
     for found in every:
         measured, planned = found["measured"], found["planned"]
         assert tuple(measured) == memory.PARTS
-        assert {part: measured[part] for part in planned} == planned
+        static = ("parameters", "gradients", "optimizer", "materialised")
+        assert [measured[part] for part in static] == [planned[part] for part in static]
+        assert ("activations" in planned) == (system != "fsmoe")  # which sends padded chunks
+        if "activations" in planned:
+            assert measured["activations"] == pytest.approx(planned["activations"], rel=2e-3)
+            assert measured["peak"] == pytest.approx(planned["peak"], rel=0.1)
         static = measured["parameters"] + measured["optimizer"]
         assert measured["activations"] > 0
         assert measured["peak"] >= static + max(
@@ -35,7 +42,7 @@ def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
         )
         assert measured["peak"] <= sum(measured[part] for part in memory.PARTS[:-1]) + 300_000  # what a task needs
     copies = [found["measured"]["materialised"] for found in every]
-    assert (max(copies) > 0) == system.startswith("hecate")
+    assert (max(copies) > 0) == (system.startswith("hecate") or system == "fastermoe")
     if system == "hecate-rm":  # one layer's at a time
         assert max(copies) <= 3 * 2 * 32 * 32 * 4
     if system != "fsmoe":  # which gathers tokens

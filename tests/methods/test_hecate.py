@@ -7,6 +7,7 @@ import pytest
 
 from harness import memory, presets, registry
 from harness.bench.race import make_case
+from harness.bench.train import training_case
 from harness.errors import UserError
 from harness.specs import Experiment
 from harness.topology import Topology
@@ -112,13 +113,36 @@ def test_options_out_of_range_are_refused(options, message):
 
 
 def test_a_shard_that_does_not_fit_is_refused_with_the_arithmetic():
-    small = presets.cluster("emulated-2x4").model_copy(update={"device_memory_bytes": 9_000_000})
-    for options, fits in (({"t": 0}, True), ({"t": 8}, False), ({"t": 8, "rematerialise": True}, True)):
+    small = presets.cluster("emulated-2x4").model_copy(update={"device_memory_bytes": 13_000_000})
+    whole = {"t": 8, "m": 8}
+    for options, fits in (({"t": 0}, True), ({"t": 8}, True), (whole, False), (whole | {"rematerialise": True}, True)):
         given = experiment(cluster=small, options=options)
         found = memory.refusal(given, registry.system("hecate"), make_case(given, Topology((2, 4))))
         assert (found is None) == fits, found
-    given = experiment(cluster=small, options={"t": 8})
+    given = experiment(cluster=small, options={"t": 8, "m": 8})
     said = memory.refusal(given, registry.system("hecate"), make_case(given, Topology((2, 4))))
+    assert said is not None
     assert said.startswith("a shard of ")
     assert "copies and their gradients" in said
     assert "GB a device" in said
+
+
+def test_as_many_are_materialised_as_a_device_has_memory_for():
+    """m, where it is not given: what is left beside state and activations holds copies of all layers and one layer's
+    gradients."""
+    topology, known = Topology((2, 4)), registry.system("hecate")
+    for options, most in (({"t": 8}, 8), ({"t": 8, "m": 3}, 3), ({"t": 8, "rematerialise": True}, 8)):
+        given = experiment(cluster=presets.cluster("emulated-2x4"), options=options)
+        assert known.policy(training_case(given, topology, "cpu", 0), None).m == most  # nothing is stated
+    free = None
+    for copies in (0, 1, 5):
+        given = experiment(cluster=presets.cluster("emulated-2x4"), options={"t": 8})
+        each = memory.expert_bytes(given.model, given.dtype)
+        limit = 10**8 if free is None else int(10**8 - free + copies * (given.model.num_layers + 1) * each) + 1
+        tight = presets.cluster("emulated-2x4").model_copy(update={"device_memory_bytes": limit})
+        case = training_case(experiment(cluster=tight, options={"t": 8}), topology, "cpu", 0)
+        if free is None:
+            free = case.room_bytes
+            continue
+        assert known.policy(case, None).m == copies
+        assert memory.refusal(experiment(cluster=tight, options={"t": 8}), known, case) is None

@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 from harness import ledger, presets
+from harness.plan.graph import COMPUTE, INTER, Plan, Timeline
+from harness.plan.prices import Prices
+from harness.plan.simulate import simulate
 from harness.specs import Experiment
 from harness.topology import Topology
 from methods.hecate import predict
+from methods.hecate.host import beside, merged
 
 SYSTEMS = ["flat", "smartmoe", "fastermoe", "flexmoe", "eplb", "fsdp-experts", "hecate", "hecate-rm"]
 MODEL = {
@@ -105,3 +109,29 @@ def test_only_what_is_known_is_predicted():
     assert simulator._timelines(experiment("flat", compute="real")) == {}
     assert simulator._timelines(experiment("flat", phase="layer")) == {}
     assert simulator._timelines(experiment("megatron")) == {}
+
+
+def test_what_the_processor_does_beside_is_taken_from_what_ran():
+    executed, simulated = Plan(), Plan()
+    for name, lane in (("layer0.forward.attention", COMPUTE), ("layer0.forward.metadata", INTER),
+                       ("layer0.forward.experts", COMPUTE), ("optimizer", COMPUTE)):  # fmt: skip
+        executed.add(name, lane)
+        simulated.add(name, lane)
+    start = np.array([[0.0, 0.0], [5.0, 6.0], [7.0, 7.0], [9.0, 9.0]])
+    ran = Timeline(executed, start, start + np.array([[4.0, 6.0], [3.0, 2.0], [1.0, 1.0], [2.0, 3.0]]))
+    said = Timeline(simulated, np.zeros(4), np.array([3.0, 0.5, 0.5, 0.0]))
+    assert beside(ran, said) == {"forward.attention": 2.0, "forward.metadata": 1.5, "optimizer": 2.5}
+    assert merged([{"a": 1.0}, {"a": 2.0, "b": 4.0}]) == {"a": 1.5, "b": 4.0}
+
+
+def test_the_processor_takes_as_much_under_every_system_and_the_optimizer_by_what_is_owned(links):
+    extra = {"forward.gate": 0.1, "optimizer": 0.2}
+    for system, owned in (("flat", 1.0), ("eplb", None)):
+        bare, whole = (step_seconds(experiment(system), links, given) for given in ({}, extra))
+        more = whole - bare - 2 * 0.1
+        assert more == pytest.approx(0.2) if owned else 0.2 < more < 0.4
+
+
+def step_seconds(given: Experiment, links: predict.Links, extra: dict[str, float]) -> float:
+    plan = predict.step_plan(given, links, extra)
+    return float(simulate(plan, Prices(given.cluster)).total_s)

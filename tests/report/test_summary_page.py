@@ -18,7 +18,7 @@ from tests.report.synthetic_run import RunMaker, fill
 
 SECTIONS = [
     summary.headline, summary.where, summary.routing, summary.speedups, summary.traffic, summary.light, summary.skew,
-    summary.training, summary.setbacks, summary.provenance,
+    summary.training, summary.memory, summary.setbacks, summary.provenance,
 ]  # fmt: skip
 
 
@@ -155,6 +155,21 @@ def test_losses_that_differ_are_shown(maker, make_experiment):
         maker.trained(train, 0.1, steps=11, apart=apart)
     html = summary.training(load(maker.path)).html
     assert "1.0e-02" in html
+
+
+def test_memory_is_of_the_rank_that_has_the_most_beside_its_plan(maker, make_experiment):
+    train = make_experiment("flat", "balanced-512", "local-2", "gpt-tiny-moe", "train_step", dtype="float32")
+    base = maker.base(train, 0) | {"unit": "bytes"}
+    for rank, most in ((0, 3e6), (1, 4e6)):
+        for metric, part, value in (
+            ("memory_bytes", "parameters", 1e6), ("memory_bytes", "peak", most), ("memory_planned_bytes", "peak", 5e6),
+        ):  # fmt: skip
+            maker.append([{**base, "metric": metric, "level": part, "rank": rank, "value": value}])
+    run = load(maker.path)
+    frame = compare.memory(run).set_index("part")
+    assert frame.loc["peak", ["measured_bytes", "planned_bytes"]].to_list() == [4e6, 5e6]
+    assert pd.isna(frame.loc["parameters", "planned_bytes"])
+    assert "1.250" in summary.memory(run).html
 
 
 def test_run_of_refused_cells_says_what_is_missing_in_every_section(maker, make_experiment):
