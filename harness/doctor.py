@@ -37,7 +37,12 @@ def examine(results: Path = Path("results")) -> list[Finding]:
     findings = [_python(), _dependencies(), _torch(), _accelerator(), *_packages(), _huggingface()]
     findings += [_tool("ip", IPROUTE), _tool("tc", IPROUTE), _tool("unshare", "apt-get install util-linux")]
     findings += [_namespaces(), _shaping(), _latency()]
-    findings += [_disk(results), _slurm(), _tool("git", "apt-get install git", "no commit in the provenance of a run")]
+    findings += [
+        _disk(results),
+        _slurm(),
+        _one_machine_slurm(),
+        _tool("git", "apt-get install git", "no commit in the provenance of a run"),
+    ]
     return findings
 
 
@@ -167,6 +172,14 @@ def _slurm() -> Finding:
     if absent:
         return Finding("slurm", "missing", f"not found: {', '.join(absent)}", "none needed on one machine")
     return Finding("slurm", "ok", _output(["sbatch", "--version"]))
+
+
+def _one_machine_slurm() -> Finding:
+    from harness.launch.slurm import refusal
+
+    what, _, remedy = (refusal() or "").removeprefix("no one-machine Slurm: ").partition("; ")
+    name = "one-machine slurm"
+    return Finding(name, "missing", what, remedy) if what else Finding(name, "ok", "slurm/one-machine up")
 
 
 def _output(command: list[str]) -> str:

@@ -38,7 +38,10 @@ def test_python_m_harness_is_the_same_thing():
     assert (done.returncode, done.stdout) == (0, "0.1.0\n")
 
 
-@pytest.mark.parametrize("command", ["doctor", "list", "check", "record", "profile", "run", "report"])
+@pytest.mark.parametrize(
+    "command",
+    ["doctor", "list", "check", "record", "profile", "run", "report", "sweep", "status", "resume", "cancel", "regress"],
+)
 def test_every_help_teaches_by_example(moebench, command):
     status, out, _ = moebench(command, "--help")
     assert status == 0
@@ -92,6 +95,11 @@ def test_list_everything_as_tables(moebench):
         (["report", "summary", "--run", "never-made"], "never-made"),
         (["report", "summary", "-p", "baseline"], "--param: 'baseline': write KEY=VALUE"),
         (["profile", "emulated-2x5"], "did you mean 'emulated-2x4'?"),
+        (["sweep", "smok", "--on", "local"], "sweep: 'smok': unknown; did you mean 'smoke'?"),
+        (["sweep", "smoke", "--on", "lsf"], "--on: 'lsf': must be local or slurm"),
+        (["status", "never-made"], "there is none; known sweeps are none yet"),
+        (["regress", "--base", "no-such-revision"], "is neither a folder nor a revision"),
+        (["regress", "--suite", "quik"], "did you mean 'quick'?"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(moebench, monkeypatch, tmp_path, words, message):

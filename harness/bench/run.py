@@ -71,6 +71,7 @@ class Settings:
     refuse_cpu_bound: bool = False
     timeout_s: float | None = None  # of one race; None: from its estimate
     checkpoint_every: int = 10  # training steps, where experts change places; 0: never
+    part: str = ""  # what tells this process from others that fill the same folder: a job of a sweep
 
 
 def run_suite(
@@ -140,13 +141,13 @@ def run_plan(each: Plan, settings: Settings, argv: list[str]) -> None:
         with Sessions(each, settings, launch, races) as sessions:
             sessions.write_record(store, argv)
             for race in races:
-                report({"did": "begin", "text": f"launch {launch}: {describe(race)}"})
+                report({"did": "begin", "text": f"launch {launch}: {describe(race)}", **stamp(race, launch)})
                 answers, failed = sessions.run(race, report)
                 rows = tidy.rows_of_race(race, sessions.setting, answers, failed)
                 for cell, timelines in tidy.timelines_of_race(answers).items():
                     store.write_trace(cell, timelines)
                 store.append(rows)  # last: what has rows is finished
-                report({"did": "race", "units": _units(race)})
+                report({"did": "race", "units": _units(race), **stamp(race, launch)})
 
 
 class Sessions:
@@ -203,37 +204,25 @@ class Sessions:
         """Folder of the trainings that this launch has begun."""
         return self.settings.run_dir / "checkpoints" / f"launch-{self.launch}"
 
+    @property
+    def _place(self) -> str:
+        return f"launch-{self.launch}-{self.plan.cluster.name}-{self.plan.wire}"
+
     def _on_their_way(self, cell: str) -> str:
         path = self.checkpoints / cell / "moving.json"
         return f"; experts were changing places, from where and to where is in {path}" if path.exists() else ""
 
     def write_record(self, store: Store, argv: list[str]) -> None:
         """What ran where, beside the rows of this launch."""
-        experiments = [experiment for race in self.races for experiment in race.experiments]
-        certificates = {race.digest: tidy.certificate(race.first) for race in self.races}
-        store.write_record(
-            f"launch-{self.launch}-{self.plan.cluster.name}-{self.plan.wire}-{int(time.time())}",
-            {
-                "launch": self.launch,
-                "date": tidy.now_utc(),
-                "argv": argv,
-                "experiments": {e.digest: e.model_dump(mode="json") for e in experiments},
-                "certificates": {race: found.as_dict() for race, found in certificates.items() if found},
-                "seeds": {race.digest: race.first.workload.seed for race in self.races},
-                "repeats": {race.digest: race.repeats for race in self.races},
-                "cluster": self.plan.cluster.name,
-                "wire": self.plan.wire,
-                "evidence": self._session.evidence,
-                "network": dict(self._session.network),
-                **provenance.collect(e.system for e in experiments),
-            },
-        )
+        name = "-".join(filter(None, (self._place, self.settings.part, str(int(time.time())))))
+        evidence, network = self._session.evidence, dict(self._session.network)
+        store.write_record(name, record_of_launch(self.plan, self.launch, self.races, evidence, network, argv))
 
     def _start(self) -> None:
         from harness.launch.session import open_session
 
         self._open.close()
-        folder = self.settings.run_dir / "logs" / f"launch-{self.launch}-{self.plan.cluster.name}-{self.plan.wire}"
+        folder = self.settings.run_dir / "logs" / "-".join(filter(None, (self._place, self.settings.part)))
         self._session = self._open.enter_context(
             open_session(
                 self.plan.cluster,
@@ -255,6 +244,28 @@ class Sessions:
         return MIN_TIMEOUT_S + 10 * sum(tidy.estimate_s(e, race.repeats, race.warmup) for e in race.experiments)
 
 
+def record_of_launch(
+    each: Plan, launch: int, races: list[Race], evidence: str, network: dict[str, Any], argv: list[str]
+) -> dict[str, Any]:
+    """Enough to run ``races`` again, and to know what they ran on."""
+    experiments = [experiment for race in races for experiment in race.experiments]
+    certificates = {race.digest: tidy.certificate(race.first) for race in races}
+    return {
+        "launch": launch,
+        "date": tidy.now_utc(),
+        "argv": argv,
+        "experiments": {e.digest: e.model_dump(mode="json") for e in experiments},
+        "certificates": {race: found.as_dict() for race, found in certificates.items() if found},
+        "seeds": {race.digest: race.first.workload.seed for race in races},
+        "repeats": {race.digest: race.repeats for race in races},
+        "cluster": each.cluster.name,
+        "wire": each.wire,
+        "evidence": evidence,
+        "network": network,
+        **provenance.collect(e.system for e in experiments),
+    }
+
+
 def put_aside(run_dir: Path) -> None:
     """Keep an older run under another name."""
     if run_dir.exists():
@@ -273,6 +284,11 @@ def summary(store: Store, suite: Suite) -> dict[str, int]:
     rows = rows[rows["metric"].isin(["time_s", "status"])]
     statuses = rows.groupby(["cell", "launch"])["status"].first()
     return {str(status): int(count) for status, count in statuses.value_counts().items()}
+
+
+def stamp(race: Race, launch: int) -> dict[str, Any]:
+    """What a message of a sweep's job says besides: when, and which race of which launch."""
+    return {"at": time.time(), "race": race.digest, "launch": launch}
 
 
 def _units(race: Race) -> int:

@@ -25,6 +25,7 @@ from harness.plan.graph import Timeline
 
 SCHEMA_VERSION = 1
 _VERSION_KEY = b"moebench_schema_version"
+_CELLS_KEY = b"moebench_cells"  # in a part's footer: what ``Store.outcomes`` tells, so that nobody need read the rows
 
 #: One value a row. ``rep`` -1: not of one repetition; ``rank`` -1: of the whole job.
 SCHEMA = pa.schema(
@@ -58,6 +59,8 @@ SCHEMA = pa.schema(
     metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )
 COLUMNS: tuple[str, ...] = tuple(SCHEMA.names)
+#: of one cell in one launch: when its latest rows were made, its status and why, and whether it need not run again
+Told = tuple[str, str, str, bool]
 STATUSES = ("ok", "refused", "failed", "hung", "oom", "nonconforming", "unphysical", "cpu_bound")
 
 
@@ -92,6 +95,7 @@ class Store:
         if unknown := set(rows["status"]) - set(STATUSES):
             raise ValueError(f"unknown status {sorted(unknown)}; known are {', '.join(STATUSES)}")
         table = pa.Table.from_pandas(rows[list(COLUMNS)], schema=SCHEMA, preserve_index=False)
+        table = table.replace_schema_metadata({**(SCHEMA.metadata or {}), _CELLS_KEY: json.dumps(_told(rows)).encode()})
         path = self.path / f"rows-{launches[0]}-{uuid.uuid4().hex}.parquet"
         self._write_whole(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
         return path
@@ -168,6 +172,21 @@ class Store:
         done = rows[(rows["metric"] == "time_s") | (rows["status"] == "refused")]
         return {(str(cell), int(launch)) for cell, launch in zip(done["cell"], done["launch"], strict=True)}
 
+    def outcomes(self) -> dict[tuple[str, int], Told]:
+        """What became of every (cell, launch) that has rows, in its latest attempt; from the parts' footers alone, so
+        a damaged part may still be told here, while ``read`` leaves it out."""
+        found: dict[tuple[str, int], Told] = {}
+        for path in self.path.glob("rows-*.parquet"):
+            try:
+                metadata = pq.read_metadata(path).metadata or {}
+                cells = json.loads(metadata[_CELLS_KEY]) if _CELLS_KEY in metadata else _told_of(path)
+            except (pa.ArrowException, OSError, ValueError):
+                continue
+            for cell, launch, *told in cells:
+                if (cell, launch) not in found or found[cell, launch][0] < told[0]:
+                    found[cell, launch] = tuple(told)
+        return found
+
     def records(self) -> dict[str, dict[str, Any]]:
         """Every record by name; one that cannot be read is left out with a warning."""
         found: dict[str, dict[str, Any]] = {}
@@ -192,6 +211,26 @@ class Store:
                 remedy = "delete it; `moebench run` then runs its cells again"
                 problems.append(f"{path}: damaged or not a moebench part ({_one_line(error)}): {remedy}")
         return tables, problems
+
+
+def _told(rows: pd.DataFrame) -> list[list[Any]]:
+    """[cell, launch, *``Told``] of every cell in ``rows``."""
+    decisive = rows[rows["metric"].isin(["time_s", "status"])].groupby(["cell", "launch"]).first()
+    return [
+        [str(cell), int(launch), row["time_utc"], row["status"], row["reason"][:500], bool(done)]
+        for (cell, launch), row, done in zip(
+            decisive.index,
+            decisive.to_dict("records"),
+            (decisive["metric"] == "time_s") | (decisive["status"] == "refused"),
+            strict=True,
+        )
+    ]
+
+
+def _told_of(path: Path) -> list[list[Any]]:
+    """Of a part whose footer does not tell."""
+    columns = ["cell", "launch", "metric", "time_utc", "status", "reason"]
+    return _told(pq.read_table(path, columns=columns).to_pandas())
 
 
 def _check_version(path: Path, schema: pa.Schema) -> None:

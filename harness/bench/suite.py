@@ -9,7 +9,8 @@
         system: [megatron, flat, {name: hiermoe-hd2, options: {chunks: 4}}]
         phase: exchange
 
-Names refer to presets; a mapping in the place of a name is a specification of its own. Lists expand as a grid.
+Names refer to presets; a mapping in the place of a name is a specification of its own. Lists expand as a grid. ``seed``
+takes the place of the workload's own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _DEFAULTS: dict[str, Any] = {
     "wire": "recv_first",
     "compute": "real",
     "model_parallel": False,
+    "seed": None,
     "repeats": 5,
     "warmup": 1,
     "launches": 3,
@@ -98,7 +100,12 @@ def load(source: Path | str) -> Suite:
 
 def parse(text: str, where: str) -> Suite:
     """``text`` of an experiments file; ``where`` is its name in error messages."""
-    data = presets.parse_yaml(text, where)
+    return from_data(presets.parse_yaml(text, where), where)
+
+
+def from_data(data: Any, where: str, *, distinct: bool = False, physical: bool = False) -> Suite:
+    """The same from what the file holds. ``distinct``: two cells with one identity are an error, and not one cell;
+    ``physical``: a physical cluster may run, because an allocation has it."""
     if not isinstance(data, Mapping):
         raise bad(where, data, f"must be a mapping with {', '.join(_SUITE_KEYS)}")
     _check_keys(data, _SUITE_KEYS, where)
@@ -119,19 +126,22 @@ def parse(text: str, where: str) -> Suite:
             if key not in fields:
                 raise bad(here, dict(entry), f"has no {key}; give it here or under defaults")
         for choice in _grid(fields):
-            _add(races, choice, here)
+            _add(races, choice, here, distinct, physical)
     return Suite(name, tuple(races.values()))
 
 
-def _add(races: dict[str, Race], choice: dict[str, Any], here: str) -> None:
+def _add(races: dict[str, Race], choice: dict[str, Any], here: str, distinct: bool, physical: bool) -> None:
     """Put one resolved cell into its race; what several entries ask of one race, the most demanding decides."""
     experiment = _experiment(choice, here)
     counts = {key: choice[key] for key in _COUNTS}
     known = races.get(experiment.race)
     if known is None:
-        _check_case(experiment, here)
+        _check_case(experiment, here, physical)
         races[experiment.race] = Race((experiment,), **counts)
         return
+    if distinct and experiment in known.experiments:
+        same = f"{experiment.system} on {experiment.workload.name}, {experiment.cluster.name}"
+        raise bad(here, same, f"is in this file twice (identity {experiment.digest}); leave one out or change a field")
     experiments = known.experiments if experiment in known.experiments else (*known.experiments, experiment)
     races[experiment.race] = Race(experiments, **{key: max(counts[key], getattr(known, key)) for key in _COUNTS})
 
@@ -152,6 +162,12 @@ def _experiment(choice: dict[str, Any], here: str) -> Experiment:
             "cluster": _resolve(choice["cluster"], presets.cluster, Cluster, f"{here}.cluster"),
             "workload": _resolve(choice["workload"], presets.workload, Workload, f"{here}.workload"),
         }
+    if choice["seed"] is not None:
+        _check_count(choice["seed"], f"{here}.seed", 0)
+        if choice["seed"] != (own := fields["workload"]).seed:
+            fields["workload"] = own.model_copy(
+                update={"seed": choice["seed"], "name": f"{own.name}-s{choice['seed']}"}
+            )
     for option in options:
         if option not in known.options:
             raise bad(
@@ -189,11 +205,11 @@ def _resolve(value: Any, preset: Callable[[str], Any], spec: type[Any], here: st
     return preset(value)
 
 
-def _check_case(experiment: Experiment, here: str) -> None:
+def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
     """What can be told without a rank: the routing exists, and the experts divide."""
     workload, topology = experiment.workload, Topology(experiment.cluster.shape)
     with _at(here):
-        if experiment.cluster.kind == "physical":
+        if experiment.cluster.kind == "physical" and not physical:
             raise bad(
                 "cluster", experiment.cluster.name, "is a published set-up to be simulated; run on local or emulated"
             )

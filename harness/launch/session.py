@@ -230,6 +230,7 @@ class Session:
                 pass_fds=(control, *self._setup.fds),
                 env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process alone
+                preexec_fn=_leave_slurms_warnings_to_the_job if "SLURM_JOB_ID" in os.environ else None,
             )
 
     def _await_start(self, timeout_s: float) -> None:
@@ -386,6 +387,12 @@ def _use_cuda(cluster: Cluster) -> bool:
     import torch
 
     return torch.version.cuda is not None
+
+
+def _leave_slurms_warnings_to_the_job() -> None:
+    """Slurm warns every process of a job before it ends it; the job, not a rank, decides what then happens."""
+    for warning in (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT):
+        signal.signal(warning, signal.SIG_IGN)
 
 
 def _oom_kills() -> int:

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from harness.report import claims, figures, gantt, page, study_figures
 from harness.report.claims import Sources, Value, Verdict
 from harness.report.columns import as_printed, columns_of, kept, words
+from harness.report.keep import keep
 from harness.report.own_run import OwnRun, Simulator
 from harness.report.page import Column, Html
 from harness.report.run import load
@@ -188,10 +189,9 @@ class Paper:
     # ------------------------------------------------------------------ plumbing
 
     def keep(self, name: str, frame: pd.DataFrame) -> None:
-        """As CSV beside the page."""
+        """As CSV and LaTeX beside the page."""
         if self.tables is not None:
-            self.tables.mkdir(parents=True, exist_ok=True)
-            frame.to_csv(self.tables / f"{name}.csv", index=False)
+            keep(self.tables, name, frame)
 
 
 def verdict_badge(outcome: str) -> Markup:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from harness.bench.store import Store
 from harness.errors import bad
+from harness.report.keep import keep
 
 #: What a race, its cluster and its evidence share; one panel or table of the report is one such group.
 GROUP = ["phase", "cluster", "model", "dtype", "wire", "evidence", "network", "compute"]
@@ -62,10 +63,8 @@ class Run:
         return self.rows[self.rows["metric"] == name]
 
     def write_table(self, name: str, frame: pd.DataFrame) -> None:
-        """Keep ``frame`` as ``report/tables/NAME.csv`` beside the run."""
-        folder = self.path / "report" / "tables"
-        folder.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(folder / f"{name}.csv", index=False)
+        """Keep ``frame`` as ``report/tables/NAME.csv`` (and .tex) beside the run."""
+        keep(self.path / "report" / "tables", name, frame)
 
 
 def load(run_dir: Path | str, *, baseline: str = "megatron", control: str = "flat") -> Run:

@@ -15,7 +15,7 @@ import pytest
 
 from harness.bench.store import Store
 from harness.bench.suite import load
-from harness.cli import _notebook_and_run
+from harness.cli.run import _notebook_and_run
 from harness.errors import UserError
 from harness.plan.graph import Plan, Timeline
 from harness.report import claims, render

@@ -1,0 +1,49 @@
+"""``moebench``: one command per thing that one does with the instrument, in one room per kind of thing.
+
+Results go to stdout (``--json``: one JSON value and nothing else), progress and errors to stderr. Exit codes: 0 done,
+1 something was checked and found wrong, 2 bad input. Heavy imports happen inside the commands, so that ``--help``
+answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from harness import __version__
+from harness.cli import inputs, look, regress, run, sweep
+from harness.errors import UserError
+
+app = typer.Typer(
+    name="moebench",
+    help="Mixture-of-experts training systems side by side: same weights, same tokens, same routing, same oracle.",
+    epilog="Begin with **moebench doctor**, then **moebench run --suite quick**.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for room in (look, inputs, run, sweep, regress):
+    app.add_typer(room.commands)
+
+
+def main() -> None:
+    """Run the command line; a ``UserError`` becomes one line on stderr and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"moebench: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("moebench: interrupted; finished cells are kept\n")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit

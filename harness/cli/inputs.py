@@ -1,0 +1,153 @@
+"""What runs and simulations start from: recorded routing, placements, calibrations."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness import console
+from harness.cli.options import Json
+
+if TYPE_CHECKING:
+    from harness.routing.record import Summary
+
+commands = typer.Typer()
+
+
+@commands.command(name="record")
+def record_(
+    out: Annotated[Path, typer.Option(help="The trace to write (.parquet).")],
+    model: Annotated[str, typer.Option(help="Model preset to train (moebench list models).")] = "record-e16k2",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
+    at: Annotated[list[int] | None, typer.Option(help="Record after this many steps; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to record at each step.")] = 16384,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
+    weights: Annotated[Path | None, typer.Option(help="Keep the trained model too, for serving (.npz).")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face MoE model to record from.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Record real routing: train a small MoE language model on the text that ships with Python.
+
+    The routing of every layer is kept early, midway and late in training, or where --at says. With --checkpoint
+    nothing is trained: the routing is that of the given model.
+
+    ```
+    moebench record --model record-e64k8 --out my-trace.parquet
+    moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
+    ```
+    """
+    from harness import presets
+    from harness.routing import huggingface, record
+
+    command = shlex.join(["moebench", *sys.argv[1:]])
+    with console.progress("reading the text that ships with Python") as bar:
+
+        def heard(now: record.Progress) -> None:
+            if bar.console.is_terminal or now.step % max(1, now.num_steps // 20) == 0:
+                console.say(bar, f"step {now.step} of {now.num_steps}, loss {now.loss:.3f}")
+
+        common: dict[str, Any] = {"num_tokens": tokens, "command": command, "progress": heard}
+        if checkpoint:
+            made = huggingface.record_checkpoint(checkpoint, out, **common)
+        else:
+            made = record.record(
+                presets.model(model), out, num_steps=steps, steps=at or None, seed=seed, weights=weights, **common
+            )
+    _show_recording(made, as_json)
+
+
+@commands.command()
+def place(
+    model: Annotated[str, typer.Option(help="Model preset whose experts are placed (moebench list models).")],
+    trace: Annotated[Path, typer.Option(help="Recorded routing of that model (moebench record).")],
+    cluster: Annotated[str, typer.Option(help="Cluster preset (moebench list clusters).")],
+    out: Annotated[Path, typer.Option(help="The placement to write (.json).")],
+    method: Annotated[str, typer.Option(help="How to place; an unknown name lists all.")] = "moetuner",
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Neighbouring ranks that share each expert.")] = 1,
+    step: Annotated[int | None, typer.Option(help="Recorded training step; by default the last.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the tokens to judge by and not to plan with.")] = 0.25,
+    bandwidths: Annotated[Path | None, typer.Option(help="CSV of rates between ranks, not the cluster's.")] = None,
+    gap: Annotated[float, typer.Option(min=0.0, help="Relative gap at which a program counts as solved.")] = 0.025,
+    time_limit: Annotated[float, typer.Option(min=0.1, help="Seconds; then the best placement so far is kept.")] = 300,
+    as_json: Json = False,
+) -> None:
+    """Place the experts of all layers by recorded routing, and write a placement that ``moebench run`` serves with.
+
+    Part of the recording is held out: the placement is judged on it, beside random placements (objective 2).
+
+    ```
+    moebench place --model record-l32e8k2 --trace record-l32e8k2.parquet --cluster local-4 --out placement.json
+    moebench place --model mixtral-8x7b --trace record-l32e8k2.parquet --cluster moetuner-multi --tensor-parallel 4 \
+      --method exflow --out exflow.json
+    ```
+    """
+    from harness import placing
+
+    wanted = placing.Wanted(model, trace, cluster, method, tensor_parallel, step, held_out, bandwidths, gap, time_limit)
+    with console.progress(f"place {model} by {method}") as bar:
+        made = placing.place(wanted, lambda text: console.say(bar, text), shlex.join(["moebench", *sys.argv[1:]]))
+    placing.write(out, made)
+    if as_json:
+        return console.print_json(made.model_dump(mode="json"))
+    rows = [{"on": name, **found} for name, found in made.scores.items()]
+    console.show(
+        rows, f"{out}: {made.method}, {len(made.slots)} layers of {made.num_experts} experts, {made.num_ranks} ranks"
+    )
+    console.show(
+        [{k: v for k, v in made.objective.items() if not isinstance(v, dict)} | {"time_s": made.time_s}], "solved"
+    )
+    if parts := {k: v for k, v in made.objective.items() if isinstance(v, dict)}:
+        console.show([{"program": name, **part} for name, part in parts.items()], "programs")
+    for note in made.notes:
+        typer.echo(f"- {note}")
+
+
+@commands.command()
+def profile(
+    cluster: Annotated[str, typer.Argument(help="A local or emulated cluster preset (moebench list clusters).")],
+    system: Annotated[list[str] | None, typer.Option(help="Fit this system's layer too; may be repeated.")] = None,
+    model: Annotated[str, typer.Option(help="Model preset whose layer that is.")] = "local-m512-e16k2",
+    as_json: Json = False,
+) -> None:
+    """Fit what a simulator needs to know of a cluster, and add it to the ledger in results/ledger.
+
+    Start-up time and time per byte of every collective on every link level (n bytes are one rank's buffer; all groups
+    of a level work at once) and of matrix products, each with its error at sizes that were held out; how much busy
+    lanes slow each other down; with --system, a whole layer over its tokens.
+
+    ```
+    moebench profile emulated-2x4
+    moebench profile emulated-2x4 --system megatron --system flat
+    moebench profile local-4 --json
+    ```
+    """
+    from harness import presets, profiling
+
+    spec = presets.cluster(cluster)
+    with console.progress(f"profiling {spec.name}") as bar:
+        made, path = profiling.profile(spec, lambda text: console.say(bar, text), system or [], model)
+    if as_json:
+        return console.print_json(made.model_dump(mode="json") | {"path": str(path)})
+    from harness import ledger
+
+    title = f"{spec.name}, {made.evidence}, {made.network['network']}: {path}"
+    if made.foreign_cores > 0.3:
+        title += f" (other programs kept {made.foreign_cores:.1f} cores busy: profile again when they do not)"
+    console.show(ledger.fit_rows(made), title)
+    console.show(ledger.contention_rows(made), "how much longer work on a lane takes while another is busy")
+
+
+def _show_recording(made: Summary, as_json: bool) -> None:
+    """What a recording holds: for each step its loss and every layer's max/mean load over experts."""
+    if as_json:
+        return console.print_json(dataclasses.asdict(made))
+    rows = [
+        {"step": step, "loss": made.loss[step]} | {f"max/mean layer {i}": skew for i, skew in enumerate(skews)}
+        for step, skews in made.max_over_mean.items()
+    ]
+    console.show(rows, f"{made.path}: {made.num_tokens} tokens, {made.num_bytes / 1e6:.2f} MB, {made.time_s:.0f} s")

@@ -1,0 +1,120 @@
+"""What there is: this machine, names, systems that agree with the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from harness import console
+from harness.cli.options import Json
+from harness.errors import bad
+from harness.specs import DTYPE_BYTES
+
+commands = typer.Typer()
+STATUS_COLOURS = {"refused": "yellow", "nonconforming": "bold red", "failed": "bold red", "hung": "bold red"}
+
+
+@commands.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine can do, what is missing, and the command that brings it.
+
+    Exit status 1 if something required is broken; something optional that is missing is no failure.
+
+    ```
+    moebench doctor
+    moebench doctor --json
+    ```
+    """
+    from harness.doctor import examine
+
+    findings = examine()
+    rows = [dataclasses.asdict(finding) for finding in findings]
+    if as_json:
+        console.print_json(rows)
+    else:
+        console.show(rows, "this machine", {"ok": "green", "missing": "yellow", "broken": "bold red"})
+    if any(f.state == "broken" for f in findings):
+        raise typer.Exit(1)
+
+
+@commands.command(name="list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="systems, models, clusters or workloads; all of them if left out.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Systems, models, clusters and workloads by name.
+
+    With --json everything about each: shapes, constants, options, sources and interpretations.
+
+    ```
+    moebench list systems
+    moebench list clusters --json
+    ```
+    """
+    from harness.listing import KINDS, full, listing
+
+    if kind and kind not in KINDS:
+        raise bad("kind", kind, f"unknown; name one of {', '.join(KINDS)}")
+    kinds = [kind] if kind else list(KINDS)
+    if as_json:
+        found = {each: full(each) for each in kinds}
+        return console.print_json(found[kind] if kind else found)
+    for each in kinds:
+        console.show(listing(each), each)
+
+
+@commands.command()
+def check(
+    systems: Annotated[list[str] | None, typer.Argument(help="Names of systems (moebench list systems).")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Check every system.")] = False,
+    ranks: Annotated[
+        int | None, typer.Option(help="Local ranks over loopback (default 4); 16 experts must divide over them.")
+    ] = None,
+    cluster: Annotated[str, typer.Option(help="A local or emulated cluster preset, instead of --ranks.")] = "",
+    dtype: Annotated[list[str] | None, typer.Option(help="Only these number formats; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Conformance: every system against the dense float64 oracle, forward and backward.
+
+    Ragged tokens, ranks and experts without tokens, k = 1, k = E, drops, every gate. What a system cannot do is
+    refused with its reason; exit status 1 if anything is wrong, or if nothing at all could be checked.
+
+    ```
+    moebench check flat hiermoe-hd2 --ranks 4
+    moebench check --all --ranks 8 --json
+    moebench check hiermoe-hd2 --cluster emulated-2x4
+    ```
+    """
+    from harness import checks, presets, registry
+
+    if every == bool(systems):
+        raise bad("systems", systems or [], "name at least one, or give --all (moebench list systems)")
+    _check_words("--dtype", dtype or [], DTYPE_BYTES)
+    names = list(registry.systems()) if every else [registry.system(name).name for name in systems or []]
+    where = presets.cluster(cluster) if cluster else checks.local_cluster(4 if ranks is None else ranks)
+    if ranks not in (None, where.num_ranks):
+        shape = " x ".join(map(str, where.shape))
+        raise bad(
+            "--ranks", ranks, f"but the levels of {cluster}, {shape}, multiply to {where.num_ranks}; leave it out"
+        )
+    with console.progress("check") as bar:
+        payload = {"dtypes": dtype} if dtype else {}
+        rows = checks.check_systems(names, where, payload, lambda text: console.say(bar, text))
+    if as_json:
+        console.print_json(rows)
+    else:
+        console.show(checks.summary(rows), f"largest relative errors over all trials and {where.num_ranks} ranks")
+        if notes := checks.setbacks(rows):
+            console.show(notes, "not ok", STATUS_COLOURS)
+    statuses = {row["status"] for row in rows}
+    if "ok" not in statuses or statuses - {"ok", "refused"}:
+        raise typer.Exit(1)
+
+
+def _check_words(field: str, words: Iterable[str], known: Iterable[str]) -> None:
+    for word in words:
+        if word not in known:
+            raise bad(field, word, f"must be one of {', '.join(known)}")

@@ -1,0 +1,152 @@
+"""Experiments, simulated or run, and pages over them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness import console
+from harness.cli.options import RUNS, Json, Results
+from harness.errors import bad
+
+commands = typer.Typer()
+SIMULATED = Path("results/simulated")
+
+
+@commands.command()
+def simulate(
+    name: Annotated[str, typer.Argument(help="A study; without one, they are listed.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the tables; each study gets one of its own in it.")] = SIMULATED,
+    as_json: Json = False,
+) -> None:
+    """Run a simulated study: a paper's experiments computed from published or profiled constants.
+
+    Every row says what evidence it is: simulated, or reported where the paper prints the same quantity. Tables are
+    kept as CSV, what they were made from as Parquet.
+
+    ```
+    moebench simulate
+    moebench simulate fsmoe-grid
+    moebench simulate fsmoe-models --json --out my-results
+    ```
+    """
+    from harness import studies
+
+    if not name:
+        rows = [{"name": name, "title": study.title} for name, study in studies.studies().items()]
+        return console.print_json(rows) if as_json else console.show(rows, "studies")
+    study = studies.study(name)
+    with console.progress(f"simulating {name}") as bar:
+        found = study.run(lambda text: console.say(bar, text))
+    paths = found.write(out / name)
+    tables = {title: found.rows(title) for title in found.tables}
+    if as_json:
+        return console.print_json(
+            {"study": name, "tables": tables, "notes": list(found.notes), "files": [str(path) for path in paths]}
+        )
+    for title, rows in tables.items():
+        console.show(rows, title)
+    for note in found.notes:
+        typer.echo(f"- {note}")
+    typer.echo(f"{out / name}: {', '.join(path.name for path in paths)}")
+
+
+@commands.command()
+def run(
+    experiments: Annotated[Path | None, typer.Argument(help="A YAML file of experiments.")] = None,
+    suite: Annotated[str, typer.Option(help="A suite that comes with moebench, instead of a file.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the run; by default that of the suite or file.")] = "",
+    launches: Annotated[int | None, typer.Option(min=1, help="How often to start anew, instead of the file's.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; do not resume after finished cells.")] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=0, help="Training steps between checkpoints where experts change places; 0: none.")
+    ] = 10,
+    results: Results = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Run experiments: every system checked first, then timed, interleaved with the others of its race.
+
+    Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
+    experts change places from its last checkpoint. What is refused or fails is a row
+    with its reason; exit status 1 only if no cell at all has a result.
+
+    ```
+    moebench run --suite quick
+    moebench run my-experiments.yaml --name mine --launches 5
+    ```
+    """
+    if (experiments is None) == (not suite):
+        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}|", name):
+        raise bad("--name", name, "must be a word of letters, digits, '.', '_' and '-'")
+    from harness.bench import run as bench
+    from harness.bench import suite as suites
+
+    chosen = suites.load(suite or str(experiments))
+    run_dir = results / (name or chosen.name)
+    counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
+    if as_json:
+        console.print_json({"run": str(run_dir), "cells": counts})
+    else:
+        typer.echo(f"{run_dir}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
+    if not counts.get("ok"):
+        raise typer.Exit(1)
+
+
+@commands.command()
+def report(
+    name: Annotated[str, typer.Argument(help="A notebook (summary), or the name of a run.")] = "summary",
+    run: Annotated[str, typer.Option(help="Run to report on; by default the latest, or a paper's own.")] = "",
+    param: Annotated[list[str] | None, typer.Option("-p", "--param", help="KEY=VALUE for the notebook.")] = None,
+    results: Results = RUNS,
+) -> None:
+    """Render a run, or a paper's experiments, as one self-contained HTML page, and print its path.
+
+    The tables lie beside it as CSV and LaTeX, and the executed notebook with them; results/index.html lists all pages.
+    A paper's page needs no run: what a run would add to it says which command makes that run. A sweep need not be over.
+
+    ```
+    moebench report quick
+    moebench report summary --run quick -p baseline=flat
+    moebench report fsmoe
+    moebench report compare --run new -p other=old
+    ```
+    """
+    from harness.report import render, suite
+
+    parameters = dict(_key_value(each) for each in param or [])
+    notebook, run_dir = _notebook_and_run(name, run, results)
+    out = results.parent / "report" if suite(notebook) else None
+    with console.progress(f"report {notebook}{f' on {run_dir.name}' if run_dir else ''}") as bar:
+        page = render(notebook, run_dir, out=out, parameters=parameters, progress=lambda text: console.say(bar, text))
+    from harness.report import index
+
+    typer.echo(page)
+    typer.echo(f"all reports: {index.write(results.parent)}", err=True)
+
+
+def _notebook_and_run(name: str, run: str, results: Path) -> tuple[str, Path | None]:
+    """``name`` may be a notebook, or (without --run) a run, which the summary then shows."""
+    from harness.report import notebooks, suite
+
+    runs = {path.name: path for path in results.glob("*/") if path.is_dir()}
+    if not run and name in runs:
+        return "summary", runs[name]
+    if name not in notebooks():
+        known = f"notebooks are {', '.join(notebooks())}; runs in {results} are {', '.join(sorted(runs)) or 'none yet'}"
+        raise bad("report", name, f"unknown; {known}")
+    if not run and (own := suite(name)):
+        return name, runs.get(own)
+    if not run and not runs:
+        raise bad("run", str(results), "holds no run yet; make one with moebench run --suite quick")
+    return name, results / run if run else max(runs.values(), key=lambda path: path.stat().st_mtime)
+
+
+def _key_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise bad("--param", text, "write KEY=VALUE")
+    return key, value

@@ -1,0 +1,142 @@
+"""Ranks that Slurm has started: one task of a job each, on as many nodes as it has. NCCL on GPUs, gloo on CPU.
+
+Every task calls ``join`` and then ``run_plan``; rank 0 stores. A rank that dies takes the job with it (srun
+--kill-on-bad-exit), which Slurm requeues: there is no supervisor beside the ranks as on one machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from submitit.helpers import TorchDistributedEnvironment
+
+from harness.bench import race, tidy
+from harness.bench.run import Plan, Settings, describe, record_of_launch, stamp
+from harness.bench.store import Store
+from harness.comm import wire as wires
+from harness.comm.job import Job
+from harness.errors import bad
+from harness.launch.allocation import report
+from harness.launch.kernel import use_batch_scheduling
+from harness.launch.network import INTERFACE, Counters
+from harness.launch.slurm import NETWORK_FACTS
+from harness.specs import Cluster
+from harness.topology import Topology
+
+RACE_S = 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The job as one rank sees it, with what its rows say of the network."""
+
+    job: Job
+    evidence: str
+    network: dict[str, Any]
+
+
+def join(cluster: Cluster) -> World:
+    """Meet the other tasks. ``UserError`` if the allocation is not the ``cluster``."""
+    environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    if environment.world_size != cluster.num_ranks or environment.local_world_size != cluster.shape[-1]:
+        have = f"{environment.world_size} tasks, {environment.local_world_size} a node"
+        raise bad("cluster", cluster.name, f"has {cluster.num_ranks} ranks, {cluster.shape[-1]} a node, the job {have}")
+    use_cuda = torch.cuda.is_available()
+    if use_cuda and torch.cuda.device_count() > 1:  # one visible: Slurm has bound a GPU to every task
+        torch.cuda.set_device(environment.local_rank)
+    device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+    os.environ["LOCAL_SIZE"] = str(environment.local_world_size)
+    facts: dict[str, Any] = {"backend": "nccl" if use_cuda else "gloo", "scheduler": use_batch_scheduling()}
+    if not use_cuda:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world_size))
+    dist.init_process_group(
+        facts["backend"],
+        timeout=datetime.timedelta(seconds=RACE_S),
+        device_id=device if use_cuda else None,
+    )
+    virtual = _virtual_nodes(cluster)
+    shared_clock = virtual is not None or cluster.num_nodes == 1
+    counters = _counters(cluster) if virtual else None
+    job = Job(Topology(cluster.shape), device, counters=counters, shared_clock=shared_clock)
+    network = {"network": "shaped" if virtual else "physical", "shaped": virtual is not None, "reason": ""}
+    return World(job, "emulated" if virtual else "measured", network | facts | (virtual or {}))
+
+
+def run_plan(world: World, plan: Plan, settings: Settings, argv: list[str]) -> None:
+    """Collective: every race of ``plan``; rank 0 gathers the answers and stores their rows."""
+    if world.job.device.type != "cuda":
+        wires.install(plan.wire)
+    world.network["wire"] = "nccl" if world.job.device.type == "cuda" else plan.wire
+    store, first = Store(settings.run_dir), world.job.rank == 0
+    for launch in plan.launches:
+        races = [each for number, each in plan.tasks if number == launch]
+        if first:
+            name = f"launch-{launch}-{plan.cluster.name}-{plan.wire}-{settings.part}-{int(time.time())}"
+            store.write_record(name, record_of_launch(plan, launch, races, world.evidence, world.network, argv))
+        for each in races:
+            if first:
+                report({"did": "begin", "text": f"launch {launch}: {describe(each)}", **stamp(each, launch)})
+            payload = {
+                "experiments": [experiment.model_dump(mode="json") for experiment in each.experiments],
+                "repeats": each.repeats,
+                "warmup": each.warmup,
+                "checkpoints": (
+                    str(settings.run_dir / "checkpoints" / f"launch-{launch}"),
+                    settings.checkpoint_every,
+                ),
+            }
+            answer = race.run_race(world.job, payload)
+            answers: list[Any] | None = [None] * world.job.num_ranks if first else None
+            dist.gather_object(answer, answers)
+            if answers is not None:
+                setting = tidy.Setting(settings.run_dir.name, launch, world.evidence, world.network)
+                rows = tidy.rows_of_race(each, setting, answers, {})
+                for cell, timelines in tidy.timelines_of_race(answers).items():
+                    store.write_trace(cell, timelines)
+                store.append(rows)
+                report({"did": "race", **stamp(each, launch)})
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _virtual_nodes(cluster: Cluster) -> dict[str, Any] | None:
+    """Facts of the shaped network where this Slurm's nodes are virtual ones of one machine; None on real nodes."""
+    if cluster.kind != "emulated":
+        return None
+    if not _facts_path().is_file():
+        raise bad(
+            "cluster", cluster.name, "is emulated, but the nodes are not slurm/one-machine's; describe them as physical"
+        )
+    made = json.loads(_facts_path().read_text())
+    real = Cluster.model_validate(made["cluster"]).levels
+    if [(level.bandwidth_bytes_per_s, level.latency_s) for level in cluster.levels] != [
+        (level.bandwidth_bytes_per_s, level.latency_s) for level in real
+    ]:
+        raise bad("cluster", cluster.name, "has other links than the virtual nodes; start slurm/one-machine with it")
+    return dict(made["facts"])
+
+
+def _counters(cluster: Cluster) -> Counters | None:
+    """Bytes at the interfaces of all virtual nodes, read through the slurmd in each; None where the job has not all of
+    them, or where more levels lie between them."""
+    made = json.loads(_facts_path().read_text())
+    if cluster.shape[0] != len(made["daemons"]) or len(cluster.levels) != 2:
+        return None
+    found = Counters(len(cluster.levels))
+    for pid in made["daemons"]:
+        fd = os.open(f"/proc/{pid}/net/dev", os.O_RDONLY)
+        for level, interface in enumerate((INTERFACE, "lo")):
+            found.add(level, fd, interface)
+    return found
+
+
+def _facts_path() -> Path:
+    return Path(os.environ.get("SLURM_CONF", "")).parent / NETWORK_FACTS

@@ -1,0 +1,176 @@
+"""Base and head in turns: B H H B, race after race, each in a process and a session of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness.bench import provenance, suite
+from harness.errors import UserError, bad, unknown
+from harness.regress import side
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "results" / "reference"
+Say = Callable[[str], None]
+
+
+def suites() -> dict[str, Path]:
+    """Small sets of experiments for this purpose, by name."""
+    folder = Path(str(importlib.resources.files("harness.presets"))) / "regress"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def suite_file(name: str) -> Path:
+    """Of a name or a path."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name).resolve()
+    if name not in suites():
+        raise unknown("--suite", name, suites(), "suites")
+    return suites()[name]
+
+
+@contextlib.contextmanager
+def checkout(what: str) -> Iterator[Path]:
+    """The folder of a checkout: given as one, or a revision that is checked out for as long as it is needed."""
+    if Path(what).is_dir():
+        if not (Path(what) / "harness").is_dir():
+            raise bad("checkout", what, "holds no moebench; name a checkout of it, or a revision")
+        yield Path(what).resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="moebench-base-") as folder:
+        target = Path(folder) / "tree"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        done = subprocess.run([*git, "add", "--detach", str(target), what], capture_output=True, text=True)
+        if done.returncode:
+            raise bad("checkout", what, f"is neither a folder nor a revision ({done.stderr.strip().splitlines()[-1]})")
+        try:
+            yield target
+        finally:
+            subprocess.run([*git, "remove", "--force", str(target)], capture_output=True)
+
+
+class Side:
+    """A running ``harness.regress.side`` with the code of ``root``."""
+
+    def __init__(self, root: Path, suite_path: Path, log_dir: Path):
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with (log_dir / "side.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, side.__file__, str(suite_path), str(log_dir)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, cwd=root, env=environment, text=True,
+            )  # fmt: skip
+        self._log = log_dir / "side.log"
+
+    def run(self, race: int) -> dict[str, Any]:
+        """Times of one visit to race number ``race``."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(f"{race}\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(f"a side has ended; its last words are in {self._log}")
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        """End it, its sessions and their ranks."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(20)
+        self._process.kill()
+        self._process.wait()
+
+
+def race_pairs(
+    base: Path, head: Path, suite_path: Path, num_pairs: int, log_dir: Path, say: Say
+) -> tuple[pd.DataFrame, list[str]]:
+    """Visits in the order B H H B -> ``decide.KEYS``, pair, base_s, head_s; and what could not be compared, and why."""
+    races = suite.load(suite_path).races
+    sides = [Side(root, suite_path, log_dir / name) for root, name in ((base, "base"), (head, "head"))]
+    rows: list[dict[str, Any]] = []
+    setbacks: dict[str, None] = {}
+    try:
+        for index, race in enumerate(races):
+            name = f"{race.first.phase} {race.first.model.name} {race.first.workload.name} {race.first.cluster.name}"
+            for pair in range(num_pairs):
+                say(f"{name}: pair {pair + 1} of {num_pairs}")
+                found: list[dict[str, Any]] = [{}, {}]
+                for which in (0, 1) if pair % 2 == 0 else (1, 0):
+                    found[which] = sides[which].run(index)
+                if errors := [answer["error"] for answer in found if "error" in answer]:
+                    setbacks[f"{name}: {errors[0]}"] = None
+                    break
+                rows += _rows(race, name, pair, found, setbacks)
+    finally:
+        for each in sides:
+            each.close()
+    return pd.DataFrame(rows, columns=["race", "system", "direction", "pair", "base_s", "head_s"]), list(setbacks)
+
+
+def _rows(
+    race: suite.Race, name: str, pair: int, found: list[dict[str, Any]], setbacks: dict[str, None]
+) -> list[dict[str, Any]]:
+    rows = []
+    for cell, experiment in enumerate(race.experiments):
+        base, head = (answer["cells"][cell] for answer in found)
+        for which, outcome in (("base", base), ("head", head)):
+            if outcome["status"] != "ok":
+                setbacks[f"{name}: {experiment.system} of the {which} {outcome['status']}: {outcome['reason']}"] = None
+        for direction in set(base["times_s"]) & set(head["times_s"]):
+            times = {f"{k}_s": float(np.median(v["times_s"][direction])) for k, v in (("base", base), ("head", head))}
+            rows.append({"race": name, "system": experiment.system, "direction": direction, "pair": pair, **times})
+    return sorted(rows, key=lambda row: (row["system"], row["direction"] != "forward"))
+
+
+def machine() -> str:
+    """What a stored reference holds for: processor and cores, or the GPU."""
+    gpus = provenance.devices()
+    device = gpus[0]["name"] if gpus else provenance.cpu_model()
+    return f"{device}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}"
+
+
+def write_reference(pairs: pd.DataFrame, name: str) -> Path:
+    """Keep the head's times as the reference of this suite and machine."""
+    path = REFERENCE / f"{name}.json"
+    times = pairs[["race", "system", "direction", "pair", "head_s"]].to_dict("records")
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine(), "git": provenance.git_state(), "times": times}, indent=1))
+    return path
+
+
+def against_reference(head: Path, name: str, suite_path: Path, num_pairs: int, log_dir: Path, say: Say) -> Any:
+    """The head's visits beside the stored ones in order: no common drift is cancelled, so differences are larger."""
+    path = REFERENCE / f"{name}.json"
+    if not path.exists():
+        raise bad("reference", str(path), "there is none; make one with moebench regress --save-reference")
+    stored = json.loads(path.read_text())
+    if stored["machine"] != machine():
+        raise bad("reference", stored["machine"], f"was made on another machine than this ({machine()}); use --base")
+    pairs, setbacks = race_pairs(head, head, suite_path, num_pairs, log_dir, say)
+    then = pd.DataFrame(stored["times"]).rename(columns={"head_s": "then_s"})
+    joined = pairs.merge(then, on=["race", "system", "direction", "pair"])
+    joined["base_s"] = joined.pop("then_s")
+    return joined, setbacks
+
+
+def log_folder(results: Path) -> Path:
+    """A fresh one for the logs of both sides."""
+    folder = results / "regress"
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder

@@ -1,0 +1,143 @@
+"""A sweep on disk, in the folder of the run that it fills: what was asked for, the jobs, and what happens to them.
+
+    results/runs/NAME/              the store, as of any run: rows, records, traces, logs of ranks
+    results/runs/NAME/sweep/
+      sweep.json                    the file, where it runs, its cells
+      jobs/00007.json               a job: cluster, wire, and its (launch, race) tasks
+      tasks.jsonl                   which job has which race of which launch
+      events/00007.jsonl            what the job says: begin, race, stop, end
+      submissions.jsonl             which job has which number in Slurm; one line a submission
+      tree/                         the code as it was
+      submitit/                     scripts, pickles and logs of the jobs
+      cancelled                     while it exists, nothing is requeued
+
+Nothing here needs torch, so that ``moebench status`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import bad
+
+Task = tuple[str, int]  # race digest, launch
+
+
+class SweepFolder:
+    """Paths and files of one sweep."""
+
+    def __init__(self, run_dir: Path | str):
+        self.run_dir = Path(run_dir).resolve()
+        self.path = self.run_dir / "sweep"
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.name
+
+    @property
+    def tree(self) -> Path:
+        return self.path / "tree"
+
+    @property
+    def submitit(self) -> Path:
+        return self.path / "submitit"
+
+    @property
+    def cancelled(self) -> Path:
+        return self.path / "cancelled"
+
+    def require(self) -> SweepFolder:
+        """Itself; ``UserError`` if there is no sweep."""
+        if not (self.path / "sweep.json").exists():
+            known = sorted(path.parents[1].name for path in self.run_dir.parent.glob("*/sweep/sweep.json"))
+            raise bad("sweep", str(self.run_dir), f"there is none; known sweeps are {', '.join(known) or 'none yet'}")
+        return self
+
+    def read(self) -> dict[str, Any]:
+        return dict(json.loads((self.path / "sweep.json").read_text()))
+
+    def write(self, name: str, value: Any) -> None:
+        """Write ``value`` to ``name`` whole or not at all."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        partial.write_text(json.dumps(value))
+        partial.replace(path)
+
+    def job(self, index: int) -> dict[str, Any]:
+        return dict(json.loads((self.path / "jobs" / f"{index:05}.json").read_text()))
+
+    def add_job(self, job: dict[str, Any]) -> int:
+        """Write down what a job is to do: cluster, wire, across, tasks [launch, race]; returns its index."""
+        index = len(self.tasks())
+        self.write(f"jobs/{index:05}.json", job)
+        tasks = [[launch, race["digest"]] for launch, race in job["tasks"]]
+        _append(self.path / "tasks.jsonl", {"job": index, "tasks": tasks})
+        return index
+
+    def tasks(self) -> list[list[Task]]:
+        """(race, launch) pairs of every job, by its index."""
+        return [[(race, launch) for launch, race in line["tasks"]] for line in _lines(self.path / "tasks.jsonl")]
+
+    def events_path(self, index: int) -> Path:
+        return self.path / "events" / f"{index:05}.jsonl"
+
+    def events(self, index: int) -> list[dict[str, Any]]:
+        """What job ``index`` has said; a line that is being written is not there yet."""
+        return list(_lines(self.events_path(index)))
+
+    def tell(self, index: int, did: str, **facts: Any) -> None:
+        """Add to what job ``index`` has said."""
+        self.events_path(index).parent.mkdir(parents=True, exist_ok=True)
+        _append(self.events_path(index), {"did": did, "at": time.time(), **facts})
+
+    def submissions(self) -> list[dict[str, Any]]:
+        return list(_lines(self.path / "submissions.jsonl"))
+
+    def add_submission(self, on: str, ids: dict[int, str], **facts: Any) -> None:
+        """``ids``: job -> its number in Slurm, or the driver's process where jobs run on this machine."""
+        ids_ = {str(index): number for index, number in ids.items()}
+        _append(self.path / "submissions.jsonl", {"at": time.time(), "on": on, "ids": ids_, **facts})
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    """One write, so that lines of several processes do not mix."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(fd, (json.dumps(line) + "\n").encode())
+    finally:
+        os.close(fd)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return
+    for line in text.split("\n")[:-1]:
+        try:
+            yield json.loads(line)
+        except ValueError:  # a torn line of a machine that went down
+            continue
+
+
+def deaths(events: Sequence[dict[str, Any]]) -> dict[Task, int]:
+    """How often the job died, without a word, inside each race."""
+    found: dict[Task, int] = {}
+    open_race: Task | None = None
+    for event in events:
+        match event["did"]:
+            case "begin":
+                open_race = (event["race"], event["launch"])
+            case "race" | "stop" | "end":
+                open_race = None
+            case "start" if open_race:
+                found[open_race] = found.get(open_race, 0) + 1
+                open_race = None
+    return found

@@ -1,0 +1,50 @@
+"""The decision: how often it raises a false alarm, what it catches, Holm's procedure by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness.regress import decide
+
+
+def pairs(random: np.random.Generator, slower: float = 1.0, noise: float = 0.008, num_pairs: int = 10) -> pd.DataFrame:
+    """Twelve cells, of which the first has become ``slower``; each pair shares a drift of the machine."""
+    rows = []
+    for cell in range(12):
+        for pair in range(num_pairs):
+            drift, own = np.exp(0.05 * random.standard_normal()), np.exp(noise * random.standard_normal(2))
+            times = {"base_s": 0.1 * drift * own[0], "head_s": 0.1 * drift * own[1] * (slower if cell == 0 else 1)}
+            rows.append({"race": "r", "system": f"s{cell}", "direction": "forward", "pair": pair, **times})
+    return pd.DataFrame(rows)
+
+
+def test_false_alarms_stay_below_alpha(monkeypatch):
+    monkeypatch.setattr(decide, "NUM_RESAMPLES", 2000)
+    random = np.random.default_rng(0)
+    alarms = sum((decide.decide(pairs(random), threshold=0)["verdict"] == "slower").any() for _ in range(200))
+    assert alarms <= 8  # of 200 tries of 12 cells; alpha is 1 %, and a Binomial(200, 0.01) passes 8 once in 10,000
+    alarms = sum((decide.decide(pairs(random))["verdict"] == "slower").any() for _ in range(100))
+    assert alarms <= 2
+
+
+def test_a_slowdown_is_caught_and_only_where_it_is(monkeypatch):
+    monkeypatch.setattr(decide, "NUM_RESAMPLES", 10000)
+    random = np.random.default_rng(1)
+    caught = [decide.decide(pairs(random, slower=1.05)) for _ in range(20)]
+    assert sum(table["verdict"].iloc[0] == "slower" for table in caught) >= 19
+    assert sum((table["verdict"].iloc[1:] == "slower").any() for table in caught) <= 1
+    swapped = pairs(random, slower=1.05).rename(columns={"base_s": "head_s", "head_s": "base_s"})
+    assert decide.decide(swapped)["verdict"].iloc[0] == "faster"
+
+
+def test_a_certain_difference_below_the_threshold_is_none():
+    table = decide.decide(pairs(np.random.default_rng(2), slower=1.005, noise=1e-4))
+    assert table["p_holm"].iloc[0] < decide.ALPHA
+    assert set(table["verdict"]) == {"same"}
+
+
+def test_holm_by_hand():
+    assert decide.holm(np.array([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
+    assert decide.holm(np.array([0.5, 0.9])) == pytest.approx([1.0, 1.0])

@@ -1,0 +1,81 @@
+"""The whole instrument, by sabotage: 5 % put into one system's dispatch is found there, and nowhere else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness.errors import UserError
+from harness.regress import decide, run
+
+#: with a bucket of two packets: what a link saves up while dispatch is late, it would make good at once
+LINK = {
+    "name": "slow-2x1",
+    "kind": "emulated",
+    "levels": [
+        {"name": "node", "size": 2, "bandwidth_bytes_per_s": 6e6, "burst_bytes": 3028},
+        {"name": "rank", "size": 1},
+    ],
+}
+DISPATCH = """    def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
+        return _FlatDispatch.apply(x, self, plan)
+"""
+SLOWER = """    def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
+        import time
+
+        begin = time.perf_counter()
+        rows = _FlatDispatch.apply(x, self, plan)
+        time.sleep(0.05 * (time.perf_counter() - begin))
+        return rows
+"""
+
+
+@pytest.fixture
+def sabotaged(tmp_path: Path) -> Path:
+    """A checkout in which the flat dispatch takes 5 % longer."""
+    for folder in ("harness", "baselines", "methods"):
+        shutil.copytree(run.ROOT / folder, tmp_path / "head" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    path = tmp_path / "head" / "harness" / "comm" / "exchange.py"
+    text = path.read_text()
+    assert DISPATCH in text
+    path.write_text(text.replace(DISPATCH, SLOWER))
+    return tmp_path / "head"
+
+
+def test_five_per_cent_in_dispatch_are_caught(sabotaged, tmp_path):
+    experiment = {
+        "model": "moe-tiny",
+        "cluster": LINK,
+        "workload": {"tokens_per_rank": 1024, "generator": "uniform"},
+        "system": ["flat", "hiermoe-hd2"],
+        "phase": "exchange",
+        "dtype": "float32",
+        "repeats": 3,
+        "launches": 1,
+    }
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"name": "sabotage", "experiments": [experiment]}))
+    pairs, setbacks = run.race_pairs(run.ROOT, sabotaged, suite, 8, tmp_path / "logs", lambda text: None)
+    assert setbacks == []
+    table = decide.decide(pairs).set_index(["system", "direction"])
+    print(table.to_string())
+    assert table.loc[("flat", "forward"), "verdict"] == "slower"
+    assert 1.01 < table.loc[("flat", "forward"), "ratio"] < 1.05
+    assert set(table.loc["hiermoe-hd2", "verdict"]) <= {"same", "faster"}  # it does not use that dispatch
+
+
+def test_a_reference_of_another_machine_and_none_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "REFERENCE", tmp_path)
+    with pytest.raises(UserError, match="there is none; make one with moebench regress --save-reference"):
+        run.against_reference(run.ROOT, "quick", run.suite_file("quick"), 4, tmp_path, print)
+    (tmp_path / "quick.json").write_text('{"machine": "a pocket calculator", "times": []}')
+    with pytest.raises(UserError, match="was made on another machine than this"):
+        run.against_reference(run.ROOT, "quick", run.suite_file("quick"), 4, tmp_path, print)
+
+
+def test_a_folder_that_is_no_checkout(tmp_path):
+    with pytest.raises(UserError, match="holds no moebench"), run.checkout(str(tmp_path)):
+        pass

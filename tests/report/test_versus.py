@@ -1,0 +1,56 @@
+"""Two runs beside each other, tables for LaTeX, and the page that lists all pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness.errors import UserError
+from harness.report import index, render, versus
+from harness.report.keep import keep
+from harness.report.run import load
+from tests.report.synthetic_run import RunMaker, experiment
+
+
+def timed(path: Path, seconds: float, systems: tuple[str, ...] = ("flat",)) -> Path:
+    made = RunMaker(path)
+    for system in systems:
+        made.timed(experiment(system), seconds)
+    made.write_records()
+    return path
+
+
+def test_a_run_beside_a_slower_one(tmp_path):
+    new = load(timed(tmp_path / "runs" / "new", 1.0, ("flat", "megatron")))
+    old = load(timed(tmp_path / "runs" / "old", 1.2))
+    frame = versus.ratios(new, old)
+    assert set(frame["label"]) == {"flat"}
+    total = frame[frame["direction"] == "total"].iloc[0]
+    assert total["ratio"] == pytest.approx(1.2, abs=0.02)
+    assert 1 < total["low"] < total["ratio"] < total["high"] < 1.3
+    assert "megatron" in versus.only_one(new, old).html
+    with pytest.raises(UserError, match="name the run to compare with"):
+        versus.other_run(str(new.path), "")
+
+
+def test_the_page_of_two_runs_and_the_page_of_all_pages(tmp_path):
+    new, _ = timed(tmp_path / "runs" / "new", 1.0), timed(tmp_path / "runs" / "old", 1.2)
+    page = render("compare", new, parameters={"other": "old"})
+    assert "old / new" in page.read_text()
+    assert (new / "report" / "tables" / "versus_old.tex").read_text().count("\\\\") >= 3
+    listed = index.write(tmp_path).read_text()
+    assert "runs/new/report/compare.html" in listed
+    assert "run new" in listed
+
+
+def test_latex_of_awkward_words(tmp_path):
+    keep(tmp_path, "t", pd.DataFrame({"a_b": ["50 % & more", "x_1"], "value": [1.23456, np.nan]}))
+    text = (tmp_path / "t.tex").read_text()
+    assert r"a\_b" in text
+    assert r"50 \% \& more" in text
+    assert "1.235" in text
+    keep(tmp_path, "long", pd.DataFrame({"a": range(1000)}))
+    assert not (tmp_path / "long.tex").exists()

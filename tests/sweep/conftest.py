@@ -1,0 +1,78 @@
+"""A real Slurm of two virtual nodes for the tests of this folder; where there can be none, they say why and skip."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness.launch import slurm
+from harness.specs import with_levels
+from harness.sweep.states import OPEN, Sweep
+
+NODES = with_levels(
+    "virtual-test",
+    [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 50e6}, {"name": "rank", "size": 2}],
+    kind="emulated",
+)
+CLUSTER = {
+    "partition": "normal",
+    "timeout_min": 10,
+    "array_parallelism": 8,
+    "signal_delay_s": 30,
+    "max_restarts": 3,
+    "setup": ["export GLOO_SOCKET_IFNAME=eth0"],
+    "interconnect": NODES.model_dump(mode="json"),
+}
+ONE_RANK = {"name": "one", "kind": "local", "levels": [{"name": "rank", "size": 1}]}
+
+
+@pytest.fixture(scope="session")
+def one_machine() -> Iterator[slurm.Slurm]:
+    try:
+        with slurm.running(NODES) as running:
+            yield running
+    except slurm.NoSlurm as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a sweep of ``num_races`` small exchanges, and the cluster file that it names."""
+
+    def write(name: str, *, num_races: int = 1, cluster: object = None, **more: object) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        known = {key: more.pop(key) for key in list(more) if key in ("timeout_min", "partition", "account", "setup")}
+        (folder / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER | known))
+        entry = {
+            "model": "moe-tiny",
+            "workload": {"name": "uniform-64", "tokens_per_rank": 64, "generator": "uniform"},
+            "cluster": cluster or ONE_RANK,
+            "phase": "exchange",
+            "system": ["flat"],
+            "seed": list(range(num_races)),
+            "dtype": "float32",
+            "repeats": 2,
+            "launches": 1,
+        }
+        keys = {"name", "slurm", "cells_per_job"} & set(more)
+        data = {"name": name, "slurm": "cluster.yaml", **{key: more.pop(key) for key in keys}}
+        path = folder / "sweep.yaml"
+        path.write_text(yaml.safe_dump({**data, "experiments": [entry | more]}))
+        return path
+
+    return write
+
+
+def settle(sweep: Sweep, timeout_s: float = 200) -> dict[str, int]:
+    """Wait until nothing of the sweep is open -> its counts."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        counts = sweep.counts()
+        if not any(state in OPEN for state in counts):
+            return counts
+        assert time.monotonic() < deadline, (counts, sweep.jobs())
+        time.sleep(0.5)

@@ -1,0 +1,189 @@
+"""What a sweep keeps on disk: no row lost or doubled by kills, states told fast, resumed, cancelled."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness.bench import tidy
+from harness.bench.store import Store
+from harness.errors import UserError
+from harness.sweep import freeze, spec, states, submit
+from harness.sweep.folder import SweepFolder, deaths
+from harness.sweep.states import Sweep
+from harness.sweep.worker import MAX_DEATHS
+from tests.sweep.conftest import settle
+
+SETTING = tidy.Setting("r", 0, "emulated", {"network": "shaped"})
+
+
+@pytest.fixture(autouse=True)
+def frozen_once(monkeypatch, tmp_path_factory):
+    """These sweeps run this very tree; freezing has a test of its own."""
+    monkeypatch.setattr(submit, "freeze", lambda target, workloads: None)
+
+
+def prepared(sweep_file, run_dir: Path, num_races: int, cells_per_job: int) -> Sweep:
+    """A sweep whose driver does nothing: its jobs are for the test to play."""
+    loaded = spec.load(sweep_file("p", num_races=num_races, cells_per_job=cells_per_job))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(submit, "start", lambda *_: None)
+        return submit.submit(loaded, run_dir, on="local")
+
+
+def play(sweep: Sweep, index: int) -> None:
+    """What a job does with the store and its events, race after race; the times are made up."""
+    store, folder = Store(sweep.folder.run_dir), sweep.folder
+    finished = {pair for pair, told in store.outcomes().items() if told[-1]}
+    folder.tell(index, "start")
+    from harness.sweep.worker import race_of
+
+    for launch, data in folder.job(index)["tasks"]:
+        race = race_of(data)
+        if all((e.digest, launch) in finished for e in race.experiments):
+            continue
+        folder.tell(index, "begin", race=race.digest, launch=launch)
+        rows = tidy.rows_of_race(race, SETTING, [], {e.digest: ("refused", "played") for e in race.experiments})
+        store.append(rows)
+        folder.tell(index, "race", race=race.digest, launch=launch)
+    folder.tell(index, "end")
+
+
+def forked(sweep: Sweep, index: int) -> int:
+    """A process that plays job ``index``."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            play(sweep, index)
+        finally:
+            os._exit(0)
+    return pid
+
+
+def test_fifty_random_kills_lose_and_double_no_row(sweep_file, tmp_path):
+    num_races = 320
+    sweep = prepared(sweep_file, tmp_path / "kills", num_races=num_races, cells_per_job=num_races // 2)
+    dice, kills, writing = random.Random(7), 0, {}
+    while True:
+        for index in (0, 1):
+            over = any(event["did"] == "end" for event in sweep.folder.events(index))
+            if index not in writing and not over:
+                writing[index] = forked(sweep, index)
+        if not writing:
+            break
+        time.sleep(dice.uniform(0.01, 0.06))
+        index = dice.choice(list(writing))
+        if kills < 50:
+            os.kill(writing[index], signal.SIGKILL)
+            kills += os.waitstatus_to_exitcode(os.waitpid(writing.pop(index), 0)[1]) == -signal.SIGKILL
+        elif os.waitpid(writing[index], os.WNOHANG)[0]:
+            del writing[index]
+    assert kills == 50
+    store = Store(sweep.folder.run_dir)
+    assert store.damaged() == []
+    assert len(list(store.path.glob("rows-*.parquet"))) == num_races  # none was made twice
+    rows = store.read("raise")
+    assert len(rows) == num_races
+    assert not rows.duplicated(["cell", "launch"]).any()
+    assert sweep.counts() == {"refused": num_races}
+
+
+def test_status_of_ten_thousand_cells(sweep_file, tmp_path):
+    folder = SweepFolder(tmp_path / "large")
+    store = Store(folder.run_dir)
+    store.prepare()
+    num_races, systems = 1000, 10
+    cells = [
+        [f"{r:08x}{s:08x}", 0, f"{r:016x}", f"s{s}", "exchange", "m", "c", f"w{r}"]
+        for r in range(num_races)
+        for s in range(systems)
+    ]
+    folder.write("sweep.json", {"name": "large", "on": "local", "cells": cells, "cluster": {}})
+    for job in range(125):
+        races = [{"digest": f"{r:016x}"} for r in range(job * 8, job * 8 + 8)]
+        folder.add_job({"tasks": [[0, race] for race in races]})
+        folder.tell(job, "start")
+        for race in races:
+            folder.tell(job, "begin", race=race["digest"], launch=0)
+            folder.tell(job, "race", race=race["digest"], launch=0)
+        folder.tell(job, "end")
+    names = ("run", "race", "phase", "model", "cluster", "workload", "dtype", "wire", "direction", "level")
+    base: dict[str, object] = dict.fromkeys(names, "")
+    base |= {"evidence": "emulated", "network": "shaped", "compute": "real", "unit": "s", "rank": -1, "reason": ""}
+    base |= {"launch": 0, "metric": "time_s", "value": 1.0, "status": "ok", "time_utc": tidy.now_utc()}
+    for r in range(num_races):
+        race = [
+            {**base, "cell": f"{r:08x}{s:08x}", "system": f"s{s}", "rep": i} for s in range(systems) for i in range(10)
+        ]
+        store.append(pd.DataFrame(race).assign(schema_version=1))
+    begin = time.monotonic()
+    sweep = Sweep.attach(folder.run_dir)
+    table = sweep.cells()
+    counts, eta_s = sweep.counts(table), sweep.eta_s(table)
+    took = time.monotonic() - begin
+    assert counts == {"ok": 10000}
+    assert eta_s == 0
+    assert took < 2, took
+    print(f"status over 10,000 cells: {took:.2f} s")
+
+
+def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path):
+    loaded = spec.load(sweep_file("here", num_races=2, cells_per_job=1))
+    sweep = submit.submit(loaded, tmp_path / "here", on="local")
+    assert set(sweep.counts()) <= {"queued", "running"}
+    submit.cancel(sweep)
+    deadline = time.monotonic() + 10
+    while (counts := sweep.counts()) != {"cancelled": 2}:
+        assert time.monotonic() < deadline, counts
+        time.sleep(0.05)
+    assert submit.resume(sweep, only_failed=True) == 0
+    assert submit.resume(sweep) == 2
+    counts = settle(sweep)
+    assert sum(counts.values()) == 2
+    assert set(counts) <= {"ok", "cpu_bound"}
+    assert submit.resume(sweep) == 0
+    assert "2 ok" in sweep._repr_html_()
+    with pytest.raises(UserError, match="exists; moebench resume goes on with it"):
+        submit.submit(loaded, tmp_path / "here", on="local")
+    with pytest.raises(UserError, match="there is none; known sweeps are here"):
+        Sweep.attach(tmp_path / "her")
+
+
+@pytest.mark.parametrize(
+    ("word", "state", "reason"),
+    [
+        ("PENDING", "queued", ""),
+        ("OUT_OF_MEMORY", "oom", "Slurm: OUT_OF_MEMORY"),
+        ("TIMEOUT", "timed out", "Slurm: TIMEOUT"),
+        ("NODE_FAIL", "crashed", "Slurm: NODE_FAIL"),
+        ("COMPLETED", "crashed", "the job ended without rows of this cell"),
+        ("CANCELLED", "cancelled", "Slurm: CANCELLED"),
+        ("PREEMPTED", "requeued", "Slurm: PREEMPTED"),
+    ],
+)
+def test_what_slurm_says_of_a_job_is_the_state_of_its_cells(sweep_file, tmp_path, monkeypatch, word, state, reason):
+    sweep = prepared(sweep_file, tmp_path / "s", num_races=1, cells_per_job=1)
+    sweep.folder.add_submission("slurm", {0: "77"})
+    monkeypatch.setattr(states, "_output", lambda command: f"77|{word}|None\n" if command[0] == "squeue" else "")
+    (cell,) = sweep.cells().to_dict("records")
+    assert (cell["state"], cell["reason"]) == (state, reason)
+
+
+def test_deaths_are_counted_where_they_happened():
+    begin = {"did": "begin", "race": "a", "launch": 0}
+    died = [{"did": "start"}, begin] * MAX_DEATHS
+    assert deaths([*died, {"did": "start"}]) == {("a", 0): MAX_DEATHS}
+    assert deaths([{"did": "start"}, begin, {"did": "stop"}, {"did": "start"}]) == {}
+
+
+def test_the_frozen_tree_is_what_it_was(tmp_path):
+    freeze.freeze(tmp_path / "tree", [race.first.workload for race in spec.load("hiermoe").suite.races])
+    assert (tmp_path / "tree" / "harness" / "sweep" / "freeze.py").read_text() == Path(freeze.__file__).read_text()
+    assert (tmp_path / "tree" / "results" / "traces" / "record-e64k8.parquet").is_file()
+    assert (tmp_path / "tree" / "frozen.json").is_file()

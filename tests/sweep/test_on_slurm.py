@@ -1,0 +1,230 @@
+"""Sweeps on a real Slurm: arrays, ranks across nodes, kills, time-outs, a dead submitter, a full queue."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from harness.bench.store import Store
+from harness.errors import UserError
+from harness.launch import slurm
+from harness.sweep import spec, submit
+from harness.sweep.states import Sweep
+from tests.sweep.conftest import NODES, ONE_RANK, settle
+
+ROOT = Path(__file__).parents[2]
+#: a race of some seconds that costs no CPU: 2 MB over a link of 0.5 MB/s
+SLOW = {
+    "name": "slow-2x1",
+    "kind": "emulated",
+    "levels": [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 5e5}, {"name": "rank", "size": 1}],
+}
+
+
+def slow(tokens: int) -> dict:
+    """Races that last."""
+    workload = {"name": "slow", "tokens_per_rank": tokens, "generator": "uniform"}
+    return {"cluster": SLOW, "workload": workload, "repeats": 3}
+
+
+@pytest.fixture(scope="module")
+def sweeps(
+    one_machine: slurm.Slurm, sweep_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Sweep]]:
+    """All of them at once in one Slurm; each test waits for its own."""
+    results = tmp_path_factory.mktemp("runs")
+    found = {}
+    files = {
+        "timed-out": sweep_file("timed-out", num_races=5, cells_per_job=5, timeout_min=1, **slow(900)),
+        "killed": sweep_file("killed", num_races=3, cells_per_job=3, **slow(300)),
+        "across": sweep_file("across", cluster={"nodes": 2}, system=["flat", "hiermoe-hd2"]),
+        "array": sweep_file("array", num_races=8, cells_per_job=2),
+    }
+    for name, file in files.items():
+        found[name] = submit.submit(spec.load(file), results / name, on="slurm")
+    yield found
+    for each in found.values():
+        submit.cancel(each)
+
+
+def part_files(sweep: Sweep) -> int:
+    return len(list(sweep.folder.run_dir.glob("rows-*.parquet")))
+
+
+def test_a_killed_job_keeps_its_finished_cells_and_does_the_others(sweeps):
+    sweep = sweeps["killed"]
+    deadline = time.monotonic() + 120
+    while not part_files(sweep):
+        assert time.monotonic() < deadline, sweep.jobs()
+        time.sleep(0.1)
+    (start,) = (event for event in sweep.folder.events(0) if event["did"] == "start")
+    workers = [p for p in psutil.process_iter(["cmdline"]) if str(sweep.folder.submitit) in (p.info["cmdline"] or [])]
+    for process in workers:
+        if "submitit.core._submit" in process.info["cmdline"] and "srun" not in process.info["cmdline"][0]:
+            process.send_signal(signal.SIGKILL)
+    first = set(sweep.folder.run_dir.glob("rows-*.parquet"))
+    assert settle(sweep) == {"ok": 3}
+    events = [event["did"] for event in sweep.folder.events(0)]
+    assert events.count("start") == 2  # Slurm ran it again
+    assert events[-1] == "end"
+    assert first < set(sweep.folder.run_dir.glob("rows-*.parquet"))
+    assert part_files(sweep) == 3  # and what was finished did not run again
+    assert start["host"] in ("n0", "n1")
+
+
+def test_an_array_of_eight_cells_on_two_nodes(sweeps):
+    sweep = sweeps["array"]
+    counts = settle(sweep)
+    assert sum(counts.values()) == 8
+    assert set(counts) <= {"ok", "cpu_bound"}
+    (line,) = sweep.folder.submissions()
+    assert {number.partition("_")[0] for number in line["ids"].values()} == {line["ids"]["0"].partition("_")[0]}
+    hosts = {event["host"] for i in range(4) for event in sweep.folder.events(i) if event["did"] == "start"}
+    assert hosts == {"n0", "n1"}
+
+
+def test_ranks_across_two_nodes_cross_the_shaped_network(sweeps):
+    sweep = sweeps["across"]
+    settle(sweep)
+    rows = Store(sweep.folder.run_dir).read("raise")
+    assert set(rows["network"]) == {"shaped"}
+    assert set(rows["evidence"]) == {"emulated"}
+    assert len(rows[rows["metric"] == "rank_time_s"]["rank"].unique()) == 4
+    assert set(rows["status"]) <= {"ok", "cpu_bound"}
+    bytes_ = rows[(rows["level"] == "node") & rows["direction"].isin(["forward"]) & (rows["system"] == "flat")]
+    planned, counted = (
+        bytes_[bytes_["metric"] == f"bytes_{kind}"]["value"].median() for kind in ("planned", "counted")
+    )
+    assert 1 <= counted / planned < 1.1  # headers; nothing else goes there, and nothing goes another way
+
+
+def test_a_time_out_requeues_and_loses_nothing(sweeps):
+    sweep = sweeps["timed-out"]
+    assert settle(sweep) == {"ok": 5}
+    events = [event["did"] for event in sweep.folder.events(0)]
+    assert events.count("stop") >= 1
+    assert events.count("start") == events.count("stop") + 1
+    assert part_files(sweep) == 5
+
+
+def test_the_submitter_is_killed_and_status_answers(one_machine, sweep_file, tmp_path):
+    file = sweep_file("orphan", num_races=2, cells_per_job=1, cluster={"nodes": 1})
+    command = [sys.executable, "-m", "harness", "sweep", str(file), "--on", "slurm", "--results", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as submitter:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "orphan" / "sweep" / "submissions.jsonl").exists():
+            assert time.monotonic() < deadline
+            assert submitter.poll() in (None, 0)
+            time.sleep(0.005)
+        submitter.kill()
+    sweep = Sweep.attach(tmp_path / "orphan")
+    assert set(sweep.counts()) <= {"queued", "running"}
+    assert sum(settle(sweep).values()) == 2
+
+
+def test_a_preempted_job_gives_way_and_goes_on(one_machine, sweep_file, tmp_path):
+    sweep = submit.submit(spec.load(sweep_file("preempted", num_races=2, **slow(200))), tmp_path / "p", on="slurm")
+    deadline = time.monotonic() + 60
+    while not part_files(sweep):
+        assert time.monotonic() < deadline, sweep.jobs()
+        time.sleep(0.1)
+    urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 1", "--output", "/dev/null"]
+    subprocess.run(urgent, check=True, capture_output=True)
+    assert settle(sweep) == {"ok": 2}
+    events = [event["did"] for event in sweep.folder.events(0)]
+    assert (events.count("start"), events.count("stop")) == (2, 1)
+    assert part_files(sweep) == 2
+
+
+def test_a_full_queue_takes_what_it_can_and_resume_brings_the_rest(sweep_file, one_machine, tmp_path):
+    with slurm.running(NODES, max_jobs=6):
+        loaded = spec.load(sweep_file("full", num_races=8, cells_per_job=1))
+        blocker = ["sbatch", "--nodes=2", "--exclusive", "--wrap", "sleep 600", "--output", "/dev/null"]
+        subprocess.run(blocker, check=True, capture_output=True)
+        with pytest.raises(
+            UserError, match=r"the queue of Slurm is full: \d of 8 jobs are in it; moebench resume full"
+        ):
+            submit.submit(loaded, tmp_path / "full", on="slurm")
+        sweep = Sweep.attach(tmp_path / "full")
+        counts = sweep.counts()
+        assert counts["queued"] + counts["unsubmitted"] == 8
+        assert counts["queued"] >= 2
+        deadline = time.monotonic() + 30
+        while not any("Resources" in reason or "Priority" in reason for reason in sweep.cells()["reason"]):
+            assert time.monotonic() < deadline, sweep.jobs()  # why they wait, in Slurm's own word
+            time.sleep(0.2)
+        submit.cancel(sweep)
+        assert set(sweep.counts()) == {"cancelled", "unsubmitted"}
+
+
+def test_a_job_that_breaks_is_told_with_its_log(one_machine, sweep_file, tmp_path):
+    lines = ["echo 'error: no such module: cuda/99' >&2", "exit 3"]
+    sweep = submit.submit(spec.load(sweep_file("broken", setup=lines)), tmp_path / "broken", on="slurm")
+    assert settle(sweep) == {"crashed": 1}
+    (cell,) = sweep.cells().to_dict("records")
+    assert cell["reason"] == "Slurm: FAILED; error: no such module: cuda/99"
+    assert "cuda/99" in Path(cell["log"]).read_text()
+    command = [sys.executable, "-m", "harness", "status", "broken", "--only-failed", "--results", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "cuda/99" in done.stdout
+
+
+def test_a_thousand_cells_are_submitted_in_seconds(sweep_file, tmp_path):
+    loaded = spec.load(sweep_file("many", num_races=1000, cells_per_job=1))
+    with slurm.running(NODES):
+        blocker = ["sbatch", "--nodes=2", "--exclusive", "--wrap", "sleep 600", "--output", "/dev/null"]
+        subprocess.run(blocker, check=True, capture_output=True)
+        begin = time.monotonic()
+        sweep = submit.submit(loaded, tmp_path / "many", on="slurm")
+        took = time.monotonic() - begin
+        assert sweep.counts() == {"queued": 1000}
+    assert took < 30, took
+    print(f"1,000 cells in 1,000 jobs: submitted in {took:.1f} s")
+
+
+def test_a_plain_sbatch(one_machine, tmp_path):
+    experiment = {"model": "moe-tiny", "cluster": ONE_RANK, "system": "flat", "phase": "exchange", "launches": 1}
+    experiment["workload"] = {"tokens_per_rank": 64, "generator": "uniform"}
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"name": "plain", "experiments": [experiment]}))
+    words = [ROOT / "slurm" / "moebench.sbatch", tmp_path / "plain.yaml", "--results", tmp_path]
+    done = subprocess.run(
+        ["sbatch", "--wait", f"--output={tmp_path}/log", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, (done.stderr, (tmp_path / "log").read_text())
+    assert len(Store(tmp_path / "plain").finished()) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [("partition", "gpu-h200", "invalid partition"), ("partition", "closed", "[Aa]ccount")],
+)
+def test_what_slurm_refuses_names_the_line(one_machine, sweep_file, tmp_path, field, value, words):
+    file = sweep_file("refused", **{field: value})
+    line = (file.parent / "cluster.yaml").read_text().splitlines().index(f"{field}: {value}") + 1
+    with pytest.raises(UserError, match=rf"cluster.yaml:{line}: Slurm refuses the job: .*{words}"):
+        submit.submit(spec.load(file), tmp_path / "refused", on="slurm")
+    assert not (tmp_path / "refused" / "sweep").exists()
+
+
+def test_a_slurm_leaves_nothing_behind(one_machine):
+    links = Path("/sys/class/net")
+    before = {link.name for link in links.iterdir()}
+    with slurm.running(NODES) as other:
+        assert other.state != one_machine.state
+        nodes = subprocess.run(["sinfo", "-h", "-o", "%D %T", "-p", "normal"], capture_output=True, text=True).stdout
+        assert nodes.split() == ["2", "idle"]
+        (own,) = {link.name for link in links.iterdir()} - before
+    assert not other.state.exists()
+    deadline = time.monotonic() + 20  # the kernel takes a moment to remove namespaces
+    while (links / own).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

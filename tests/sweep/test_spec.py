@@ -1,0 +1,120 @@
+"""Sweep and cluster files: what they expand to, and one line for whatever is wrong with them."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness.errors import UserError
+from harness.sweep import spec, submit
+from tests.sweep.conftest import ONE_RANK
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in spec.SWEEPS.glob("*.yaml")))
+def test_every_sweep_that_comes_with_moebench_is_accepted(name):
+    loaded = spec.load(name)
+    assert loaded.name == (name if name == "smoke" else f"{name}-emulated")  # the run that a paper's page reads
+    parts = submit.parts(loaded, set())
+    cells = sum(len(race.experiments) * race.launches for race in loaded.suite.races)
+    assert sum(len(race.experiments) for part in parts for _, race in part.plan.tasks) == cells
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in spec.CLUSTERS.glob("*.yaml")))
+def test_every_cluster_file_is_accepted(name):
+    assert spec.load_cluster(name).cluster.interconnect.levels[0].name == "node"
+
+
+def test_cells_are_grouped_by_what_they_need(sweep_file):
+    loaded = spec.load(sweep_file("g", num_races=5, cells_per_job=4, cluster=[ONE_RANK, {"nodes": 2}], launches=2))
+    parts = submit.parts(loaded, set())
+    assert {(p.nodes, p.tasks_per_node) for p in parts} == {(1, 1), (2, 2)}
+    assert all(len(p.plan.tasks) <= 4 and len(p.plan.launches) == 1 for p in parts)
+    assert len(parts) == 2 * 2 * 2
+    one = parts[0].plan.tasks[0]
+    done = {(one[1].first.digest, one[0])}
+    assert sum(len(p.plan.tasks) for p in submit.parts(loaded, done)) == 19
+
+
+def test_a_dry_run_shows_the_script_and_writes_nothing(sweep_file, tmp_path):
+    loaded = spec.load(sweep_file("dry", num_races=3, cells_per_job=1, cluster={"nodes": 2}))
+    (script,) = submit.scripts(loaded, tmp_path / "dry")
+    for line in ("--array=0-2%3", "--nodes=2", "--ntasks-per-node=2", "--partition=normal", "--signal=USR2@30"):
+        assert f"#SBATCH {line}" in script
+    assert "export GLOO_SOCKET_IFNAME=eth0" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def change(file: Path, name: str, **fields: object) -> None:
+    path = file.parent / name
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("sweep.yaml", {"experiments": []}, "experiments: \\[\\]: the sweep has no cells; list at least one"),
+        ("sweep.yaml", {"throttle": 3}, "key: 'throttle': unknown; .*known keys are name, slurm"),
+        ("sweep.yaml", {"cells_per_job": 0}, "cells_per_job: 0: must be a whole number"),
+        ("sweep.yaml", {"slurm": "one-machin"}, "slurm cluster: 'one-machin': unknown; did you mean 'one-machine'"),
+        ("sweep.yaml", {"suite": "quick"}, "suite: 'quick': stands for defaults and experiments"),
+        ("cluster.yaml", {"partitoin": "x"}, "key: 'partitoin': unknown; did you mean 'partition'\\?"),
+        ("cluster.yaml", {"timeout_min": 0}, "cluster.yaml.timeout_min: 0"),
+    ],
+)
+def test_bad_files(sweep_file, name, fields, message):
+    file = sweep_file("bad")
+    change(file, name, **fields)
+    with pytest.raises(UserError, match=message):
+        spec.load(file)
+
+
+def test_two_cells_with_one_identity(sweep_file):
+    file = sweep_file("twice", system=["flat", "flat"])
+    with pytest.raises(UserError, match=r"experiments\[0\]: .*is in this file twice \(identity [0-9a-f]{16}\)"):
+        spec.load(file)
+
+
+REAL = {"name": "real", "kind": "physical", "levels": [{"name": "node", "size": 2}, {"name": "gpu", "size": 4}]}
+
+
+@pytest.mark.parametrize(("cluster", "message"), [({"nodes": 3}, "must be 1 to 2"), (REAL, "is no part of")])
+def test_a_cluster_that_the_nodes_do_not_make(sweep_file, cluster, message):
+    file = sweep_file("wrong", cluster=cluster)
+    with pytest.raises(UserError, match=message):
+        spec.load(file)
+
+
+def test_slurms_commands_are_missing(sweep_file, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"--on: 'slurm': sbatch, srun, .* not found; .*use --on local"):
+        submit.submit(spec.load(sweep_file("none")), tmp_path / "none", on="slurm")
+
+
+@pytest.mark.skipif(not shutil.which("unshare"), reason="unshare is not installed")
+def test_results_on_a_read_only_disk(sweep_file, tmp_path):
+    words = [
+        sys.executable,
+        "-m",
+        "harness",
+        "sweep",
+        str(sweep_file("r")),
+        "--on",
+        "local",
+        "--results",
+        str(tmp_path),
+    ]
+    script = f'mount -t tmpfs -o ro tmpfs {tmp_path} && exec "$@"'
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *words]
+    done = subprocess.run(inside, cwd=ROOT, capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no mount here: {done.stderr.strip()}")
+    assert done.returncode == 2, done.stderr
+    assert "Read-only file system: choose a folder that you may write" in done.stderr
