@@ -141,7 +141,9 @@ def _rule(request: Request, rule: Any) -> Placed:
 PLACERS = {
     "joint": Placer("MoETuner's two programs, then both at once", both),
     "two-stage": Placer("MoETuner's ILP 1, then ILP 2, as in the paper", two_stage),
-    "seconds": Placer("fewest predicted seconds of a batch: busiest rank and busiest port", in_seconds),
+    "seconds": Placer(
+        "fewest predicted seconds of a batch: ranks that share ports and do not wait for each other", in_seconds
+    ),
     "exflow": Placer("ExFlow's program: fewest tokens change ranks between layers", exflow),
     "greedy": Placer(
         "largest expert first to the least loaded rank (EPLB without replicas)",

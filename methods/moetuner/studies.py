@@ -32,7 +32,7 @@ from methods.moetuner.profile import Profile
 
 MODEL, TRACE = "mixtral-8x7b", "record-l32e8k2.parquet"
 TESTBEDS = {"single-node": ("moetuner-single", 2), "multi-node": ("moetuner-multi", 4)}
-METHODS = ("contiguous", "random", "greedy", "exflow", "two-stage", "joint", "seconds")
+METHODS = ("contiguous", "random", "greedy", "exflow", "two-stage", "joint")
 STEPS = {"recorded": 200, "recorded early": 40}
 STRENGTHS = (0.5, 0.9)
 EFFICIENCIES = (0.3, 0.5, 0.7)
@@ -78,13 +78,7 @@ ROUTINGS = (*STEPS, *(f"markov {strength}" for strength in STRENGTHS))
 def request(testbed: str, profile: np.ndarray, held: np.ndarray) -> Request:
     name, tensor_parallel = TESTBEDS[testbed]
     rates, topology = bandwidths(presets.cluster(name), tensor_parallel)
-    return Request(
-        *(presets.model(MODEL), topology, rates, profile, held),
-        rounds=ROUNDS,
-        cluster=presets.cluster(name),
-        tensor_parallel=tensor_parallel,
-        tokens=(held.shape[1] // topology.num_ranks,) * topology.num_ranks,
-    )
+    return Request(presets.model(MODEL), topology, rates, profile, held, rounds=ROUNDS)
 
 
 @functools.cache
@@ -157,7 +151,7 @@ def sources(progress: Progress) -> Findings:
             of, held = owners(testbed, name), routing(name)[1]
             for traffic in TRAFFIC:
                 base = serve(served(testbed), held, of["contiguous"], traffic)
-                for method in ("two-stage", "joint", "seconds"):
+                for method in ("two-stage", "joint"):
                     tuned = serve(served(testbed), held, of[method], traffic)
                     swaps = {
                         "computation": dataclasses.replace(base, experts_s=tuned.experts_s),

@@ -18,7 +18,6 @@ from harness.routing.trace import all_layers, find_trace, read_trace, split
 from harness.specs import Model, with_levels
 from harness.topology import Topology
 from methods.moetuner import balance, joint, mapping, rivals, seconds
-from methods.moetuner.latency import Served, serve
 from methods.moetuner.objective import Problem, communication, cost_of, crossings, loads, random_owner, score
 from methods.moetuner.placers import PLACERS, problem_of
 from methods.moetuner.profile import Profile
@@ -230,27 +229,68 @@ def on_two_nodes(**changed: object) -> Request:
     return dataclasses.replace(given, **changed)  # type: ignore[arg-type]
 
 
-def test_predicted_seconds_are_those_of_the_latency_model() -> None:
+def last_home_s(matrix: np.ndarray, row_s: float, node_s: float, own_s: float, step: float = 1e-5) -> float:
+    """Of one layer on 2 nodes of 2 ranks, in small steps of time: ``matrix`` rows from rank to rank."""
+    node = np.arange(4) // 2
+    away = np.where(node[:, None] != node, matrix, 0.0)
+    near = matrix * (1 - np.eye(4))
+    at_node, at_own = away.sum(0) * node_s, near.sum(0) * own_s  # seconds of each rank's rows through both ports
+    came, work = np.zeros(4), at_node.copy()
+    now = 0.0
+    while (work > 0).any():
+        now += step
+        for n in (0, 1):
+            waiting = np.flatnonzero((node == n) & (work > 0))
+            if len(waiting):
+                work[waiting] -= step / len(waiting)
+        came = np.where((work <= 0) & (came == 0) & (at_node > 0), now, came)
+    done = np.maximum(came, at_own) + row_s * matrix.sum(0)
+    end = float((done + at_own).max())
+    for n in (0, 1):
+        now, left = 0.0, [(done[g], at_node[g]) for g in np.flatnonzero(node == n)]
+        for ready, seconds_of in sorted(left):
+            now = max(now, ready) + seconds_of
+        end = max(end, now)
+    out = [away[node == n].sum() * node_s * 2 for n in (0, 1)]
+    return max(end, *out, 2 * float(near.sum(1).max()) * own_s)
+
+
+def test_predicted_seconds_are_those_of_ranks_that_share_ports() -> None:
     given = on_two_nodes()
     prices = seconds.prices_of(given)
-    assert given.cluster is not None
-    served = Served(given.model, given.cluster, 1, efficiency=seconds.EFFICIENCY)
-    batch, rows = given.profile[:, :96], np.zeros((3, 1, 2, 4, 8), dtype=np.float32)
-    for layer, token, choice in np.ndindex(batch.shape):
-        for link, unit in enumerate(prices.unit):
-            rows[layer, 0, link, unit[token // 24], batch[layer, token, choice]] += 1
+    assert prices.size.tolist() == [2, 1]
+    row_s, node_s, own_s = prices.each
+    assert node_s == pytest.approx(64 * 2 / 1e6)
+    assert row_s == pytest.approx(2 * 2 * 64 * 32 / (0.5 * 1e9))
+    batch, rows = given.profile[:1, :96], np.zeros((1, 1, 2, 4, 8), dtype=np.float32)
+    for token, choice in np.ndindex(96, 2):
+        for link, size in enumerate(prices.size):
+            rows[0, 0, link, token // 24 // size, batch[0, token, choice]] += 1
     for seed in range(4):
-        owner = random_owner(problem_of(given), np.random.default_rng(seed))
-        layers = serve(served, batch, owner)
-        wanted = layers.end_to_end_s - 3 * layers.attention_s
-        assert seconds.predicted_s(prices, rows, owner) == pytest.approx(wanted)
+        owner = random_owner(problem_of(given), np.random.default_rng(seed))[:1]
+        matrix = np.zeros((4, 4))
+        np.add.at(matrix, (np.arange(96)[:, None] // 24, owner[0][batch[0]]), 1.0)
+        wanted = last_home_s(matrix, row_s, node_s, own_s)
+        assert seconds.predicted_s(prices, rows, owner) == pytest.approx(wanted, abs=2e-4)
+
+
+def test_one_of_two_ranks_that_share_a_port_had_better_be_done_early() -> None:
+    from methods.moetuner.busiest import home_s
+
+    size, prices = np.array([2]), np.array([1.0, 2.0])
+
+    def until_home(*rows: float) -> float:
+        return float(home_s(np.array(rows), np.array([rows]), np.zeros((1, 1)), size, prices))
+
+    assert until_home(4, 4) == 16 + 4 + 16  # there together, done together, home one after the other
+    assert until_home(2, 6) == 16 + 6 + 12  # the first is there at 8, done at 10, home at 14
 
 
 def test_fewer_seconds_are_found_and_every_rank_keeps_its_number() -> None:
     given = on_two_nodes()
     prices = seconds.prices_of(given)
     rows = seconds.batches(given, prices, 16, 0)
-    assert rows[:, :, 0].sum((2, 3)) == pytest.approx(np.full((3, 16), 4 * 24 * 2))
+    assert rows.sum((3, 4)) == pytest.approx(np.full((3, 16, 2), 4 * 24 * 2))
     start = np.tile(np.arange(8) // 2, (3, 1))
     found, _ = seconds.solve(given, prices, [start], 1)
     searched = seconds.batches(given, prices, seconds.BATCHES, 0)

@@ -71,7 +71,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """One routing, one testbed, quick methods."""
     monkeypatch.setattr(studies, "ROUTINGS", ("recorded early",))
     monkeypatch.setattr(studies, "TESTBEDS", {"multi-node": studies.TESTBEDS["multi-node"]})
-    monkeypatch.setattr(studies, "METHODS", ("contiguous", "greedy", "exflow", "two-stage", "joint", "seconds"))
+    monkeypatch.setattr(studies, "METHODS", ("contiguous", "greedy", "exflow", "two-stage", "joint"))
 
 
 def quietly(text: str) -> None: ...
