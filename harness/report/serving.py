@@ -33,7 +33,8 @@ def latencies(run: Run) -> pd.DataFrame:
 
 def parts(run: Run, by_layer: bool = False) -> pd.DataFrame:
     """One row a cell and part of a layer (``by_layer``: and ``layer``): tail, the slowest rank's seconds, and mean over
-    ranks, each the mean over layers and repetitions; and the load of the busiest rank over the mean under the cell's placement."""
+    ranks, each the mean over layers and repetitions; and the load of the busiest rank over the mean under the cell's
+    placement."""
     rows = run.rows[run.rows["phase"].isin(SERVING) & run.rows["metric"].isin(PARTS)]
     keys = [*_WHERE, "evidence", "cell", "metric"]
     over_ranks = rows.groupby([*keys, "level", "launch", "rep"], sort=False)["value"].agg(["max", "mean"]).reset_index()
