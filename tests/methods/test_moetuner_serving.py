@@ -232,12 +232,12 @@ def test_what_cannot_be_served_is_named(changed: str, said: str) -> None:
     text = RUN.replace("vocab: 256", f"vocab: 256, {changed}")
     with pytest.raises(UserError, match=said):
         suite.parse(text, "run.yaml")
-    shared = RUN.replace("dtype: float32", "dtype: float32, model_parallel: true")
+    shared = RUN.replace("cluster: local-2, dtype: float32", "cluster: local-4, dtype: float32, model_parallel: true")
     suite.parse(shared, "run.yaml")
     for old, new, named in (
         ("num_heads: 4", "num_heads: 1", "model.num_heads: 1: does not divide over the 2 ranks of a node"),
         ("num_heads: 4", "num_heads: 4, num_kv_heads: 1", "model.num_kv_heads: 1"),
-        ("tokens_per_rank: 32", "tokens_per_rank: [32, 16]", "must be the same on all ranks of a node"),
+        ("tokens_per_rank: 32", "tokens_per_rank: [32, 16, 32, 32]", "must be the same on all ranks of a node"),
     ):
         with pytest.raises(UserError, match=named):
             suite.parse(shared.replace(old, new), "run.yaml")
