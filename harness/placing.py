@@ -35,8 +35,8 @@ Say = Callable[[str], None]
 class Request:
     """What is to be placed. ``profile`` and ``held``: routing to plan by and to judge by, int [L, T, k] each.
     ``bandwidth``: between expert-parallel ranks, float64 [G, G], bytes per second or any unit (inf: free). For planners
-    that predict times: ``cluster``, of whose devices ``tensor_parallel`` make up a rank; ``tokens`` of each rank in a
-    batch (empty: a sequence each); ``dtype``."""
+    that predict times: ``cluster`` (None: its rates do not hold), of whose devices ``tensor_parallel`` make up a rank;
+    ``tokens`` of each rank in a batch (empty: a sequence each); ``dtype``."""
 
     model: Model
     topology: Topology  # of the expert-parallel ranks
@@ -207,7 +207,7 @@ def place(wanted: Wanted, say: Say, command: str) -> PlacementFile:
     began = time.perf_counter()
     request = Request(
         *(model, topology, bandwidth, profile, held, wanted.gap, wanted.time_limit_s),
-        cluster=cluster,
+        cluster=cluster if wanted.bandwidths is None else None,
         tensor_parallel=wanted.tensor_parallel,
         say=say,
     )

@@ -102,15 +102,14 @@ def in_seconds(request: Request) -> Placed:
     request.say("ILP 1 and ILP 2")
     first, second = joint.two_stages(problem, request.gap, request.time_limit_s / 2)
     starts += [second.owner, rivals.contiguous(problem)]
-    owner, value = seconds.solve(request, prices, starts, rounds)
-    rows = seconds.batches(request, prices, seconds.BATCHES, 1)
-    facts = {
-        "ended": "search",
-        "predicted_s": value,
-        "predicted_contiguous_s": seconds.predicted_s(prices, rows, starts[-1]),
-        "predicted_two_stages_s": seconds.predicted_s(prices, rows, second.owner),
-    }
-    return _placed(request, problem, owner, facts, *_notes(first, second))
+    owner, ended = seconds.solve(request, prices, starts, rounds, request.time_limit_s / 4)
+    rows = seconds.batches(request, prices, seconds.BATCHES, 1)  # others than were searched on
+    named = {"": owner, "_two_stages": second.owner, "_contiguous": starts[-1]}
+    predicted = {f"predicted{name}_s": seconds.predicted_s(prices, rows, each) for name, each in named.items()}
+    notes = _notes(first, second)
+    if ended == "time limit":
+        notes.append("the annealing was ended by its time limit; the best placement was kept")
+    return _placed(request, problem, owner, {"ended": ended, **predicted}, *notes)
 
 
 def two_stage(request: Request) -> Placed:

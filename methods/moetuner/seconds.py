@@ -20,6 +20,8 @@ loads one port there and one at each level inside it.
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -60,8 +62,12 @@ def prices_of(request: Request) -> Prices:
                 rate = link.bandwidth_bytes_per_s * (request.tensor_parallel if level == last else 1)
                 ports.append((row_bytes / rate, topology.num_ranks // topology.num_units(level)))
     if not ports and not row_s:
-        name = "none" if cluster is None else cluster.name
-        raise bad("cluster", name, "states no rates to predict seconds by; choose another method, such as joint")
+        if cluster is None:
+            remedy = "does not say which ranks share a port, so seconds cannot be predicted"
+            raise bad("bandwidths", "a matrix", f"{remedy}; leave it out, or choose another method, such as joint")
+        raise bad(
+            "cluster", cluster.name, "states no rates to predict seconds by; choose another method, such as joint"
+        )
     ports = ports or [(0.0, 1)]
     return Prices(np.array([row_s, *(port_s for port_s, _ in ports)]), np.array([size for _, size in ports]))
 
@@ -90,20 +96,25 @@ def predicted_s(prices: Prices, rows: np.ndarray, owner: np.ndarray) -> float:
     return _search(prices, rows, owner.astype(np.int64), 0, 0.0, 0)
 
 
-def solve(request: Request, prices: Prices, starts: Iterable[np.ndarray], rounds: int) -> tuple[np.ndarray, float]:
-    """The placement int [L, E] of the fewest predicted seconds that was found, from the best of ``starts``, and its
-    seconds on batches that were not searched on (though of the same profile)."""
+def solve(
+    request: Request, prices: Prices, starts: Iterable[np.ndarray], rounds: int, time_limit_s: float = math.inf
+) -> tuple[np.ndarray, str]:
+    """The placement int [L, E] of the fewest predicted seconds that was found from the best of ``starts``, and how the
+    search ended: ``search`` or ``time limit``."""
+    began = time.perf_counter()
     rows = batches(request, prices, BATCHES, 0)
     found: Sequence[tuple[float, np.ndarray]] = [(predicted_s(prices, rows, owner), owner) for owner in starts]
     best, owner = min(found, key=lambda each: each[0])
     for number in range(rounds):
+        if time.perf_counter() - began > time_limit_s:
+            return owner, "time limit"
         request.say(f"annealing for seconds, round {number + 1} of {rounds}: {1e3 * best:.3f} ms predicted")
         tried = owner.astype(np.int64).copy()
         moves = min(MOVES * tried.size, MOST_MOVES)
         value = _search(prices, rows, tried, moves, WARMTHS[number % len(WARMTHS)], number)
         if value < best * (1 - 1e-9):
             best, owner = value, tried
-    return owner, predicted_s(prices, batches(request, prices, BATCHES, 1), owner)
+    return owner, "search"
 
 
 def _search(prices: Prices, rows: np.ndarray, owner: np.ndarray, moves: int, warmth: float, seed: int) -> float:

@@ -302,7 +302,7 @@ def test_fewer_seconds_are_found_and_every_rank_keeps_its_number() -> None:
 
 
 def test_without_rates_there_are_no_seconds() -> None:
-    with pytest.raises(UserError, match=r"cluster: 'none'.*no rates to predict seconds by"):
+    with pytest.raises(UserError, match=r"bandwidths: 'a matrix'.*which ranks share a port"):
         PLACERS["seconds"].run(on_two_nodes(cluster=None))
     with pytest.raises(UserError, match="cluster: 'local-4'"):
         PLACERS["seconds"].run(on_two_nodes(cluster=presets.cluster("local-4")))
