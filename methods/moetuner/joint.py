@@ -14,6 +14,7 @@ The only proven bound of J is that of the load balance.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -48,8 +49,10 @@ class Joint:
     time_s: float
 
 
+@functools.lru_cache(maxsize=4)
 def two_stages(problem: Problem, gap: float, time_limit_s: float) -> tuple[Stage, Stage]:
-    """ILP 1, then ILP 2, as the paper has them. A third of the time is ILP 1's at most."""
+    """ILP 1, then ILP 2, as the paper has them. A third of the time is ILP 1's at most. The last few are kept, as
+    several planners start from them."""
     first = balance.solve(problem.profile.load, problem.num_ranks, gap, time_limit_s / 3)
     return first, mapping.solve(problem, first.owner, gap, time_limit_s - first.time_s)
 

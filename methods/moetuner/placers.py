@@ -18,6 +18,7 @@ from methods.moetuner.profile import Profile
 EXFLOW_LIMIT_S = 60.0  # as ExFlow's own driver has it
 
 
+@functools.lru_cache(maxsize=4)
 def problem_of(request: Request) -> Problem:
     """``UserError`` for fewer experts than ranks, or an impossible bandwidth matrix."""
     num_experts, num_ranks = request.model.num_experts, request.topology.num_ranks

@@ -207,7 +207,8 @@ def solvers(progress: Progress) -> Findings:
         ids = routing("recorded")[0] if num_experts == 8 else markov(0.5, 0, model=model)
         topology = Topology(shape)
         rates = np.array([1.0, 9.0, np.inf])[topology.level_between]
-        problem = Problem(Profile.of_ids(ids, num_experts), cost_of(rates, topology.num_ranks), topology.unit_of(0))
+        profile = dataclasses.replace(Profile.of_ids(ids, num_experts), repeats=(1.0, 1.0))  # taken at its word
+        problem = Problem(profile, cost_of(rates, topology.num_ranks), topology.unit_of(0))
         began = time.perf_counter()
         first = balance.solve(problem.profile.load, problem.num_ranks)
         second = mapping.solve(problem, first.owner)
