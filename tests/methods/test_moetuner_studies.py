@@ -70,7 +70,6 @@ def test_tensor_parallel_ranks_share_computation_and_the_inner_link() -> None:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """One routing, one testbed, quick methods."""
     monkeypatch.setattr(studies, "ROUTINGS", ("recorded early",))
-    monkeypatch.setattr(studies, "ROUNDS", 2)
     monkeypatch.setattr(studies, "TESTBEDS", {"multi-node": studies.TESTBEDS["multi-node"]})
     monkeypatch.setattr(studies, "METHODS", ("contiguous", "greedy", "exflow", "two-stage", "joint"))
 
@@ -99,7 +98,6 @@ def test_gains_stand_beside_the_reported_ones_and_add_up(few: None) -> None:
 
 def test_no_rival_has_a_better_objective_on_held_out_routing(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "ROUTINGS", ("recorded early", "markov 0.9"))
-    monkeypatch.setattr(studies, "ROUNDS", 8)
     table = studies.objective(quietly).tables["objective"]
     rivals = table[table["placement"].isin(("contiguous", "greedy", "exflow"))]
     assert len(rivals) == 6
