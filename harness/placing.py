@@ -24,7 +24,7 @@ from harness import __version__
 from harness.errors import UserError, bad, unknown
 from harness.placement import Placement
 from harness.registry import brought
-from harness.specs import DTYPE_BYTES, GEMMS, Cluster, Count, Model, Spec
+from harness.specs import DTYPE_BYTES, GEMMS, Cluster, Count, Dtype, Model, Spec
 from harness.topology import Topology
 
 SCHEMA_VERSION = 1
@@ -34,7 +34,9 @@ Say = Callable[[str], None]
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
     """What is to be placed. ``profile`` and ``held``: routing to plan by and to judge by, int [L, T, k] each.
-    ``bandwidth``: between expert-parallel ranks, float64 [G, G], bytes per second or any unit (inf: free)."""
+    ``bandwidth``: between expert-parallel ranks, float64 [G, G], bytes per second or any unit (inf: free). For planners
+    that predict times: ``cluster`` (None: its rates do not hold), of whose devices ``tensor_parallel`` make up a rank;
+    ``tokens`` of each rank in a batch (empty: a sequence each); ``dtype``."""
 
     model: Model
     topology: Topology  # of the expert-parallel ranks
@@ -44,7 +46,10 @@ class Request:
     gap: float = 0.025
     time_limit_s: float = math.inf
     rounds: int | None = None  # of a search that could go on; None: as many as the planner likes
-    seed: int = 0
+    cluster: Cluster | None = None
+    tensor_parallel: int = 1
+    tokens: tuple[int, ...] = ()
+    dtype: Dtype = "bfloat16"
     say: Say = lambda text: None
 
 
@@ -157,11 +162,11 @@ def placers() -> dict[str, Placer]:
     return brought("placers", "PLACERS")
 
 
-def placer(name: str) -> Placer:
+def placer(name: str, where: str = "--method") -> Placer:
     """The planner called ``name``; ``UserError`` with the nearest known name if there is none."""
     known = placers()
     if name not in known:
-        raise unknown("--method", name, known, "methods")
+        raise unknown(where, name, known, "methods")
     return known[name]
 
 
@@ -200,7 +205,12 @@ def place(wanted: Wanted, say: Say, command: str) -> PlacementFile:
     ids = traces.all_layers(recorded, wanted.step)[:, :, : model.top_k]
     profile, held = traces.split(ids, wanted.held_out, traces.window_of(recorded))
     began = time.perf_counter()
-    request = Request(model, topology, bandwidth, profile, held, wanted.gap, wanted.time_limit_s, say=say)
+    request = Request(
+        *(model, topology, bandwidth, profile, held, wanted.gap, wanted.time_limit_s),
+        cluster=cluster if wanted.bandwidths is None else None,
+        tensor_parallel=wanted.tensor_parallel,
+        say=say,
+    )
     found = planner.run(request)
     return PlacementFile(
         model=model.name,

@@ -247,7 +247,7 @@ class Experiment(Spec):
     backward: bool = True
     wire: Literal["recv_first", "gloo"] = "recv_first"  # whose all-to-all runs under torch.distributed
     compute: Literal["real", "stand-in"] = "real"  # stand-in: a timed wait, as long as the cluster's gemm costs say
-    model_parallel: bool = False  # train_step: attention's heads are shared out over the ranks of a node
+    model_parallel: bool = False  # attention's heads are shared out over the ranks of a node
     options: dict[str, bool | int | float | str] = {}  # the system's own (pipeline chunks, 2DH, ...)
 
     @model_validator(mode="after")

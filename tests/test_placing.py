@@ -29,14 +29,14 @@ def test_a_placement_is_written_with_all_that_is_known_of_it(
 ) -> None:
     out = tmp_path / "new" / "placement.json"
     words = ["--model", "mixtral-8x7b", "--trace", TRACE, "--cluster", "moetuner-multi", "--tensor-parallel", "4"]
-    assert command(monkeypatch, *words, "--method", "moetuner-two-stage", "--out", str(out), "--json") == 0
+    assert command(monkeypatch, *words, "--method", "two-stage", "--out", str(out), "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     made = placing.read(out)
     assert shown["slots"] == json.loads(out.read_text())["slots"]
     assert {"objective", "bound", "gap", "ended", "ilp1", "ilp2"} <= set(made.objective)
     assert set(made.scores) == {"profile", "held-out", "random"}
     assert made.provenance["tokens_profiled"] + made.provenance["tokens_held_out"] == 16384
-    assert "--method moetuner-two-stage" in made.provenance["command"]
+    assert "--method two-stage" in made.provenance["command"]
     assert made.time_s > 0
     placements = made.fit(presets.model("mixtral-8x7b"), 4, "options.placement")
     assert len(placements) == 32
@@ -52,7 +52,7 @@ def test_a_placement_is_written_with_all_that_is_known_of_it(
         ({"--cluster": "moetuner-multi"}, "8 experts, one for each rank"),
         ({"--cluster": "moetuner-multi", "--tensor-parallel": "3"}, "must divide the 8 ranks"),
         ({"--cluster": "fsmoe-b", "--tensor-parallel": "4", "--model": "mixtral-8x7b"}, ""),
-        ({"--method": "moetunr"}, "did you mean 'moetuner'"),
+        ({"--method": "jiont"}, "did you mean 'joint'"),
         ({"--step": "7"}, "has steps 40, 200"),
         ({"--held-out": "1.5"}, "must lie between 0 and 1"),
         ({"--trace": "nowhere.parquet"}, "cannot be read"),

@@ -1,6 +1,7 @@
 """Phases ``prefill`` and ``decode``: a whole GPT in inference, its experts shared out over the ranks.
 
-Each rank has sequences of its own; attention is replicated. ``prefill``: a rank's tokens are whole sequences of
+Each rank has sequences of its own; attention is replicated, or (``model_parallel``) its heads are shared out over the
+ranks of a node, whose sequences they then see. ``prefill``: a rank's tokens are whole sequences of
 ``model.seq``. ``decode``: each of a rank's tokens is the next one of a sequence of its own whose other
 ``model.seq - 1`` tokens are in the cache. One repetition is one pass through all layers, and the same in every one.
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.errors import UserError, bad
 from harness.layer import stored
-from harness.layer.gpt import GPT, Cache
+from harness.layer.gpt import GPT, Attention, Cache
 from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.graph import Timeline
@@ -140,6 +142,8 @@ class Server:
         self.lanes = executor_of(job)
         self.arrays = stored_arrays(experiment)
         self.attention_s = attention_s(experiment, job.rank)
+        self.group = job.inner(0) if experiment.model_parallel else None
+        self.sharing = 1 if self.group is None else dist.get_world_size(self.group)  # ranks of an attention
         if placed is None:
             placed = agreed(job, lambda: placements(experiment))
             if system.places and experiment.workload.generator == "natural":
@@ -160,6 +164,10 @@ class Server:
             )
 
         self.gpt = serving_gpt(experiment, moe, self.dtype, job.device, self.arrays)
+        if self.sharing > 1:
+            for attention in (m for m in self.gpt.modules() if isinstance(m, Attention)):
+                attention.keep_heads(job.rank % self.sharing, self.sharing)
+            self.gpt.requires_grad_(False)
         self.steered: list[train.Steered] = [m for m in self.gpt.modules() if isinstance(m, train.Steered)]
         self.layers: list[MoELayer] = [steered.layer for steered in self.steered]  # type: ignore[misc]
         if experiment.workload.generator != "natural":
@@ -219,7 +227,8 @@ class Server:
             return self.tokens, None
         context = self.tokens[:, :-1]
         if not hasattr(self, "caches"):
-            self.caches = [Cache(self.model, len(context), self.dtype, self.job.device) for _ in self.layers]
+            sequences = self.sharing * len(context)
+            self.caches = [Cache(self.model, sequences, self.dtype, self.job.device, self.sharing) for _ in self.layers]
             if self.experiment.workload.generator == "natural":
                 self._pass(context, self.caches)
             else:
@@ -236,7 +245,8 @@ class Server:
 
     def _pass(self, tokens: torch.Tensor, caches: list[Cache] | None) -> None:
         steers = [steered.steer for steered in self.steered]
-        self.step = ServingStep(self.gpt, [passage(layer) for layer in self.layers], steers, caches, self.attention_s)
+        passages = [passage(layer) for layer in self.layers]
+        self.step = ServingStep(self.gpt, passages, steers, caches, self.attention_s, self.group)
         self.timeline = self.lanes.run(self.step.plan(tokens))
 
 
@@ -329,6 +339,9 @@ def reduced(experiment: Experiment) -> Experiment:
     update["generator"] = "natural" if natural else "uniform"
     options = {key: value for key, value in experiment.options.items() if key != "placement"}
     workload = small.workload.model_copy(update=update)
+    if experiment.model_parallel:
+        num_heads = max(small.model.num_heads, math.prod(experiment.cluster.shape[1:]))
+        small = small.model_copy(update={"model": small.model.model_copy(update={"num_heads": num_heads})})
     return small.model_copy(update={"workload": workload, "dtype": "float64", "compute": "real", "options": options})
 
 

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import importlib.resources
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -245,7 +246,14 @@ def _check_served(experiment: Experiment) -> None:
     if model.capacity_factor is not None:
         raise bad("model.capacity_factor", model.capacity_factor, f"in phase {experiment.phase} nothing is dropped")
     if experiment.model_parallel:
-        raise bad("model_parallel", True, f"belongs to phase train_step; in {experiment.phase} attention is replicated")
+        num_local = math.prod(experiment.cluster.shape[1:])
+        for field, heads in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads or model.num_heads)):
+            if heads % num_local:
+                raise bad(f"model.{field}", heads, f"does not divide over the {num_local} ranks of a node")
+        tokens = experiment.workload.tokens(num_local * experiment.cluster.shape[0])
+        if any(len(set(tokens[at : at + num_local])) > 1 for at in range(0, len(tokens), num_local)):
+            remedy = "must be the same on all ranks of a node whose attention is shared out (model_parallel)"
+            raise bad("workload.tokens_per_rank", experiment.workload.tokens_per_rank, remedy)
     if experiment.phase == "decode" and model.seq < 2:
         raise bad("model.seq", model.seq, "leaves no token before the decoded one; at least 2")
     serve.placements(experiment)

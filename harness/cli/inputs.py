@@ -67,7 +67,7 @@ def place(
     trace: Annotated[Path, typer.Option(help="Recorded routing of that model (moebench record).")],
     cluster: Annotated[str, typer.Option(help="Cluster preset (moebench list clusters).")],
     out: Annotated[Path, typer.Option(help="The placement to write (.json).")],
-    method: Annotated[str, typer.Option(help="How to place; an unknown name lists all.")] = "moetuner",
+    method: Annotated[str, typer.Option(help="How to place; an unknown name lists all.")] = "joint",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Neighbouring ranks that share each expert.")] = 1,
     step: Annotated[int | None, typer.Option(help="Recorded training step; by default the last.")] = None,
     held_out: Annotated[float, typer.Option(help="Share of the tokens to judge by and not to plan with.")] = 0.25,

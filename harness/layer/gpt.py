@@ -21,10 +21,13 @@ INIT_STD = 0.02  # of embeddings and projections, as in GPT-2
 
 
 class Cache:
-    """Keys and values of the tokens so far of B sequences, [B, kv heads, seq, head] each; ``length`` are there."""
+    """Keys and values of the tokens so far of B sequences, [B, kv heads, seq, head] each; ``length`` are there.
+    ``parts``: over how many ranks the heads are shared out."""
 
-    def __init__(self, model: Model, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
-        heads = model.num_kv_heads or model.num_heads
+    def __init__(
+        self, model: Model, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu", parts: int = 1
+    ):
+        heads = (model.num_kv_heads or model.num_heads) // parts
         shape = (batch, heads, model.seq, model.hidden // model.num_heads)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = 0

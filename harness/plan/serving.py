@@ -1,7 +1,8 @@
 """A forward pass of a GPT in inference as one plan on this rank: embedding, every layer's attention and MoE part, head.
 
-Attention is replicated (each rank has sequences of its own), experts are shared out. With caches the tokens are the
-next ones of their sequences: all of them (prefill), or one each (decode).
+Experts are shared out. Attention is replicated (each rank has sequences of its own), or its heads are shared out over
+the ranks of a node (tensor parallelism): then tokens are gathered in the node before it, and partial sums scattered
+after it. With caches the tokens are the next ones of their sequences: all of them (prefill), or one each (decode).
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from harness.layer.gpt import GPT, Cache
-from harness.plan.graph import COMPUTE, Plan, Timeline, Work
+from harness.plan.graph import COMPUTE, INTRA, Plan, Timeline, Work
 from harness.plan.passage import Dense, Passage, forward_layer
 
 PARTS = ("attention", "experts", "all_to_all", "moe")  # whose times ``parts_s`` gives, layer by layer
+ATTENTION = ("norm", "mp-gather", "attention", "mp-scatter", "residual")  # kinds of task that make up the first
 
 
 class ServingStep:
     """One pass. ``passages``: of the MoE layers; ``steer``: what stands before each; ``attention_s``: wait so long in
-    place of each attention (None: compute it). ``logits`` [B, L, vocab]: after the plan ran."""
+    place of each attention (None: compute it); ``group``: ranks over which its heads are shared out, all with as many
+    sequences. ``logits`` [B, L, vocab]: after the plan ran."""
 
     def __init__(
         self,
@@ -30,8 +34,10 @@ class ServingStep:
         steer: Sequence[Callable[[torch.Tensor], torch.Tensor]],
         caches: Sequence[Cache] | None = None,
         attention_s: float | None = None,
+        group: dist.ProcessGroup | None = None,
     ):
         self.gpt, self.passages, self.steer, self.caches, self.attention_s = gpt, passages, steer, caches, attention_s
+        self.group = group
         self.residual: torch.Tensor
         self.logits: torch.Tensor
 
@@ -48,26 +54,58 @@ class ServingStep:
 
         last = [plan.add("embedding", COMPUTE, run=embed)]
         for layer, way in enumerate(self.passages):
-            dense = [Dense("attention", COMPUTE, Work(run=lambda layer=layer: self._attend(layer)))]  # type: ignore[misc]
-            last = forward_layer(plan, way.forward, dense, prefix=f"layer{layer}.", after=last)
+            last = forward_layer(plan, way.forward, self._dense(layer), prefix=f"layer{layer}.", after=last)
         plan.add("head", COMPUTE, last, run=head)
         return plan
 
-    def _attend(self, layer: int) -> None:
-        block = self.gpt.blocks[layer]
+    def _dense(self, layer: int) -> list[Dense]:
+        def whole() -> None:
+            for part in (self._enter, self._attend, self._leave):
+                part(layer)
+
+        if self.group is None:
+            return [Dense("attention", COMPUTE, Work(run=whole))]
+        return [
+            Dense("norm", COMPUTE, Work(run=lambda: self._enter(layer))),
+            Dense("mp-gather", INTRA, Work(run=self._gather)),
+            Dense("attention", COMPUTE, Work(run=lambda: self._attend(layer))),
+            Dense("mp-scatter", INTRA, Work(run=self._scatter)),
+            Dense("residual", COMPUTE, Work(run=lambda: self._leave(layer))),
+        ]
+
+    def _enter(self, layer: int) -> None:
         if layer:
             self.residual = self.residual + self.passages[layer - 1].y.view_as(self.residual)
+        self.own = self.gpt.blocks[layer].attention_norm(self.residual)  # type: ignore[operator]
+
+    def _gather(self) -> None:
+        """own [B, L, M] of every rank of the node -> [ranks B, L, M]."""
+        own = self.own.contiguous()
+        self.own = own.new_empty(dist.get_world_size(self.group) * len(own), *own.shape[1:])
+        dist.all_gather_into_tensor(self.own, own, group=self.group)
+
+    def _attend(self, layer: int) -> None:
         if self.attention_s is None:
-            cache = self.caches[layer] if self.caches else None
-            self.residual = self.residual + block.attention(block.attention_norm(self.residual), cache)  # type: ignore[operator]
+            self.own = self.gpt.blocks[layer].attention(self.own, self.caches[layer] if self.caches else None)  # type: ignore[operator]
         else:
             time.sleep(self.attention_s)
-        self.passages[layer].x = self.steer[layer](block.moe_norm(self.residual).flatten(0, 1))  # type: ignore[operator]
+
+    def _scatter(self) -> None:
+        """Partial sums own [ranks B, L, M] of every rank of the node -> [B, L, M], summed."""
+        partial = self.own.contiguous()
+        self.own = torch.empty_like(self.residual)
+        dist.reduce_scatter_tensor(self.own, partial, group=self.group)
+
+    def _leave(self, layer: int) -> None:
+        if self.attention_s is None:
+            self.residual = self.residual + self.own
+        self.passages[layer].x = self.steer[layer](self.gpt.blocks[layer].moe_norm(self.residual).flatten(0, 1))  # type: ignore[operator]
 
 
 def parts_s(timeline: Timeline, num_layers: int) -> dict[str, list[float]]:
-    """Seconds of every layer on this rank by ``PARTS``: its attention; in its MoE part the computation of experts, what
-    is done on links, and the whole from first start to last end. A layer of one opaque task has the first and last."""
+    """Seconds of every layer on this rank by ``PARTS``: its attention, with what gathers and scatters for it; in its
+    MoE part the computation of experts, what is done on links, and the whole from first start to last end. A layer of
+    one opaque task has the first and last."""
     found: dict[str, list[float]] = {part: [0.0] * num_layers for part in PARTS}
     begin, end = np.full(num_layers, np.inf), np.full(num_layers, -np.inf)
     opaque = False
@@ -75,7 +113,7 @@ def parts_s(timeline: Timeline, num_layers: int) -> dict[str, list[float]]:
         if not task.name.startswith("layer"):
             continue
         layer = int(task.name.split(".")[0].removeprefix("layer"))
-        if task.kind == "attention":
+        if task.kind in ATTENTION:
             found["attention"][layer] += stop - start
             continue
         begin[layer], end[layer] = min(begin[layer], start), max(end[layer], stop)

@@ -14,10 +14,8 @@ from harness.placement import Placement
 from harness.routing import Routing
 from harness.system import Case
 
-METHOD, ROUNDS = (
-    "moetuner-two-stage",
-    8,
-)  # ROUNDS of annealing: what a few layers need, and the same wherever it is planned
+METHOD = "two-stage"
+ROUNDS = 8  # of annealing: what a few layers need, and the same wherever it is planned
 
 
 class MoETuner(Flat):
@@ -30,8 +28,8 @@ class MoETuner(Flat):
     places = True
     options: ClassVar[dict[str, str]] = {
         "placement": "file that moebench place wrote (default: planned from routing of other tokens than those served)",
-        "method": "how to plan: moetuner, moetuner-two-stage, exflow, greedy, random or contiguous (default "
-        "moetuner-two-stage, the paper's; moetuner also keeps chains of experts together, whose loads shift together)",
+        "method": "how to plan: two-stage (the default: the paper's two programs), joint (both programs at once), "
+        "seconds (fewest predicted seconds of a batch), exflow, greedy, random or contiguous",
     }
 
     @classmethod
@@ -40,11 +38,17 @@ class MoETuner(Flat):
         if name := case.options.get("placement"):
             found = placing.read(Path(str(name)).expanduser())
             return found.fit(case.model, num_ranks, "options.placement")
-        planner = placing.placer(str(case.options.get("method", METHOD)))
+        planner = placing.placer(str(case.options.get("method", METHOD)), "options.method")
         bandwidth = np.ones((num_ranks, num_ranks))
         if case.cluster is not None:
             placing.check_memory(case.model, case.cluster, 1, num_ranks, case.dtype)
             bandwidth, _ = placing.bandwidths(case.cluster)
         ids = np.stack([routing.ids for routing in profile])
-        placed = planner.run(placing.Request(case.model, case.topology, bandwidth, ids, ids, rounds=ROUNDS))
-        return [Placement.of_slots(ranks) for ranks in placing.slots_of(placed.owner, num_ranks)]
+        request = placing.Request(
+            *(case.model, case.topology, bandwidth, ids, ids),
+            rounds=ROUNDS,
+            cluster=case.cluster,
+            tokens=tuple(case.routing.tokens),
+            dtype=case.dtype,
+        )
+        return [Placement.of_slots(ranks) for ranks in placing.slots_of(planner.run(request).owner, num_ranks)]

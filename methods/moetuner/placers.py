@@ -10,7 +10,7 @@ import numpy as np
 
 from harness.errors import bad
 from harness.placing import Placed, Placer, Request
-from methods.moetuner import joint, rivals
+from methods.moetuner import joint, rivals, seconds
 from methods.moetuner.balance import Stage
 from methods.moetuner.objective import Problem, cost_of, score
 from methods.moetuner.profile import Profile
@@ -18,6 +18,7 @@ from methods.moetuner.profile import Profile
 EXFLOW_LIMIT_S = 60.0  # as ExFlow's own driver has it
 
 
+@functools.lru_cache(maxsize=4)
 def problem_of(request: Request) -> Problem:
     """``UserError`` for fewer experts than ranks, or an impossible bandwidth matrix."""
     num_experts, num_ranks = request.model.num_experts, request.topology.num_ranks
@@ -67,19 +68,19 @@ def _notes(first: Stage, second: Stage) -> list[str]:
     return notes
 
 
-def moetuner(request: Request) -> Placed:
+def both(request: Request) -> Placed:
     problem = problem_of(request)
     rounds = joint.ROUNDS if request.rounds is None else request.rounds
-    request.say("ExFlow's program, to start from too")
     limit = request.time_limit_s / 4
-    start = rivals.exflow(problem, request.gap, limit).owner
-    found = joint.solve(problem, request.gap, request.time_limit_s - limit, rounds, [start], request.say)
+    starts = _rivals(request, problem, limit)
+    found = joint.solve(problem, request.gap, request.time_limit_s - limit, rounds, starts, request.say)
     facts = {
         "bound": found.bound,
         "gap": (found.after - found.bound) / found.after if found.after else 0.0,
         "ended": found.ended,
         "two_stages": found.before,
         "rounds": found.rounds,
+        "repeats": dict(zip(("load", "flow"), problem.profile.repeats, strict=True)),
         "ilp1": _stage(found.first),
         "ilp2": _stage(found.second),
     }
@@ -87,6 +88,29 @@ def moetuner(request: Request) -> Placed:
     if found.ended == "time limit":
         notes.append("the annealing was ended by its time limit; the best placement was kept")
     return _placed(request, problem, found.owner, facts, *notes)
+
+
+def _rivals(request: Request, problem: Problem, time_limit_s: float) -> list[np.ndarray]:
+    """Placements to start from beside the two stages'."""
+    request.say("rivals' placements, to start from too")
+    return [rivals.exflow(problem, request.gap, time_limit_s, proven=False).owner, rivals.greedy(problem)]
+
+
+def in_seconds(request: Request) -> Placed:
+    prices, problem = seconds.prices_of(request), problem_of(request)
+    rounds = seconds.ROUNDS if request.rounds is None else request.rounds
+    starts = _rivals(request, problem, request.time_limit_s / 4)
+    request.say("ILP 1 and ILP 2")
+    first, second = joint.two_stages(problem, request.gap, request.time_limit_s / 2)
+    starts += [second.owner, rivals.contiguous(problem)]
+    owner, ended = seconds.solve(request, prices, starts, rounds, request.time_limit_s / 4)
+    rows = seconds.batches(request, prices, seconds.BATCHES, 1)  # others than were searched on
+    named = {"": owner, "_two_stages": second.owner, "_contiguous": starts[-1]}
+    predicted = {f"predicted{name}_s": seconds.predicted_s(prices, rows, each) for name, each in named.items()}
+    notes = _notes(first, second)
+    if ended == "time limit":
+        notes.append("the annealing was ended by its time limit; the best placement was kept")
+    return _placed(request, problem, owner, {"ended": ended, **predicted}, *notes)
 
 
 def two_stage(request: Request) -> Placed:
@@ -115,8 +139,11 @@ def _rule(request: Request, rule: Any) -> Placed:
 
 
 PLACERS = {
-    "moetuner": Placer("MoETuner's two programs, then both at once", moetuner),
-    "moetuner-two-stage": Placer("MoETuner's ILP 1, then ILP 2, as in the paper", two_stage),
+    "joint": Placer("MoETuner's two programs, then both at once", both),
+    "two-stage": Placer("MoETuner's ILP 1, then ILP 2, as in the paper", two_stage),
+    "seconds": Placer(
+        "fewest predicted seconds of a batch: ranks that share ports and do not wait for each other", in_seconds
+    ),
     "exflow": Placer("ExFlow's program: fewest tokens change ranks between layers", exflow),
     "greedy": Placer(
         "largest expert first to the least loaded rank (EPLB without replicas)",

@@ -44,8 +44,9 @@ def greedy(problem: Problem) -> np.ndarray:
     return np.stack([kernels.largest_first(layer, problem.num_ranks, True) for layer in load])
 
 
-def exflow(problem: Problem, gap: float = 0.025, time_limit_s: float = 60.0) -> Stage:
-    """Owner, tokens that change ranks, and a bound of it (0 where no program ran)."""
+def exflow(problem: Problem, gap: float = 0.025, time_limit_s: float = 60.0, *, proven: bool = True) -> Stage:
+    """Owner, tokens that change ranks, and a bound of it (0 where no program ran). ``proven``: small cases go to
+    HiGHS; else the search must do."""
     began = time.perf_counter()
     flat = dataclasses.replace(problem, cost=1.0 - np.eye(problem.num_ranks))
     owner, best = contiguous(problem), math.inf
@@ -59,7 +60,7 @@ def exflow(problem: Problem, gap: float = 0.025, time_limit_s: float = 60.0) -> 
         if time.perf_counter() - began > time_limit_s:
             break
     bound, ended = 0.0, "search"
-    if owner.size * problem.num_ranks <= MAX_BINARIES:
+    if proven and owner.size * problem.num_ranks <= MAX_BINARIES:
         left = time_limit_s - (time.perf_counter() - began)
         owner, bound, ended = _program(flat, owner, best, gap, left)
         best = leaving(flat, owner)

@@ -83,6 +83,26 @@ def test_logits_are_the_oracles(session, name: str, phase: str, generator: str) 
         assert row["errors"]["logits"] <= {"megatron": 4e-6}.get(name, 2e-10)
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("generator", ["natural", "uniform"])
+def test_logits_do_not_depend_on_where_the_heads_are(session, phase: str, generator: str) -> None:
+    """Experts over all ranks and heads over those of a node, against the oracle and against replicated attention."""
+    workload = {"name": "w", "tokens_per_rank": 64, "generator": generator}
+    shared = experiment("local-4", phase, workload=workload, model_parallel=True)
+    for row in session("local-4").call(f"{ON_RANKS}:gate", {"experiment": shared, "broken": False}, timeout_s=200):
+        assert row["status"] == "ok", row
+        assert row["errors"]["logits"] <= 2e-10
+    if phase == "decode" and generator == "uniform":
+        return  # keys and values are drawn, by each rank for its heads
+    whole = shared | {"model_parallel": False}
+    found = [
+        session("local-4").call(f"{ON_RANKS}:logits", {"experiment": each, "placements": [scattered(4, 0)]})
+        for each in (shared, whole)
+    ]
+    for (own,), (other,) in zip(*found, strict=True):
+        assert np.abs(own - other).max() <= 1e-10 * np.abs(other).max()
+
+
 def test_experts_with_the_weights_of_others_are_found(session) -> None:
     payload = {"experiment": experiment("local-4"), "broken": True}
     rows = session("local-4").call(f"{ON_RANKS}:gate", payload)
@@ -212,5 +232,12 @@ def test_what_cannot_be_served_is_named(changed: str, said: str) -> None:
     text = RUN.replace("vocab: 256", f"vocab: 256, {changed}")
     with pytest.raises(UserError, match=said):
         suite.parse(text, "run.yaml")
-    with pytest.raises(UserError, match="attention is replicated"):
-        suite.parse(RUN.replace("dtype: float32", "dtype: float32, model_parallel: true"), "run.yaml")
+    shared = RUN.replace("cluster: local-2, dtype: float32", "cluster: local-4, dtype: float32, model_parallel: true")
+    suite.parse(shared, "run.yaml")
+    for old, new, named in (
+        ("num_heads: 4", "num_heads: 1", "model.num_heads: 1: does not divide over the 2 ranks of a node"),
+        ("num_heads: 4", "num_heads: 4, num_kv_heads: 1", "model.num_kv_heads: 1"),
+        ("tokens_per_rank: 32", "tokens_per_rank: [32, 16, 32, 32]", "must be the same on all ranks of a node"),
+    ):
+        with pytest.raises(UserError, match=named):
+            suite.parse(shared.replace(old, new), "run.yaml")

@@ -45,6 +45,11 @@ def test_tail_is_the_slowest_rank_and_mean_is_over_ranks(served: RunMaker) -> No
     assert times.loc["flat", "p50_s"] == pytest.approx(3.005)
     assert times.loc["flat", "p99_s"] == pytest.approx(3.01)
     assert times.loc["moetuner", "tokens_per_s"] == pytest.approx(4096 / 1.5)
+    assert times.loc["moetuner", "token_s"] == pytest.approx(4 * 1.5 / 4096)
+    layers = serving.parts(run, by_layer=True).set_index(["label", "layer"])
+    assert layers["tail_s"].to_dict() == {
+        (name, f"layer{i}"): v for name, v in (("flat", 3.0), ("moetuner", 1.5)) for i in (0, 1)
+    }
 
 
 def test_the_section_has_ratios_with_intervals_and_keeps_its_tables(served: RunMaker, tmp_path) -> None:
