@@ -216,6 +216,7 @@ class Session:
             raise _NoNetwork(f"{' and '.join(missing)} not found; install util-linux and iproute2")
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        environment["PYTHONSAFEPATH"] = "1"  # not before it the current folder, which may hold another checkout
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for GPUs must not initialise CUDA before a fork
         if not self._setup.use_cuda:
             environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

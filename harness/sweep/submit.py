@@ -229,7 +229,7 @@ def parameters(folder: SweepFolder, slurm: SlurmCluster, nodes: int, tasks_per_n
         'scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING',
     ]
     setup = [
-        f"export PYTHONPATH={shlex.quote(str(folder.tree))}",
+        f"export PYTHONPATH={shlex.quote(str(folder.tree))} PYTHONSAFEPATH=1",  # not the folder of the submission
         f"trap 'code=$?; {' && '.join(conditions)} && scontrol requeue $SLURM_JOB_ID; exit $code' EXIT",
         *slurm.setup,
     ]
@@ -263,7 +263,8 @@ def scripts(file: SweepFile, run_dir: Path, launches: int | None = None) -> list
 
 def start_driver(folder: SweepFolder, indices: Sequence[int]) -> None:
     """A process of its own that runs the jobs one after another."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder.tree), os.environ.get("PYTHONPATH", "")])}
+    path = os.pathsep.join([str(folder.tree), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     folder.submitit.mkdir(parents=True, exist_ok=True)
     with (folder.submitit / "driver.log").open("ab") as log:
         driver = subprocess.Popen(

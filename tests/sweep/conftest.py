@@ -67,6 +67,16 @@ def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture(scope="session")
+def other_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder to submit from whose code must never run: the jobs have theirs."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for package in ("harness", "baselines", "methods"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text("raise ImportError('the code of the folder of submission')")
+    return folder
+
+
 def settle(sweep: Sweep, timeout_s: float = 200) -> dict[str, int]:
     """Wait until nothing of the sweep is open -> its counts."""
     deadline = time.monotonic() + timeout_s

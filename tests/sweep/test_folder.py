@@ -133,7 +133,8 @@ def test_status_of_ten_thousand_cells(sweep_file, tmp_path):
     print(f"status over 10,000 cells: {took:.2f} s")
 
 
-def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path):
+def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path, other_checkout, monkeypatch):
+    monkeypatch.chdir(other_checkout)
     loaded = spec.load(sweep_file("here", num_races=2, cells_per_job=1))
     sweep = submit.submit(loaded, tmp_path / "here", on="local")
     assert set(sweep.counts()) <= {"queued", "running"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -37,9 +38,12 @@ def slow(tokens: int) -> dict:
 
 @pytest.fixture(scope="module")
 def sweeps(
-    one_machine: slurm.Slurm, sweep_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+    one_machine: slurm.Slurm,
+    sweep_file: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    other_checkout: Path,
 ) -> Iterator[dict[str, Sweep]]:
-    """All of them at once in one Slurm; each test waits for its own."""
+    """All of them at once in one Slurm, submitted from another checkout; each test waits for its own."""
     results = tmp_path_factory.mktemp("runs")
     found = {}
     files = {
@@ -48,8 +52,9 @@ def sweeps(
         "across": sweep_file("across", cluster={"nodes": 2}, system=["flat", "hiermoe-hd2"]),
         "array": sweep_file("array", num_races=8, cells_per_job=2),
     }
-    for name, file in files.items():
-        found[name] = submit.submit(spec.load(file), results / name, on="slurm")
+    with contextlib.chdir(other_checkout):
+        for name, file in files.items():
+            found[name] = submit.submit(spec.load(file), results / name, on="slurm")
     yield found
     for each in found.values():
         submit.cancel(each)
