@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not sys.flags.safe_path:
     sys.path.pop(0)  # this folder: the code comes from PYTHONPATH
 
 from harness.bench import suite
