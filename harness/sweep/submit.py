@@ -263,7 +263,7 @@ def scripts(file: SweepFile, run_dir: Path, launches: int | None = None) -> list
 
 def start_driver(folder: SweepFolder, indices: Sequence[int]) -> None:
     """A process of its own that runs the jobs one after another."""
-    path = os.pathsep.join([str(folder.tree), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(folder.tree), os.environ.get("PYTHONPATH")]))  # an empty one is here
     environment = os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     folder.submitit.mkdir(parents=True, exist_ok=True)
     with (folder.submitit / "driver.log").open("ab") as log:

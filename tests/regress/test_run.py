@@ -58,7 +58,7 @@ def test_five_per_cent_in_dispatch_are_caught(sabotaged, tmp_path):
     }
     suite = tmp_path / "suite.yaml"
     suite.write_text(yaml.safe_dump({"name": "sabotage", "experiments": [experiment]}))
-    pairs, setbacks = run.race_pairs(run.ROOT, sabotaged, suite, 8, tmp_path / "logs", lambda text: None)
+    pairs, setbacks = run.race_pairs(run.ROOT, sabotaged, suite, 16, tmp_path / "logs", lambda text: None)
     assert setbacks == []
     table = decide.decide(pairs).set_index(["system", "direction"])
     print(table.to_string())
