@@ -80,7 +80,7 @@ def both(request: Request) -> Placed:
         "ended": found.ended,
         "two_stages": found.before,
         "rounds": found.rounds,
-        "repeats": dict(zip(("load", "flow"), problem.profile.repeats, strict=True)),
+        **dict(zip(("load_repeats", "flow_repeats"), problem.profile.repeats, strict=True)),
         "ilp1": _stage(found.first),
         "ilp2": _stage(found.second),
     }
