@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from harness.bench import provenance, tidy
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
 from harness.errors import bad
-from harness.specs import Cluster
+from harness.specs import Cluster, Experiment
 
 RUN_RACE = "harness.bench.race:run_race"
 SESSION_START_S = 6.0
@@ -180,12 +180,7 @@ class Sessions:
         failed: dict[str, tuple[str, str]] = {}
         remaining = list(race.experiments)
         while remaining:
-            payload = {
-                "experiments": [experiment.model_dump(mode="json") for experiment in remaining],
-                "repeats": race.repeats,
-                "warmup": race.warmup,
-                "checkpoints": (str(self.checkpoints), self.settings.checkpoint_every),
-            }
+            payload = payload_of(race, remaining, self.settings, self.launch)
             try:
                 answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
                 return answers, failed
@@ -202,7 +197,7 @@ class Sessions:
     @property
     def checkpoints(self) -> Path:
         """Folder of the trainings that this launch has begun."""
-        return self.settings.run_dir / "checkpoints" / f"launch-{self.launch}"
+        return checkpoints_of(self.settings, self.launch)
 
     @property
     def _place(self) -> str:
@@ -242,6 +237,21 @@ class Sessions:
         if self.settings.timeout_s is not None:
             return self.settings.timeout_s
         return MIN_TIMEOUT_S + 10 * sum(tidy.estimate_s(e, race.repeats, race.warmup) for e in race.experiments)
+
+
+def checkpoints_of(settings: Settings, launch: int) -> Path:
+    """Folder of the trainings of a launch."""
+    return settings.run_dir / "checkpoints" / f"launch-{launch}"
+
+
+def payload_of(race: Race, experiments: Sequence[Experiment], settings: Settings, launch: int) -> dict[str, Any]:
+    """What ``run_race`` takes, for those ``experiments`` of ``race``."""
+    return {
+        "experiments": [experiment.model_dump(mode="json") for experiment in experiments],
+        "repeats": race.repeats,
+        "warmup": race.warmup,
+        "checkpoints": (str(checkpoints_of(settings, launch)), settings.checkpoint_every),
+    }
 
 
 def record_of_launch(

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from submitit.helpers import TorchDistributedEnvironment
 
 from harness.bench import race, tidy
-from harness.bench.run import Plan, Settings, describe, record_of_launch, stamp
+from harness.bench.run import Plan, Settings, describe, payload_of, record_of_launch, stamp
 from harness.bench.store import Store
 from harness.comm import wire as wires
 from harness.comm.job import Job
@@ -84,16 +84,7 @@ def run_plan(world: World, plan: Plan, settings: Settings, argv: list[str]) -> N
         for each in races:
             if first:
                 report({"did": "begin", "text": f"launch {launch}: {describe(each)}", **stamp(each, launch)})
-            payload = {
-                "experiments": [experiment.model_dump(mode="json") for experiment in each.experiments],
-                "repeats": each.repeats,
-                "warmup": each.warmup,
-                "checkpoints": (
-                    str(settings.run_dir / "checkpoints" / f"launch-{launch}"),
-                    settings.checkpoint_every,
-                ),
-            }
-            answer = race.run_race(world.job, payload)
+            answer = race.run_race(world.job, payload_of(each, each.experiments, settings, launch))
             answers: list[Any] | None = [None] * world.job.num_ranks if first else None
             dist.gather_object(answer, answers)
             if answers is not None:

@@ -25,7 +25,7 @@ def beside(executed: Timeline, simulated: Timeline) -> dict[str, float]:
     known = dict(zip((task.name for task in simulated.plan.tasks), simulated.end_s - simulated.start_s, strict=True))
     found: dict[str, list[float]] = {}
     for task, start, end in zip(executed.plan.tasks, executed.start_s, executed.end_s, strict=True):
-        name = task.name.split(".", 1)[1] if task.name.startswith("layer") else task.name
+        name = unlayered(task.name)
         if name == "forward.metadata":
             took = float(end.max() - start.max())
         elif task.lane == COMPUTE and not name.endswith(".experts"):
@@ -34,6 +34,11 @@ def beside(executed: Timeline, simulated: Timeline) -> dict[str, float]:
             continue
         found.setdefault(name, []).append(max(0.0, took - float(known.get(task.name, 0.0))))
     return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def unlayered(task: str) -> str:
+    """The task's name in ``Seconds``."""
+    return task.split(".", 1)[1] if task.startswith("layer") else task
 
 
 def merged(several: Sequence[Seconds]) -> dict[str, float]:

@@ -40,11 +40,10 @@ from harness.specs import DTYPE_BYTES, GEMMS, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 from harness.traffic import port_load
-from methods.hecate.host import SYSTEM, Seconds, beside, merged
+from methods.hecate.host import SYSTEM, Seconds, beside, merged, unlayered
 from methods.hecate.shard import shard
 
 Array = np.ndarray
-METADATA = ("metadata", "metadata_grad")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +219,7 @@ def step_plan(experiment: Experiment, links: Links, processor_s: Seconds | None 
 
     def processor(name: str, after: list[str], seconds: float = 0.0) -> list[str]:
         """``seconds``: of a stand-in."""
-        key = name.split(".", 1)[1] if name.startswith("layer") else name
-        return [add(name, COMPUTE, seconds + extra.get(key, 0.0), after)]
+        return [add(name, COMPUTE, seconds + extra.get(unlayered(name), 0.0), after)]
 
     last = processor("embedding", [])
     for i, each in enumerate(layers):
