@@ -92,6 +92,7 @@ def test_list_everything_as_tables(moebench):
         (["run", "--suite", "quik"], "did you mean 'quick'?"),
         (["run", "absent.yaml"], "absent.yaml"),
         (["run", "--suite", "quick", "--name", "../mine"], "--name: '../mine': must be a word"),
+        (["sweep", "smoke", "--on", "local", "--name", "../mine"], "--name: '../mine': must be a word"),
         (["report", "summary", "--run", "never-made"], "never-made"),
         (["report", "summary", "-p", "baseline"], "--param: 'baseline': write KEY=VALUE"),
         (["profile", "emulated-2x5"], "did you mean 'emulated-2x4'?"),

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -31,6 +31,9 @@ from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
 from harness.errors import bad
 from harness.specs import Cluster, Experiment
+
+if TYPE_CHECKING:
+    from harness.launch.session import RankFailure
 
 RUN_RACE = "harness.bench.race:run_race"
 SESSION_START_S = 6.0
@@ -185,12 +188,9 @@ class Sessions:
                 answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
                 return answers, failed
             except RankFailure as failure:
-                status, what = _STATUS_OF_FAILURE[failure.kind], f"rank {failure.rank} in {failure.phase!r}"
-                guilty = _DIGEST.search(failure.phase)
-                blamed = [e for e in remaining if guilty is None or e.digest == guilty[1]] or remaining
-                for cell in (experiment.digest for experiment in blamed):
-                    failed[cell] = (status, f"{what}: {failure.message}{self._on_their_way(cell)}")
-                remaining = [experiment for experiment in remaining if experiment not in blamed]
+                for cell, (status, reason) in blamed(remaining, failure).items():
+                    failed[cell] = status, reason + self._on_their_way(cell)
+                remaining = [experiment for experiment in remaining if experiment.digest not in failed]
                 self._start()
         return [], failed
 
@@ -237,6 +237,15 @@ class Sessions:
         if self.settings.timeout_s is not None:
             return self.settings.timeout_s
         return MIN_TIMEOUT_S + 10 * sum(tidy.estimate_s(e, race.repeats, race.warmup) for e in race.experiments)
+
+
+def blamed(experiments: Sequence[Experiment], failure: RankFailure) -> dict[str, tuple[str, str]]:
+    """Cells that a rank's failure ended, with status and reason: the one that its phase names, or else all."""
+    cells = [experiment.digest for experiment in experiments]
+    named = _DIGEST.search(failure.phase)
+    guilty = [named[1]] if named and named[1] in cells else cells
+    reason = f"rank {failure.rank} in {failure.phase!r}: {failure.message}"
+    return dict.fromkeys(guilty, (_STATUS_OF_FAILURE[failure.kind], reason))
 
 
 def checkpoints_of(settings: Settings, launch: int) -> Path:

@@ -104,15 +104,20 @@ def parse(text: str, where: str) -> Suite:
     return from_data(presets.parse_yaml(text, where), where)
 
 
+def checked_name(field: str, name: Any) -> str:
+    """``name`` if a run's folder may be called so."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+        raise bad(field, name, "must be a word of letters, digits, '.', '_' and '-'")
+    return name
+
+
 def from_data(data: Any, where: str, *, distinct: bool = False, physical: bool = False) -> Suite:
     """The same from what the file holds. ``distinct``: two cells with one identity are an error, and not one cell;
     ``physical``: a physical cluster may run, because an allocation has it."""
     if not isinstance(data, Mapping):
         raise bad(where, data, f"must be a mapping with {', '.join(_SUITE_KEYS)}")
     _check_keys(data, _SUITE_KEYS, where)
-    name = data.get("name")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
-        raise bad(f"{where}: name", name, "must be a word of letters, digits, '.', '_' and '-'")
+    name = checked_name(f"{where}: name", data.get("name"))
     entries = data.get("experiments")
     if not isinstance(entries, list) or not entries:
         raise bad(f"{where}: experiments", entries, "must be a list of at least one mapping")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -80,13 +79,11 @@ def run(
     """
     if (experiments is None) == (not suite):
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}|", name):
-        raise bad("--name", name, "must be a word of letters, digits, '.', '_' and '-'")
     from harness.bench import run as bench
     from harness.bench import suite as suites
 
     chosen = suites.load(suite or str(experiments))
-    run_dir = results / (name or chosen.name)
+    run_dir = results / suites.checked_name("--name", name or chosen.name)
     counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
     if as_json:
         console.print_json({"run": str(run_dir), "cells": counts})

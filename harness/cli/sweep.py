@@ -41,12 +41,13 @@ def sweep(
     moebench sweep hiermoe --on slurm --cluster my-cluster.yaml
     ```
     """
+    from harness.bench.suite import checked_name
     from harness.sweep import spec, submit
 
     if on not in ("local", "slurm"):
         raise bad("--on", on, "must be local or slurm")
     loaded = spec.load(file, cluster)
-    run_dir = (results / (name or loaded.name)).resolve()
+    run_dir = (results / checked_name("--name", name or loaded.name)).resolve()
     if dry_run:
         typer.echo("\n\n".join(submit.scripts(loaded, run_dir, launches)))
         return

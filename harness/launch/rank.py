@@ -87,7 +87,7 @@ def main(setup: Setup, rank: int, namespace: str | None = None, counters: Counte
             enter_network(f"/run/netns/{namespace}")
         job = _join(setup, rank, phase, counters, control)
     except BaseException as error:
-        control.send(_raised(rank, error))
+        control.send(raised(rank, error))
         return
     phase("idle")
     control.send(("result", None))
@@ -154,13 +154,14 @@ def _serve(job: Any, control: Connection, phase: Any) -> None:
             phase(name)
             answer = pickle.dumps(("result", function(job, payload)), pickle.HIGHEST_PROTOCOL)
         except BaseException as error:
-            control.send(_raised(job.rank, error))
+            control.send(raised(job.rank, error))
         else:
             phase("idle")
             control.send_bytes(answer)
 
 
-def _raised(rank: int, error: BaseException) -> Raised:
+def raised(rank: int, error: BaseException) -> Raised:
+    """What ``error`` is to those who wait for the rank; its traceback goes to stderr."""
     traceback.print_exc()
     text = " ".join(str(error).split())
     names = [base.__name__ for base in type(error).__mro__]

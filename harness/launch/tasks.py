@@ -1,7 +1,7 @@
 """Ranks that Slurm has started: one task of a job each, on as many nodes as it has. NCCL on GPUs, gloo on CPU.
 
-Every task calls ``join`` and then ``run_plan``; rank 0 stores. A rank that dies takes the job with it (srun
---kill-on-bad-exit), which Slurm requeues: there is no supervisor beside the ranks as on one machine.
+Every task calls ``join`` and then ``run_plan``; rank 0 stores. There is no supervisor beside the ranks as on one
+machine: where one fails, all have to end (srun --kill-on-bad-exit) and start again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import dataclasses
 import datetime
 import json
 import os
+import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from harness.errors import bad
 from harness.launch.allocation import report
 from harness.launch.kernel import use_batch_scheduling
 from harness.launch.network import INTERFACE, Counters
+from harness.launch.rank import raised
+from harness.launch.session import RankFailure
 from harness.launch.slurm import NETWORK_FACTS
 from harness.specs import Cluster
 from harness.topology import Topology
@@ -34,11 +38,29 @@ from harness.topology import Topology
 RACE_S = 3600
 
 
+class RaceFailure(RuntimeError):
+    """This rank failed in a race, at ``at``: itself, or because another one did."""
+
+    def __init__(self, race: str, launch: int, at: float, failure: RankFailure):
+        super().__init__(str(failure))
+        self.race, self.launch, self.at, self.failure = race, launch, at, failure
+
+
+class Phase:
+    """What this rank does now."""
+
+    text = "joining the job"
+
+    def __call__(self, text: str) -> None:
+        self.text = text
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """The job as one rank sees it, with what its rows say of the network."""
 
     job: Job
+    phase: Phase
     evidence: str
     network: dict[str, Any]
 
@@ -65,13 +87,21 @@ def join(cluster: Cluster) -> World:
     virtual = _virtual_nodes(cluster)
     shared_clock = virtual is not None or cluster.num_nodes == 1
     counters = _counters(cluster) if virtual else None
-    job = Job(Topology(cluster.shape), device, counters=counters, shared_clock=shared_clock)
+    phase = Phase()
+    job = Job(Topology(cluster.shape), device, phase, counters=counters, shared_clock=shared_clock)
     network = {"network": "shaped" if virtual else "physical", "shaped": virtual is not None, "reason": ""}
-    return World(job, "emulated" if virtual else "measured", network | facts | (virtual or {}))
+    return World(job, phase, "emulated" if virtual else "measured", network | facts | (virtual or {}))
 
 
-def run_plan(world: World, plan: Plan, settings: Settings, argv: list[str]) -> None:
-    """Collective: every race of ``plan``; rank 0 gathers the answers and stores their rows."""
+def run_plan(
+    world: World,
+    plan: Plan,
+    settings: Settings,
+    argv: list[str],
+    known: Mapping[tuple[str, int], dict[str, tuple[str, str]]],
+) -> None:
+    """Collective: every race of ``plan``; rank 0 gathers the answers and stores their rows. ``known``: cells by race
+    and launch that need no run, because they have failed, with status and reason. Raises ``RaceFailure``."""
     if world.job.device.type != "cuda":
         wires.install(plan.wire)
     world.network["wire"] = "nccl" if world.job.device.type == "cuda" else plan.wire
@@ -84,18 +114,36 @@ def run_plan(world: World, plan: Plan, settings: Settings, argv: list[str]) -> N
         for each in races:
             if first:
                 report({"did": "begin", "text": f"launch {launch}: {describe(each)}", **stamp(each, launch)})
-            answer = race.run_race(world.job, payload_of(each, each.experiments, settings, launch))
-            answers: list[Any] | None = [None] * world.job.num_ranks if first else None
-            dist.gather_object(answer, answers)
-            if answers is not None:
+            failed = known.get((each.digest, launch), {})
+            remaining = [experiment for experiment in each.experiments if experiment.digest not in failed]
+            payload = payload_of(each, remaining, settings, launch)
+            try:
+                answers = _answers(world, payload) if remaining else []
+            except Exception as error:
+                raise RaceFailure(each.digest, launch, time.time(), _failure(world, error)) from error
+            if first:
                 setting = tidy.Setting(settings.run_dir.name, launch, world.evidence, world.network)
-                rows = tidy.rows_of_race(each, setting, answers, {})
+                rows = tidy.rows_of_race(each, setting, answers, failed)
                 for cell, timelines in tidy.timelines_of_race(answers).items():
                     store.write_trace(cell, timelines)
                 store.append(rows)
                 report({"did": "race", **stamp(each, launch)})
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _answers(world: World, payload: dict[str, Any]) -> list[Any]:
+    """Of all ranks, on rank 0."""
+    answer = race.run_race(world.job, payload)
+    answers: list[Any] | None = [None] * world.job.num_ranks if world.job.rank == 0 else None
+    dist.gather_object(answer, answers)
+    return answers or []
+
+
+def _failure(world: World, error: Exception) -> RankFailure:
+    found = raised(world.job.rank, error)
+    kind = "hung" if re.search("timed? ?out", found.message, re.IGNORECASE) else found.kind
+    return RankFailure(found.rank, world.phase.text, kind, found.message, Path())
 
 
 def _virtual_nodes(cluster: Cluster) -> dict[str, Any] | None:

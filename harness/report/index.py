@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -20,17 +21,31 @@ def write(results: Path) -> Path:
     """List the pages in ``results``/report and ``results``/runs/*/report, latest first, in ``results``/index.html."""
     found = [*results.glob("report/*.html"), *results.glob("runs/*/report/*.html")]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    reports = [
-        {
-            "link": path.relative_to(results).as_posix(),
-            "name": path.stem,
-            "over": f"run {path.parents[1].name}" if path.parents[2].name == "runs" else "a paper",
-            "made": time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)),
-            "tables": (path.parent / "tables").relative_to(results).as_posix(),
-            "num_tables": f"{len(list((path.parent / 'tables').glob('*.csv')))} tables",
-        }
-        for path in found
-    ]
+    reports = []
+    for path in found:
+        tables = path.parent / "tables" / path.stem  # a paper's; those of a run lie together
+        tables = tables if tables.is_dir() else tables.parent
+        counts = {kind: len(list(tables.glob(f"*.{kind}"))) for kind in ("csv", "tex")}
+        reports.append(
+            {
+                "link": path.relative_to(results).as_posix(),
+                "name": path.stem,
+                "over": _runs_of(path.with_suffix(".ipynb")),
+                "made": time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime)),
+                "tables": tables.relative_to(results).as_posix(),
+                "num_tables": f"{counts['csv']} CSV, {counts['tex']} LaTeX",
+            }
+        )
     index = results / "index.html"
     index.write_text(page.fill(_PAGE, reports=reports), encoding="utf-8")
     return index
+
+
+def _runs_of(executed: Path) -> str:
+    """What a notebook was executed over, as papermill has written it down."""
+    try:
+        parameters = json.loads(executed.read_text(encoding="utf-8"))["metadata"]["papermill"]["parameters"]
+    except (OSError, ValueError, KeyError):
+        return "unknown: its notebook is gone"
+    runs = [Path(parameters[key]).name for key in ("run_dir", "other") if parameters.get(key)]
+    return f"run {' and '.join(runs)}" if runs else "no run"

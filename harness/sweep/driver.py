@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness.launch.kernel import die_with_parent
 from harness.sweep.folder import SweepFolder
 
 
 def main(run_dir: Path, indices: list[int]) -> None:
-    """A job that is killed starts again, as Slurm would requeue it."""
+    """A job that is killed starts again, as Slurm would requeue it; none outlives this process."""
     folder = SweepFolder(run_dir)
     restarts = int(folder.read()["cluster"]["max_restarts"])
     for index in indices:
@@ -20,7 +21,9 @@ def main(run_dir: Path, indices: list[int]) -> None:
                 return
             with (folder.submitit / f"{index}.log").open("ab") as log:
                 command = [sys.executable, "-m", "harness.sweep.worker", str(run_dir), str(index)]
-                code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log).returncode
+                code = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent
+                ).returncode
             if code >= 0:
                 break
         if code:

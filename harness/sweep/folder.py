@@ -6,6 +6,7 @@
       jobs/00007.json               a job: cluster, wire, and its (launch, race) tasks
       tasks.jsonl                   which job has which race of which launch
       events/00007.jsonl            what the job says: begin, race, stop, end
+      events/00007/3.jsonl          what its other ranks say: failed
       submissions.jsonl             which job has which number in Slurm; one line a submission
       tree/                         the code as it was
       submitit/                     scripts, pickles and logs of the jobs
@@ -90,12 +91,23 @@ class SweepFolder:
 
     def events(self, index: int) -> list[dict[str, Any]]:
         """What job ``index`` has said; a line that is being written is not there yet."""
-        return list(_lines(self.events_path(index)))
+        path = self.events_path(index)
+        found = list(_lines(path))
+        if (others := path.with_suffix("")).is_dir():
+            found += (event for each in others.iterdir() for event in _lines(each))
+            found.sort(key=lambda event: event["at"])
+        return found
 
-    def tell(self, index: int, did: str, **facts: Any) -> None:
-        """Add to what job ``index`` has said."""
-        self.events_path(index).parent.mkdir(parents=True, exist_ok=True)
-        _append(self.events_path(index), {"did": did, "at": time.time(), **facts})
+    def tell(self, index: int, did: str, *, rank: int = 0, **facts: Any) -> None:
+        """Add to what job ``index`` has said; every rank has a file of its own, as nodes must not share one."""
+        path = self.events_path(index)
+        path = path.with_suffix("") / f"{rank}.jsonl" if rank else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _append(path, {"did": did, "at": time.time(), "rank": rank, **facts})
+
+    def again(self, job_id: str) -> Path:
+        """While it exists when the ranks of Slurm's job ``job_id`` have ended, its script starts them again."""
+        return self.path / f"again-{job_id}"
 
     def submissions(self) -> list[dict[str, Any]]:
         return list(_lines(self.path / "submissions.jsonl"))
@@ -135,7 +147,7 @@ def deaths(events: Sequence[dict[str, Any]]) -> dict[Task, int]:
         match event["did"]:
             case "begin":
                 open_race = (event["race"], event["launch"])
-            case "race" | "stop" | "end":
+            case "race" | "failed" | "stop" | "end":
                 open_race = None
             case "start" if open_race:
                 found[open_race] = found.get(open_race, 0) + 1

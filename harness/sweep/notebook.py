@@ -27,6 +27,7 @@ MARKS = {
     "cancelled": ("x", "#757575"),
 }  # fmt: skip
 _FAILED = ("!", "#c62828")
+SHOWN = ("direction", "phase", "model", "workload", "cluster", "evidence")
 
 
 def grid(sweep: Sweep) -> str:
@@ -69,8 +70,10 @@ def watch(sweep: Sweep, every_s: float = 5.0) -> None:
 
 
 def speedups(sweep: Sweep, reference: str) -> pd.DataFrame:
-    """``harness.report.compare.speedups`` over what is there."""
+    """Time of ``reference`` over that of each other cell of its race, of what is there: what ``harness.report.compare``
+    knows of it, as far as it fits a screen. Above 1 is faster than ``reference``; low and high: 95 % interval."""
     from harness.report import compare
     from harness.report.run import load
 
-    return compare.speedups(load(sweep.folder.run_dir), reference)
+    found = compare.speedups(load(sweep.folder.run_dir), reference).rename(columns={"point": "speedup"})
+    return found[["label", *SHOWN, "speedup", "low", "high", "num_launches", "status"]]

@@ -140,7 +140,8 @@ def _suite(data: dict[str, Any], path: Path, slurm: ClusterFile) -> Suite:
     if own is not None:
         if "experiments" in data or "defaults" in data:
             raise bad(f"{path}: suite", own, "stands for defaults and experiments; leave one or the other out")
-        return dataclasses.replace(suites.load(own), name=data.get("name") or own)
+        name = suites.checked_name(f"{path}: name", data.get("name", own))
+        return dataclasses.replace(suites.load(own), name=name)
     if not data.get("experiments"):
         raise bad(f"{path}: experiments", data.get("experiments"), "the sweep has no cells; list at least one")
     for index, entry in enumerate([data.get("defaults"), *data["experiments"]]):

@@ -94,7 +94,8 @@ class Sweep:
         return {state: int(found[state]) for state in STATES if state in found}
 
     def eta_s(self, cells: pd.DataFrame | None = None) -> float | None:
-        """Seconds until the open cells are done, from the pace of the races that are; None before the first."""
+        """Seconds until the open cells are done, from the pace of the races that are, before the first from what the
+        bench expects of them; None where neither is known."""
         cells = self.cells() if cells is None else cells
         num_open = int(cells["state"].isin(OPEN).sum())
         if not num_open:
@@ -111,7 +112,9 @@ class Sweep:
                     elif key in began:
                         spent, done = spent + event["at"] - began.pop(key), done + size.get(key, 0)
         if not done:
-            return None
+            if (expected_s := self.facts.get("estimate_s")) is None:
+                return None
+            spent, done = expected_s, len(cells)
         lanes = max(1, cells[cells["state"] == "running"]["job"].nunique())
         return num_open * spent / done / lanes
 
@@ -124,7 +127,7 @@ class Sweep:
         notebook.watch(self, every_s)
 
     def speedups(self, reference: str) -> pd.DataFrame:
-        """Ratios to ``reference`` of the cells that have a time so far (``harness.report.compare.speedups``)."""
+        """Ratios to ``reference`` of the cells that have a time so far, with their intervals and evidence."""
         return notebook.speedups(self, reference)
 
     def _repr_html_(self) -> str:

@@ -116,6 +116,7 @@ def submit(file: SweepFile, run_dir: Path, *, on: On, launches: int | None = Non
         "cluster_file": str(file.slurm.path),
         "cluster": file.slurm.cluster.model_dump(mode="json"),
         "cells_per_job": file.cells_per_job,
+        "estimate_s": sum(part.plan.estimate_s for part in made),
         "cells": cells,
     }
     folder.write("sweep.json", facts)
@@ -233,6 +234,10 @@ def parameters(folder: SweepFolder, slurm: SlurmCluster, nodes: int, tasks_per_n
         f"trap 'code=$?; {' && '.join(conditions)} && scontrol requeue $SLURM_JOB_ID; exit $code' EXIT",
         *slurm.setup,
     ]
+    if nodes * tasks_per_node > 1:  # ranks end together, and some of them may start again without what has failed
+        again = shlex.quote(str(folder.again(""))) + "$SLURM_JOB_ID"
+        loop = f'until command srun "$@"; do code=$?; [ -e {again} ] || return $code; rm -f {again}; done'
+        setup.append(f"srun() {{ rm -f {again}; {loop}; }}")
     found |= {
         "job_name": folder.name,
         "nodes": nodes,

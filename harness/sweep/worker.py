@@ -1,27 +1,36 @@
 """One job of a sweep: goes on where the store says, one race after another, until its own are done.
 
 Whatever ends it, every finished race has its rows. A race in which the job died twice without a word gets rows that say
-so, so that it cannot take the others with it.
+so, so that it cannot take the others with it. Where ranks are the job's tasks and one of them fails, all end, and the
+job's script starts them again (``harness.sweep.submit``): the cell that failed is told, and the others go on.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import submitit
 
 from harness.bench import tidy
-from harness.bench.run import Plan, Settings, run_plan
+from harness.bench.run import Plan, Settings, blamed, run_plan
 from harness.bench.store import Store
 from harness.bench.suite import Race
 from harness.launch.allocation import PROGRESS_VARIABLE
+from harness.launch.session import RankFailure
 from harness.specs import Cluster, Experiment
-from harness.sweep.folder import SweepFolder, deaths
+from harness.sweep.folder import SweepFolder, Task, deaths
+
+if TYPE_CHECKING:
+    from harness.launch.tasks import RaceFailure
 
 MAX_DEATHS = 2  # of the job in one race
+GRACE_S = 2.0  # for Slurm's word that it ends the job, which makes ranks fail too
+Failed = dict[str, tuple[str, str]]  # cell -> status, reason
 
 
 class Job:
@@ -59,11 +68,15 @@ def _run(folder: SweepFolder, index: int) -> None:
     tasks = [(launch, race_of(each)) for launch, each in job["tasks"]]
     finished = {pair for pair, told in store.outcomes().items() if told[-1]}
     tasks = [(n, race) for n, race in tasks if any((e.digest, n) not in finished for e in race.experiments)]
-    died = deaths([*folder.events(index), {"did": "start"}])
+    events = folder.events(index)
+    died = deaths([*events, {"did": "start"}])
     fatal = {task for task, times in died.items() if times >= MAX_DEATHS}
     if job["across"]:
         from harness.launch import tasks as across
 
+        known = failures(events, {(race.digest, launch): race for launch, race in tasks})
+        told = {(event["race"], event["launch"]) for event in events if event["did"] == "race"}
+        tasks = [(n, race) for n, race in tasks if not {(race.digest, n)} <= known.keys() & told]
         world = across.join(cluster)  # before rank 0 writes: every rank has now read the same
     if rank == 0:
         folder.tell(index, "start", host=os.uname().nodename, slurm=os.environ.get("SLURM_JOB_ID"), pid=os.getpid())
@@ -73,11 +86,46 @@ def _run(folder: SweepFolder, index: int) -> None:
     os.environ[PROGRESS_VARIABLE] = str(folder.events_path(index))
     plan = Plan(cluster, job["wire"], tuple(task for task in tasks if (task[1].digest, task[0]) not in fatal))
     if job["across"]:
-        across.run_plan(world, plan, settings, sys.argv)
+        try:
+            across.run_plan(world, plan, settings, sys.argv, known)
+        except across.RaceFailure as failed:
+            _again(folder, index, failed)
     else:
         run_plan(plan, settings, sys.argv)
     if rank == 0:
         folder.tell(index, "end")
+
+
+def failures(events: Sequence[Mapping[str, Any]], races: Mapping[Task, Race]) -> dict[Task, Failed]:
+    """What earlier attempts of this job have found to fail; in each, the rank that failed first explains the others."""
+    attempts: list[list[Mapping[str, Any]]] = [[]]
+    for event in events:
+        if event["did"] == "start":
+            attempts.append([])
+        elif event["did"] == "failed":
+            attempts[-1].append(event)
+    found: dict[Task, Failed] = {}
+    for first in (min(attempt, key=lambda event: float(event["since"])) for attempt in attempts if attempt):
+        task = first["race"], first["launch"]
+        if task in races:
+            known = found.setdefault(task, {})
+            left = [e for e in races[task].experiments if e.digest not in known]
+            known |= blamed(left, RankFailure(first["rank"], first["phase"], first["kind"], first["why"], Path()))
+    return found
+
+
+def _again(folder: SweepFolder, index: int, failed: RaceFailure) -> NoReturn:
+    """End this attempt, so that the job's script starts another."""
+    time.sleep(GRACE_S)
+    *_, last = (event["did"] for event in folder.events(index) if event["did"] in ("start", "stop"))
+    if last == "stop" or folder.cancelled.exists():
+        raise failed
+    failure = failed.failure
+    facts = {"phase": failure.phase, "kind": failure.kind, "why": failure.message, "since": failed.at}
+    folder.tell(index, "failed", rank=failure.rank, race=failed.race, launch=failed.launch, **facts)
+    folder.again(os.environ["SLURM_JOB_ID"]).touch()
+    sys.stderr.flush()
+    os._exit(1)  # not through submitit, for which the job would be over
 
 
 def race_of(data: dict[str, Any]) -> Race:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,12 @@ def test_the_page_of_two_runs_and_the_page_of_all_pages(tmp_path):
     assert (new / "report" / "tables" / "versus_old.tex").read_text().count("\\\\") >= 3
     listed = index.write(tmp_path).read_text()
     assert "runs/new/report/compare.html" in listed
-    assert "run new" in listed
+    assert "run new and old" in listed
+    assert re.search(r'href="runs/new/report/tables">[1-9]\d* CSV, [1-9]\d* LaTeX<', listed)
+    (tmp_path / "report" / "tables" / "fsmoe").mkdir(parents=True)
+    (tmp_path / "report" / "fsmoe.html").touch()
+    (tmp_path / "report" / "tables" / "fsmoe" / "a.csv").touch()
+    assert 'href="report/tables/fsmoe">1 CSV, 0 LaTeX<' in index.write(tmp_path).read_text()
 
 
 def test_latex_of_awkward_words(tmp_path):

@@ -8,7 +8,9 @@ import signal
 import time
 from pathlib import Path
 
+import nbformat
 import pandas as pd
+import papermill
 import pytest
 
 from harness.bench import tidy
@@ -18,7 +20,6 @@ from harness.sweep import freeze, spec, states, submit
 from harness.sweep.folder import SweepFolder, deaths
 from harness.sweep.states import Sweep
 from harness.sweep.worker import MAX_DEATHS
-from tests.sweep.conftest import settle
 
 SETTING = tidy.Setting("r", 0, "emulated", {"network": "shaped"})
 
@@ -133,23 +134,43 @@ def test_status_of_ten_thousand_cells(sweep_file, tmp_path):
     print(f"status over 10,000 cells: {took:.2f} s")
 
 
+def in_a_notebook(folder: Path, *sources: str) -> list[str]:
+    """Execute cells in a kernel of their own -> the HTML that each shows last."""
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "written.ipynb")
+    done = papermill.execute_notebook(
+        folder / "written.ipynb", folder / "executed.ipynb", kernel_name="python3", progress_bar=False, cwd=folder
+    )
+    return [cell.outputs[-1]["data"]["text/html"] for cell in done.cells]
+
+
 def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path, other_checkout, monkeypatch):
     monkeypatch.chdir(other_checkout)
-    loaded = spec.load(sweep_file("here", num_races=2, cells_per_job=1))
+    pair = {"name": "pair", "kind": "local", "levels": [{"name": "node", "size": 2}, {"name": "rank", "size": 1}]}
+    file = sweep_file("here", num_races=2, cells_per_job=2, system=["flat", "hiermoe-hd2"], cluster=pair)
+    loaded = spec.load(file)
     sweep = submit.submit(loaded, tmp_path / "here", on="local")
     assert set(sweep.counts()) <= {"queued", "running"}
+    assert sweep.eta_s() == pytest.approx(sweep.facts["estimate_s"])  # no race has a pace to tell yet
     submit.cancel(sweep)
     deadline = time.monotonic() + 10
-    while (counts := sweep.counts()) != {"cancelled": 2}:
+    while (counts := sweep.counts()) != {"cancelled": 4}:
         assert time.monotonic() < deadline, counts
         time.sleep(0.05)
     assert submit.resume(sweep, only_failed=True) == 0
     assert submit.resume(sweep) == 2
-    counts = settle(sweep)
-    assert sum(counts.values()) == 2
+    grid, speedups = in_a_notebook(
+        tmp_path,
+        f"from harness.sweep import attach\nsweep = attach({str(sweep.folder.run_dir)!r})\nsweep.watch(0.5)",
+        'sweep.speedups("flat")',
+    )
+    assert "hiermoe-hd2" in speedups
+    assert "emulated" in speedups
+    counts = sweep.counts()  # nothing is open any more: the notebook has waited
+    assert sum(counts.values()) == 4
     assert set(counts) <= {"ok", "cpu_bound"}
+    assert f"{counts['ok']} ok" in grid
     assert submit.resume(sweep) == 0
-    assert "2 ok" in sweep._repr_html_()
     with pytest.raises(UserError, match="exists; moebench resume goes on with it"):
         submit.submit(loaded, tmp_path / "here", on="local")
     with pytest.raises(UserError, match="there is none; known sweeps are here"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 from harness.bench.store import Store
 from harness.errors import UserError
 from harness.launch import slurm
-from harness.sweep import spec, submit
+from harness.sweep import freeze, spec, submit
 from harness.sweep.states import Sweep
 from tests.sweep.conftest import NODES, ONE_RANK, settle
 
@@ -110,6 +111,37 @@ def test_ranks_across_two_nodes_cross_the_shaped_network(sweeps):
         bytes_[bytes_["metric"] == f"bytes_{kind}"]["value"].median() for kind in ("planned", "counted")
     )
     assert 1 <= counted / planned < 1.1  # headers; nothing else goes there, and nothing goes another way
+
+
+def test_a_rank_that_fails_costs_its_cell_and_no_other(one_machine, sweep_file, tmp_path, monkeypatch):
+    def freeze_with_a_fault(target: Path, workloads: list) -> None:
+        freeze.freeze(target, workloads)
+        path = target / "harness" / "bench" / "race.py"
+        line = 'name_phase(job, experiment, f"timed repetition {rep}")\n'
+        fault = """
+            if (job.rank, rep, experiment.system, experiment.workload.seed) == (1, 1, "flat", 0):
+                raise MemoryError("no room for this layer")
+"""
+        text = path.read_text()
+        assert text.count(line) == 1
+        path.write_text(text.replace(line, line + fault))
+
+    monkeypatch.setattr(submit, "freeze", freeze_with_a_fault)
+    file = sweep_file("faulty", num_races=2, cells_per_job=4, cluster={"nodes": 2}, system=["flat", "hiermoe-hd2"])
+    sweep = submit.submit(spec.load(file), tmp_path / "faulty", on="slurm")
+    counts = settle(sweep)
+    assert counts.pop("oom") == 1
+    assert sum(counts.values()) == 3
+    assert set(counts) <= {"ok", "cpu_bound"}
+    (cell,) = (cell for cell in sweep.cells().to_dict("records") if cell["state"] == "oom")
+    assert cell["system"] == "flat"
+    assert re.match("rank 1 in 'flat exchange: timed repetition 1 .*': MemoryError: no room for", cell["reason"])
+    starts = [event["slurm"] for event in sweep.folder.events(0) if event["did"] == "start"]
+    assert len(starts) == 2
+    assert len(set(starts)) == 1  # in the job that it had, without waiting for another
+    (number,) = sweep.folder.submissions()[0]["ids"].values()
+    shown = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True).stdout
+    assert "Restarts=0" in shown
 
 
 def test_a_time_out_requeues_and_loses_nothing(sweeps):

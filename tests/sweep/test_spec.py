@@ -52,7 +52,7 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(sweep_file, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def change(file: Path, name: str, **fields: object) -> None:
+def change(file: Path, name: str, /, **fields: object) -> None:
     path = file.parent / name
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **fields}))
 
@@ -63,6 +63,7 @@ def change(file: Path, name: str, **fields: object) -> None:
         ("sweep.yaml", {"experiments": []}, "experiments: \\[\\]: the sweep has no cells; list at least one"),
         ("sweep.yaml", {"throttle": 3}, "key: 'throttle': unknown; .*known keys are name, slurm"),
         ("sweep.yaml", {"cells_per_job": 0}, "cells_per_job: 0: must be a whole number"),
+        ("sweep.yaml", {"name": "../x"}, "name: '../x': must be a word"),
         ("sweep.yaml", {"slurm": "one-machin"}, "slurm cluster: 'one-machin': unknown; did you mean 'one-machine'"),
         ("sweep.yaml", {"suite": "quick"}, "suite: 'quick': stands for defaults and experiments"),
         ("cluster.yaml", {"partitoin": "x"}, "key: 'partitoin': unknown; did you mean 'partition'\\?"),
