@@ -23,7 +23,8 @@ from typing import Any
 import submitit
 
 from harness.errors import UserError, bad
-from harness.launch.session import RankFailure, visible_gpus
+from harness.launch import gpus
+from harness.launch.session import RankFailure
 
 POLL_S = 0.1
 CANCEL_S = 10.0
@@ -68,10 +69,10 @@ def submit(
         raise bad("folder", str(folder), f"{error.strerror}; choose a folder that can be written") from None
     progress = own / "progress.jsonl"
     executor = submitit.AutoExecutor(folder=own, cluster="local")
-    gpus = tuple(int(gpu) for gpu in visible_gpus() if gpu.isdecimal())
-    executor.update_parameters(name=name, timeout_min=timeout_min, gpus_per_node=len(gpus))
-    if gpus:
-        executor.update_parameters(local_visible_gpus=gpus)
+    devices = tuple(int(gpu) for gpu in gpus.visible() if gpu.isdecimal())
+    executor.update_parameters(name=name, timeout_min=timeout_min, gpus_per_node=len(devices))
+    if devices:
+        executor.update_parameters(local_visible_gpus=devices)
     with _stderr_to(own / "controller.log"):
         job = executor.submit(_inside, os.getpid(), progress, function, args)
     try:

@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from harness.errors import UserError, bad
+from harness.launch import gpus
 from harness.launch.phases import PhaseBoard
 from harness.launch.rank import Kind, Raised, Setup
 from harness.specs import Cluster
@@ -91,7 +92,7 @@ def open_session(
     except OSError as error:
         raise bad("log_dir", str(log_dir), f"{error.strerror}; choose a folder that can be written") from None
     _check_rendezvous(cluster, rendezvous)
-    use_cuda = _use_cuda(cluster)
+    use_cuda = gpus.suffice(cluster)
     reason = "" if cluster.kind == "emulated" else f"a {cluster.kind} cluster is not shaped"
     for emulate in (True, False) if cluster.kind == "emulated" else (False,):
         try:
@@ -363,31 +364,6 @@ def _check_rendezvous(cluster: Cluster, rendezvous: str | None) -> None:
     except (OSError, OverflowError) as error:
         why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else error
         raise bad("rendezvous", rendezvous, f"{why}; choose another port, or leave it out to use a file") from None
-
-
-def visible_gpus() -> list[str]:
-    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without initialising CUDA."""
-    present = sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not present or allowed is None:
-        return present
-    return [name.strip() for name in allowed.split(",") if name.strip()]
-
-
-def _use_cuda(cluster: Cluster) -> bool:
-    """Whether every rank can have a GPU of its own; without asking CUDA, which would forbid to fork."""
-    num_gpus = len(visible_gpus())
-    if cluster.kind == "physical" and num_gpus < cluster.num_ranks:
-        raise bad(
-            f"cluster {cluster.name}.kind",
-            "physical",
-            f"needs {cluster.num_ranks} GPUs on this machine, which has {num_gpus}; choose a local or emulated cluster",
-        )
-    if cluster.kind == "emulated" or num_gpus < cluster.num_ranks:
-        return False
-    import torch
-
-    return torch.version.cuda is not None
 
 
 def _leave_slurms_warnings_to_the_job() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -47,7 +48,7 @@ def where(run: Run) -> Html:
         Column("foreign_cores", "cores, others", _number(1), "num"),
     ]
     order = counts.sort_values(["cluster", *(c for c in GROUP if c != "cluster")], ignore_index=True)
-    parts = [_sweep(run), page.table(order, columns, "What ran where"), _systems(run)]
+    parts = [sweep(run.path), page.table(order, columns, "What ran where"), _systems(run)]
     if run.records:
         parts += [_clusters(run), _models(run), _launch_facts(run)]
     else:
@@ -133,14 +134,13 @@ def provenance(run: Run) -> Html:
     )
 
 
-def _sweep(run: Run) -> str:
+def sweep(run_dir: Path) -> str:
     """Where a sweep fills the run: its cells by state, because the page may show a part of it."""
     from harness.sweep.states import OPEN, Sweep
 
-    if not (run.path / "sweep" / "sweep.json").exists():
+    if not (run_dir / "sweep" / "sweep.json").exists():
         return ""
-    sweep = Sweep.attach(run.path)
-    counts = sweep.counts()
+    counts = Sweep.attach(run_dir).counts()
     part = "so far" if any(state in OPEN for state in counts) else "and nothing is open"
     rows = pd.DataFrame([{"state": state, "cells": count} for state, count in counts.items()])
     columns = [Column("state", "state"), Column("cells", "cells", str, "num")]

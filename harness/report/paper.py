@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from markupsafe import Markup
 
-from harness.report import claims, figures, gantt, page, study_figures
+from harness.report import claims, context, figures, gantt, page, study_figures
 from harness.report.claims import Sources, Value, Verdict
 from harness.report.columns import as_printed, columns_of, kept, words
 from harness.report.keep import keep
@@ -58,7 +58,7 @@ class Paper:
     # ------------------------------------------------------------------ sections
 
     def headline(self) -> Html:
-        """Every claim beside what was found, with its verdict."""
+        """Every claim beside what was found, with its verdict. Before them, if a sweep fills the run, how far it is."""
         rows = pd.DataFrame([_row(verdict) for verdict in self.verdicts], dtype=object)
         self.keep("verdicts", rows.drop(columns=["shown", "said"]))
         columns = [
@@ -70,7 +70,8 @@ class Paper:
             Column("verdict", "verdict", verdict_badge),
             Column("basis", "how it was judged", kind="prose"),
         ]
-        return Html(_counts(self.verdicts), page.table(rows, columns, "Claims and verdicts"))
+        part = context.sweep(self.run_dir) if self.run_dir else ""
+        return Html(part, _counts(self.verdicts), page.table(rows, columns, "Claims and verdicts"))
 
     def study(self, name: str, *only: str, folded: Iterable[str] = (), notes: bool = True) -> Html:
         """The tables of a study for reading (those named in ``only``, or all; ``folded`` ones behind a line to click)

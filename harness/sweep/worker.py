@@ -115,17 +115,16 @@ def failures(events: Sequence[Mapping[str, Any]], races: Mapping[Task, Race]) ->
 
 
 def _again(folder: SweepFolder, index: int, failed: RaceFailure) -> NoReturn:
-    """End this attempt, so that the job's script starts another."""
+    """End this rank; and have the job's script start all again, unless it was Slurm that ended another."""
     time.sleep(GRACE_S)
     *_, last = (event["did"] for event in folder.events(index) if event["did"] in ("start", "stop"))
-    if last == "stop" or folder.cancelled.exists():
-        raise failed
-    failure = failed.failure
-    facts = {"phase": failure.phase, "kind": failure.kind, "why": failure.message, "since": failed.at}
-    folder.tell(index, "failed", rank=failure.rank, race=failed.race, launch=failed.launch, **facts)
-    folder.again(os.environ["SLURM_JOB_ID"]).touch()
+    if last != "stop" and not folder.cancelled.exists():
+        failure = failed.failure
+        facts = {"phase": failure.phase, "kind": failure.kind, "why": failure.message, "since": failed.at}
+        folder.tell(index, "failed", rank=failure.rank, race=failed.race, launch=failed.launch, **facts)
+        folder.again(os.environ["SLURM_JOB_ID"]).touch()
     sys.stderr.flush()
-    os._exit(1)  # not through submitit, for which the job would be over
+    os._exit(1)  # not through submitit, which would leave a result: the job would be over
 
 
 def race_of(data: dict[str, Any]) -> Race:

@@ -261,3 +261,18 @@ def many_ranks(model: Model, cluster: Cluster, name: str, loads: Array) -> tuple
         [loaded(layer, each) for each in loads], SCHEDULES[name], slices, optimizer_s=optimizer_s(model, cluster)
     )
     return simulate(plan, Prices(cluster), Topology(cluster.shape)), time.perf_counter() - began
+
+
+def busy_by_kind(layer: Layers) -> dict[str, dict[str, float]]:
+    """Busy seconds by kind of task in one layer's forward and backward, nothing cut or overlapped."""
+    policy = POLICIES["no-overlap"]
+    prices = Prices(layer.cluster, layer.num_ranks)
+    ahead, back = Plan(), Plan()
+    forward_layer(ahead, policy, Priced(layer.forward, 1), layer.dense_forward)
+    after = reduction(layer.gradient_bytes)
+    backward_layer(back, policy, Priced(layer.backward, 1), layer.dense_backward, after_layer=after)
+    plans = {"forward": ahead, "backward": back}
+    return {
+        phase: {kind: float(seconds) for kind, seconds in simulate(plan, prices).busy_s().items()}
+        for phase, plan in plans.items()
+    }

@@ -10,17 +10,14 @@ import numpy as np
 import pandas as pd
 
 from harness import presets
-from harness.plan.graph import INTER, Plan
-from harness.plan.prices import Prices
-from harness.plan.simulate import simulate
+from harness.plan.graph import INTER
 from harness.studies import Findings, Progress, Study, reported
 from methods.fsmoe import closeup, models
-from methods.fsmoe.grid import TESTBEDS, Layers, closed_form_gap, different_degrees, simulate_grid, speedups
-from methods.fsmoe.models import DS_MOE, Gate, model_layer, step_times
+from methods.fsmoe.grid import TESTBEDS, closed_form_gap, different_degrees, simulate_grid, speedups
+from methods.fsmoe.models import DS_MOE, Gate, busy_by_kind, model_layer, step_times
 from methods.fsmoe.pipeline import pipeline_times
-from methods.fsmoe.schedule import Priced
 from methods.fsmoe.sensitivity import sensitivity
-from methods.fsmoe.step import POLICIES, backward_layer, forward_layer, reduction
+from methods.fsmoe.step import POLICIES
 
 #: schedules by the names under which the paper's values are filed
 REPORTED_AS = {"fsmoe-no-iio": "no-iio", "pipemoe-lina": "lina", "deepspeed-moe": DS_MOE}
@@ -139,7 +136,7 @@ def breakdown(progress: Progress) -> Findings:
         cluster = presets.cluster(CLUSTERS[testbed])
         for factor in (1.2, 1.0):
             model = presets.model(name).model_copy(update={"seq": TABLE2_SEQ, "capacity_factor": factor})
-            for phase, busy in phases(model_layer(model, cluster, batch=TABLE2_BATCH)).items():
+            for phase, busy in busy_by_kind(model_layer(model, cluster, batch=TABLE2_BATCH)).items():
                 ms = {column: 1e3 * sum(busy.get(kind, 0.0) for kind in kinds) for column, kinds in OPERATIONS.items()}
                 found = {"testbed": testbed, "model": label, "phase": phase, "k_f": model.top_k * factor}
                 rows.append({**found, **ms, "evidence": "simulated"})
@@ -158,21 +155,6 @@ def breakdown(progress: Progress) -> Findings:
         "here it has 4 M^2 / N_MP and the biases.",
     )
     return Findings({"breakdown-ms": shown}, notes)
-
-
-def phases(layer: Layers) -> dict[str, dict[str, float]]:
-    """Busy seconds by kind of task in one layer's forward and backward, nothing cut or overlapped."""
-    policy = POLICIES["no-overlap"]
-    prices = Prices(layer.cluster, layer.num_ranks)
-    ahead, back = Plan(), Plan()
-    forward_layer(ahead, policy, Priced(layer.forward, 1), layer.dense_forward)
-    after = reduction(layer.gradient_bytes)
-    backward_layer(back, policy, Priced(layer.backward, 1), layer.dense_backward, after_layer=after)
-    plans = {"forward": ahead, "backward": back}
-    return {
-        phase: {kind: float(seconds) for kind, seconds in simulate(plan, prices).busy_s().items()}
-        for phase, plan in plans.items()
-    }
 
 
 # ----------------------------------------------------------------------------------------------------- Fig. 7 and 8

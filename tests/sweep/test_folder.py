@@ -16,6 +16,7 @@ import pytest
 from harness.bench import tidy
 from harness.bench.store import Store
 from harness.errors import UserError
+from harness.report import context
 from harness.sweep import freeze, spec, states, submit
 from harness.sweep.folder import SweepFolder, deaths
 from harness.sweep.states import Sweep
@@ -195,6 +196,7 @@ def test_what_slurm_says_of_a_job_is_the_state_of_its_cells(sweep_file, tmp_path
     monkeypatch.setattr(states, "_output", lambda command: f"77|{word}|None\n" if command[0] == "squeue" else "")
     (cell,) = sweep.cells().to_dict("records")
     assert (cell["state"], cell["reason"]) == (state, reason)
+    assert ("so far" in context.sweep(sweep.folder.run_dir)) == (state in states.OPEN)  # and a report says so too
 
 
 def test_deaths_are_counted_where_they_happened():

@@ -144,13 +144,25 @@ def test_a_rank_that_fails_costs_its_cell_and_no_other(one_machine, sweep_file, 
     assert "Restarts=0" in shown
 
 
-def test_a_time_out_requeues_and_loses_nothing(sweeps):
-    sweep = sweeps["timed-out"]
+def requeued_after_time_out(sweep: Sweep) -> None:
     assert settle(sweep) == {"ok": 5}
     events = [event["did"] for event in sweep.folder.events(0)]
     assert events.count("stop") >= 1
     assert events.count("start") == events.count("stop") + 1
+    assert not {"failed", "error"} & set(events)
     assert part_files(sweep) == 5
+
+
+def test_a_time_out_requeues_and_loses_nothing(sweeps):
+    requeued_after_time_out(sweeps["timed-out"])
+
+
+def test_a_time_out_of_ranks_across_nodes_is_no_failure_of_theirs(one_machine, sweep_file, tmp_path):
+    workload = {"name": "slow", "tokens_per_rank": 40000, "generator": "uniform"}  # races of some seconds
+    file = sweep_file(
+        "late", num_races=5, cells_per_job=5, timeout_min=1, cluster={"nodes": 2}, repeats=3, workload=workload
+    )
+    requeued_after_time_out(submit.submit(spec.load(file), tmp_path / "late", on="slurm"))
 
 
 def test_the_submitter_is_killed_and_status_answers(one_machine, sweep_file, tmp_path):
