@@ -1,4 +1,5 @@
-"""Base and head in turns: B H H B, race after race, each in a process and a session of its own."""
+"""Base and head in turns: B H H B, race after race, each in processes and sessions of its own, which start anew now and
+then: what is of a session and not of the code must not look like the code."""
 
 from __future__ import annotations
 
@@ -20,10 +21,11 @@ import pandas as pd
 
 from harness.bench import provenance, suite
 from harness.errors import UserError, bad, unknown
-from harness.regress import side
+from harness.regress import decide, side
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "results" / "reference"
+NUM_SESSIONS = 4
 Say = Callable[[str], None]
 
 
@@ -100,33 +102,38 @@ class Side:
 def race_pairs(
     base: Path, head: Path, suite_path: Path, num_pairs: int, log_dir: Path, say: Say
 ) -> tuple[pd.DataFrame, list[str]]:
-    """Visits in the order B H H B -> ``decide.KEYS``, pair, base_s, head_s; and what could not be compared, and why."""
+    """Visits in the order B H H B -> ``decide.KEYS``, session, pair, base_s, head_s; and what could not be compared,
+    and why."""
     races = suite.load(suite_path).races
-    sides = [Side(root, suite_path, log_dir / name) for root, name in ((base, "base"), (head, "head"))]
     rows: list[dict[str, Any]] = []
     setbacks: dict[str, None] = {}
-    try:
-        for index, race in enumerate(races):
-            name = f"{race.first.phase} {race.first.model.name} {race.first.workload.name} {race.first.cluster.name}"
-            for pair in range(num_pairs):
-                say(f"{name}: pair {pair + 1} of {num_pairs}")
-                found: list[dict[str, Any]] = [{}, {}]
-                for which in (0, 1) if pair % 2 == 0 else (1, 0):
-                    found[which] = sides[which].run(index)
-                if errors := [answer["error"] for answer in found if "error" in answer]:
-                    setbacks[f"{name}: {errors[0]}"] = None
-                    break
-                rows += _rows(race, name, pair, found, setbacks)
-    finally:
-        for each in sides:
-            each.close()
-    return pd.DataFrame(rows, columns=["race", "system", "direction", "pair", "base_s", "head_s"]), list(setbacks)
+    for session, pairs in enumerate(np.array_split(np.arange(num_pairs), NUM_SESSIONS)):
+        with contextlib.ExitStack() as stack:
+            sides = [
+                stack.enter_context(contextlib.closing(Side(root, suite_path, log_dir / f"{name}-{session}")))
+                for root, name in ((base, "base"), (head, "head"))
+            ]
+            for index, race in enumerate(races):
+                name = describe(race)
+                for pair in pairs:
+                    say(f"session {session + 1} of {NUM_SESSIONS}: {name}: pair {pair + 1} of {num_pairs}")
+                    found: list[dict[str, Any]] = [{}, {}]
+                    for which in (0, 1) if pair % 2 == 0 else (1, 0):
+                        found[which] = sides[which].run(index)
+                    if errors := [answer["error"] for answer in found if "error" in answer]:
+                        setbacks[f"{name}: {errors[0]}"] = None
+                        break
+                    rows += [{"session": session, "pair": pair, **row} for row in _rows(race, found, setbacks)]
+    return pd.DataFrame(rows, columns=[*decide.KEYS, "session", "pair", "base_s", "head_s"]), list(setbacks)
 
 
-def _rows(
-    race: suite.Race, name: str, pair: int, found: list[dict[str, Any]], setbacks: dict[str, None]
-) -> list[dict[str, Any]]:
-    rows = []
+def describe(race: suite.Race) -> str:
+    """Its name in tables."""
+    return f"{race.first.phase} {race.first.model.name} {race.first.workload.name} {race.first.cluster.name}"
+
+
+def _rows(race: suite.Race, found: list[dict[str, Any]], setbacks: dict[str, None]) -> list[dict[str, Any]]:
+    rows, name = [], describe(race)
     for cell, experiment in enumerate(race.experiments):
         base, head = (answer["cells"][cell] for answer in found)
         for which, outcome in (("base", base), ("head", head)):
@@ -134,7 +141,7 @@ def _rows(
                 setbacks[f"{name}: {experiment.system} of the {which} {outcome['status']}: {outcome['reason']}"] = None
         for direction in set(base["times_s"]) & set(head["times_s"]):
             times = {f"{k}_s": float(np.median(v["times_s"][direction])) for k, v in (("base", base), ("head", head))}
-            rows.append({"race": name, "system": experiment.system, "direction": direction, "pair": pair, **times})
+            rows.append({"race": name, "system": experiment.system, "direction": direction, **times})
     return sorted(rows, key=lambda row: (row["system"], row["direction"] != "forward"))
 
 

@@ -16,7 +16,9 @@ def pairs(random: np.random.Generator, slower: float = 1.0, noise: float = 0.008
         for pair in range(num_pairs):
             drift, own = np.exp(0.05 * random.standard_normal()), np.exp(noise * random.standard_normal(2))
             times = {"base_s": 0.1 * drift * own[0], "head_s": 0.1 * drift * own[1] * (slower if cell == 0 else 1)}
-            rows.append({"race": "r", "system": f"s{cell}", "direction": "forward", "pair": pair, **times})
+            rows.append(
+                {"race": "r", "system": f"s{cell}", "direction": "forward", "session": pair % 4, "pair": pair, **times}
+            )
     return pd.DataFrame(rows)
 
 
@@ -43,6 +45,29 @@ def test_a_certain_difference_below_the_threshold_is_none():
     table = decide.decide(pairs(np.random.default_rng(2), slower=1.005, noise=1e-4))
     assert table["p_holm"].iloc[0] < decide.ALPHA
     assert set(table["verdict"]) == {"same"}
+
+
+def test_what_rests_on_one_session_is_no_alarm():
+    found = pairs(np.random.default_rng(4), noise=1e-5, num_pairs=16)
+    own = found["system"] == "s0"
+    found.loc[own, "head_s"] *= np.where(found.loc[own, "session"] == 1, 1.02, 1.009)
+    one = decide.decide(found).iloc[0]
+    assert one["p_holm"] < decide.ALPHA
+    assert one["ratio"] > 1.011
+    assert one["without_one"] == pytest.approx(1.009, abs=1e-4)
+    assert one["verdict"] == "same"
+
+
+def test_one_slow_session_among_four():
+    random = np.random.default_rng(3)
+    found = pairs(random, noise=1e-3, num_pairs=16)
+    found.loc[(found["system"] == "s0") & (found["session"] == 2), "head_s"] *= 1.2
+    one = decide.decide(found).iloc[0]
+    assert one["ratio"] > 1.03
+    assert one["without_one"] == pytest.approx(1, abs=0.002)
+    assert one["verdict"] == "same"
+    found.loc[found["system"] == "s0", "head_s"] *= 1.05  # of the code, in all of them
+    assert decide.decide(found)["verdict"].iloc[0] == "slower"
 
 
 def test_holm_by_hand():

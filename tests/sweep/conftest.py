@@ -24,6 +24,7 @@ CLUSTER = {
     "array_parallelism": 8,
     "signal_delay_s": 30,
     "max_restarts": 3,
+    "max_num_timeout": 10,  # a minute, less the warning that Slurm may give early, is not much
     "setup": ["export GLOO_SOCKET_IFNAME=eth0"],
     "interconnect": NODES.model_dump(mode="json"),
 }

@@ -158,7 +158,7 @@ def test_a_time_out_requeues_and_loses_nothing(sweeps):
 
 
 def test_a_time_out_of_ranks_across_nodes_is_no_failure_of_theirs(one_machine, sweep_file, tmp_path):
-    workload = {"name": "slow", "tokens_per_rank": 40000, "generator": "uniform"}  # races of some seconds
+    workload = {"name": "slow", "tokens_per_rank": 20000, "generator": "uniform"}  # races of some seconds
     file = sweep_file(
         "late", num_races=5, cells_per_job=5, timeout_min=1, cluster={"nodes": 2}, repeats=3, workload=workload
     )
