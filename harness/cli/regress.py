@@ -70,6 +70,7 @@ def regress(
         console.print_json({"slower": len(slower), "rows": rows, "not_compared": setbacks})
     else:
         title = f"head over base, {pairs} pairs; slower: p (Holm) < {decide.ALPHA} and above {1 + threshold:.3f}"
-        console.show(rows, title, {"slower": "bold red", "faster": "green"})
+        shown = [{key: value for key, value in row.items() if key not in ("p", "num_pairs")} for row in rows]
+        console.show(shown, title, {"slower": "bold red", "faster": "green"})
     if slower or (setbacks and base):
         raise typer.Exit(1)
