@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,11 +146,18 @@ def run_plan(each: Plan, settings: Settings, argv: list[str]) -> None:
             for race in races:
                 report({"did": "begin", "text": f"launch {launch}: {describe(race)}", **stamp(race, launch)})
                 answers, failed = sessions.run(race, report)
-                rows = tidy.rows_of_race(race, sessions.setting, answers, failed)
-                for cell, timelines in tidy.timelines_of_race(answers).items():
-                    store.write_trace(cell, timelines)
-                store.append(rows)  # last: what has rows is finished
+                store_race(store, race, sessions.setting, answers, failed)
                 report({"did": "race", "units": _units(race), **stamp(race, launch)})
+
+
+def store_race(
+    store: Store, race: Race, setting: tidy.Setting, answers: list[Any], failed: Mapping[str, tuple[str, str]]
+) -> None:
+    """What ranks answered to a race, and the cells that failed in it with status and reason."""
+    rows = tidy.rows_of_race(race, setting, answers, failed)
+    for cell, timelines in tidy.timelines_of_race(answers).items():
+        store.write_trace(cell, timelines)
+    store.append(rows)  # last: what has rows is finished
 
 
 class Sessions:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from submitit.helpers import TorchDistributedEnvironment
 
 from harness.bench import race, tidy
-from harness.bench.run import Plan, Settings, describe, payload_of, record_of_launch, stamp
+from harness.bench.run import Plan, Settings, describe, payload_of, record_of_launch, stamp, store_race
 from harness.bench.store import Store
 from harness.comm import wire as wires
 from harness.comm.job import Job
@@ -123,10 +123,7 @@ def run_plan(
                 raise RaceFailure(each.digest, launch, time.time(), _failure(world, error)) from error
             if first:
                 setting = tidy.Setting(settings.run_dir.name, launch, world.evidence, world.network)
-                rows = tidy.rows_of_race(each, setting, answers, failed)
-                for cell, timelines in tidy.timelines_of_race(answers).items():
-                    store.write_trace(cell, timelines)
-                store.append(rows)
+                store_race(store, each, setting, answers, failed)
                 report({"did": "race", **stamp(each, launch)})
     dist.barrier()
     dist.destroy_process_group()

@@ -28,6 +28,7 @@ CLUSTER = {
     "setup": ["export GLOO_SOCKET_IFNAME=eth0"],
     "interconnect": NODES.model_dump(mode="json"),
 }
+REPEATS = 2
 ONE_RANK = {"name": "one", "kind": "local", "levels": [{"name": "rank", "size": 1}]}
 
 
@@ -42,30 +43,30 @@ def one_machine() -> Iterator[slurm.Slurm]:
 
 @pytest.fixture(scope="session")
 def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``write_sweep`` into a folder of its own."""
+    return lambda name, **more: write_sweep(tmp_path_factory.mktemp(name), name, **more)
+
+
+def write_sweep(folder: Path, name: str, *, num_races: int = 1, cluster: object = None, **more: object) -> Path:
     """Write a sweep of ``num_races`` small exchanges, and the cluster file that it names."""
-
-    def write(name: str, *, num_races: int = 1, cluster: object = None, **more: object) -> Path:
-        folder = tmp_path_factory.mktemp(name)
-        known = {key: more.pop(key) for key in list(more) if key in ("timeout_min", "partition", "account", "setup")}
-        (folder / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER | known))
-        entry = {
-            "model": "moe-tiny",
-            "workload": {"name": "uniform-64", "tokens_per_rank": 64, "generator": "uniform"},
-            "cluster": cluster or ONE_RANK,
-            "phase": "exchange",
-            "system": ["flat"],
-            "seed": list(range(num_races)),
-            "dtype": "float32",
-            "repeats": 2,
-            "launches": 1,
-        }
-        keys = {"name", "slurm", "cells_per_job"} & set(more)
-        data = {"name": name, "slurm": "cluster.yaml", **{key: more.pop(key) for key in keys}}
-        path = folder / "sweep.yaml"
-        path.write_text(yaml.safe_dump({**data, "experiments": [entry | more]}))
-        return path
-
-    return write
+    known = {key: more.pop(key) for key in list(more) if key in ("timeout_min", "partition", "account", "setup")}
+    (folder / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER | known))
+    entry = {
+        "model": "moe-tiny",
+        "workload": {"name": "uniform-64", "tokens_per_rank": 64, "generator": "uniform"},
+        "cluster": cluster or ONE_RANK,
+        "phase": "exchange",
+        "system": ["flat"],
+        "seed": list(range(num_races)),
+        "dtype": "float32",
+        "repeats": REPEATS,
+        "launches": 1,
+    }
+    keys = {"name", "slurm", "cells_per_job"} & set(more)
+    data = {"name": name, "slurm": "cluster.yaml", **{key: more.pop(key) for key in keys}}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**data, "experiments": [entry | more]}))
+    return path
 
 
 @pytest.fixture(scope="session")

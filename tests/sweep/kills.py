@@ -15,30 +15,13 @@ import time
 from pathlib import Path
 
 import psutil
-import yaml
 
 from harness.bench.store import Store
 from harness.sweep import spec, submit
 from harness.sweep.states import OPEN, Sweep
-from tests.sweep.conftest import CLUSTER
+from tests.sweep.conftest import REPEATS, write_sweep
 
-REPEATS = 2
 TWO_RANKS = {"name": "two", "kind": "local", "levels": [{"name": "rank", "size": 2}]}
-
-
-def sweep_of(folder: Path, num_races: int) -> spec.SweepFile:
-    """``num_races`` short races of two ranks, ten to a job."""
-    (folder / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER))
-    entry = {
-        "model": "moe-tiny", "cluster": TWO_RANKS, "system": ["flat"], "phase": "exchange", "dtype": "float32",
-        "workload": {"name": "uniform-64", "tokens_per_rank": 64, "generator": "uniform"},
-        "seed": list(range(num_races)), "repeats": REPEATS, "launches": 1,
-    }  # fmt: skip
-    file = folder / "sweep.yaml"
-    file.write_text(
-        yaml.safe_dump({"name": "kills", "slurm": "cluster.yaml", "cells_per_job": 10, "experiments": [entry]})
-    )
-    return spec.load(file)
 
 
 def processes_of(sweep: Sweep) -> dict[str, list[psutil.Process]]:
@@ -99,7 +82,8 @@ def check(sweep: Sweep) -> int:
 def main(num_kills: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()
-        sweep = submit.submit(sweep_of(Path(folder), 5 * num_kills), Path(folder) / "kills", on="local")
+        file = write_sweep(Path(folder), "kills", num_races=5 * num_kills, cluster=TWO_RANKS, cells_per_job=10)
+        sweep = submit.submit(spec.load(file), Path(folder) / "kills", on="local")
         killed = kill_at_random(sweep, num_kills, random.Random(), 5.0)
         rows, took = check(sweep), time.monotonic() - begin
         print(f"{sum(killed.values())} kills {dict(killed)} in {took:.0f} s: {rows} rows of {sweep.counts()}")

@@ -171,6 +171,7 @@ def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path, 
     assert sum(counts.values()) == 4
     assert set(counts) <= {"ok", "cpu_bound"}
     assert f"{counts['ok']} ok" in grid
+    assert f"{counts['ok']} ok" in sweep._repr_html_()
     assert submit.resume(sweep) == 0
     with pytest.raises(UserError, match="exists; moebench resume goes on with it"):
         submit.submit(loaded, tmp_path / "here", on="local")
