@@ -35,7 +35,8 @@ def render(
     parameters: dict[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Execute ``notebooks/NAME.ipynb`` over ``run_dir`` and return the path of ``out``/NAME.html.
+    """Execute ``notebooks/NAME.ipynb`` over ``run_dir`` and return the path of ``out``/NAME.html; NAME-OTHER.html where
+    a parameter ``other`` names a second run.
 
     ``run_dir``: None for a notebook whose run is not there and not needed. ``out``: by default
     ``run_dir``/report, or results/report of the repository for a paper's page.
@@ -44,6 +45,7 @@ def render(
     ``UserError``: no such notebook, parameter or run, a run without rows, a report folder that cannot be written.
     """
     import papermill
+    from papermill.exceptions import PapermillExecutionError
 
     say = progress or (lambda line: None)
     notebook = _notebook(name)
@@ -59,10 +61,13 @@ def render(
         out = run_dir / "report" if run_dir is not None and suite(name) is None else ROOT / "results" / "report"
     out = out.resolve()
     folders = {"run_dir": str(run_dir or ""), "out_dir": str(out)}
+    other = Path(str((parameters or {}).get("other", ""))).name
+    stem = f"{name}-{other}" if other else name
     try:
         out.mkdir(exist_ok=True, parents=run_dir is None or out.parent != run_dir)
-        executed = out / f"{name}.ipynb"
-        executed.touch()
+        executed = out / f"{stem}.ipynb"
+        part = out / f"{stem}.part.ipynb"  # until it is whole: a page keeps the notebook that it was made from
+        part.touch()
     except OSError as error:
         raise bad(
             "report folder", str(out), f"cannot be written ({error.strerror}); free space or fix permissions"
@@ -70,23 +75,29 @@ def render(
 
     say(f"executing {notebook.name}")
     with tempfile.TemporaryDirectory(prefix="moebench-kernel-") as scratch, _own_kernel(Path(scratch)):
-        papermill.execute_notebook(
-            str(notebook),
-            str(executed),
-            parameters={**(parameters or {}), **{key: folders[key] for key in folders if key in known}},
-            kernel_name="python3",
-            progress_bar=False,
-            start_timeout=CELL_TIMEOUT_S,
-            execution_timeout=CELL_TIMEOUT_S,
-            cwd=str(out),
-        )
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(part),
+                parameters={**(parameters or {}), **{key: folders[key] for key in folders if key in known}},
+                kernel_name="python3",
+                progress_bar=False,
+                start_timeout=CELL_TIMEOUT_S,
+                execution_timeout=CELL_TIMEOUT_S,
+                cwd=str(out),
+            )
+        except PapermillExecutionError as error:
+            if error.ename != UserError.__name__:
+                raise  # a fault of ours: its traceback stands in the notebook, which stays
+            part.unlink()
+            raise UserError(error.evalue) from None
+    part.replace(executed)
     say("writing HTML")
-    page = out / f"{name}.html"
-    part = page.with_suffix(".html.part")
-    part.write_text(
-        to_html(executed, f"moebench: {name if suite(name) or not run_dir else run_dir.name}"), encoding="utf-8"
-    )
-    part.replace(page)
+    page = out / f"{stem}.html"
+    title = f"moebench: {name if suite(name) or not run_dir else run_dir.name}"
+    written = page.with_suffix(".html.part")
+    written.write_text(to_html(executed, title), encoding="utf-8")
+    written.replace(page)
     return page
 
 

@@ -101,6 +101,8 @@ def submit(file: SweepFile, run_dir: Path, *, on: On, launches: int | None = Non
     if (folder.path / "sweep.json").exists():
         raise bad("sweep", folder.name, "exists; moebench resume goes on with it, --name makes another")
     made = parts(file, {pair for pair, told in store.outcomes().items() if told[-1]}, launches)
+    if not made:
+        raise bad("sweep", folder.name, "every cell has its result here already; moebench report, or another --name")
     folder.path.mkdir(exist_ok=True)
     freeze(folder.tree, [race.first.workload for race in file.suite.races])
     cells = [

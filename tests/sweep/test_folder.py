@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -177,6 +178,10 @@ def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path, 
         submit.submit(loaded, tmp_path / "here", on="local")
     with pytest.raises(UserError, match="there is none; known sweeps are here"):
         Sweep.attach(tmp_path / "her")
+    shutil.rmtree(sweep.folder.path)  # as if moebench run had made these rows
+    with pytest.raises(UserError, match="every cell has its result here already"):
+        submit.submit(loaded, tmp_path / "here", on="local")
+    assert not sweep.folder.path.exists()
 
 
 @pytest.mark.parametrize(
