@@ -252,7 +252,7 @@ def _clear_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        remedy = "choose a folder that you may write, with free space (option --out)"
+        remedy = "choose a folder that you may write, with free space (option --results)"
         raise UserError(f"results folder {path}: {reason}: {remedy}") from error
 
 

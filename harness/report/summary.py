@@ -179,7 +179,9 @@ def memory(run: Run) -> Html:
         frame.pivot(index=compare.IDENTITY, columns="part", values=value).reindex(columns=PARTS)
         for value in ("measured_bytes", "quotient")
     )
-    wide = wide.join(quotient.add_suffix("_planned")).reindex(pd.MultiIndex.from_frame(frame[compare.IDENTITY]).unique())
+    wide = wide.join(quotient.add_suffix("_planned")).reindex(
+        pd.MultiIndex.from_frame(frame[compare.IDENTITY]).unique()
+    )
     said = ("activations", "peak")
     columns = [
         _WORKLOAD,

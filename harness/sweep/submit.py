@@ -88,6 +88,15 @@ def parts(file: SweepFile, finished: set[tuple[str, int]], launches: int | None 
     return found
 
 
+def _unfinished(file: SweepFile, store: Store, launches: int | None) -> list[Part]:
+    made = parts(file, {pair for pair, told in store.outcomes().items() if told[-1]}, launches)
+    if not made:
+        raise bad(
+            "sweep", store.path.name, "every cell has its result here already; moebench report, or another --name"
+        )
+    return made
+
+
 def submit(file: SweepFile, run_dir: Path, *, on: On, launches: int | None = None) -> Sweep:
     """Freeze the code and submit every cell of ``file`` that has no result in ``run_dir`` yet and no live job.
 
@@ -100,9 +109,7 @@ def submit(file: SweepFile, run_dir: Path, *, on: On, launches: int | None = Non
     store.prepare()
     if (folder.path / "sweep.json").exists():
         raise bad("sweep", folder.name, "exists; moebench resume goes on with it, --name makes another")
-    made = parts(file, {pair for pair, told in store.outcomes().items() if told[-1]}, launches)
-    if not made:
-        raise bad("sweep", folder.name, "every cell has its result here already; moebench report, or another --name")
+    made = _unfinished(file, store, launches)
     folder.path.mkdir(exist_ok=True)
     freeze(folder.tree, [race.first.workload for race in file.suite.races])
     cells = [
@@ -253,9 +260,8 @@ def parameters(folder: SweepFolder, slurm: SlurmCluster, nodes: int, tasks_per_n
 
 def scripts(file: SweepFile, run_dir: Path, launches: int | None = None) -> list[str]:
     """What would be submitted, as the text that sbatch would read; nothing is written or started."""
-    folder = SweepFolder(run_dir)
-    finished = {pair for pair, told in Store(run_dir).outcomes().items() if told[-1]}
-    counts = collections.Counter((part.nodes, part.tasks_per_node) for part in parts(file, finished, launches))
+    folder, made = SweepFolder(run_dir), _unfinished(file, Store(run_dir), launches)
+    counts = collections.Counter((part.nodes, part.tasks_per_node) for part in made)
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder.submitit))}"
     return [
         _make_sbatch_string(

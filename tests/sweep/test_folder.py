@@ -179,8 +179,12 @@ def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path, 
     with pytest.raises(UserError, match="there is none; known sweeps are here"):
         Sweep.attach(tmp_path / "her")
     shutil.rmtree(sweep.folder.path)  # as if moebench run had made these rows
-    with pytest.raises(UserError, match="every cell has its result here already"):
-        submit.submit(loaded, tmp_path / "here", on="local")
+    for ask in (
+        lambda: submit.submit(loaded, tmp_path / "here", on="local"),
+        lambda: submit.scripts(loaded, tmp_path / "here"),
+    ):
+        with pytest.raises(UserError, match="'here': every cell has its result here already"):
+            ask()
     assert not sweep.folder.path.exists()
 
 
