@@ -45,7 +45,6 @@ def render(
     ``UserError``: no such notebook, parameter or run, a run without rows, a report folder that cannot be written.
     """
     import papermill
-    from papermill.exceptions import PapermillExecutionError
 
     say = progress or (lambda line: None)
     notebook = _notebook(name)
@@ -60,7 +59,6 @@ def render(
     if out is None:
         out = run_dir / "report" if run_dir is not None and suite(name) is None else ROOT / "results" / "report"
     out = out.resolve()
-    folders = {"run_dir": str(run_dir or ""), "out_dir": str(out)}
     other = Path(str((parameters or {}).get("other", ""))).name
     stem = f"{name}-{other}" if other else name
     try:
@@ -74,23 +72,8 @@ def render(
         ) from None
 
     say(f"executing {notebook.name}")
-    with tempfile.TemporaryDirectory(prefix="moebench-kernel-") as scratch, _own_kernel(Path(scratch)):
-        try:
-            papermill.execute_notebook(
-                str(notebook),
-                str(part),
-                parameters={**(parameters or {}), **{key: folders[key] for key in folders if key in known}},
-                kernel_name="python3",
-                progress_bar=False,
-                start_timeout=CELL_TIMEOUT_S,
-                execution_timeout=CELL_TIMEOUT_S,
-                cwd=str(out),
-            )
-        except PapermillExecutionError as error:
-            if error.ename != UserError.__name__:
-                raise  # a fault of ours: its traceback stands in the notebook, which stays
-            part.unlink()
-            raise UserError(error.evalue) from None
+    folders = {"run_dir": str(run_dir or ""), "out_dir": str(out)}
+    _execute(notebook, part, {**(parameters or {}), **{key: folders[key] for key in folders if key in known}})
     part.replace(executed)
     say("writing HTML")
     page = out / f"{stem}.html"
@@ -99,6 +82,30 @@ def render(
     written.write_text(to_html(executed, title), encoding="utf-8")
     written.replace(page)
     return page
+
+
+def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
+    """Into ``target``, in its folder. ``UserError``: one that was raised in the notebook; ``target`` is gone then."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    with tempfile.TemporaryDirectory(prefix="moebench-kernel-") as scratch, _own_kernel(Path(scratch)):
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(target),
+                parameters=parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                start_timeout=CELL_TIMEOUT_S,
+                execution_timeout=CELL_TIMEOUT_S,
+                cwd=str(target.parent),
+            )
+        except PapermillExecutionError as error:
+            if error.ename != UserError.__name__:
+                raise  # a fault of ours: its traceback stands in the notebook, which stays
+            target.unlink()
+            raise UserError(error.evalue) from None
 
 
 def to_html(executed: Path, title: str) -> str:

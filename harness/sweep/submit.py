@@ -89,7 +89,7 @@ def parts(file: SweepFile, finished: set[tuple[str, int]], launches: int | None 
 
 
 def _unfinished(file: SweepFile, store: Store, launches: int | None) -> list[Part]:
-    made = parts(file, {pair for pair, told in store.outcomes().items() if told[-1]}, launches)
+    made = parts(file, store.told_finished(), launches)
     if not made:
         raise bad(
             "sweep", store.path.name, "every cell has its result here already; moebench report, or another --name"

@@ -66,7 +66,7 @@ def _run(folder: SweepFolder, index: int) -> None:
     settings = Settings(run_dir, part=f"job-{index}")
     store = Store(run_dir)
     tasks = [(launch, race_of(each)) for launch, each in job["tasks"]]
-    finished = {pair for pair, told in store.outcomes().items() if told[-1]}
+    finished = store.told_finished()
     tasks = [(n, race) for n, race in tasks if any((e.digest, n) not in finished for e in race.experiments)]
     events = folder.events(index)
     died = deaths([*events, {"did": "start"}])

@@ -43,7 +43,7 @@ def prepared(sweep_file, run_dir: Path, num_races: int, cells_per_job: int) -> S
 def play(sweep: Sweep, index: int) -> None:
     """What a job does with the store and its events, race after race; the times are made up."""
     store, folder = Store(sweep.folder.run_dir), sweep.folder
-    finished = {pair for pair, told in store.outcomes().items() if told[-1]}
+    finished = store.told_finished()
     folder.tell(index, "start")
     from harness.sweep.worker import race_of
 
