@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from harness.errors import UserError
 from harness.launch import gpus
 from harness.launch.session import open_session
 from tests.launch.clusters import EMULATED, LOCAL
-from tests.launch.conftest import H100, V100
 
+H100, V100 = "NVIDIA H100 80GB HBM3|9.0", "Tesla V100-SXM2-32GB|7.0"
 UUIDS = ["GPU-" + "-".join((2 * n, n, n, n, 3 * n)) for n in (f"{0xA0 + card:02x}" * 2 for card in range(4))]
 ONE = LOCAL.model_copy(update={"levels": (LOCAL.levels[1],), "name": "two"})  # one node of two ranks
 
@@ -174,6 +176,16 @@ def test_another_card_than_the_clusters(cards, cuda_build, device):
 )
 def test_names_of_cards(named, found, same):
     assert gpus.same_card(named, found) is same
+
+
+@pytest.mark.parametrize(
+    ("card", "cuda", "index"), [(H100, 13000, ""), (H100, 12080, "cu126"), (V100, 13010, "cu126"), (None, 0, "")]
+)
+def test_setup_learns_whose_torch_the_driver_can_run(cards, card, cuda, index):
+    if card:
+        cards(card, cuda=cuda, mask="")  # a mask is no reason to install another torch
+    command = [sys.executable, "-I", devices.__file__]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == index
 
 
 class TestOfARank:
