@@ -98,6 +98,9 @@ def _gpu() -> Finding:
     here = f"driver {devices.version() or 'of unknown version'}"
     if driver.cuda:
         here += " for CUDA {}.{}".format(*driver.cuda)
+    if everything.devices and not driver.devices and mask in devices.HIDE_ALL:
+        hidden = f"{here}: {devices.MASK}={mask!r} hides this machine's {len(everything.devices)} GPUs"
+        return Finding("gpu", "missing", hidden, f"unset {devices.MASK} to use them")
     try:
         gpus.check_mask(driver)
         why = gpus.unusable(everything)
@@ -107,9 +110,6 @@ def _gpu() -> Finding:
         why = f"{type(error).__name__}: {error}", "make clean setup"
     if why:
         return Finding("gpu", "broken", f"{here}: {why[0]}", why[1])
-    if not driver.devices:
-        hidden = f"{here}: {devices.MASK}={mask!r} hides this machine's {len(everything.devices)} GPUs"
-        return Finding("gpu", "missing", hidden, f"unset {devices.MASK} to use them")
     counts = collections.Counter(device.name for device in driver.devices)
     return Finding("gpu", "ok", f"{here}: " + ", ".join(f"{count} x {name}" for name, count in counts.items()))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import presets
+from harness import devices, presets
 from harness.launch.session import Session, open_session
 from harness.specs import Cluster
 
@@ -72,11 +72,18 @@ def cards(fake_cuda: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 
 @pytest.fixture
 def cuda_build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that makes torch one that was built for CUDA."""
+    """A function that makes torch one that was built for CUDA, or for none."""
     import torch
 
-    def build(version: str = "13.0", kernels: tuple[str, ...] = ("sm_75", "sm_80", "sm_90", "sm_100")) -> None:
+    def build(version: str | None = "13.0", kernels: tuple[str, ...] = ("sm_75", "sm_80", "sm_90", "sm_100")) -> None:
         monkeypatch.setattr(torch.version, "cuda", version)
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(kernels))
 
     return build
+
+
+@pytest.fixture
+def no_driver() -> None:
+    """What holds on a machine without an NVIDIA driver cannot be seen on one that has it."""
+    if devices.ask().found:
+        pytest.skip("this machine has an NVIDIA driver")

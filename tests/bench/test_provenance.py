@@ -103,7 +103,7 @@ def test_without_nvidia_smi_cuda_tells_what_it_can(cards, monkeypatch):
     assert provenance.conditions() == []
 
 
-def test_without_a_driver_there_is_nothing_to_tell():
+def test_without_a_driver_there_is_nothing_to_tell(no_driver):
     found = provenance.collect([])
     assert (found["devices"], found["cuda"]) == ([], {})
     assert "conditions" not in found

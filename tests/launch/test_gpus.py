@@ -47,7 +47,7 @@ def test_a_mask_means_what_cuda_takes_it_for(cards, mask, shown):
     assert all(device.capability == (9, 0) and device.memory_bytes == 80 << 30 for device in found.devices)
 
 
-def test_a_machine_without_a_driver(monkeypatch):
+def test_a_machine_without_a_driver(no_driver):
     found = devices.ask()
     assert (found.cuda, found.devices) == (None, ())
     assert "libcuda" in found.error
@@ -77,8 +77,7 @@ def test_ranks_get_the_gpus_that_there_are(cards, cuda_build, mask):
 )
 def test_a_torch_that_the_driver_cannot_run_is_never_gloo_in_silence(cards, cuda_build, caplog, cuda, build, said):
     cards(H100, H100, cuda=cuda)
-    if build:
-        cuda_build(build)
+    cuda_build(build)
     with pytest.raises(UserError, match=r"^cluster two.kind: 'physical': needs 2 GPUs.*" + said):
         gpus.suffice(physical())
     assert gpus.suffice(ONE) is False  # a local cluster is on whatever there is
@@ -221,7 +220,7 @@ class TestOfARank:
         ):
             gpus.device_of(physical(), 1, 2)
 
-    def test_none_where_the_cluster_names_one(self, torch_sees):
+    def test_none_where_the_cluster_names_one(self, torch_sees, no_driver):
         torch_sees()
         with pytest.raises(
             UserError, match=r"^cluster two.kind: 'physical': needs 2 GPUs .* there is no NVIDIA driver"
