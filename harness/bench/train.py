@@ -250,6 +250,13 @@ class Trainer:
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"step": self.timeline}
 
+    def keep(self) -> list[torch.Tensor]:
+        self.training.gpt.zero_grad(set_to_none=True)
+        state = [
+            value for of in self.training.optimizer.state.values() for value in of.values() if torch.is_tensor(value)
+        ]
+        return [*self.training.gpt.parameters(), *self.training.gpt.buffers(), *state, self.stream.buffer]
+
     def memory(self) -> tuple[dict[str, float], dict[str, float]]:
         """Collective: bytes of this rank by part, measured over one more step and planned for it."""
         return memory.measured(self), memory.planned(self)

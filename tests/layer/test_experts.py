@@ -49,8 +49,8 @@ def product(how, counts, k, n, groups=(1,), dtype=BFLOAT16):
 )
 def test_the_grouped_products_are_those_one_after_another(counts, groups):
     """The processor's grouped GEMM obeys the layout rules of the device's."""
-    pairs = zip(product(_GroupedMM.apply, counts, 24, 48, groups), product(_LoopedMM.apply, counts, 24, 48, groups))
-    for grouped, looped in pairs:
+    ways = (product(way.apply, counts, 24, 48, groups) for way in (_GroupedMM, _LoopedMM))
+    for grouped, looped in zip(*ways, strict=True):
         assert torch.isfinite(grouped).all()
         torch.testing.assert_close(grouped, looped, rtol=2**-7, atol=2**-7)
 
