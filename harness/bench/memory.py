@@ -121,9 +121,9 @@ def planned(trainer: Trainer) -> dict[str, float]:
     found["materialised"] = float(each * together(copies)) if copies else 0.0
     if (activations := _planned_activations(trainer)) is not None:
         found["activations"] = activations
-        found["peak"] = peak_bytes(
-            experiment, trainer.training.tokens[job.rank], found, max(len(p.local(job.rank)) for p in placements)
-        )
+        most_experts = max(len(p.local(job.rank)) for p in placements)
+        gpu = job.device.type == "cuda"
+        found["peak"] = peak_bytes(experiment, trainer.training.tokens[job.rank], found, most_experts, gpu)
     return found
 
 
@@ -145,7 +145,7 @@ def _planned_activations(trainer: Trainer) -> float | None:
         if parts > 1 and counts[job.rank, copied].any():
             parts += 1  # what stays with copies
         rows.append(Rows(int(counts[job.rank].sum()), int(here.sum()), parts))
-    return activation_bytes(experiment, tokens[job.rank], rows)
+    return activation_bytes(experiment, tokens[job.rank], rows, job.device.type == "cuda")
 
 
 def _bytes(tensors: Any) -> float:

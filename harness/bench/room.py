@@ -115,7 +115,7 @@ class Room:
         return True
 
     def _park(self, contender: Contender) -> None:
-        self._parked[id(contender)] = Parked(contender.keep())
+        self._parked[id(contender)] = Parked(t for t in contender.keep() if t.device == self.job.device)
         if self.cuda:
             torch.cuda.empty_cache()
 

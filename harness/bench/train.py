@@ -141,7 +141,9 @@ class Training:
         self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
         routers = {id(p) for p in self.routers()} if self.prescribed else set()
         trained = [p for p in self.gpt.parameters() if id(p) not in routers]
-        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+        # By default torch would take all tensors at once on a GPU, and hold as much again as there are parameters.
+        fused = torch.device(device).type == "cuda"
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, foreach=False, fused=fused)
 
     @property
     def attentions(self) -> list[Attention]:

@@ -67,7 +67,9 @@ class Attention(nn.Module):
             assert cache.length == 0 or length == 1
             k, v = cache.extend(k, v)
         grouped = self.num_kv_heads != self.num_heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == length, enable_gqa=grouped)
+        y = q  # of no sequence, which kernels of a GPU refuse
+        if batch:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == length, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).flatten(2))
 
     @torch.no_grad()

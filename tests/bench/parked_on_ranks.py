@@ -23,7 +23,7 @@ def both(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
             held.append(sum(tensor.untyped_storage().nbytes() for each in others for tensor in each.keep()))
             yield
 
-    with mock.patch.object(Room, "_crowded", lambda self: True), mock.patch.object(Room, "turn", watched):
+    with mock.patch.object(Room, "_crowded", return_value=True), mock.patch.object(Room, "turn", watched):
         parked = run_race(job, payload)["cells"]
     stays = run_race(job, payload | {"repeats": 2 * payload["repeats"]})["cells"]
     return {"parked": parked, "stays": stays, "held": held}
