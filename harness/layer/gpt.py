@@ -61,7 +61,8 @@ class Attention(nn.Module):
             width = self.num_heads * self.head
             projections = 2 * hidden * (width + self.num_kv_heads * self.head)
             return wait(x, self.stand_in, 4, batch * length * (projections + 2 * length * width), self.parameters())
-        heads = self.qkv(x).view(batch, length, -1, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
+        of_all = self.num_heads + 2 * self.num_kv_heads
+        heads = self.qkv(x).view(batch, length, of_all, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             assert cache.length == 0 or length == 1
