@@ -133,9 +133,9 @@ class _Layer(MoELayer):
         super().__init__()
         import deepspeed
 
-        if job.device.type == "cpu":
+        if deepspeed.get_accelerator().device_name() == "cpu":
             # Compiling its shared-memory collectives needs a C++ compiler, and they would bypass torch.distributed.
-            # Only CPUs have them, and on a GPU this table is made by asking for nvcc and every kernel.
+            # Only CPUs have them, and on a GPU this table is made by asking for nvcc and for every kernel.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed.init_distributed(verbose=False)  # wraps the process group that exists

@@ -128,7 +128,7 @@ class Parked:
         found = {t.untyped_storage().data_ptr(): (t.untyped_storage(), t.device) for t in tensors if t.numel()}
         self.away = []
         for storage, device in found.values():
-            host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=device.type == "cuda")
+            host = _host_bytes(storage.nbytes(), pinned=device.type == "cuda")
             host.copy_(_bytes_of(storage, device), non_blocking=True)
             self.away.append((storage, host, device))
         self._settle()
@@ -148,3 +148,10 @@ class Parked:
 
 def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _host_bytes(num_bytes: int, pinned: bool) -> torch.Tensor:
+    if pinned:
+        with contextlib.suppress(RuntimeError):  # a machine may not pin all that it has
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(num_bytes, dtype=torch.uint8)
