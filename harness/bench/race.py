@@ -16,13 +16,14 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from harness import memory, registry
+from harness import devices, memory, registry
 from harness.bench import conformance, serve, train
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
 from harness.comm.job import Job
+from harness.errors import tells_out_of_memory
 from harness.layer import standin
 from harness.placement import Placement
 from harness.plan.graph import Timeline
@@ -86,8 +87,8 @@ class Outcome:
 
 def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """Collective. ``payload``: ``experiments`` (of one race, as plain data), ``repeats``, ``warmup``, ``checkpoints``
-    (folder and how often, of trainings whose experts change places) -> ``host``, ``num_cores``, ``shared_clock`` and
-    ``cells``: an ``Outcome`` as plain data by experiment digest."""
+    (folder and how often, of trainings whose experts change places) -> ``host``, ``num_cores``, ``shared_clock``,
+    ``launch_settings`` (of CUDA) and ``cells``: an ``Outcome`` as plain data by experiment digest."""
     experiments: list[Experiment] = [Experiment.model_validate(data) for data in payload["experiments"]]
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
     contenders: list[tuple[Experiment, Contender]] = []
@@ -123,6 +124,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "num_cores": num_cores(),
         "shared_clock": job.shared_clock,
+        "launch_settings": devices.launch_settings() if job.device.type == "cuda" else {},
         "cells": {cell: dataclasses.asdict(outcome) for cell, outcome in outcomes.items()},
     }
 
@@ -253,7 +255,7 @@ def attempt(work: Callable[[], Contender]) -> tuple[Contender | None, str | None
 
 
 def first_said(job: Job, said: str | None) -> str | None:
-    """What the first rank that has something to say says; None if no rank does.
+    """What the first rank that has something to say says, one that is out of memory first; None if no rank does.
 
     Goes through the store and not through a collective: a rank that failed inside a system's collective cannot meet
     the others in another one. Where they are stuck without it, it raises after ``AGREEMENT_S`` and the session ends.
@@ -267,8 +269,8 @@ def first_said(job: Job, said: str | None) -> str | None:
         store.wait(keys, datetime.timedelta(seconds=AGREEMENT_S if said else 3600))
     except dist.DistError:
         raise RuntimeError(said or "the other ranks did not answer") from None
-    answers = [store.get(key).decode() for key in keys]
-    return next((answer for answer in answers if answer), None)
+    answers = [answer for answer in (store.get(key).decode() for key in keys) if answer]
+    return next((answer for answer in answers if tells_out_of_memory(answer)), answers[0] if answers else None)
 
 
 def name_phase(job: Job, experiment: Experiment, text: str) -> None:
@@ -283,4 +285,4 @@ def tell(job: Job, message: dict[str, Any]) -> None:
 
 
 def _status_of(reason: str) -> str:
-    return "oom" if "MemoryError" in reason or "allocate memory" in reason else "failed"
+    return "oom" if tells_out_of_memory(reason) else "failed"

@@ -143,6 +143,8 @@ class _Cell:
         budgets = physics.budgets(self.experiment, registry.system(self.experiment.system), cases_of(self.experiment))
         self._plan(budgets)
         self._placed()
+        for name, value in answers[0].get("launch_settings", {}).items():
+            self._add(name, value, "1")
         self._times(answers, outcomes, budgets)
         for part, text in outcomes[0].get("how", {}).items():
             if text:
