@@ -61,6 +61,11 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 class EmulatedDevice(TorchDispatchMode):
     """The mode of the calling thread."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would wrap every operation in a guard that takes as long as the operation; nothing is compiled here."""
+        return False
+
     asked_by_host = 0  # depth of factories called from Python, which say themselves where their tensor is
     to_host = False  # a copy to the CPU is meant
 

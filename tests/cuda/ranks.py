@@ -6,8 +6,10 @@ A rank that fails alone would leave the others in a collective: it says so in th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import gc
 import importlib
 import os
 import pickle
@@ -28,6 +30,7 @@ from harness.bench import conformance, race
 from harness.comm.job import Job
 from harness.plan.graph import Plan, Timeline
 from harness.plan.lanes import Executor
+from harness.routing.corpus import python_corpus
 from harness.topology import Topology
 from tests.cuda import cases, emulated
 
@@ -110,6 +113,10 @@ def main(request: Path, answers: Path) -> None:
         for module in system.preload if system.missing() is None else ():
             importlib.import_module(module)
     world = Topology(cases.TOPOLOGY).num_ranks
+    python_corpus()
+    race.quiet = contextlib.nullcontext  # type: ignore[assignment]  # a collection over all that was imported takes seconds
+    gc.collect()
+    gc.freeze()
     store = tempfile.mktemp(dir=answers.parent)
     children = []
     for rank in range(world):
