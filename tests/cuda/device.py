@@ -108,7 +108,7 @@ class EmulatedDevice(TorchDispatchMode):
 
     def _on_host(self, func: Any, args: Any, kwargs: Any, operands: list[Any]) -> Any:
         out = func(*args, **kwargs)
-        if not operands and not self.asked_by_host:
+        if not self.asked_by_host and all(_is_loose(tensor) for tensor, _ in operands):
             for tensor in tensors_in(out):
                 tensor.untyped_storage().loose = True  # type: ignore[attr-defined]
         return out
@@ -132,9 +132,13 @@ class EmulatedDevice(TorchDispatchMode):
         return out
 
 
+def _is_loose(tensor: torch.Tensor) -> bool:
+    return getattr(tensor.untyped_storage(), "loose", False)
+
+
 def adopt(tensor: torch.Tensor, what: str) -> Block:
     """A loose tensor is on the device from now on; another one cannot be."""
-    if not getattr(tensor.untyped_storage(), "loose", False):
+    if not _is_loose(tensor):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
             f"({what} in [{memory.task}])"

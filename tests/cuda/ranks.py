@@ -34,7 +34,7 @@ from harness.routing.corpus import python_corpus
 from harness.topology import Topology
 from tests.cuda import cases, emulated
 
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 
 
 @dataclasses.dataclass
