@@ -4,8 +4,8 @@ A tensor is on the device when its storage has a ``memory.Block``; then it says 
 autograd too, comes by ``EmulatedDevice``, which says where results are, refuses what mixes host and device, and tells
 ``memory`` which bytes were read and written on the current stream. Kernels are those of the CPU.
 
-C++ makes tensors "where that one is", and for C++ all are on the CPU: a tensor that was made inside an operation and not
-asked for from Python is *loose*, and is on the device as soon as it meets another one that is.
+C++ makes tensors "where that one is", and for C++ all are on the CPU: a tensor that was made inside an operation and
+not asked for from Python is *loose*, and is on the device as soon as it meets another one that is.
 """
 
 from __future__ import annotations

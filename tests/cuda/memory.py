@@ -127,9 +127,9 @@ class Block:
                         f"[{task}] {'writes' if writes else 'reads'}, on {stream.name} ({what}), what [{use.task}] "
                         f"{'writes' if use.writes else 'reads'} on {Stream.all[use.stream].name}, in no order"
                     ] += 1
-                if low <= use.low and use.high <= high and ordered and (writes or use.stream == stream.id):
-                    if writes or not use.writes:
-                        continue  # whoever is behind this use is behind that one
+                covered = low <= use.low and use.high <= high and ordered
+                if covered and (writes or (use.stream == stream.id and not use.writes)):
+                    continue  # whoever is behind this use is behind that one
             kept.append(use)
         kept.append(Use(low, high, stream.id, number, task, writes))
         self.uses = kept

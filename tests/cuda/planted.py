@@ -3,11 +3,10 @@ was found as plain data. ``python -m tests.cuda.planted OUT`` runs all and write
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from torch.nn import functional as F
 from harness.comm.handover import Held
 from harness.plan.graph import Plan
 from harness.plan.lanes import Executor, executor
-from tests.cuda import emulated, streams
-from tests.cuda.ranks import say_where
+from tests.cuda import emulated
+from tests.cuda.ranks import nothing_waited_for, say_where
 
 
 def two_lanes(lanes: Executor, *, ordered: bool, held: dict[str, torch.Tensor]) -> dict[str, list[str]]:
@@ -51,17 +50,6 @@ def said(work: Callable[[], object]) -> str:
     return "nothing"
 
 
-@contextlib.contextmanager
-def no_wait_event() -> Iterator[None]:
-    """An executor that forgets what tasks wait for."""
-    wait_event = streams.Stream.wait_event
-    streams.Stream.wait_event = lambda self, event: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        streams.Stream.wait_event = wait_event  # type: ignore[method-assign]
-
-
 def race() -> Any:
     with executor("cuda") as lanes:
         return two_lanes(lanes, ordered=False, held={})
@@ -79,7 +67,7 @@ def recorded() -> Any:
 
 
 def missing_wait_event() -> Any:
-    with executor("cuda") as lanes, no_wait_event():
+    with executor("cuda") as lanes, nothing_waited_for():
         return two_lanes(lanes, ordered=True, held=Held())
 
 
