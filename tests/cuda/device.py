@@ -34,6 +34,7 @@ _MIXES = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_", "index
 
 class Operation(NamedTuple):
     name: str
+    collective: bool
     written: frozenset[int | str]  # arguments, by place and by name
     views: bool  # makes another view of an operand and touches nothing
 
@@ -41,12 +42,13 @@ class Operation(NamedTuple):
 @functools.cache
 def _operation(func: Any) -> Operation:
     schema = func._schema
+    namespace, name = schema.name.split("::")
     written: set[int | str] = set()
-    for place_, argument in enumerate(schema.arguments):
+    for where, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            written |= {place_, argument.name}
+            written |= {where, argument.name}
     aliases = any(each.alias_info is not None for each in schema.returns)
-    return Operation(schema.name.split("::")[1], frozenset(written), aliases and not written)
+    return Operation(name, namespace == "c10d", frozenset(written), aliases and not written)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -71,19 +73,22 @@ class EmulatedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "c10d":
-            return collectives.run(func, args, kwargs)
         operation = _operation(func)
         if operation.views:
             return func(*args, **kwargs)
-        on_device, elsewhere = [], []
-        for key, value in [*enumerate(args), *kwargs.items()]:
-            for tensor in tensors_in(value):
-                block = block_of(tensor)
-                if block is None:
-                    elsewhere.append((tensor, key))
-                else:
-                    on_device.append((tensor, block, key in operation.written))
+        if operation.collective:
+            return collectives.run(func, args, kwargs)
+        on_device: list[tuple[torch.Tensor, Block, bool]] = []
+        elsewhere: list[tuple[torch.Tensor, bool]] = []
+        for key, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, (torch.Tensor, list, tuple)):
+                writes = key in operation.written
+                for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
+                    block = block_of(tensor)
+                    if block is None:
+                        elsewhere.append((tensor, writes))
+                    else:
+                        on_device.append((tensor, block, writes))
         wanted = kwargs.get("device")
         if wanted is not None:
             kwargs = {**kwargs, "device": CPU}
@@ -92,8 +97,8 @@ class EmulatedDevice(TorchDispatchMode):
         if not on_device:
             return self._on_host(func, args, kwargs, elsewhere)
         if elsewhere and operation.name not in _MIXES:
-            on_device += [(tensor, adopt(tensor, operation.name), key in operation.written)
-                          for tensor, key in elsewhere if tensor.dim() or key in operation.written]  # fmt: skip
+            met = [(tensor, writes) for tensor, writes in elsewhere if writes or tensor.dim()]
+            on_device += [(tensor, adopt(tensor, operation.name), writes) for tensor, writes in met]
         if operation.name == "copy_" and block_of(args[0]) is None:
             return self._copied_to_host(func, args, kwargs, on_device)
         out = func(*args, **kwargs)
