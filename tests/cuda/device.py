@@ -202,7 +202,7 @@ def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     here = block_of(tensor) is not None
     there = here if wanted is None else is_cuda_device(wanted)
     if there == here:
-        return _native_to(tensor, *args, **kwargs) if args or kwargs else tensor
+        return _native_to(tensor, CPU, *args, **kwargs)  # where it is, for C++
     made = _Move.apply(tensor, there)
     args = tuple(each for each in args if isinstance(each, torch.dtype))
     kwargs = {key: value for key, value in kwargs.items() if key in ("dtype", "memory_format") and value is not None}
@@ -247,11 +247,24 @@ def _factory(native: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(native)
     def make(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("device"), int):
+            kwargs["device"] = CUDA
         EmulatedDevice.asked_by_host += 1
         try:
             return native(*args, **kwargs)
         finally:
             EmulatedDevice.asked_by_host -= 1
+
+    return make
+
+
+def _like(native: Callable[..., Any]) -> Callable[..., Any]:
+    """A factory that makes a tensor where another one is, unless it is told a device."""
+
+    @functools.wraps(native)
+    def make(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+        made = native(*args, **kwargs)
+        return made if device is None else made.to(device)
 
     return make
 
@@ -304,6 +317,10 @@ def install() -> EmulatedDevice:
     torch.UntypedStorage.resize_ = _resize_storage(torch.UntypedStorage.resize_)  # type: ignore[method-assign]
     for name in _FACTORIES:
         setattr(torch, name, _factory(getattr(torch, name)))
+    for name in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
+        setattr(torch, name, _like(getattr(torch, name)))
+    for name in ("new_empty", "new_zeros", "new_ones", "new_full"):
+        setattr(tensor, name, _like(getattr(tensor, name)))
     for name in ("tensor", "as_tensor"):
         setattr(torch, name, _from_data(getattr(torch, name)))
     _install_module()
