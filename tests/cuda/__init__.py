@@ -4,7 +4,7 @@ Tensors say ``cuda:0`` and hold CPU data, streams are vector clocks (``streams``
 with one pool a stream (``memory``), operands on host and device do not mix (``device``), collectives refuse CPU tensors
 (``collectives``). Found are races between streams, memory that is handed out again too early, mixes of devices and
 collectives of CPU tensors. Not seen: numbers of CUDA's kernels, times, NCCL itself, autograd's own thread, how deep a
-launch queue is.
+launch queue is. Of torch it needs dispatch modes and storages that keep their Python object (2.1 or newer).
 
 For another script, in a process of its own (there is no way back):
 

@@ -45,6 +45,8 @@ TRAININGS: dict[str, dict[str, Options]] = {
     "hiermoe-hd2": {"chunks": {"chunks": 2}},
     "hiermoe-hd2-smart": {"placed": {"place_every": 1, "chunks": 2}},
 }
+#: phases that a system goes through with its attention's heads shared out, too: the same for all systems, so for one
+MODEL_PARALLEL = {"flat": ("train_step", "prefill", "decode")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Cell:
     dtype: Dtype = "float32"
     variant: str = ""
     options: Options = dataclasses.field(default_factory=dict)
+    model_parallel: bool = False
     planted: str = ""  # a fault of ``ranks.FAULTS``
 
     @property
@@ -82,6 +85,7 @@ class Cell:
             backward=self.phase not in SERVING,
             dtype=self.dtype,
             options=self.options,
+            model_parallel=self.model_parallel,
         )
 
 
@@ -90,7 +94,10 @@ def cells_of(system: str) -> list[Cell]:
     cells = [Cell(system, "check", trial, dtype) for trial, dtype in TRIALS]
     cells += [Cell(system, phase) for phase in PHASES]
     trainings: dict[str, Any] = TRAININGS.get(system, {})
-    return cells + [Cell(system, "train_step", variant=name, options=options) for name, options in trainings.items()]
+    cells += [Cell(system, "train_step", variant=name, options=options) for name, options in trainings.items()]
+    for phase in MODEL_PARALLEL.get(system, ()):
+        cells.append(Cell(system, phase, variant="model-parallel", model_parallel=True))
+    return cells
 
 
 #: faults of the harness that must be seen in what systems do

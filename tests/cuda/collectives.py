@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -106,7 +105,3 @@ def install() -> None:
             wrapped = wrap(getattr(distributed_c10d, name))
             setattr(distributed_c10d, name, wrapped)
             setattr(dist, name, wrapped)
-
-
-__all__ = ["Pending", "install", "run"]
-torch.distributed  # noqa: B018

@@ -303,8 +303,8 @@ _FACTORIES = ("empty", "zeros", "ones", "full", "arange", "randn", "rand", "rand
               "scalar_tensor", "empty_strided", "from_numpy", "frombuffer")  # fmt: skip
 
 
-def install() -> EmulatedDevice:
-    """Change torch in this process; returns the mode, not yet entered."""
+def install() -> None:
+    """Change torch in this process."""
     tensor: Any = torch.Tensor
     tensor.device, tensor.is_cuda = property(_device), property(_is_cuda)
     tensor.is_cpu = property(lambda self: not _is_cuda(self))
@@ -325,7 +325,6 @@ def install() -> EmulatedDevice:
         setattr(torch, name, _from_data(getattr(torch, name)))
     _install_module()
     collectives.install()
-    return EmulatedDevice()
 
 
 class _Properties(NamedTuple):

@@ -7,16 +7,23 @@ from collections.abc import Iterator
 
 from tests.cuda import device, memory, streams
 
-_mode: device.EmulatedDevice | None = None
+_installed = False
 
 
 def install() -> None:
     """From here on this process has a CUDA device, ``cuda:0``, in the calling thread; there is no way back.
-    Once; at any time before the first ``device="cuda"``, before or after ``init_process_group("gloo")``."""
-    global _mode
-    if _mode is None:
-        _mode = device.install()
-        _mode.__enter__()
+    At any time before the first ``device="cuda"``, before or after ``init_process_group("gloo")``."""
+    global _installed
+    if not _installed:
+        _installed = True
+        device.install()
+        enter()
+
+
+def enter() -> None:
+    """The device, once installed, is there in the calling thread too."""
+    assert _installed
+    device.EmulatedDevice().__enter__()
 
 
 def hazards() -> tuple[dict[str, int], dict[str, int]]:
@@ -37,9 +44,3 @@ def task(name: str) -> Iterator[None]:
 def name_stream(stream: streams.Stream, name: str) -> None:
     """What messages call a stream."""
     stream.name = name
-
-
-def enter() -> None:
-    """The device, once installed, is there in the calling thread too."""
-    assert _mode is not None
-    device.EmulatedDevice().__enter__()
