@@ -28,7 +28,7 @@ _UNTOUCHED = {"empty", "empty_like", "new_empty", "new_empty_strided", "empty_st
 #: whose result, or its size, is known on the host
 _READ_BY_HOST = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "unique_dim", "masked_select",
                  "unique_consecutive", "bincount", "repeat_interleave"}  # fmt: skip
-#: that may have operands on both
+#: that may have operands on both, behind a first one on the device
 _MIXES = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_", "index_put", "_unsafe_index"}
 
 
@@ -96,11 +96,11 @@ class EmulatedDevice(TorchDispatchMode):
                 return self._made(operation, func(*args, **kwargs), on_device)
         if not on_device:
             return self._on_host(func, args, kwargs, elsewhere)
-        if elsewhere and operation.name not in _MIXES:
-            met = [(tensor, writes) for tensor, writes in elsewhere if writes or tensor.dim()]
-            on_device += [(tensor, adopt(tensor, operation.name), writes) for tensor, writes in met]
-        if operation.name == "copy_" and block_of(args[0]) is None:
+        if operation.name == "copy_" and block_of(args[0]) is None and not _is_loose(args[0]):
             return self._copied_to_host(func, args, kwargs, on_device)
+        for tensor, writes in elsewhere:
+            if writes or (tensor is args[0] if operation.name in _MIXES else tensor.dim()):
+                on_device.append((tensor, adopt(tensor, operation.name), writes))
         out = func(*args, **kwargs)
         if self.to_host and operation.name == "_to_copy":
             memory.use(operation.name, on_device)
@@ -113,9 +113,9 @@ class EmulatedDevice(TorchDispatchMode):
 
     def _on_host(self, func: Any, args: Any, kwargs: Any, operands: list[Any]) -> Any:
         out = func(*args, **kwargs)
-        if not self.asked_by_host and all(_is_loose(tensor) for tensor, _ in operands):
-            for tensor in tensors_in(out):
-                tensor.untyped_storage().loose = True  # type: ignore[attr-defined]
+        loose = not self.asked_by_host and all(_is_loose(tensor) for tensor, _ in operands)
+        for tensor in [*tensors_in(out), *(tensor for tensor, writes in operands if writes)]:
+            tensor.untyped_storage().loose = loose  # type: ignore[attr-defined]
         return out
 
     def _copied_to_host(self, func: Any, args: Any, kwargs: Any, on_device: list[Any]) -> Any:

@@ -126,10 +126,13 @@ def mixes() -> Any:
     return {
         "sum": said(lambda: there + here),
         "product": said(lambda: there @ here),
+        "index": said(lambda: here[there.long()]),
+        "one_hot": said(lambda: F.one_hot(torch.tensor([0, 2])) + there),
         "in place": said(lambda: here.add_(there)),
         "numpy": said(there.numpy),
-        "a number": said(lambda: there + torch.tensor(2.0)),
+        "a number": said(lambda: torch.tensor(2.0) * there + torch.tensor(2.0)),
         "copy": said(lambda: there.copy_(here)),
+        "index on the host": said(lambda: there[torch.tensor([0, 2])]),
     }
 
 

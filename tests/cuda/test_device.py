@@ -57,10 +57,10 @@ def test_collectives_refuse_cpu_tensors_in_nccls_words(planted):
 
 def test_host_and_device_do_not_mix(planted):
     found = planted["mixes"]
-    for name in ("sum", "product", "in place"):
+    for name in ("sum", "product", "in place", "index", "one_hot"):
         assert "same device, but found at least two devices, cuda:0 and cpu" in found[name], name
     assert "can't convert cuda:0" in found["numpy"]
-    assert (found["a number"], found["copy"]) == ("nothing", "nothing")
+    assert {found[name] for name in ("a number", "copy", "index on the host")} == {"nothing"}
 
 
 def test_tensors_say_where_they_are(planted):
