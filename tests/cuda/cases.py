@@ -28,22 +28,25 @@ CLUSTER = with_levels(
 )
 #: changes to ``MODEL``: what drops by the tokens of a batch has room for all, since one token is decoded at a time
 MODELS: dict[str, dict[str, Any]] = {"deepspeed-drop": {"capacity_factor": 8.0}}
-#: options with which a system trains, beside its defaults, where they change what happens on the streams
+#: options of a system in all that it does, where they change what happens on the streams; of others the defaults
+OPTIONS: dict[str, Options] = {
+    "eplb": {"rearrange_every": 1},
+    "flexmoe": {"rearrange_every": 1},
+    "fsmoe": {"degree_forward": 4, "degree_backward": 4},
+    "hecate-rm": {"reshard_every": 1, "t": 4, "m": 4},
+    "hiermoe": {"swap_every": 1, "chunks": 2},
+    "hiermoe-hd": {"chunks": 2},
+    "hiermoe-hd2": {"chunks": 2},
+    "hiermoe-hd2-smart": {"place_every": 1, "chunks": 2},
+    "smartmoe": {"place_every": 1},
+}
+#: and with which it trains once more
 TRAININGS: dict[str, dict[str, Options]] = {
-    "fsmoe": {"degree 4/4": {"degree_forward": 4, "degree_backward": 4}},
     "fastermoe": {"shadows": {"shadows": 3}},
     "hecate": {
         "re-sharded": {"reshard_every": 1, "t": 4, "m": 4},
         "re-materialised": {"rematerialise": True, "t": 4, "m": 4},
     },
-    "hecate-rm": {"re-sharded": {"reshard_every": 1, "t": 4, "m": 4}},
-    "flexmoe": {"rearranged": {"rearrange_every": 1}},
-    "eplb": {"rearranged": {"rearrange_every": 1}},
-    "smartmoe": {"placed": {"place_every": 1}},
-    "hiermoe": {"swapped": {"swap_every": 1, "chunks": 2}},
-    "hiermoe-hd": {"chunks": {"chunks": 2}},
-    "hiermoe-hd2": {"chunks": {"chunks": 2}},
-    "hiermoe-hd2-smart": {"placed": {"place_every": 1, "chunks": 2}},
 }
 #: phases that a system goes through with its attention's heads shared out, too: the same for all systems, so for one
 MODEL_PARALLEL = {"flat": ("train_step", "prefill", "decode")}
@@ -91,8 +94,9 @@ class Cell:
 
 def cells_of(system: str) -> list[Cell]:
     """Of any system, whether it is known here or not."""
-    cells = [Cell(system, "check", trial, dtype) for trial, dtype in TRIALS]
-    cells += [Cell(system, phase) for phase in PHASES]
+    options = OPTIONS.get(system, {})
+    cells = [Cell(system, "check", trial, dtype, options=options) for trial, dtype in TRIALS]
+    cells += [Cell(system, phase, options=options) for phase in PHASES]
     trainings: dict[str, Any] = TRAININGS.get(system, {})
     cells += [Cell(system, "train_step", variant=name, options=options) for name, options in trainings.items()]
     for phase in MODEL_PARALLEL.get(system, ()):
@@ -102,7 +106,7 @@ def cells_of(system: str) -> list[Cell]:
 
 #: faults of the harness that must be seen in what systems do
 PLANTED = [
-    Cell("fsmoe", "check", "uniform", "float64", options=TRAININGS["fsmoe"]["degree 4/4"], planted="nothing recorded"),
+    Cell("fsmoe", "check", "uniform", "float64", options=OPTIONS["fsmoe"], planted="nothing recorded"),
     Cell("hecate", "check", "uniform", "float64", planted="nothing recorded"),
     Cell("flat", "check", "uniform", "float64", planted="nothing waited for"),
     Cell("flat", "check", "uniform", "float64", planted="summed on the host"),
