@@ -55,7 +55,8 @@ class ServingStep(Handover):
 
         last = [plan.add("embedding", COMPUTE, run=embed)]
         for layer, way in enumerate(self.passages):
-            last = forward_layer(plan, way.forward, self._dense(layer), prefix=f"layer{layer}.", after=last)
+            dense = self._dense(layer)
+            last = forward_layer(plan, way.forward, dense, ahead=way.ahead, prefix=f"layer{layer}.", after=last)
         plan.add("head", COMPUTE, last, run=head)
         return plan
 
