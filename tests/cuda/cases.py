@@ -1,0 +1,89 @@
+"""What every system does on the emulated device: some trials of conformance, then a race of its own in every phase."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from harness.specs import SERVING, Dtype, Experiment, Model, Workload, with_levels
+
+Options = dict[str, bool | int | float | str]
+
+TOPOLOGY = (2, 2)
+TRIALS: tuple[tuple[str, Dtype], ...] = (
+    ("uniform", "bfloat16"),
+    ("experts-without-tokens", "float64"),
+    ("rank-without-tokens", "float64"),
+    ("drops", "float64"),
+)
+PHASES = ("exchange", "layer", "train_step", "prefill", "decode")
+MODEL = Model(
+    name="small", num_layers=2, hidden=32, ffn=32, num_experts=8, top_k=2, num_heads=4, seq=8, vocab=64
+)
+CLUSTER = with_levels(
+    "emulated-cuda",
+    [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 1e9}, {"name": "rank", "size": 2, "bandwidth_bytes_per_s": 1e10}],
+    kind="physical",
+)
+#: options with which a system trains, beside its defaults, where they change what happens on the streams
+TRAININGS: dict[str, dict[str, Options]] = {
+    "fsmoe": {"degree 4/4": {"degree_forward": 4, "degree_backward": 4}},
+    "fastermoe": {"shadows": {"shadows": 3}},
+    "hecate": {
+        "re-sharded": {"reshard_every": 1, "t": 4, "m": 4},
+        "re-materialised": {"rematerialise": True, "t": 4, "m": 4},
+    },
+    "hecate-rm": {"re-sharded": {"reshard_every": 1, "t": 4, "m": 4}},
+    "flexmoe": {"rearranged": {"rearrange_every": 1}},
+    "eplb": {"rearranged": {"rearrange_every": 1}},
+    "smartmoe": {"placed": {"place_every": 1}},
+    "hiermoe": {"swapped": {"swap_every": 1, "chunks": 2}},
+    "hiermoe-hd": {"chunks": {"chunks": 2}},
+    "hiermoe-hd2": {"chunks": {"chunks": 2}},
+    "hiermoe-hd2-smart": {"placed": {"place_every": 1, "chunks": 2}},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """``trial``: of conformance, in ``dtype``; else a race of one system in ``phase``."""
+
+    system: str
+    phase: str
+    trial: str = ""
+    dtype: Dtype = "float32"
+    variant: str = ""
+    options: Options = dataclasses.field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        parts = (self.system, self.phase, self.trial, self.dtype if self.trial else "", self.variant)
+        return " ".join(part for part in parts if part)
+
+    @property
+    def experiment(self) -> Experiment:
+        training = self.phase == "train_step"
+        workload = Workload(
+            name="small",
+            tokens_per_rank=16,
+            generator="rotating" if training else "natural" if self.phase == "decode" else "uniform",
+            params={"hot_experts": 2, "period": 1} if training else {},
+        )
+        return Experiment(
+            model=MODEL,
+            cluster=CLUSTER,
+            workload=workload,
+            system=self.system,
+            phase=self.phase,  # type: ignore[arg-type]
+            backward=self.phase not in SERVING,
+            dtype=self.dtype,
+            options=self.options,
+        )
+
+
+def cells_of(system: str) -> list[Cell]:
+    """Of any system, whether it is known here or not."""
+    cells = [Cell(system, "check", trial, dtype) for trial, dtype in TRIALS]
+    cells += [Cell(system, phase) for phase in PHASES]
+    trainings: dict[str, Any] = TRAININGS.get(system, {})
+    return cells + [Cell(system, "train_step", variant=name, options=options) for name, options in trainings.items()]
