@@ -31,7 +31,10 @@ class Machine:
     def __init__(self, emulated: bool):
         self.emulated = emulated
         if emulated:
-            _emulate()
+            from tests.cuda import emulated as device
+
+            torch.set_num_threads(1)
+            device.install()
 
     @functools.cached_property
     def device(self) -> torch.device:
@@ -68,6 +71,15 @@ class Machine:
     def unseen(self, what: str) -> dict[str, str]:
         """To be added to a step's figures: what the emulated device cannot show."""
         return {"not shown": what} if self.emulated else {}
+
+    def hazards(self) -> list[str]:
+        """Races, and memory used again too early, that the emulated device has seen since the last call."""
+        if not self.emulated:
+            return []
+        from tests.cuda import emulated as device
+
+        races, reuses = device.hazards()
+        return [*races, *reuses]
 
     def only_real(self, why: str) -> None:
         """Skip the rest of the step without a GPU."""
@@ -125,10 +137,3 @@ def smi(*fields: str) -> dict[str, str]:
         return dict(zip(fields, (word.strip() for word in said.splitlines()[0].split(",")), strict=True))
     return {}
 
-
-def _emulate() -> None:
-    import sys; sys.path.insert(0, "/tmp/emuproto")
-    import adapter
-    adapter.enter()
-    global hazards
-    hazards = adapter.hazards

@@ -83,13 +83,13 @@ def _seconds(samples: list[dict[str, Any]]) -> float | None:
 
 
 def _memory(machine: Machine, memory: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Measured over planned, by part."""
-    planned = memory["planned"]
-    shares = {part: memory["measured"][part] / value for part, value in planned.items() if value}
-    if not machine.emulated:
-        wrong = {part: share for part, share in shares.items() if abs(share - 1) > MEMORY_ERROR}
-        need(not wrong, f"memory of a step over what is planned: {wrong}")
-    return {"memory_over_planned": shares}
+    """Measured over planned, by part. State must be what is planned; of activations and peak it is said where they are
+    not, since that depends on which kernels torch fuses here."""
+    shares = {part: memory["measured"][part] / value for part, value in memory["planned"].items() if value}
+    wrong = {part: share for part, share in shares.items() if abs(share - 1) > MEMORY_ERROR}
+    state = {part: share for part, share in wrong.items() if part in ("parameters", "gradients", "optimizer")}
+    need(not state, f"state of a training step over what is planned: {state}")
+    return {"memory_over_planned": shares} | ({} if machine.emulated else {"not_as_planned": sorted(wrong)})
 
 
 # ---------------------------------------------------------------------- out of memory
@@ -149,7 +149,7 @@ def packages(machine: Machine) -> dict[str, Any]:
     """Those that are installed, in bfloat16, against the oracle."""
     job, found = machine.job, {}
     known = [system for system in registry.systems().values() if system.kind == "package"]
-    absent = {system.name: reason for system in known if (reason := system.missing())}
+    absent = {system.name: reason.split(";")[0] for system in known if (reason := system.missing())}
     if len(absent) == len(known):
         raise Skip("; ".join(absent.values()))
     for name in (system.name for system in known if system.name not in absent):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from harness.comm.job import Job
 from tests.gpu.machine import CLUSTER, Machine, smi
-from tests.gpu.step import Skip, need
+from tests.gpu.step import need
 
 MASK = "CUDA_VISIBLE_DEVICES"
 FACTS = ("name", "driver_version", "mig.mode.current", "ecc.mode.current", "power.limit", "clocks.sm", "clocks.max.sm")
@@ -123,6 +123,3 @@ def nccl(machine: Machine) -> dict[str, Any]:
     said = sorted({str(each.message).splitlines()[0] for each in caught})
     need(not [text for text in said if "barrier" in text], f"it warned: {said}")
     return {"warnings": said} | machine.unseen("NCCL: gloo stands in")
-
-
-__all__ = ["Skip", "allocation", "facts", "nccl", "session"]

@@ -49,7 +49,7 @@ def do(step: Step, machine: Any) -> dict[str, Any]:
 def failed(error: Exception) -> dict[str, str]:
     """Status and reason of a step that raised, with the last line of ours that it was in."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(f"{ROOT}/")]
-    own = [frame for frame in frames if "/.venv/" not in frame.filename]
+    own = [each for each in frames if "/.venv/" not in each.filename and each.filename != __file__]
     where = f" ({own[-1].filename.removeprefix(f'{ROOT}/')}:{own[-1].lineno})" if own else ""
     return {"status": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split()) + where}
 
