@@ -22,6 +22,7 @@ from harness.bench import conformance, serve, train
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
 from harness.comm.job import Job
+from harness.errors import tells_out_of_memory
 from harness.layer import gates
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
@@ -360,7 +361,7 @@ def attempt(work: Callable[[], Contender]) -> tuple[Contender | None, str | None
 
 
 def first_said(job: Job, said: str | None) -> str | None:
-    """What the first rank that has something to say says; None if no rank does.
+    """What the first rank that has something to say says, one that is out of memory first; None if no rank does.
 
     Goes through the store and not through a collective: a rank that failed inside a system's collective cannot meet
     the others in another one. Where they are stuck without it, it raises after ``AGREEMENT_S`` and the session ends.
@@ -374,8 +375,8 @@ def first_said(job: Job, said: str | None) -> str | None:
         store.wait(keys, datetime.timedelta(seconds=AGREEMENT_S if said else 3600))
     except dist.DistError:
         raise RuntimeError(said or "the other ranks did not answer") from None
-    answers = [store.get(key).decode() for key in keys]
-    return next((answer for answer in answers if answer), None)
+    answers = [answer for answer in (store.get(key).decode() for key in keys) if answer]
+    return next((answer for answer in answers if tells_out_of_memory(answer)), answers[0] if answers else None)
 
 
 def name_phase(job: Job, experiment: Experiment, text: str) -> None:
@@ -390,4 +391,4 @@ def tell(job: Job, message: dict[str, Any]) -> None:
 
 
 def _status_of(reason: str) -> str:
-    return "oom" if "MemoryError" in reason or "allocate memory" in reason else "failed"
+    return "oom" if tells_out_of_memory(reason) else "failed"

@@ -26,6 +26,7 @@ from harness.bench.store import Store
 from harness.comm import wire as wires
 from harness.comm.job import Job
 from harness.errors import bad
+from harness.launch import gpus
 from harness.launch.allocation import report
 from harness.launch.kernel import use_batch_scheduling
 from harness.launch.network import INTERFACE, Counters
@@ -35,7 +36,7 @@ from harness.launch.slurm import NETWORK_FACTS
 from harness.specs import Cluster
 from harness.topology import Topology
 
-RACE_S = 3600
+TIMEOUT = datetime.timedelta(hours=1)  # of a collective
 
 
 class RaceFailure(RuntimeError):
@@ -71,24 +72,23 @@ def join(cluster: Cluster) -> World:
     if environment.world_size != cluster.num_ranks or environment.local_world_size != cluster.shape[-1]:
         have = f"{environment.world_size} tasks, {environment.local_world_size} a node"
         raise bad("cluster", cluster.name, f"has {cluster.num_ranks} ranks, {cluster.shape[-1]} a node, the job {have}")
-    use_cuda = torch.cuda.is_available()
-    if use_cuda and torch.cuda.device_count() > 1:  # one visible: Slurm has bound a GPU to every task
-        torch.cuda.set_device(environment.local_rank)
-    device = torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+    device = gpus.device_of(cluster, environment.local_rank, environment.local_world_size)
+    use_cuda = device.type == "cuda"
     os.environ["LOCAL_SIZE"] = str(environment.local_world_size)
     facts: dict[str, Any] = {"backend": "nccl" if use_cuda else "gloo", "scheduler": use_batch_scheduling()}
     if not use_cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // environment.local_world_size))
     dist.init_process_group(
         facts["backend"],
-        timeout=datetime.timedelta(seconds=RACE_S),
+        timeout=TIMEOUT,
         device_id=device if use_cuda else None,
     )
     virtual = _virtual_nodes(cluster)
     shared_clock = virtual is not None or cluster.num_nodes == 1
     counters = _counters(cluster) if virtual else None
     phase = Phase()
-    job = Job(Topology(cluster.shape), device, phase, counters=counters, shared_clock=shared_clock)
+    topology = Topology(cluster.shape)
+    job = Job(topology, device, phase, counters=counters, shared_clock=shared_clock, timeout=TIMEOUT)
     network = {"network": "shaped" if virtual else "physical", "shaped": virtual is not None, "reason": ""}
     return World(job, phase, "emulated" if virtual else "measured", network | facts | (virtual or {}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 
 import pytest
 
@@ -107,7 +108,7 @@ def test_no_tc_means_unshaped_with_a_reason(tmp_path, monkeypatch):
     for program in ("unshare", "ip", "sh"):
         (tmp_path / "bin" / program).symlink_to(shutil.which(program) or program)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(session_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with open_session(EMULATED, log_dir=tmp_path) as ranks:
         assert ranks.network["shaped"] is False
         assert ranks.network["reason"] == "tc not found; install util-linux and iproute2"
