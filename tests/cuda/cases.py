@@ -17,12 +17,13 @@ TRIALS: tuple[tuple[str, Dtype], ...] = (
     ("drops", "float64"),
 )
 PHASES = ("exchange", "layer", "train_step", "prefill", "decode")
-MODEL = Model(
-    name="small", num_layers=2, hidden=32, ffn=32, num_experts=8, top_k=2, num_heads=4, seq=8, vocab=64
-)
+MODEL = Model(name="small", num_layers=2, hidden=32, ffn=32, num_experts=8, top_k=2, num_heads=4, seq=8, vocab=64)
 CLUSTER = with_levels(
     "emulated-cuda",
-    [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 1e9}, {"name": "rank", "size": 2, "bandwidth_bytes_per_s": 1e10}],
+    [
+        {"name": "node", "size": 2, "bandwidth_bytes_per_s": 1e9},
+        {"name": "rank", "size": 2, "bandwidth_bytes_per_s": 1e10},
+    ],
     kind="physical",
 )
 #: options with which a system trains, beside its defaults, where they change what happens on the streams

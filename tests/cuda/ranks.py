@@ -96,7 +96,16 @@ def run_cells(job: Job, wanted: list[cases.Cell]) -> list[Found]:
                 status, reason = "raised", f"{type(error).__name__}: {error}"
         races, reuses = emulated.hazards()
         found.append(
-            Found(cell.name, job.rank, status, reason, races, reuses, time.perf_counter() - start, time.process_time() - cpu)
+            Found(
+                cell.name,
+                job.rank,
+                status,
+                reason,
+                races,
+                reuses,
+                time.perf_counter() - start,
+                time.process_time() - cpu,
+            )
         )
         if status == "raised":
             break

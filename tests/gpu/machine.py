@@ -136,4 +136,3 @@ def smi(*fields: str) -> dict[str, str]:
         said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
         return dict(zip(fields, (word.strip() for word in said.splitlines()[0].split(",")), strict=True))
     return {}
-

@@ -28,7 +28,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}
 def conformance(machine: Machine) -> dict[str, Any]:
     """All trials of the control against the float64 oracle, in every format."""
     rows = checks.check(machine.job, {"systems": ["flat"]})
-    wrong = [f"{row['trial']} {row['dtype']}: {row['reason']}" for row in rows if row["status"] not in ("ok", "refused")]
+    wrong = [
+        f"{row['trial']} {row['dtype']}: {row['reason']}" for row in rows if row["status"] not in ("ok", "refused")
+    ]
     need(not wrong, f"{len(wrong)} of {len(rows)} checks are wrong, first {wrong[0] if wrong else ''}")
     worst: dict[str, float] = {}
     for row in rows:

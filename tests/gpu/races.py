@@ -73,7 +73,9 @@ def _check_samples(machine: Machine, name: str, samples: list[dict[str, Any]]) -
         wall, device = sample["end_s"] - sample["start_s"], sample["device_s"]
         need(device is not None, f"{name}: no time of the device")
         if not machine.emulated:
-            need(math.isfinite(device) and 0 < device <= wall, f"{name}: {device} s on the device, {wall} s on the wall")
+            need(
+                math.isfinite(device) and 0 < device <= wall, f"{name}: {device} s on the device, {wall} s on the wall"
+            )
 
 
 def _seconds(samples: list[dict[str, Any]]) -> float | None:
