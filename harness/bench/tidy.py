@@ -19,12 +19,10 @@ from harness.placement import Placement
 from harness.plan.graph import Plan, Timeline
 from harness.routing import Certificate, certify, make_routing
 from harness.routing.certificate import expert_counts
-from harness.specs import GEMMS, SERVING, Experiment
+from harness.specs import SERVING, Experiment
 from harness.system import Case
 from harness.topology import Topology
 
-#: seconds that one thread takes to draw one weight
-DRAW_S = 25e-9
 #: a shaped run that keeps more of its cores busy than this measures the cores and not the link
 MAX_CORES_SHARE = 0.75
 _ERRORS = {
@@ -144,6 +142,8 @@ class _Cell:
         budgets = physics.budgets(self.experiment, registry.system(self.experiment.system), cases_of(self.experiment))
         self._plan(budgets)
         self._placed()
+        for name, value in answers[0].get("launch_settings", {}).items():
+            self._add(name, value, "1")
         self._times(answers, outcomes, budgets)
         for rank, outcome in enumerate(outcomes):
             for kind, metric in (("measured", "memory_bytes"), ("planned", "memory_planned_bytes")):
@@ -274,9 +274,7 @@ def estimate_s(experiment: Experiment, repeats: int, warmup: int) -> float:
     if experiment.digest not in _limits:
         budgets = physics.budgets(experiment, system, cases_of(experiment))
         _limits[experiment.digest] = next(reversed(budgets.values())).speed_of_light_s or 0.05
-    model, own = experiment.model, -(-experiment.model.num_experts // experiment.cluster.num_ranks)
-    drawn = model.num_layers * own * GEMMS[model.ffn_type] * model.hidden * model.ffn
-    return (repeats + max(1, warmup)) * (1.3 * _limits[experiment.digest] + 0.05) + 1.5 + DRAW_S * drawn
+    return (repeats + max(1, warmup)) * (1.3 * _limits[experiment.digest] + 0.05) + 1.5
 
 
 _limits: dict[str, float] = {}
