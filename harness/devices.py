@@ -85,6 +85,15 @@ def version() -> str | None:
     return match[1] if match else None
 
 
+def launch_settings() -> dict[str, float]:
+    """What this process's environment does to overlap: whether launches wait for their kernels (they must not where
+    lanes overlap), and how many queues feed a device, where that is set."""
+    blocking = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0")
+    found = {"cuda_launch_blocking": float(blocking)}
+    queues = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
+    return found | ({"cuda_device_max_connections": float(queues)} if queues.isdecimal() else {})
+
+
 # ------------------------------------------------------------------ nvidia-smi
 
 _FIELDS = (

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from harness import memory, registry
+from harness import devices, memory, registry
 from harness.bench import conformance, serve, train
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
@@ -80,8 +80,8 @@ class Outcome:
 
 def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """Collective. ``payload``: ``experiments`` (of one race, as plain data), ``repeats``, ``warmup``, ``checkpoints``
-    (folder and how often, of trainings whose experts change places) -> ``host``, ``num_cores``, ``shared_clock`` and
-    ``cells``: an ``Outcome`` as plain data by experiment digest."""
+    (folder and how often, of trainings whose experts change places) -> ``host``, ``num_cores``, ``shared_clock``,
+    ``launch_settings`` (of CUDA) and ``cells``: an ``Outcome`` as plain data by experiment digest."""
     experiments: list[Experiment] = [Experiment.model_validate(data) for data in payload["experiments"]]
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
     contenders: list[tuple[Experiment, Contender]] = []
@@ -110,6 +110,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "host": socket.gethostname(),
         "num_cores": num_cores(),
         "shared_clock": job.shared_clock,
+        "launch_settings": devices.launch_settings() if job.device.type == "cuda" else {},
         "cells": {cell: dataclasses.asdict(outcome) for cell, outcome in outcomes.items()},
     }
 

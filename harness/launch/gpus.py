@@ -32,7 +32,7 @@ def suffice(cluster: Cluster) -> bool:
     if cluster.kind == "emulated":
         return False
     driver = devices.ask()
-    _check_mask(driver)
+    check_mask(driver)
     why = unusable(driver)
     num_gpus = 0 if why else len(driver.devices)
     if num_gpus < cluster.num_ranks:
@@ -66,7 +66,7 @@ def device_of(cluster: Cluster, local_rank: int, num_local: int, use_cuda: bool 
     own = num_gpus == 1 and (not given.isdecimal() or int(given) >= num_local)  # Slurm has bound one to every task
     if num_gpus < num_local and not own:
         driver = devices.ask()
-        _check_mask(driver)
+        check_mask(driver)
         raise _too_few(cluster, num_local, num_gpus, unusable(driver))
     device = torch.device("cuda", local_rank if num_gpus > 1 else 0)
     _check_name(cluster, torch.cuda.get_device_name(device))
@@ -136,7 +136,7 @@ def _check_name(cluster: Cluster, found: str) -> None:
         raise bad(field, cluster.device, f"the GPU here is {found}; name that one, with its rates, or run elsewhere")
 
 
-def _check_mask(driver: Driver) -> None:
+def check_mask(driver: Driver) -> None:
     """Every part of the mask must name a device: CUDA drops a part that names none and all after it in silence."""
     mask = os.environ.get(MASK)
     if mask is None or driver.cuda is None or mask.strip() in HIDE_ALL:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from submitit.helpers import TorchDistributedEnvironment
 
 from harness.bench import race, tidy
-from harness.bench.run import Plan, Settings, describe, payload_of, record_of_launch, stamp, store_race
+from harness.bench.run import Plan, Settings, describe, keep_record, payload_of, record_of_launch, stamp, store_race
 from harness.bench.store import Store
 from harness.comm import wire as wires
 from harness.comm.job import Job
@@ -110,7 +110,8 @@ def run_plan(
         races = [each for number, each in plan.tasks if number == launch]
         if first:
             name = f"launch-{launch}-{plan.cluster.name}-{plan.wire}-{settings.part}-{int(time.time())}"
-            store.write_record(name, record_of_launch(plan, launch, races, world.evidence, world.network, argv))
+            record = record_of_launch(plan, launch, races, world.evidence, world.network, argv)
+            finish_record = keep_record(store, name, record)
         for each in races:
             if first:
                 report({"did": "begin", "text": f"launch {launch}: {describe(each)}", **stamp(each, launch)})
@@ -125,6 +126,8 @@ def run_plan(
                 setting = tidy.Setting(settings.run_dir.name, launch, world.evidence, world.network)
                 store_race(store, each, setting, answers, failed)
                 report({"did": "race", **stamp(each, launch)})
+        if first:
+            finish_record()
     dist.barrier()
     dist.destroy_process_group()
 

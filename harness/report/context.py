@@ -16,7 +16,19 @@ from harness.report.run import GROUP, Run
 
 QUICK = "moebench run --suite quick"
 #: in a record, but shown elsewhere, or not a fact that tells anything to a reader of the page
-_NOT_FACTS = {"experiments", "certificates", "seeds", "repeats", "launch", "date", "cluster", "evidence", "wire", "job"}
+_NOT_FACTS = {
+    "experiments",
+    "certificates",
+    "conditions",
+    "seeds",
+    "repeats",
+    "launch",
+    "date",
+    "cluster",
+    "evidence",
+    "wire",
+    "job",
+}
 
 
 def where(run: Run) -> Html:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -14,8 +16,8 @@ from harness.errors import UserError
 from harness.launch import gpus
 from harness.launch.session import open_session
 from tests.launch.clusters import EMULATED, LOCAL
-from tests.launch.conftest import H100, V100
 
+H100, V100 = "NVIDIA H100 80GB HBM3|9.0", "Tesla V100-SXM2-32GB|7.0"
 UUIDS = ["GPU-" + "-".join((2 * n, n, n, n, 3 * n)) for n in (f"{0xA0 + card:02x}" * 2 for card in range(4))]
 ONE = LOCAL.model_copy(update={"levels": (LOCAL.levels[1],), "name": "two"})  # one node of two ranks
 
@@ -45,7 +47,7 @@ def test_a_mask_means_what_cuda_takes_it_for(cards, mask, shown):
     assert all(device.capability == (9, 0) and device.memory_bytes == 80 << 30 for device in found.devices)
 
 
-def test_a_machine_without_a_driver(monkeypatch):
+def test_a_machine_without_a_driver(no_driver):
     found = devices.ask()
     assert (found.cuda, found.devices) == (None, ())
     assert "libcuda" in found.error
@@ -75,8 +77,7 @@ def test_ranks_get_the_gpus_that_there_are(cards, cuda_build, mask):
 )
 def test_a_torch_that_the_driver_cannot_run_is_never_gloo_in_silence(cards, cuda_build, caplog, cuda, build, said):
     cards(H100, H100, cuda=cuda)
-    if build:
-        cuda_build(build)
+    cuda_build(build)
     with pytest.raises(UserError, match=r"^cluster two.kind: 'physical': needs 2 GPUs.*" + said):
         gpus.suffice(physical())
     assert gpus.suffice(ONE) is False  # a local cluster is on whatever there is
@@ -176,6 +177,16 @@ def test_names_of_cards(named, found, same):
     assert gpus.same_card(named, found) is same
 
 
+@pytest.mark.parametrize(
+    ("card", "cuda", "index"), [(H100, 13000, ""), (H100, 12080, "cu126"), (V100, 13010, "cu126"), (None, 0, "")]
+)
+def test_setup_learns_whose_torch_the_driver_can_run(cards, card, cuda, index):
+    if card:
+        cards(card, cuda=cuda, mask="")  # a mask is no reason to install another torch
+    command = [sys.executable, "-I", devices.__file__]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == index
+
+
 class TestOfARank:
     """``device_of`` on a rank, where torch has the last word."""
 
@@ -209,7 +220,7 @@ class TestOfARank:
         ):
             gpus.device_of(physical(), 1, 2)
 
-    def test_none_where_the_cluster_names_one(self, torch_sees):
+    def test_none_where_the_cluster_names_one(self, torch_sees, no_driver):
         torch_sees()
         with pytest.raises(
             UserError, match=r"^cluster two.kind: 'physical': needs 2 GPUs .* there is no NVIDIA driver"

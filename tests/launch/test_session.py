@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.errors import UserError
+from harness.errors import UserError, tells_out_of_memory
 from harness.launch import phases
 from harness.launch import session as session_module
 from harness.launch.session import RankFailure, open_session
@@ -62,6 +62,32 @@ def test_a_rank_that_fails_is_named(tmp_path, cluster, how, kind, text):
     assert text in error.message
     assert error.log_path == tmp_path / "rank-2.log"
     assert "\n" not in str(error)
+
+
+def test_all_ranks_tell_the_one_that_is_out_of_memory(session):
+    """The others only see a collective that fails, maybe sooner."""
+    lost, memory = "DistBackendError: connection closed by peer", "OutOfMemoryError: CUDA out of memory"
+    ranks = session(LOCAL)
+    assert ranks.call(WORK + "say", [None, lost, memory, lost]) == [memory] * 4
+    assert ranks.call(WORK + "say", [None, lost, None, "other"]) == [lost] * 4
+    assert ranks.call(WORK + "say", [None] * 4) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB", True),
+        ("AcceleratorError: CUDA error: out of memory", True),
+        ("RuntimeError: rank 3: DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("_ArrayMemoryError: Unable to allocate 8.00 TiB", True),
+        ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)", True),
+        ("DistBackendError: NCCL error: Failed to CUDA calloc 4096 bytes: Cuda failure 2 'out of memory'", True),
+        ("RuntimeError: CUDA error: an illegal memory access was encountered", False),
+        ("KeyError: 'memory'", False),
+    ],
+)
+def test_words_of_a_memory_that_has_run_out(text, memory):
+    assert tells_out_of_memory(text) is memory
 
 
 def test_a_rank_that_hangs_is_named_and_its_stack_logged(tmp_path):

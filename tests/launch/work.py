@@ -49,6 +49,13 @@ def time_limits(job, payload):
     return {group._get_backend(job.device).options._timeout.total_seconds() for group in groups}
 
 
+def say(job, payload):
+    """What all ranks take for the reason where each says ``payload[rank]``."""
+    from harness.bench.race import first_said  # which imports a lot, and one test needs it
+
+    return first_said(job, payload[job.rank])
+
+
 def go_wrong(job, payload):
     """Rank ``payload["rank"]`` goes wrong in a phase of its own; the others wait for it."""
     job.phase("before the barrier")
