@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from harness.comm.exchange import FlatExchange, FlatPlan
+from harness.comm.handover import Handover, pop
 from harness.comm.job import Job
 from harness.comm.rows import accumulator
 from harness.errors import bad
@@ -40,7 +41,7 @@ from harness.layer.weights import Weights
 from harness.options import whole
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
 from harness.plan.replicated import Policy, ReplicatedLayer, ReplicatedPassage, ReplicatedSystem
-from harness.plan.segment import Segment, pop
+from harness.plan.segment import Segment
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
 
@@ -184,7 +185,7 @@ class FasterLayer(ReplicatedLayer):
         return FasterPassage(self, gated)
 
 
-class Part:
+class Part(Handover):
     """One S, C and R: rows between ranks whose groups lie so far apart, or (``home``) those that stay with a shadow."""
 
     def __init__(self) -> None:

@@ -284,13 +284,13 @@ def _errors(job: Job, found: dict[str, Any], expected: dict[str, Any], routing: 
     if "w1" in named:
         weight_errors = []
         for name in expected["gate_names"]:
-            gradient = found["gate"].get(name, torch.zeros_like(named[name]))
+            gradient = found["gate"].get(name, torch.zeros_like(named[name])).to(job.device)
             dist.all_reduce(gradient)
-            weight_errors.append(_relative(gradient, named[name], slice(None)))
+            weight_errors.append(_relative(gradient.cpu(), named[name], slice(None)))
         for e, gradients in found["experts"].items():
             weight_errors += [_relative(gradients[name], named[name], e) for name in gradients]
         errors["weight_grad"] = max(weight_errors)
-    worst = torch.tensor(list(errors.values()), dtype=torch.float64)
+    worst = torch.tensor(list(errors.values()), dtype=torch.float64, device=job.device)
     worst = torch.nan_to_num(worst, nan=math.inf)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return dict(zip(errors, worst.tolist(), strict=True))

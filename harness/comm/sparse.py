@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from harness.comm.handover import Handover
 from harness.comm.job import Job
 from harness.comm.rows import accumulator
 from harness.errors import bad
@@ -134,7 +135,7 @@ class Chunks(NamedTuple):
     tensors: Sequence[torch.Tensor]
 
 
-class Transfer:
+class Transfer(Handover):
     """One gather or reduction on one rank, in stages. ``run(stage)`` is a task of a lane; ``start`` begins all of it
     and ``wait`` ends it, for whoever has no lanes. Collective: every rank goes through all stages in the same order.
 
@@ -147,11 +148,9 @@ class Transfer:
         self, job: Job, plan: SparsePlan, held: Iterable[Chunks], kind: Literal["gather", "reduce"] = "gather"
     ):
         self.job, self.plan, self.kind = job, plan, kind
-        self.rows = {
-            int(chunk): [tensor.data[row] for tensor in each.tensors]
-            for each in held
-            for row, chunk in enumerate(each.ids)
-        }
+        held = list(held)
+        self.tensors = [[tensor.data for tensor in each.tensors] for each in held]
+        self.place = {int(chunk): (part, row) for part, each in enumerate(held) for row, chunk in enumerate(each.ids)}
         self._issued: _Issued | None = None
 
     @property
@@ -185,28 +184,40 @@ class Transfer:
             sends, receives, to, come_from = receives, sends, receives.source, sends.target
         work: list[dist.P2POp] = []
         arriving: dict[int, list[list[torch.Tensor]]] = {}
+        row_of = self._row_of()
         for chunk, peer in zip(receives.chunk.tolist(), come_from.tolist(), strict=True):
-            target = self.rows[chunk]
+            target = row_of(chunk)
             if self.kind == "reduce":
                 target = [torch.empty_like(row) for row in target]
                 arriving.setdefault(chunk, []).append(target)
             work += [dist.P2POp(dist.irecv, row, peer, group) for row in target]
         for chunk, peer in zip(sends.chunk.tolist(), to.tolist(), strict=True):
-            work += [dist.P2POp(dist.isend, row, peer, group) for row in self.rows[chunk]]
+            work += [dist.P2POp(dist.isend, row, peer, group) for row in row_of(chunk)]
         return _Issued(dist.batch_isend_irecv(work) if work else [], arriving)
 
     def _finish(self, issued: _Issued) -> None:
         """Wait for what was issued; a reduction adds what came, in the order of the ranks that sent it."""
         for work in issued.works:
             work.wait()
+        row_of = self._row_of()
         for chunk, parts in issued.arriving.items():
-            for into, *more in zip(self.rows[chunk], *parts, strict=True):
+            for into, *more in zip(row_of(chunk), *parts, strict=True):
                 wide = accumulator(into.dtype)
                 if wide == into.dtype:
                     for each in more:
                         into += each
                 else:
                     into.copy_(torch.stack([into, *more]).sum(0, dtype=wide))
+
+    def _row_of(self) -> Callable[[int], list[torch.Tensor]]:
+        """Where this lane finds a chunk."""
+        tensors, place = self.tensors, self.place
+
+        def row_of(chunk: int) -> list[torch.Tensor]:
+            part, row = place[chunk]
+            return [tensor[row] for tensor in tensors[part]]
+
+        return row_of
 
 
 class _Issued(NamedTuple):

@@ -8,11 +8,12 @@ import weakref
 import numpy as np
 import torch
 
+from harness.comm.handover import Handover
 from harness.comm.job import Job
 from harness.layer.experts import Experts
 
 
-class Copies:
+class Copies(Handover):
     """Experts that a rank holds for one batch beside its own; ``tensors`` by name [len(ids), ...]."""
 
     def __init__(self, experts: Experts, ids: np.ndarray, meter: Meter):

@@ -9,6 +9,7 @@ work at once, all are: on busy cores a thread wakes late.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -54,12 +55,12 @@ class Executor:
     def run(self, plan: Plan, serial: bool = False) -> Timeline:
         """Execute; returns when every task has ended (on CUDA: has been issued, and the calling stream waits for all).
 
-        The timeline's clock is ``time.perf_counter`` (on CUDA seconds since the first task started, once
-        ``trace`` asked for it). Raises ``PlanFailure`` with the name of the first task that failed; tasks that wait
-        for it, or follow it on its lane, do not run. ``serial``: one task after another, in the calling thread."""
+        The timeline's clock is ``time.perf_counter``, on CUDA too, so that ranks of one machine share it. Raises
+        ``PlanFailure`` with the name of the first task that failed; tasks that wait for it, or follow it on its lane,
+        do not run. ``serial``: one task after another, in the calling thread and, on CUDA, on the calling stream."""
         plan.order  # noqa: B018  # a cycle or a stranger is found before anything runs
         if self.device.type == "cuda":
-            return self._run_streams(plan)
+            return self._run_streams(plan, serial)
         return self._run_serial(plan) if serial or plan.serial else self._run_threads(plan)
 
     # ------------------------------------------------------------------ CPU
@@ -115,17 +116,16 @@ class Executor:
 
     # ------------------------------------------------------------------ CUDA
 
-    def _run_streams(self, plan: Plan) -> Timeline:
+    def _run_streams(self, plan: Plan, serial: bool) -> Timeline:
         calling = torch.cuda.current_stream(self.device)
         self.streams[COMPUTE] = calling
-        entry = torch.cuda.Event(enable_timing=True)
-        entry.record(calling)
+        entry = calling.record_event()
         begin, finish = ([torch.cuda.Event(enable_timing=True) for _ in plan.tasks] for _ in range(2))
         for stream in self.streams.values():
             stream.wait_event(entry)
         for here in plan.order:
             task = plan.tasks[here]
-            stream = self.streams[task.lane]
+            stream = calling if serial else self.streams[task.lane]
             for name in task.after:
                 stream.wait_event(finish[plan.index[name]])
             begin[here].record(stream)
@@ -138,31 +138,42 @@ class Executor:
             finish[here].record(stream)
         for event in finish:
             calling.wait_event(event)
-        return _DeviceTimeline(plan.done(), entry, begin, finish)
+        return _DeviceTimeline(plan.done(), self.device, begin, finish)
 
 
 class _DeviceTimeline(Timeline):
     """Read from the events when asked for, so that issuing a plan never waits for the device."""
 
-    def __init__(
-        self, plan: Plan, entry: torch.cuda.Event, begin: list[torch.cuda.Event], finish: list[torch.cuda.Event]
-    ):
+    def __init__(self, plan: Plan, device: torch.device, begin: list[torch.cuda.Event], finish: list[torch.cuda.Event]):
         object.__setattr__(self, "plan", plan)
-        object.__setattr__(self, "_events", (entry, begin, finish))
+        object.__setattr__(self, "_events", (device, begin, finish))
 
-    def _read(self, which: int) -> np.ndarray:
-        entry, events = self._events[0], self._events[which]  # type: ignore[attr-defined]
-        for event in events:
-            event.synchronize()
-        return np.array([entry.elapsed_time(event) / 1e3 for event in events])
+    @functools.cached_property
+    def _times(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of begin and finish, on the clock of ``time.perf_counter``: seconds before an event that is recorded now.
+        The device's clock drifts from the host's by milliseconds a minute, so the two meet anew for every timeline."""
+        device, *events = self._events  # type: ignore[attr-defined]
+        torch.cuda.synchronize(device)
+        before, mark, after = min((_mark(device) for _ in range(3)), key=lambda each: each[2] - each[0])
+        begin, finish = (np.array([event.elapsed_time(mark) / 1e3 for event in each]) for each in events)
+        return (before + after) / 2 - begin, (before + after) / 2 - finish
 
     @property
     def start_s(self) -> np.ndarray:  # type: ignore[override]
-        return self._read(1)
+        return self._times[0]
 
     @property
     def end_s(self) -> np.ndarray:  # type: ignore[override]
-        return self._read(2)
+        return self._times[1]
+
+
+def _mark(device: torch.device) -> tuple[float, torch.cuda.Event, float]:
+    """An event on an idle device, and the host's time just before and just after it."""
+    event = torch.cuda.Event(enable_timing=True)
+    before = time.perf_counter()
+    event.record(torch.cuda.current_stream(device))
+    event.synchronize()
+    return before, event, time.perf_counter()
 
 
 def _serve(inbox: queue.SimpleQueue[Callable[[], None] | None], num_threads: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from harness.comm.exchange import Exchange
+from harness.comm.handover import pop
 from harness.comm.job import Job
 from harness.layer.experts import Experts, IdentityExperts
 from harness.layer.gates import Gated
@@ -17,7 +18,7 @@ from harness.placement import Placement
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
 from harness.plan.moving import resize
 from harness.plan.planned import PlannedLayer, PlannedPassage
-from harness.plan.segment import Segment, pop
+from harness.plan.segment import Segment
 from harness.system import Case
 
 
@@ -65,6 +66,9 @@ class NativePassage(PlannedPassage):
 
     def _experts(self, arrived: torch.Tensor) -> torch.Tensor:
         return self.layer.experts(arrived, self.plan.counts)
+
+    def _experts_back(self, dmade: torch.Tensor | None) -> torch.Tensor | None:
+        return self.experts.backward(dmade)[0]
 
     def _combine(self, made: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         self.plan.weights = weights
@@ -120,7 +124,7 @@ class NativePassage(PlannedPassage):
             self.dmade, self.dat_experts = self.combine.backward(pop(self, "dhome"))
 
         def experts() -> None:
-            (self.darrived,) = self.experts.backward(pop(self, "dmade"))
+            self.darrived = self._experts_back(pop(self, "dmade"))
 
         def dispatch() -> None:
             (self.drows,) = self.dispatch.backward(pop(self, "darrived"))

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import torch
 
+from harness.comm.handover import Handover, pop
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
-from harness.plan.segment import Segment, pop
+from harness.plan.segment import Segment
 from harness.system import MoELayer
 
 
@@ -90,7 +91,7 @@ def _dense(plan: Plan, dense: Sequence[Dense], prefix: str, after: Iterable[str]
     return last
 
 
-class Passage(abc.ABC):
+class Passage(Handover, abc.ABC):
     """One batch's way through one MoE layer; for one step. ``forward`` and ``backward`` are ``MoEPart``s.
 
     ``x`` [T, M] is there when the first task of ``forward`` runs, ``y`` [T, M] after its last; ``dy`` and ``dx``

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from harness.comm.handover import pop
 from harness.comm.job import Job
 from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedLayer
@@ -19,7 +20,7 @@ from harness.layer.weights import Weights
 from harness.plan.graph import COMPUTE, Plan, Timeline, Work
 from harness.plan.lanes import executor_of
 from harness.plan.passage import Passage, backward_layer, forward_layer
-from harness.plan.segment import Segment, pop
+from harness.plan.segment import Segment
 from harness.system import Case
 
 

@@ -35,6 +35,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from harness.comm.handover import Moment, used_here
 from harness.comm.job import Job
 from harness.comm.replicas import ReplicaExchange, replica_bytes, replica_shares
 from harness.comm.sparse import Chunks, SparsePlan, Transfer, plan_sparse
@@ -180,7 +181,7 @@ class ReplicatedPassage(NativePassage):
             parts = [(INTRA, INTRA, inside[::-1], None), (INTER, INTER, (0,), None)]
         if known is not None:
             parts = [part for part in parts if any(_travels(known, stage, part[3]) for stage in part[2])]
-        running: list[Transfer] = []
+        running: list[tuple[Transfer, Moment]] = []
         left, lock = [len(parts)], threading.Lock()
         last, ends = list(after), []
         for part, lane, stages, near in parts:
@@ -188,8 +189,9 @@ class ReplicatedPassage(NativePassage):
             def run(stages: tuple[int, ...] = stages, near: bool | None = near) -> None:
                 with lock:
                     if not running:
-                        running.append(begin())
-                    transfer = running[0]
+                        running.append((begin(), Moment(self.layer.job.device)))
+                    transfer, begun = running[0]
+                begun.wait()
                 transfer.run(*stages, near=near)
                 with lock:
                     left[0] -= 1
@@ -261,6 +263,11 @@ class ReplicatedPassage(NativePassage):
             for each in self.copies:
                 each.release()
         return made
+
+    def _experts_back(self, dmade: torch.Tensor | None) -> torch.Tensor | None:
+        for each in self.copies:  # autograd has them, but not their memory since it was let go and restored elsewhere
+            used_here(each.tensors)
+        return super()._experts_back(dmade)
 
 
 def _travels(sparse: SparsePlan, stage: int, near: bool | None) -> bool:

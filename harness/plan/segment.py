@@ -52,13 +52,6 @@ class Segment:
         return gradients
 
 
-def pop(owner: object, name: str) -> Any:
-    """An attribute's value, on which the owner's hold ends: a batch's way would keep to its end what it hands on."""
-    value = getattr(owner, name)
-    setattr(owner, name, None)
-    return value
-
-
 def cut(tensor: torch.Tensor) -> torch.Tensor:
     """The same values, from nowhere."""
     return tensor.detach().requires_grad_(tensor.requires_grad)

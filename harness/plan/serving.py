@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from harness.comm.handover import Handover
 from harness.layer.gpt import GPT, Cache
 from harness.plan.graph import COMPUTE, INTRA, Plan, Timeline, Work
 from harness.plan.passage import Dense, Passage, forward_layer
@@ -22,7 +23,7 @@ PARTS = ("attention", "experts", "all_to_all", "moe")  # whose times ``parts_s``
 ATTENTION = ("norm", "mp-gather", "attention", "mp-scatter", "residual")  # kinds of task that make up the first
 
 
-class ServingStep:
+class ServingStep(Handover):
     """One pass. ``passages``: of the MoE layers; ``steer``: what stands before each; ``attention_s``: wait so long in
     place of each attention (None: compute it); ``group``: ranks over which its heads are shared out, all with as many
     sequences. ``logits`` [B, L, vocab]: after the plan ran."""
@@ -54,7 +55,8 @@ class ServingStep:
 
         last = [plan.add("embedding", COMPUTE, run=embed)]
         for layer, way in enumerate(self.passages):
-            last = forward_layer(plan, way.forward, self._dense(layer), prefix=f"layer{layer}.", after=last)
+            dense = self._dense(layer)
+            last = forward_layer(plan, way.forward, dense, ahead=way.ahead, prefix=f"layer{layer}.", after=last)
         plan.add("head", COMPUTE, last, run=head)
         return plan
 

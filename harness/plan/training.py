@@ -15,16 +15,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from harness.comm.handover import Handover, pop
 from harness.comm.job import Job
 from harness.layer.gpt import GPT, Block
 from harness.plan.gradients import Stream, sum_over
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
 from harness.plan.passage import Dense, Passage, backward_layer, forward_layer
-from harness.plan.segment import Segment, pop
+from harness.plan.segment import Segment
 from harness.system import GradientSlices
 
 
-class DensePart:
+class DensePart(Handover):
     """A batch's way through the attention of one block, forward and backward, on one rank.
 
     ``residual`` [B, L, M] and the last MoE part's ``made`` [T, M] (None before the first) come in; a new ``residual``

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from harness.comm.handover import Handover, Held
 from harness.comm.rows import accumulator
 from harness.layer.weights import Weights
 from harness.plan.graph import Work
@@ -57,7 +58,7 @@ class Shards(nn.Module):
         return found
 
 
-class Travel(Priced, abc.ABC):
+class Travel(Handover, Priced, abc.ABC):
     """A walk that really moves bytes: ``source`` [E, C, M] -> ``result`` [E, C, M]. Subclasses say what the experts do
     with a chunk. ``weights``: of ``Shards``, none for identity experts. ``sizes``: as planned, of a C that the routing
     may exceed; where they have a ``wait_s`` experts wait so long instead, and rows go home as they came.
@@ -67,7 +68,7 @@ class Travel(Priced, abc.ABC):
     def __init__(self, mesh: Mesh, hooks: Hooks, sizes: Sizes, degree: int, weights: Sequence[torch.Tensor]):
         super().__init__(sizes, degree)
         self.mesh, self.hooks, self.weights = mesh, hooks, weights
-        self._held: dict[int, torch.Tensor] = {}  # what a chunk's last task left for its next
+        self._held = Held()  # what a chunk's last task left for its next
 
     def start(self, source: torch.Tensor) -> None:
         num_experts, capacity, hidden = source.shape

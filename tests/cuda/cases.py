@@ -26,6 +26,8 @@ CLUSTER = with_levels(
     ],
     kind="physical",
 )
+#: changes to ``MODEL`` without which a system does something else than its oracle
+MODELS: dict[str, dict[str, Any]] = {"deepspeed-drop": {"capacity_factor": 1.0}}
 #: options with which a system trains, beside its defaults, where they change what happens on the streams
 TRAININGS: dict[str, dict[str, Options]] = {
     "fsmoe": {"degree 4/4": {"degree_forward": 4, "degree_backward": 4}},
@@ -55,10 +57,11 @@ class Cell:
     dtype: Dtype = "float32"
     variant: str = ""
     options: Options = dataclasses.field(default_factory=dict)
+    planted: str = ""  # a fault of ``ranks.FAULTS``
 
     @property
     def name(self) -> str:
-        parts = (self.system, self.phase, self.trial, self.dtype if self.trial else "", self.variant)
+        parts = (self.system, self.phase, self.trial, self.dtype if self.trial else "", self.variant, self.planted)
         return " ".join(part for part in parts if part)
 
     @property
@@ -71,7 +74,7 @@ class Cell:
             params={"hot_experts": 2, "period": 1} if training else {},
         )
         return Experiment(
-            model=MODEL,
+            model=MODEL.model_copy(update=MODELS.get(self.system, {})),
             cluster=CLUSTER,
             workload=workload,
             system=self.system,
@@ -88,3 +91,12 @@ def cells_of(system: str) -> list[Cell]:
     cells += [Cell(system, phase) for phase in PHASES]
     trainings: dict[str, Any] = TRAININGS.get(system, {})
     return cells + [Cell(system, "train_step", variant=name, options=options) for name, options in trainings.items()]
+
+
+#: faults of the harness that must be seen in what systems do
+PLANTED = [
+    Cell("fsmoe", "check", "uniform", "float64", options=TRAININGS["fsmoe"]["degree 4/4"], planted="nothing recorded"),
+    Cell("hecate", "check", "uniform", "float64", planted="nothing recorded"),
+    Cell("flat", "check", "uniform", "float64", planted="nothing waited for"),
+    Cell("flat", "check", "uniform", "float64", planted="summed on the host"),
+]

@@ -4,8 +4,8 @@ A tensor is on the device when its storage has a ``memory.Block``; then it says 
 autograd too, comes by ``EmulatedDevice``, which says where results are, refuses what mixes host and device, and tells
 ``memory`` which bytes were read and written on the current stream. Kernels are those of the CPU.
 
-C++ makes tensors "where that one is", and for C++ all are on the CPU: a tensor that was made inside an operation and not
-asked for from Python is *loose*, and is on the device as soon as it meets another one that is.
+C++ makes tensors "where that one is", and for C++ all are on the CPU: a tensor that was made inside an operation and
+not asked for from Python is *loose*, and is on the device as soon as it meets another one that is.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 class EmulatedDevice(TorchDispatchMode):
     """The mode of the calling thread."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would wrap every operation in a guard that takes as long as the operation; nothing is compiled here."""
+        return False
+
     asked_by_host = 0  # depth of factories called from Python, which say themselves where their tensor is
     to_host = False  # a copy to the CPU is meant
 
@@ -103,7 +108,7 @@ class EmulatedDevice(TorchDispatchMode):
 
     def _on_host(self, func: Any, args: Any, kwargs: Any, operands: list[Any]) -> Any:
         out = func(*args, **kwargs)
-        if not operands and not self.asked_by_host:
+        if not self.asked_by_host and all(_is_loose(tensor) for tensor, _ in operands):
             for tensor in tensors_in(out):
                 tensor.untyped_storage().loose = True  # type: ignore[attr-defined]
         return out
@@ -127,9 +132,13 @@ class EmulatedDevice(TorchDispatchMode):
         return out
 
 
+def _is_loose(tensor: torch.Tensor) -> bool:
+    return getattr(tensor.untyped_storage(), "loose", False)
+
+
 def adopt(tensor: torch.Tensor, what: str) -> Block:
     """A loose tensor is on the device from now on; another one cannot be."""
-    if not getattr(tensor.untyped_storage(), "loose", False):
+    if not _is_loose(tensor):
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
             f"({what} in [{memory.task}])"

@@ -93,15 +93,17 @@ class Block:
         peak_bytes = max(peak_bytes, now_bytes)
 
     def free(self) -> None:
-        """Back to its pool. Work on streams of which the allocator was told is waited for before it is handed out."""
+        """Back to its pool. The streams of which the allocator was told are waited for, as far as they have got now,
+        before it is handed out."""
         global now_bytes
         if not self.held:
             return
         self.held = False
         now_bytes -= self.size
-        last = self.last
+        last, recorded = self.last, [Stream.all[each] for each in self.recorded]
         for use in self.uses:
-            if use.stream not in self.recorded and last.get(use.stream, (-1, ""))[0] < use.number:
+            waited_for = any(stream.is_behind(use.stream, use.number) for stream in recorded)
+            if not waited_for and last.get(use.stream, (-1, ""))[0] < use.number:
                 last[use.stream] = (use.number, use.task)
         bisect.insort(_pools[self.pool], _Free(self.size, last, self.born), key=lambda free: free.size)
 
@@ -125,9 +127,9 @@ class Block:
                         f"[{task}] {'writes' if writes else 'reads'}, on {stream.name} ({what}), what [{use.task}] "
                         f"{'writes' if use.writes else 'reads'} on {Stream.all[use.stream].name}, in no order"
                     ] += 1
-                if low <= use.low and use.high <= high and ordered and (writes or use.stream == stream.id):
-                    if writes or not use.writes:
-                        continue  # whoever is behind this use is behind that one
+                covered = low <= use.low and use.high <= high and ordered
+                if covered and (writes or (use.stream == stream.id and not use.writes)):
+                    continue  # whoever is behind this use is behind that one
             kept.append(use)
         kept.append(Use(low, high, stream.id, number, task, writes))
         self.uses = kept

@@ -1,0 +1,209 @@
+"""Faults on purpose, and what must not count as one: each runs in a process with the emulated device and returns what
+was found as plain data. ``python -m tests.cuda.planted OUT`` runs all and writes them as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from harness.comm.handover import Held
+from harness.plan.graph import Plan
+from harness.plan.lanes import Executor, executor
+from tests.cuda import emulated
+from tests.cuda.ranks import nothing_waited_for, say_where
+
+
+def two_lanes(lanes: Executor, *, ordered: bool, held: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """``make`` on one lane, ``use`` on another, then ``make-more`` on the first, in memory of the same size."""
+    plan = Plan()
+
+    def use() -> None:
+        held["y"] = held.pop("x") + 1
+
+    plan.add("make", "inter", run=lambda: held.update(x=torch.ones(1000, device="cuda") * 2))
+    plan.add("use", "compute", ["make"] if ordered else [], run=use)
+    plan.add("make-more", "inter", run=lambda: held.update(z=torch.ones(1000, device="cuda") * 3))
+    plan.add("end", "compute", ["make-more"], run=lambda: held.clear())
+    lanes.run(plan)
+    return found()
+
+
+def found() -> dict[str, list[str]]:
+    races, reuses = emulated.hazards()
+    return {"races": sorted(races), "reuses": sorted(reuses)}
+
+
+def said(work: Callable[[], object]) -> str:
+    """The error's text."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def race() -> Any:
+    with executor("cuda") as lanes:
+        return two_lanes(lanes, ordered=False, held={})
+
+
+def reuse() -> Any:
+    with executor("cuda") as lanes:
+        return two_lanes(lanes, ordered=True, held={})
+
+
+def recorded() -> Any:
+    """As ``reuse``, but handed over as the harness does it: nothing is wrong."""
+    with executor("cuda") as lanes:
+        return two_lanes(lanes, ordered=True, held=Held())
+
+
+def missing_wait_event() -> Any:
+    with executor("cuda") as lanes, nothing_waited_for():
+        return two_lanes(lanes, ordered=True, held=Held())
+
+
+def host_waits() -> Any:
+    """What the host has read is over, on whatever stream it was."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        x = torch.ones(1000, device="cuda") * 2
+        x.sum().item()
+    x.add_(1)
+    return found()
+
+
+def columns() -> Any:
+    """Halves of a buffer on two streams: no bytes in common, no race."""
+    x = torch.zeros(1000, device="cuda")
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        x[:500] += 1
+    x[500:] += 1
+    return found()
+
+
+def asynchronous() -> Any:
+    """A collective in flight: read before ``wait``, and after it."""
+    before, after = (torch.ones(1000, device="cuda") for _ in range(2))
+    work = dist.all_reduce(before, async_op=True)
+    before.sum()
+    work.wait()
+    early = found()
+    work = dist.all_reduce(after, async_op=True)
+    work.wait()
+    after.sum()
+    return {"early": early, "late": found()}
+
+
+def cpu_in_collectives() -> Any:
+    x = torch.ones(3)
+    into = torch.empty(3, device="cuda")
+    alltoall = said(lambda: dist.all_to_all_single(into, x))
+    objects = [None]
+    dist.all_gather_object(objects, {"an": "object"})
+    return {
+        "all_reduce": said(lambda: dist.all_reduce(x)),
+        "all_to_all": alltoall,
+        "batch": said(lambda: dist.batch_isend_irecv([dist.P2POp(dist.isend, x, 0)])),
+        "objects": objects,
+        "device": said(lambda: dist.all_reduce(into)),
+        "barrier": said(dist.barrier),
+    }
+
+
+def mixes() -> Any:
+    there, here = torch.ones(3, device="cuda"), torch.ones(3)
+    return {
+        "sum": said(lambda: there + here),
+        "product": said(lambda: there @ here),
+        "in place": said(lambda: here.add_(there)),
+        "numpy": said(there.numpy),
+        "a number": said(lambda: there + torch.tensor(2.0)),
+        "copy": said(lambda: there.copy_(here)),
+    }
+
+
+def devices() -> Any:
+    """What says cuda:0, and what does not."""
+    x = torch.ones(4, 3, device="cuda", requires_grad=True)
+    layer = torch.nn.Linear(3, 2).to("cuda")
+    layer(x).to(torch.bfloat16).float().logsumexp(-1).sum().backward()
+    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer.step()
+    ids = torch.tensor([0, 2, 1, 1], device="cuda")
+    made = {
+        "ones": x,
+        "number": x.sum(),
+        "view": x[1:].T,
+        "new_empty": x.new_empty(0),
+        "arange": torch.arange(3, device=x.device),
+        "as_tensor": torch.as_tensor([1, 2], device="cuda"),
+        "weight": layer.weight,
+        "weight's gradient": layer.weight.grad,
+        "input's gradient": x.grad,
+        "moment": optimizer.state[layer.weight]["exp_avg"],
+        "made in C++": F.one_hot(ids),
+        "gradient of a maximum": torch.autograd.grad(x.max(-1).values.sum(), x)[0],
+        "gradient through the host": torch.autograd.grad((x.cpu() * 2).sum(), x)[0],
+    }
+    host = {"cpu": x.cpu(), "to": x.to("cpu"), "zeros": torch.zeros(2), "step": optimizer.state[layer.weight]["step"]}
+    return {
+        "there": {name: (str(each.device), each.is_cuda) for name, each in made.items()},
+        "here": {name: (str(each.device), each.is_cuda) for name, each in host.items()},
+        "hazards": found(),
+    }
+
+
+def memory() -> Any:
+    """Bytes allocated: before, with a tensor, after its storage was let go, given back, and dropped; and the peak."""
+    torch.cuda.reset_peak_memory_stats()
+    counts = [torch.cuda.memory_allocated()]
+    x = torch.empty(1000, dtype=torch.float64, device="cuda")
+    counts.append(torch.cuda.memory_allocated())
+    x.untyped_storage().resize_(0)
+    counts.append(torch.cuda.memory_allocated())
+    x.untyped_storage().resize_(8000)
+    counts.append(torch.cuda.memory_allocated())
+    del x
+    counts.append(torch.cuda.memory_allocated())
+    return {"grown": [count - counts[0] for count in counts], "peak": torch.cuda.max_memory_allocated() - counts[0]}
+
+
+def events() -> Any:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    end.record()
+    return {"elapsed_ms": begin.elapsed_time(end), "untimed": said(lambda: torch.cuda.Event().elapsed_time(end))}
+
+
+ALL = (race, reuse, recorded, missing_wait_event, host_waits, columns, asynchronous, cpu_in_collectives, mixes, devices,
+       memory, events)  # fmt: skip
+
+
+def main(out: Path) -> None:
+    emulated.install()
+    say_where()
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        answers = {}
+        for each in ALL:
+            with emulated.task(each.__name__):
+                answers[each.__name__] = each()
+            torch.cuda.synchronize()  # nothing of it is still at work
+            emulated.hazards()
+        out.write_text(json.dumps(answers))
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
