@@ -7,6 +7,7 @@ from typing import Any
 
 from harness import memory, registry
 from harness.bench import race, tidy
+from harness.bench.run import drawing_s
 from harness.bench.suite import Suite
 from harness.specs import Experiment
 from harness.topology import Topology
@@ -18,6 +19,7 @@ def rows(suite: Suite, launches: int | None = None) -> Iterator[dict[str, Any]]:
         for experiment in each.experiments:
             count = launches or each.launches
             refused = refusal(experiment)
+            seconds = tidy.estimate_s(experiment, each.repeats, each.warmup) + drawing_s(experiment)
             yield {
                 "phase": experiment.phase,
                 "model": experiment.model.name,
@@ -26,7 +28,7 @@ def rows(suite: Suite, launches: int | None = None) -> Iterator[dict[str, Any]]:
                 "ranks": experiment.cluster.num_ranks,
                 "system": experiment.system,
                 "launches": count,
-                "estimate_s": 0.0 if refused else count * tidy.estimate_s(experiment, each.repeats, each.warmup),
+                "estimate_s": 0.0 if refused else count * seconds,
                 "refused": refused,
             }
 

@@ -98,7 +98,7 @@ def run(
         raise bad("--gpus", gpus, "is what a dry run assumes; add --dry-run, or leave it out")
     with contextlib.nullcontext() if gpus is None else this_machine.assuming(gpus):
         if suite == "auto":
-            suite = _fitting()
+            suite = fitting()
         chosen = suites.load(suite or str(experiments))
     if dry_run:
         return _show_plan(chosen, launches, as_json)
@@ -112,7 +112,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _fitting() -> str:
+def fitting() -> str:
     """The suite for the GPUs that are here and that torch can use; said on stderr."""
     from harness import devices
     from harness.launch import gpus

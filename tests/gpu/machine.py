@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import functools
 import gc
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,9 @@ from harness.topology import Topology
 from tests.gpu.step import Skip
 
 #: of one GPU; two levels, as systems with stages want
-CLUSTER = with_levels("one-gpu", [{"name": "node", "size": 1}, {"name": "gpu", "size": 1}], kind="physical")
+CLUSTER = with_levels(
+    "one-gpu", [{"name": "node", "size": 1}, {"name": "gpu", "size": 1}], kind="physical", device="gpu"
+)
 
 
 class Machine:
@@ -127,12 +128,3 @@ class Machine:
             with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
-
-
-def smi(*fields: str) -> dict[str, str]:
-    """What nvidia-smi says of the first visible GPU, by field; nothing where there is no nvidia-smi."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-        return dict(zip(fields, (word.strip() for word in said.splitlines()[0].split(",")), strict=True))
-    return {}

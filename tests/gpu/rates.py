@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from harness import devices
 from harness.comm import profile
 from harness.layer.experts import Experts
+from harness.presets.this_machine import data_sheet
 from harness.specs import Model
-from tests.gpu.machine import Machine, smi
+from tests.gpu.machine import Machine
 from tests.gpu.step import need
 
 #: experts of one rank: the whole of Mixtral-8x7B's layer, and a quarter of Qwen3-30B-A3B's
@@ -23,13 +25,13 @@ REPEATS = 10
 
 def rates(machine: Machine) -> dict[str, Any]:
     """Fits of plain and grouped products, random data against ones, and the peak that experts reach."""
-    found: dict[str, Any] = {"clocks_before": smi("clocks.sm", "power.draw", "temperature.gpu")}
+    found: dict[str, Any] = {"clocks_before": devices.conditions()}
     found |= _profile(machine) | _random_against_ones(machine)
     for name, (model, num_rows) in SHAPES.items():
         if machine.emulated:
             model, num_rows = model.model_copy(update={"hidden": 64, "ffn": 32, "num_experts": 4}), 64
         found[name] = _experts(machine, model, num_rows)
-    found["clocks_after"] = smi("clocks.sm", "power.draw", "temperature.gpu")
+    found["clocks_after"] = devices.conditions()
     if machine.emulated:
         return machine.unseen("rates: the CPU computes")
     return found
@@ -46,7 +48,10 @@ def _profile(machine: Machine) -> dict[str, Any]:
         rate = 2 / fit.beta_s_per_mac if fit.beta_s_per_mac else None
         if not machine.emulated:
             need(not fit.refused, f"{name}: {fit.refused}")
-            need(rate and rate <= (peak(machine.name) or torch.inf), f"{name}: {rate} FLOP/s are above the peak")
+            need(
+                rate and rate <= (data_sheet(machine.name).flops_per_s or torch.inf),
+                f"{name}: {rate} FLOP/s are above the peak",
+            )
         found[name] = {"flops_per_s": rate, "alpha_s": fit.alpha_s, "r2": fit.r2, "held_out_error": fit.held_out_error}
     return found
 
@@ -104,13 +109,5 @@ def _drawn(machine: Machine, model: Model) -> Any:
 
 
 def _rate(machine: Machine, flops_per_s: float) -> dict[str, float | None]:
-    limit = peak(machine.name)
+    limit = data_sheet(machine.name).flops_per_s
     return {"flops_per_s": flops_per_s, "share_of_peak": flops_per_s / limit if limit else None}
-
-
-def peak(name: str) -> float | None:
-    """bfloat16, dense, by the data sheet of the device with that name; None where it is not known."""
-    return None
-
-
-__all__ = ["rates"]

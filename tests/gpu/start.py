@@ -14,12 +14,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from harness import devices
 from harness.comm.job import Job
-from tests.gpu.machine import CLUSTER, Machine, smi
+from harness.devices import MASK
+from harness.launch import gpus
+from tests.gpu.machine import CLUSTER, Machine
 from tests.gpu.step import need
-
-MASK = "CUDA_VISIBLE_DEVICES"
-FACTS = ("name", "driver_version", "mig.mode.current", "ecc.mode.current", "power.limit", "clocks.sm", "clocks.max.sm")
 
 
 def facts(machine: Machine) -> dict[str, Any]:
@@ -31,13 +31,14 @@ def facts(machine: Machine) -> dict[str, Any]:
         "mask": os.environ.get(MASK),
         "device_files": sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*")),
         "compilers": [name for name in ("gcc", "nvcc") if shutil.which(name)],
-        "smi": smi(*FACTS),
+        "driver": devices.version(),
+        "smi": devices.facts(),
     }
     if machine.emulated:
         return found | machine.unseen("driver, capability, NCCL")
-    if found["smi"] and os.environ.get(MASK) != "":
-        usable = f"the driver {found['smi']['driver_version']} has GPUs that torch {torch.__version__} cannot use"
-        need(torch.cuda.is_available(), usable)
+    driver = devices.ask()
+    if driver.found and os.environ.get(MASK) not in devices.HIDE_ALL:
+        need(torch.cuda.is_available(), f"torch cannot use the GPUs: {'; '.join(gpus.unusable(driver) or ('?',))}")
     device = machine.device
     found |= {
         "device": machine.name,
@@ -45,14 +46,13 @@ def facts(machine: Machine) -> dict[str, Any]:
         "capability": list(torch.cuda.get_device_capability(device)),
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory,
         "cudnn": torch.backends.cudnn.version(),
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None,  # type: ignore[arg-type]
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None,
     }
     return found
 
 
 def allocation(machine: Machine) -> dict[str, Any]:
     """A job inside an allocation has this process's GPUs, under the mask that this process has."""
-    from harness.launch import gpus
     from harness.launch.allocation import submit
 
     _ = machine.device
