@@ -12,8 +12,8 @@ from harness.bench import dry, suite
 from harness.cli.run import fitting
 from harness.errors import UserError
 from harness.presets import this_machine
-from harness.regress.run import suite_file
 from harness.registry import systems
+from harness.regress.run import suite_file
 
 H100 = devices.Device("NVIDIA H100 80GB HBM3", "GPU-1", (9, 0), 80 * 10**9)
 UNKNOWN = devices.Device("NVIDIA Something 9000", "GPU-2", (12, 0), 32 * 10**9)

@@ -8,7 +8,7 @@ import functools
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from harness.comm.job import Job
-from harness.specs import Cluster, with_levels
+from harness.specs import with_levels
 from harness.topology import Topology
 from tests.gpu.step import Skip
 

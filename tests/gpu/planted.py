@@ -42,6 +42,6 @@ def lacks_a_package(_: Any) -> dict[str, Any]:
 
 TARGETS = (works, fails, works, hangs, dies, lacks, lacks_a_package, works)
 STEPS = tuple(
-    Step(number, target.__name__, 0.5 if target is hangs else 20, f"{__name__}:{target.__name__}")
+    Step(number, target.__name__.replace("_", " "), 0.5 if target is hangs else 20, f"{__name__}:{target.__name__}")
     for number, target in enumerate(TARGETS)
 )

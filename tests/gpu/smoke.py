@@ -7,6 +7,7 @@ seconds. What cannot be done here (no GPU, no package, no compiler) is skipped b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -92,7 +93,8 @@ class Worker:
 
     def __init__(self, module: str, emulated: bool):
         reading, writing = os.pipe()
-        self._answers, self._log = os.fdopen(reading, "rb", buffering=0), tempfile.TemporaryFile()
+        self._answers = os.fdopen(reading, "rb", buffering=0)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed in ``close``
         command = [sys.executable, "-m", "tests.gpu.worker", str(writing), module, "emulated" if emulated else "real"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
@@ -110,23 +112,19 @@ class Worker:
                 return started | {"seconds": round(time.monotonic() - begin, 2)}
             self._ready, begin = True, time.monotonic()
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the answer says how
             self._process.stdin.write(f"{step.number}\n".encode())
             self._process.stdin.flush()
-        except BrokenPipeError:  # it has ended: the answer says how
-            pass
         found = self._answer(max(0.1, min(step.box_s, deadline - begin)), "it")
         return found | {"seconds": round(time.monotonic() - begin, 2)}
 
     def close(self) -> None:
         """End the process and what it has started."""
-        for kill in (lambda: os.killpg(self._process.pid, signal.SIGKILL), self._process.kill):
-            try:
-                kill()
-            except ProcessLookupError:
-                pass
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for each in (self._answers, self._log, self._process.stdin):
+            assert each is not None
             each.close()
 
     def _answer(self, limit_s: float, what: str) -> dict[str, Any]:
