@@ -26,8 +26,8 @@ CLUSTER = with_levels(
     ],
     kind="physical",
 )
-#: changes to ``MODEL`` without which a system does something else than its oracle
-MODELS: dict[str, dict[str, Any]] = {"deepspeed-drop": {"capacity_factor": 1.0}}
+#: changes to ``MODEL``: what drops by the tokens of a batch has room for all, since one token is decoded at a time
+MODELS: dict[str, dict[str, Any]] = {"deepspeed-drop": {"capacity_factor": 8.0}}
 #: options with which a system trains, beside its defaults, where they change what happens on the streams
 TRAININGS: dict[str, dict[str, Options]] = {
     "fsmoe": {"degree 4/4": {"degree_forward": 4, "degree_backward": 4}},

@@ -34,6 +34,7 @@ _MIXES = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_", "index
 
 class Operation(NamedTuple):
     name: str
+    collective: bool
     written: frozenset[int | str]  # arguments, by place and by name
     views: bool  # makes another view of an operand and touches nothing
 
@@ -41,12 +42,13 @@ class Operation(NamedTuple):
 @functools.cache
 def _operation(func: Any) -> Operation:
     schema = func._schema
+    namespace, name = schema.name.split("::")
     written: set[int | str] = set()
-    for place_, argument in enumerate(schema.arguments):
+    for where, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
-            written |= {place_, argument.name}
+            written |= {where, argument.name}
     aliases = any(each.alias_info is not None for each in schema.returns)
-    return Operation(schema.name.split("::")[1], frozenset(written), aliases and not written)
+    return Operation(name, namespace == "c10d", frozenset(written), aliases and not written)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -71,19 +73,22 @@ class EmulatedDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "c10d":
-            return collectives.run(func, args, kwargs)
         operation = _operation(func)
         if operation.views:
             return func(*args, **kwargs)
-        on_device, elsewhere = [], []
-        for key, value in [*enumerate(args), *kwargs.items()]:
-            for tensor in tensors_in(value):
-                block = block_of(tensor)
-                if block is None:
-                    elsewhere.append((tensor, key))
-                else:
-                    on_device.append((tensor, block, key in operation.written))
+        if operation.collective:
+            return collectives.run(func, args, kwargs)
+        on_device: list[tuple[torch.Tensor, Block, bool]] = []
+        elsewhere: list[tuple[torch.Tensor, bool]] = []
+        for key, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, (torch.Tensor, list, tuple)):
+                writes = key in operation.written
+                for tensor in (value,) if isinstance(value, torch.Tensor) else tensors_in(value):
+                    block = block_of(tensor)
+                    if block is None:
+                        elsewhere.append((tensor, writes))
+                    else:
+                        on_device.append((tensor, block, writes))
         wanted = kwargs.get("device")
         if wanted is not None:
             kwargs = {**kwargs, "device": CPU}
@@ -92,8 +97,8 @@ class EmulatedDevice(TorchDispatchMode):
         if not on_device:
             return self._on_host(func, args, kwargs, elsewhere)
         if elsewhere and operation.name not in _MIXES:
-            on_device += [(tensor, adopt(tensor, operation.name), key in operation.written)
-                          for tensor, key in elsewhere if tensor.dim() or key in operation.written]  # fmt: skip
+            met = [(tensor, writes) for tensor, writes in elsewhere if writes or tensor.dim()]
+            on_device += [(tensor, adopt(tensor, operation.name), writes) for tensor, writes in met]
         if operation.name == "copy_" and block_of(args[0]) is None:
             return self._copied_to_host(func, args, kwargs, on_device)
         out = func(*args, **kwargs)
@@ -197,7 +202,7 @@ def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     here = block_of(tensor) is not None
     there = here if wanted is None else is_cuda_device(wanted)
     if there == here:
-        return _native_to(tensor, *args, **kwargs) if args or kwargs else tensor
+        return _native_to(tensor, CPU, *args, **kwargs)  # where it is, for C++
     made = _Move.apply(tensor, there)
     args = tuple(each for each in args if isinstance(each, torch.dtype))
     kwargs = {key: value for key, value in kwargs.items() if key in ("dtype", "memory_format") and value is not None}
@@ -242,11 +247,24 @@ def _factory(native: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(native)
     def make(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("device"), int):
+            kwargs["device"] = CUDA
         EmulatedDevice.asked_by_host += 1
         try:
             return native(*args, **kwargs)
         finally:
             EmulatedDevice.asked_by_host -= 1
+
+    return make
+
+
+def _like(native: Callable[..., Any]) -> Callable[..., Any]:
+    """A factory that makes a tensor where another one is, unless it is told a device."""
+
+    @functools.wraps(native)
+    def make(*args: Any, device: Any = None, **kwargs: Any) -> Any:
+        made = native(*args, **kwargs)
+        return made if device is None else made.to(device)
 
     return make
 
@@ -299,6 +317,10 @@ def install() -> EmulatedDevice:
     torch.UntypedStorage.resize_ = _resize_storage(torch.UntypedStorage.resize_)  # type: ignore[method-assign]
     for name in _FACTORIES:
         setattr(torch, name, _factory(getattr(torch, name)))
+    for name in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
+        setattr(torch, name, _like(getattr(torch, name)))
+    for name in ("new_empty", "new_zeros", "new_ones", "new_full"):
+        setattr(tensor, name, _like(getattr(tensor, name)))
     for name in ("tensor", "as_tensor"):
         setattr(torch, name, _from_data(getattr(torch, name)))
     _install_module()

@@ -156,7 +156,15 @@ def devices() -> Any:
         "gradient of a maximum": torch.autograd.grad(x.max(-1).values.sum(), x)[0],
         "gradient through the host": torch.autograd.grad((x.cpu() * 2).sum(), x)[0],
     }
-    host = {"cpu": x.cpu(), "to": x.to("cpu"), "zeros": torch.zeros(2), "step": optimizer.state[layer.weight]["step"]}
+    made["to"] = x.to(x.device, torch.bfloat16)
+    made["like"] = torch.zeros_like(torch.zeros(2), device="cuda")
+    host = {
+        "cpu": x.cpu(),
+        "to": x.to("cpu"),
+        "new": x.new_zeros(2, device="cpu"),
+        "zeros": torch.zeros(2),
+        "step": optimizer.state[layer.weight]["step"],
+    }
     return {
         "there": {name: (str(each.device), each.is_cuda) for name, each in made.items()},
         "here": {name: (str(each.device), each.is_cuda) for name, each in host.items()},
