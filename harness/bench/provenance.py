@@ -88,7 +88,11 @@ def _gpus() -> dict[str, Any]:
         return {"devices": [], "cuda": {}}
     listed, now, joined = devices.facts(), devices.conditions(), devices.topology()
     cuda: dict[str, Any] = {"driver": devices.version() or "absent", "nvidia_smi": "there" if listed else "absent"}
-    cuda |= {"supports": "{}.{}".format(*driver.cuda or (0, 0)), "error": driver.error, **_libraries()}
+    cuda |= {
+        "supports": "{}.{}".format(*driver.cuda) if driver.cuda else "unknown",
+        "error": driver.error,
+        **_libraries(),
+    }
     cuda |= {"topology": joined or "absent", "environment": _environment()}
     own = _own(listed, driver) or [
         {

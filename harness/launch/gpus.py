@@ -60,6 +60,7 @@ def device_of(cluster: Cluster, local_rank: int, num_local: int, use_cuda: bool 
     if use_cuda is None:
         use_cuda = cluster.kind != "emulated" and _names_gpu(cluster)
     if not use_cuda:
+        os.environ[MASK] = ""  # for packages too, which look for GPUs by themselves
         return torch.device("cpu")
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     given = os.environ.get("SLURM_GPUS_ON_NODE", "")

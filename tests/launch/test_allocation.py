@@ -37,7 +37,7 @@ def test_a_job_sees_the_gpus_that_its_caller_sees(tmp_path, monkeypatch, mask):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
-    assert submit(work.environment, "CUDA_VISIBLE_DEVICES", folder=tmp_path, timeout_min=1, name="t") == mask
+    assert submit(work.environment, "CUDA_VISIBLE_DEVICES", folder=tmp_path, timeout_min=5, name="t") == mask
 
 
 @pytest.mark.parametrize("error", [UserError("field: 3: too large"), RankFailure(1, "p", "hung", "m", Path("log"))])

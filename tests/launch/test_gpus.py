@@ -13,7 +13,7 @@ import pytest
 
 from harness import devices
 from harness.errors import UserError
-from harness.launch import gpus
+from harness.launch import gpus, tasks
 from harness.launch.session import open_session
 from tests.launch.clusters import EMULATED, LOCAL
 
@@ -232,6 +232,21 @@ class TestOfARank:
         assert gpus.device_of(physical("cpu"), 0, 2).type == "cpu"
         assert gpus.device_of(EMULATED, 0, 4).type == "cpu"
         assert gpus.device_of(LOCAL, 0, 4, use_cuda=False).type == "cpu"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+    def test_slurms_tasks_ask_too(self, torch_sees, monkeypatch):
+        task = {"JOB_ID": "7", "NTASKS": "1", "JOB_NUM_NODES": "1", "NODEID": "0", "PROCID": "0", "LOCALID": "0"}
+        for name, value in {**task, "JOB_NODELIST": "localhost", "GPUS_ON_NODE": "1"}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+        monkeypatch.setattr(os, "environ", dict(os.environ))  # what the task exports ends with it
+        torch_sees()
+        one = physical(cluster=ONE.model_copy(update={"levels": (ONE.levels[0].model_copy(update={"size": 1}),)}))
+        with pytest.raises(UserError, match=r"needs 1 GPUs .* that torch can use: .*; ask for as many GPUs as ranks"):
+            tasks.join(one)
+        torch_sees("NVIDIA A100-SXM4-80GB")
+        with pytest.raises(UserError, match=r"^cluster two.device: 'H100': the GPU here is NVIDIA A100-SXM4-80GB"):
+            tasks.join(one)
 
     def test_another_card(self, torch_sees):
         torch_sees("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-80GB")
