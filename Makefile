@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.moebench-installed
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
-RUN ?= quick
+RUN ?=
 ARGS ?=
 TORCH_INDEX ?=
 TORCH := torch==2.13.0
@@ -56,8 +56,8 @@ $(STAMP): pyproject.toml $(OTHER)
 	@echo "==> installed; $(VENV)/bin/moebench doctor shows what this machine can do"
 
 reproduce: setup
-	$(VENV)/bin/moebench run --suite quick --name $(RUN)
-	$(VENV)/bin/moebench report summary --run $(RUN)
+	@made=$$($(VENV)/bin/moebench run --suite auto $(if $(RUN),--name $(RUN))) && echo "$$made" && \
+	  $(VENV)/bin/moebench report summary --run "$$(basename "$${made%%:*}")"
 
 test: setup
 	$(PY) -m pytest $(ARGS)
