@@ -64,9 +64,8 @@ srun() {{
     first=${{first#*error: }}
     case $first in *'Exited with exit code '*) status=${{first##* }} ;; *) status= ;; esac
     [ "$status" != {again} ] || continue
-    if [ "$status" ] && [ "$status" -lt 128 ] || [ ! "$first" ] && [ $code -lt 128 ]; then
-      return $code  # an error of its own, which it would make again
-    fi
+    [ "$first" ] || [ $code -ge 128 ] || return $code  # no task has run
+    [ ! "$status" ] || [ "$status" -ge 128 ] || return $code  # an error of its own, which it would make again
     note killed "${{first:-srun ended with status $code}}"
     [ "$(noted killed)" -le {max_restarts} ] && [ ! -e {cancelled} ] &&
       scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING && scontrol requeue "$SLURM_JOB_ID"
