@@ -81,11 +81,12 @@ def test_a_warned_job_requeues_without_slurm_in_its_tasks(one_machine, sweep_fil
     """As in a container: no ``scontrol`` there. And where the ranks of its first start meet, somebody else listens."""
     taken = "import os, socket, time; from harness.launch.tasks import port; s = socket.socket(); "
     taken += "s.bind(('', port({**os.environ, 'SLURM_STEP_ID': '0'}))); s.listen(); time.sleep(60)"
-    workload = {"name": "slow", "tokens_per_rank": 8000, "generator": "uniform"}
+    workload = {"name": "slow", "tokens_per_rank": 20000, "generator": "uniform"}  # races of some seconds
     file = sweep_file(
         "contained",
         num_races=2,
         cells_per_job=2,
+        repeats=5,
         cluster={"nodes": 2},
         workload=workload,
         python=f"env PATH={tmp_path} {sys.executable}",
