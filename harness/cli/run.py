@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -81,7 +82,10 @@ def run(
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
     from harness.bench import run as bench
     from harness.bench import suite as suites
+    from harness.launch.scratch import use_scratch
 
+    if "SLURM_JOB_ID" in os.environ:
+        use_scratch()  # a node's home may be read-only, and is shared
     chosen = suites.load(suite or str(experiments))
     run_dir = results / suites.checked_name("--name", name or chosen.name)
     counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)

@@ -83,7 +83,7 @@ def test_where_nodes_have_clocks_of_their_own_no_two_are_compared():
     [
         (3, [], "local-m512-e16k2", "--nodes: 3: must be 1 to 2, the nodes that .*cluster.yaml describes"),
         (2, ["flatt"], "local-m512-e16k2", "unknown; did you mean 'flat'"),
-        (2, ["flat"], "local-m512", "unknown; did you mean 'local-m512-e16k2'"),
+        (2, ["flat"], "local-m513-e16k2", "unknown; did you mean 'local-m512-e16k2'"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_submitted(sweep_file, tmp_path, nodes, systems, model, message):
