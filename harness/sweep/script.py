@@ -35,7 +35,7 @@ _OURS = (
 # The first task that ends explains the others, which srun then ends.
 SCRIPT = """\
 mine={folder}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}
-note() {{ printf '%s\t%s\t%s\n' "$(date +%s)" "$1" "$2" >> "${{mine}}_ends"; }}  # rank 0 reads it at its next start
+note() {{ printf '%s\\t%s\\t%s\\n' "$(date +%s)" "$1" "$2" >> "${{mine}}_ends"; }}  # rank 0 reads it at its next start
 noted() {{ cat "${{mine}}_ends" 2> /dev/null | grep -c "$1"; }}
 
 warned() {{  # Slurm is about to end this job

@@ -81,33 +81,25 @@ def test_a_warned_job_requeues_without_slurm_in_its_tasks(one_machine, sweep_fil
     """As in a container: no ``scontrol`` there. And where the ranks of its first start meet, somebody else listens."""
     taken = "import os, socket, time; from harness.launch.tasks import port; s = socket.socket(); "
     taken += "s.bind(('', port({**os.environ, 'SLURM_STEP_ID': '0'}))); s.listen(); time.sleep(60)"
-    workload = {"name": "slow", "tokens_per_rank": 20000, "generator": "uniform"}  # races of some seconds
     file = sweep_file(
         "contained",
-        num_races=2,
-        cells_per_job=2,
-        repeats=5,
         cluster={"nodes": 2},
-        workload=workload,
         python=f"env PATH={tmp_path} {sys.executable}",
         setup=["export GLOO_SOCKET_IFNAME=eth0", f'{sys.executable} -c "{taken}" &', "sleep 1"],
     )
     sweep = submit.submit(spec.load(file), tmp_path / "contained", on="slurm")
-    deadline = time.monotonic() + 120
-    while not list(sweep.folder.run_dir.glob("rows-*.parquet")):
+    deadline = time.monotonic() + 200
+    while not any(event["did"] == "begin" for event in sweep.folder.events(0)):
         assert time.monotonic() < deadline, sweep.jobs()
-        time.sleep(0.1)
+        time.sleep(0.05)
     (number,) = sweep.folder.submissions()[0]["ids"].values()
     subprocess.run(["scancel", "--batch", "--signal=USR2", number], check=True)
-    counts = settle(sweep)
-    assert sum(counts.values()) == 2
-    assert set(counts) <= {"ok", "cpu_bound"}
+    assert set(settle(sweep)) <= {"ok", "cpu_bound"}
     events = [event["did"] for event in sweep.folder.events(0)]
     assert (events.count("start"), events.count("stop")) == (2, 1)
     assert not {"failed", "error", "killed"} & set(events)
     log = (sweep.folder.submitit / f"{number}_0_log.err").read_text()
     assert "is taken; starting again" in log
-    assert len(list(sweep.folder.run_dir.glob("rows-*.parquet"))) == 2
 
 
 def test_ranks_of_a_node_that_do_not_follow_one_another(one_machine, sweep_file, tmp_path):
