@@ -48,11 +48,12 @@ warned() {{  # Slurm is about to end this job
   fi
   trap '' TERM
   note stop "requeued $why"
-  scontrol requeue "$SLURM_JOB_ID"
-  exit
+  scontrol requeue "$SLURM_JOB_ID" && exit
+  trap ended TERM  # this Slurm requeues nothing: the tasks have the time that is left
 }}
+ended() {{ note stop 'ended by Slurm'; exit 143; }}
 trap warned USR2
-trap 'note stop "ended by Slurm"; exit 143' TERM
+trap ended TERM
 
 srun() {{
   while :; do

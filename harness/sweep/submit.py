@@ -33,7 +33,7 @@ from harness.sweep.freeze import freeze
 from harness.sweep.sbatch import full
 from harness.sweep.spec import ClusterFile, SlurmCluster, SweepFile, load_cluster, place_of
 from harness.sweep.states import FAILED, Sweep, is_alive
-from harness.sweep.worker import Job, cells_of, plain
+from harness.sweep.worker import Job, plain
 
 On = Literal["local", "slurm"]
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol")
@@ -158,7 +158,7 @@ def resume(sweep: Sweep, *, only_failed: bool = False) -> int:
                 key = json.dumps([job["cluster"], job["wire"], job["across"], launch])
                 again.setdefault(key, {**job, "tasks": []})["tasks"].append((launch, race))
     for job in again.values():
-        for chunk in _chunks(job["tasks"], facts["cells_per_job"], lambda task: len(cells_of(task[1]))):
+        for chunk in _chunks(job["tasks"], facts["cells_per_job"], lambda task: len(task[1].get("experiments", "1"))):
             indices.append(folder.add_job({**job, "tasks": chunk}))
     if indices:
         folder.cancelled.unlink(missing_ok=True)
@@ -199,7 +199,8 @@ def start(folder: SweepFolder, indices: Sequence[int], on: str, file: ClusterFil
     if on == "local":
         start_driver(folder, indices)
         return
-    slurm = SlurmCluster.model_validate(folder.read()["cluster"])
+    known = {key: value for key, value in folder.read()["cluster"].items() if key in SlurmCluster.model_fields}
+    slurm = SlurmCluster.model_validate(known)  # an older moebench may have written it
     groups: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
     for index in indices:
         groups[shape_of(folder.job(index))].append(index)

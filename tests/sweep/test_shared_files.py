@@ -247,6 +247,22 @@ SAID = {
 }
 
 
+def run_script(tmp_path: Path, srun: str, **fields: object) -> tuple[int, str, str]:
+    """A job's script with ``srun``, and a scontrol that writes down its orders: status, orders, what it said."""
+    folder, tools = SweepFolder(tmp_path / "run"), tmp_path / "tools"
+    folder.submitit.mkdir(parents=True)
+    tools.mkdir()
+    (tools / "srun").write_text(f"#!/bin/sh\n{srun}\n")
+    asked = tmp_path / "asked"
+    (tools / "scontrol").write_text(f'#!/bin/sh\n[ $1 = show ] && echo JobState=RUNNING || echo "$@" >> {asked}\n')
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    (text,) = script.texts(folder, spec.SlurmCluster(interconnect=NODES, **fields), [(2, 2)])  # type: ignore[arg-type]
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
+    return done.returncode, asked.read_text().strip() if asked.exists() else "", done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "starts", "asked", "status"),
     [
@@ -259,33 +275,34 @@ SAID = {
     ],
 )
 def test_what_the_script_makes_of_sruns_words(tmp_path, words, starts, asked, status):
-    """The script itself, with an srun that fails once with these words, and a scontrol that writes down its orders."""
-    folder, tools = SweepFolder(tmp_path / "run"), tmp_path / "tools"
-    folder.submitit.mkdir(parents=True)
-    tools.mkdir()
+    """Where srun fails once with these words."""
     said, code = SAID[words]
-    (tools / "srun").write_text(
-        f"#!/bin/sh\necho x >> {tmp_path}/starts\n[ $(wc -l < {tmp_path}/starts) = 1 ] || exit 0\n"
-        f"cat >&2 << 'END'\n{said}\nEND\nexit {code}\n"
-    )
-    (tools / "scontrol").write_text(
-        f'#!/bin/sh\n[ $1 = show ] && echo JobState=RUNNING || echo "$@" >> {tmp_path}/asked\n'
-    )
-    for tool in tools.iterdir():
-        tool.chmod(0o755)
-    slurm = spec.SlurmCluster(interconnect=NODES)
-    (text,) = script.texts(folder, slurm, [(2, 2)])
-    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    assert subprocess.run(["bash", "-c", text], env=environment, capture_output=True).returncode == status
+    once = f"echo x >> {tmp_path}/starts; [ $(wc -l < {tmp_path}/starts) = 1 ] || exit 0"
+    found = run_script(tmp_path, f"{once}\ncat >&2 << 'END'\n{said}\nEND\nexit {code}")
+    assert found[:2] == (status, asked)
     assert len((tmp_path / "starts").read_text().split()) == starts
-    noted = (tmp_path / "asked").read_text().strip() if (tmp_path / "asked").exists() else ""
-    assert noted == asked
-    assert [end["did"] for end in folder.ends("7")] == (["killed"] if asked else [])
+    assert [end["did"] for end in SweepFolder(tmp_path / "run").ends("7")] == (["killed"] if asked else [])
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked", "notes", "said"),
+    [
+        ({"timeout_min": 1}, "requeue 7", ["requeued before its time limit"], ""),
+        ({"timeout_min": 60}, "requeue 7", ["requeued for another job"], ""),
+        ({"timeout_min": 1, "max_num_timeout": 0}, "", [], "timed-out too many times"),
+    ],
+)
+def test_what_the_script_makes_of_a_warning(tmp_path, fields, asked, notes, said):
+    status, found, stderr = run_script(tmp_path, "kill -USR2 $PPID; sleep 0.3", **fields)
+    assert (status, found) == (0, asked)
+    assert [end["why"] for end in SweepFolder(tmp_path / "run").ends("7")] == notes
+    assert said in stderr
 
 
 def test_caches_lie_on_the_node(tmp_path, monkeypatch):
     for variable in CACHES:
-        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setenv(variable, "")  # so that it is put back
+        monkeypatch.delenv(variable)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("HOME", "/proc")  # read-only
