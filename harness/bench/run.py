@@ -198,7 +198,7 @@ class Sessions:
                 answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
                 return answers, failed
             except RankFailure as failure:
-                for cell, (status, reason) in blamed(remaining, failure).items():
+                for cell, (status, reason) in blamed([e.digest for e in remaining], failure).items():
                     failed[cell] = status, reason + self._on_their_way(cell)
                 remaining = [experiment for experiment in remaining if experiment.digest not in failed]
                 self._start()
@@ -258,11 +258,11 @@ def drawing_s(experiment: Experiment) -> float:
     return num_layers * math.ceil(model.num_experts / experiment.cluster.num_ranks) * of_expert / DRAWN_PER_S
 
 
-def blamed(experiments: Sequence[Experiment], failure: RankFailure) -> dict[str, tuple[str, str]]:
-    """Cells that a rank's failure ended, with status and reason: the one that its phase names, or else all."""
-    cells = [experiment.digest for experiment in experiments]
+def blamed(cells: Sequence[str], failure: RankFailure) -> dict[str, tuple[str, str]]:
+    """Of ``cells`` (digests), those that a rank's failure ended, with status and reason: the one that its phase names,
+    or else all."""
     named = _DIGEST.search(failure.phase)
-    guilty = [named[1]] if named and named[1] in cells else cells
+    guilty = [named[1]] if named and named[1] in cells else list(cells)
     reason = f"rank {failure.rank} in {failure.phase!r}: {failure.message}"
     return dict.fromkeys(guilty, (_STATUS_OF_FAILURE[failure.kind], reason))
 
@@ -337,7 +337,12 @@ def summary(store: Store, suite: Suite) -> dict[str, int]:
 
 def stamp(race: Race, launch: int) -> dict[str, Any]:
     """What a message of a sweep's job says besides: when, and which race of which launch."""
-    return {"at": time.time(), "race": race.digest, "launch": launch}
+    return stamp_of(race.digest, launch)
+
+
+def stamp_of(digest: str, launch: int) -> dict[str, Any]:
+    """``stamp`` of what has this digest."""
+    return {"at": time.time(), "race": digest, "launch": launch}
 
 
 def _units(race: Race) -> int:

@@ -140,7 +140,8 @@ class Store:
                 raise
             folder = os.open(self.path, os.O_RDONLY)
             try:
-                os.fsync(folder)
+                with contextlib.suppress(OSError):  # not every file system syncs folders; the rename is done
+                    os.fsync(folder)
             finally:
                 os.close(folder)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness import console
+from harness import caches, console
 from harness.cli.options import RUNS, Json, Results
 from harness.errors import bad
 
@@ -94,6 +95,8 @@ def run(
     from harness.bench import suite as suites
     from harness.presets import this_machine
 
+    if "SLURM_JOB_ID" in os.environ:
+        caches.use_scratch(everything=True)  # a node's home may be read-only, and is shared
     if gpus is not None and not dry_run:
         raise bad("--gpus", gpus, "is what a dry run assumes; add --dry-run, or leave it out")
     with contextlib.nullcontext() if gpus is None else this_machine.assuming(gpus):

@@ -104,13 +104,17 @@ def _products(job: Job, repeats: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def fit(of_ranks: list[dict[str, dict[str, Any]]]) -> tuple[dict[str, Fit], dict[str, GemmFit]]:
-    """Fits by ``operation.scope``, and of ``gemm`` and ``grouped_gemm``, of what ``measure`` returned on all ranks of
-    one machine (one clock): the lower quartile over repetitions of last end minus first start."""
+def fit(
+    of_ranks: list[dict[str, dict[str, Any]]], shared_clock: bool = True
+) -> tuple[dict[str, Fit], dict[str, GemmFit]]:
+    """Fits by ``operation.scope``, and of ``gemm`` and ``grouped_gemm``, of what ``measure`` returned on all ranks: the
+    lower quartile over repetitions of last end minus first start, or, where nodes have clocks of their own, of the
+    longest time that a rank saw pass."""
     collectives, products = {}, {}
     for key, own in of_ranks[0].items():
         times = [
-            _seconds([rank[key]["spans"][which] for rank in of_ranks if key in rank]) for which in range(len(own["x"]))
+            _seconds([rank[key]["spans"][which] for rank in of_ranks if key in rank], shared_clock)
+            for which in range(len(own["x"]))
         ]
         if "dtype" in own:
             products[key] = judge(GemmFit, own["x"], times, own["held_out"], dtype=own["dtype"].removeprefix("torch."))
@@ -119,10 +123,11 @@ def fit(of_ranks: list[dict[str, dict[str, Any]]]) -> tuple[dict[str, Fit], dict
     return collectives, products
 
 
-def _seconds(spans: list[list[tuple[float, float, int]]]) -> float:
+def _seconds(spans: list[list[tuple[float, float, int]]], shared_clock: bool) -> float:
     """Of one operation, from the spans of all ranks [ranks, repeats, 3]."""
     start, end, length = np.moveaxis(np.array(spans), -1, 0)
-    return float(np.quantile((end.max(0) - start.min(0)) / length[0], QUANTILE))
+    took = end.max(0) - start.min(0) if shared_clock else (end - start).max(0)
+    return float(np.quantile(took / length[0], QUANTILE))
 
 
 class Train:

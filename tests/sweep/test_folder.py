@@ -212,7 +212,7 @@ def test_what_slurm_says_of_a_job_is_the_state_of_its_cells(sweep_file, tmp_path
 def test_deaths_are_counted_where_they_happened():
     begin = {"did": "begin", "race": "a", "launch": 0}
     died = [{"did": "start"}, begin] * MAX_DEATHS
-    assert deaths([*died, {"did": "start"}]) == {("a", 0): MAX_DEATHS}
+    assert deaths([*died, {"did": "start"}]) == {("a", 0): [""] * MAX_DEATHS}
     assert deaths([{"did": "start"}, begin, {"did": "stop"}, {"did": "start"}]) == {}
 
 
