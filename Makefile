@@ -39,8 +39,9 @@ reproduce: setup
 	$(VENV)/bin/moebench run --suite quick --name $(RUN)
 	$(VENV)/bin/moebench report summary --run $(RUN)
 
+# In two processes; what measures time runs before them and alone. One test under a debugger: make test ARGS="-n0 --pdb ..."
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup
 	$(PY) -m ruff format --check .

@@ -1,29 +1,30 @@
-"""Running ranks for the tests: each cluster's are started once and serve every test that asks for them."""
+"""Running ranks for the tests, started once for all that ask for them, and the order in which tests run."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from harness import presets
-from harness.launch.session import Session, open_session
+from harness.launch.session import Session
 from harness.specs import Cluster
+from tests import ranks, side_by_side
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    side_by_side.group(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> side_by_side.TimedFirst | None:
+    return side_by_side.TimedFirst(config, log) if config.getvalue("dist") == "loadgroup" else None
 
 
 @pytest.fixture(scope="session")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Cluster | str], Session]]:
-    """A factory: ``session(cluster or preset name)`` gives its open session; started anew if a rank had failed."""
-    with contextlib.ExitStack() as stack:
-        started: dict[str, Session] = {}
-
-        def get(cluster: Cluster | str) -> Session:
-            cluster = presets.cluster(cluster) if isinstance(cluster, str) else cluster
-            known = started.get(cluster.digest)
-            if known is None or known.closed:
-                log_dir = tmp_path_factory.mktemp(f"session-{cluster.name}")
-                started[cluster.digest] = stack.enter_context(open_session(cluster, log_dir=log_dir))
-            return started[cluster.digest]
-
-        yield get
+    """``session(cluster or preset name)`` gives its open session; see ``ranks.Sessions``."""
+    with contextlib.closing(ranks.Sessions(tmp_path_factory)) as sessions:
+        yield sessions.get

@@ -30,6 +30,7 @@ def test_a_disturbed_repetition_makes_no_price():
     assert collectives["a2a.node"].beta_s_per_byte == pytest.approx(1e-6)
 
 
+@pytest.mark.timed
 def test_every_operation_on_every_level(session):
     payload = {"levels": ["node", "rank"], "repeats": 1}
     of_ranks = session("local-4").call("harness.comm.profile:measure", payload, timeout_s=120)
@@ -40,6 +41,7 @@ def test_every_operation_on_every_level(session):
     assert all(each.beta_s_per_mac > 0 for each in products.values())
 
 
+@pytest.mark.timed
 def test_a_shaped_link_shows_in_the_fit(session):
     """400 Mbit/s a node, shared by 4 ranks that each send half of their buffer to the other node."""
     ranks = session("emulated-2x4")
