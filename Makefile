@@ -41,7 +41,7 @@ reproduce: setup
 
 # In two processes; what measures time runs before them and alone. One test under a debugger: make test ARGS="-n0 --pdb ..."
 test: setup
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 lint: setup
 	$(PY) -m ruff format --check .

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
 from harness.launch.session import Session
 from harness.specs import Cluster
-from tests import ranks, side_by_side
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    side_by_side.group(items)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> side_by_side.TimedFirst | None:
-    return side_by_side.TimedFirst(config, log) if config.getvalue("dist") == "loadgroup" else None
+from tests import ranks
+from tests.side_by_side import (  # noqa: F401
+    pytest_collection_finish,
+    pytest_configure_node,
+    pytest_xdist_make_scheduler,
+)
 
 
 @pytest.fixture(scope="session")

@@ -7,38 +7,47 @@ that it is made once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from xdist.scheduler import LoadGroupScheduling
+from xdist.scheduler import LoadScopeScheduling
 
 TIMED = "timed"
 #: files that use a fixture stay together; the first of these that a file uses decides, and they are dealt out first
-GROUP_OF_FIXTURE = {"session": "ranks", "one_machine": "slurm"}
+UNIT_OF_FIXTURE = {"session": "ranks", "one_machine": "slurm"}
+FIRST = [TIMED, *UNIT_OF_FIXTURE.values()]
+UNITS_FILE = "units_file"  # where a process tells the one that deals out tests which unit each belongs to
 
 
-def group(items: list[pytest.Item]) -> None:
-    """Give every test that does not merely stay with its file the group that xdist keeps in one process."""
-    of_file = {}
-    for fixture, name in reversed(GROUP_OF_FIXTURE.items()):
-        of_file |= {item.path: name for item in items if fixture in getattr(item, "fixturenames", ())}
-    for item in items:
-        name = TIMED if item.get_closest_marker(TIMED) else of_file.get(item.path)
-        if name:
-            item.add_marker(pytest.mark.xdist_group(name))
+def units_of(items: Iterable[pytest.Item]) -> dict[str, str]:
+    """Unit of every test: ``timed``, that of its file's fixture, or its file."""
+    items = list(items)
+    of_file = {item.path: str(item.path) for item in items}
+    for fixture, unit in reversed(UNIT_OF_FIXTURE.items()):
+        of_file |= {item.path: unit for item in items if fixture in getattr(item, "fixturenames", ())}
+    return {item.nodeid: TIMED if item.get_closest_marker(TIMED) else of_file[item.path] for item in items}
 
 
-class TimedFirst(LoadGroupScheduling):
-    """Units of work are the groups, and the files of all other tests."""
+class TimedFirst(LoadScopeScheduling):
+    """Its scopes are the units. A worker holds back its last test until it knows the next, so it is told early."""
+
+    def schedule(self) -> None:
+        if self.collection is None:
+            (*_, node) = self.nodes
+            self.units = json.loads(Path(node.workerinput[UNITS_FILE]).read_text())
+        super().schedule()
 
     def _split_scope(self, nodeid: str) -> str:
-        test, _, name = nodeid.rpartition("@")
-        return name if test and "]" not in name else nodeid.partition("::")[0]
+        return str(self.units[nodeid])
 
     def _assign_work_unit(self, node: Any) -> None:
         if self.workqueue and not self._others_time(node):
-            self.workqueue.move_to_end(min(self.workqueue, key=_turn), last=False)
+            unit = min(self.workqueue, key=lambda each: FIRST.index(each) if each in FIRST else len(FIRST))
+            self.workqueue.move_to_end(unit, last=False)
             super()._assign_work_unit(node)
 
     def _reschedule(self, node: Any) -> None:
@@ -46,23 +55,37 @@ class TimedFirst(LoadGroupScheduling):
             return
         if not self.workqueue:
             node.shutdown()
-        elif self._pending_of(self.assigned_work[node]) < 2:  # it needs the next test to begin its last one
+        elif self._pending_of(self.assigned_work[node]) < 2:
             self._assign_work_unit(node)
 
     def mark_test_complete(self, node: Any, item_index: int, duration: float = 0) -> None:
         super().mark_test_complete(node, item_index, duration)
-        for other in self._idle():
-            self._reschedule(other)
+        for other in self.nodes:
+            if not self._pending_of(self.assigned_work[other]):
+                self._reschedule(other)
 
     def _others_time(self, node: Any) -> bool:
         """Whether timed tests are still to run on another node."""
         others = (units for other, units in self.assigned_work.items() if other is not node)
         return any(not all(units[TIMED].values()) for units in others if TIMED in units)
 
-    def _idle(self) -> Iterator[Any]:
-        yield from [node for node in self.nodes if not self._pending_of(self.assigned_work[node])]
+
+# ------------------------------------------------------------------------------------------------------ pytest's hooks
 
 
-def _turn(unit: str) -> int:
-    first = [TIMED, *GROUP_OF_FIXTURE.values()]
-    return first.index(unit) if unit in first else len(first)
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    folder = tempfile.TemporaryDirectory(prefix="moebench-tests-")
+    node.config.add_cleanup(folder.cleanup)
+    node.workerinput[UNITS_FILE] = str(Path(folder.name) / "units.json")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TimedFirst | None:
+    return TimedFirst(config, log) if config.getvalue("dist") == "load" else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist says that it is done
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if told := getattr(session.config, "workerinput", {}).get(UNITS_FILE):
+        Path(told).write_text(json.dumps(units_of(session.items)))
