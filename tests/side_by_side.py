@@ -1,8 +1,8 @@
 """How ``make test`` spreads the tests over processes (pytest-xdist): those that measure time run first and alone.
 
 A test marked ``timed`` has the machine for itself: one process runs them one after the other, and the others wait until
-the last has ended. Then files are dealt out whole. Files that need the same expensive fixture stay in one process, so
-that it is made once.
+the last has ended. Then files are dealt out whole. Those that need running ranks go to the process that has them, and
+to another only when nothing else is left.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-TIMED = "timed"
-#: files that use a fixture stay together; the first of these that a file uses decides, and they are dealt out first
-UNIT_OF_FIXTURE = {"session": "ranks", "one_machine": "slurm"}
-FIRST = [TIMED, *UNIT_OF_FIXTURE.values()]
+TIMED, RANKS, WAITS, OTHER = "timed", "ranks", "waits", "other"
+KIND_OF_FIXTURE = {"one_machine": WAITS, "session": RANKS}  # of a whole file; the first that any of its tests uses
 UNITS_FILE = "units_file"  # where a process tells the one that deals out tests which unit each belongs to
 
 
 def units_of(items: Iterable[pytest.Item]) -> dict[str, str]:
-    """Unit of every test: ``timed``, that of its file's fixture, or its file."""
+    """Unit of every test: ``timed``, or the kind and the path of its file."""
     items = list(items)
-    of_file = {item.path: str(item.path) for item in items}
-    for fixture, unit in reversed(UNIT_OF_FIXTURE.items()):
-        of_file |= {item.path: unit for item in items if fixture in getattr(item, "fixturenames", ())}
-    return {item.nodeid: TIMED if item.get_closest_marker(TIMED) else of_file[item.path] for item in items}
+    kinds = {item.path: OTHER for item in items}
+    for fixture, kind in reversed(KIND_OF_FIXTURE.items()):
+        kinds |= {item.path: kind for item in items if fixture in getattr(item, "fixturenames", ())}
+    return {
+        item.nodeid: TIMED if item.get_closest_marker(TIMED) else f"{kinds[item.path]} {item.path}" for item in items
+    }
 
 
 class TimedFirst(LoadScopeScheduling):
@@ -46,9 +46,19 @@ class TimedFirst(LoadScopeScheduling):
 
     def _assign_work_unit(self, node: Any) -> None:
         if self.workqueue and not self._others_time(node):
-            unit = min(self.workqueue, key=lambda each: FIRST.index(each) if each in FIRST else len(FIRST))
+            order = [TIMED, RANKS, WAITS, OTHER] if self._has_ranks(node) else [TIMED, WAITS, OTHER, RANKS]
+            unit = min(self.workqueue, key=lambda each: order.index(each.partition(" ")[0]))
             self.workqueue.move_to_end(unit, last=False)
             super()._assign_work_unit(node)
+
+    def _has_ranks(self, node: Any) -> bool:
+        """Whether it ran the timed tests or ranks already; the first one does when nobody did."""
+        has = [
+            each
+            for each, units in self.assigned_work.items()
+            if any(unit.partition(" ")[0] in (TIMED, RANKS) for unit in units)
+        ]
+        return node in has if has else node is self.nodes[0]
 
     def _reschedule(self, node: Any) -> None:
         if node.shutting_down:

@@ -49,9 +49,8 @@ def test_what_measures_time_runs_first_and_alone(tmp_path):
         text=True,
     )
     assert "15 passed" in done.stdout, done.stdout + done.stderr
-    seen = sorted(
-        (float(begin), float(end), name, pid) for name, pid, begin, end in map(str.split, open(tmp_path / "log"))
-    )
+    told = (tmp_path / "log").read_text().splitlines()
+    seen = sorted((float(begin), float(end), name, pid) for name, pid, begin, end in map(str.split, told))
     timed, others = seen[: len(files)], seen[len(files) :]
     assert all(name.endswith("test_timed") for _, _, name, _ in timed)
     ends = [0.0, *(end for _, end, _, _ in timed)]
