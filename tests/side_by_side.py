@@ -16,15 +16,18 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-TIMED, RANKS, WAITS, OTHER = "timed", "ranks", "waits", "other"
+TIMED, RANKS, WAITS, LONG, OTHER = "timed", "ranks", "waits", "long", "other"
 KIND_OF_FIXTURE = {"one_machine": WAITS, "session": RANKS}  # of a whole file; the first that any of its tests uses
+#: of this folder: what lasts some seconds comes before what lasts none, so that all processes end at the same time
+LASTS = ("cuda", "gpu", "sweep", "launch", "bench/test_run.py", "report", "test_placing.py", "test_cli.py", "methods")
 UNITS_FILE = "units_file"  # where a process tells the one that deals out tests which unit each belongs to
 
 
 def units_of(items: Iterable[pytest.Item]) -> dict[str, str]:
     """Unit of every test: ``timed``, or the kind and the path of its file."""
     items = list(items)
-    kinds = {item.path: OTHER for item in items}
+    long = tuple(str(Path(__file__).parent / name) for name in LASTS)
+    kinds = {item.path: LONG if str(item.path).startswith(long) else OTHER for item in items}
     for fixture, kind in reversed(KIND_OF_FIXTURE.items()):
         kinds |= {item.path: kind for item in items if fixture in getattr(item, "fixturenames", ())}
     return {
@@ -46,8 +49,8 @@ class TimedFirst(LoadScopeScheduling):
 
     def _assign_work_unit(self, node: Any) -> None:
         if self.workqueue and not self._others_time(node):
-            order = [TIMED, RANKS, WAITS, OTHER] if self._has_ranks(node) else [TIMED, WAITS, OTHER, RANKS]
-            unit = min(self.workqueue, key=lambda each: order.index(each.partition(" ")[0]))
+            order = [RANKS, WAITS, LONG, OTHER] if self._has_ranks(node) else [WAITS, LONG, OTHER, RANKS]
+            unit = min(self.workqueue, key=lambda each: [TIMED, *order].index(each.partition(" ")[0]))
             self.workqueue.move_to_end(unit, last=False)
             super()._assign_work_unit(node)
 

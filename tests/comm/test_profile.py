@@ -30,7 +30,6 @@ def test_a_disturbed_repetition_makes_no_price():
     assert collectives["a2a.node"].beta_s_per_byte == pytest.approx(1e-6)
 
 
-@pytest.mark.timed
 def test_every_operation_on_every_level(session):
     payload = {"levels": ["node", "rank"], "repeats": 1}
     of_ranks = session("local-4").call("harness.comm.profile:measure", payload, timeout_s=120)
