@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from harness.launch.session import Session
-from harness.specs import Cluster
 from tests import ranks
 from tests.side_by_side import (  # noqa: F401
     pytest_collection_finish,
@@ -18,7 +17,7 @@ from tests.side_by_side import (  # noqa: F401
 
 
 @pytest.fixture(scope="session")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Cluster | str], Session]]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Session]]:
     """``session(cluster or preset name)`` gives its open session; see ``ranks.Sessions``."""
     with contextlib.closing(ranks.Sessions(tmp_path_factory)) as sessions:
         yield sessions.get

@@ -16,13 +16,16 @@ PRELOAD = ("harness.bench.race", "harness.bench.conformance", "harness.bench.che
 MAX_RANKS = 32  # that are kept at a time, of some 100 MB each
 
 
-def start(cluster: Cluster, log_dir: Path) -> contextlib.AbstractContextManager[Session]:
+def start(
+    cluster: Cluster, log_dir: Path, preload: tuple[str, ...] = PRELOAD
+) -> contextlib.AbstractContextManager[Session]:
     """Ranks for one test alone."""
-    return open_session(cluster, log_dir=log_dir, preload=PRELOAD)
+    return open_session(cluster, log_dir=log_dir, preload=preload)
 
 
 class Sessions:
-    """``get(cluster or preset name)``: its open session, started anew if a rank had failed.
+    """``get(cluster or preset name)``: its open session, started anew if a rank had failed. ``preload``: nothing, for
+    ranks that only send and receive.
 
     Ranks of a local cluster know its shape alone, so clusters of one shape share them. Of too many ranks, those that
     nobody has asked for the longest end.
@@ -32,13 +35,13 @@ class Sessions:
         self.folders = folders
         self.open: dict[str, tuple[Session, contextlib.ExitStack]] = {}  # the last asked for comes last
 
-    def get(self, cluster: Cluster | str) -> Session:
+    def get(self, cluster: Cluster | str, preload: tuple[str, ...] = PRELOAD) -> Session:
         cluster = presets.cluster(cluster) if isinstance(cluster, str) else cluster
         key = f"local {cluster.shape}" if cluster.kind == "local" else cluster.digest
         session, stack = self.open.pop(key, (None, contextlib.ExitStack()))
         if session is None or session.closed:
             self._make_room(cluster.num_ranks)
-            session = stack.enter_context(start(cluster, self.folders.mktemp(f"session-{cluster.name}")))
+            session = stack.enter_context(start(cluster, self.folders.mktemp(f"session-{cluster.name}"), preload))
         self.open[key] = session, stack
         return session
 

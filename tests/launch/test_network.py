@@ -21,7 +21,7 @@ WIRE_PER_PAYLOAD = 1514 / 1448  # Ethernet, IP and TCP headers with time stamps
 @pytest.fixture
 def shaped(session):
     def get(cluster):
-        ranks = session(cluster)
+        ranks = session(cluster, preload=())
         if not ranks.network["shaped"]:
             pytest.skip(ranks.network["reason"])
         return ranks
