@@ -1,8 +1,8 @@
 """How ``make test`` spreads the tests over processes (pytest-xdist): those that measure time run first and alone.
 
 A test marked ``timed`` has the machine for itself: one process runs them one after the other, and the others wait until
-the last has ended. Then files are dealt out whole. Those that need running ranks go to the process that has them, and
-to another only when nothing else is left.
+the last has ended. Then files are dealt out whole: those on a real Slurm, which wait more than they compute, to one
+process; those that need running ranks to the one that has them, and to another only when nothing else is left.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 TIMED, RANKS, WAITS, LONG, OTHER = "timed", "ranks", "waits", "long", "other"
-KIND_OF_FIXTURE = {"one_machine": WAITS, "session": RANKS}  # of a whole file; the first that any of its tests uses
 #: of this folder: what lasts some seconds comes before what lasts none, so that all processes end at the same time
 LASTS = ("cuda", "gpu", "sweep", "launch", "bench/test_run.py", "report", "test_placing.py", "test_cli.py", "methods")
 UNITS_FILE = "units_file"  # where a process tells the one that deals out tests which unit each belongs to
 
 
 def units_of(items: Iterable[pytest.Item]) -> dict[str, str]:
-    """Unit of every test: ``timed``, or the kind and the path of its file."""
-    items = list(items)
-    long = tuple(str(Path(__file__).parent / name) for name in LASTS)
-    kinds = {item.path: LONG if str(item.path).startswith(long) else OTHER for item in items}
-    for fixture, kind in reversed(KIND_OF_FIXTURE.items()):
-        kinds |= {item.path: kind for item in items if fixture in getattr(item, "fixturenames", ())}
-    return {
-        item.nodeid: TIMED if item.get_closest_marker(TIMED) else f"{kinds[item.path]} {item.path}" for item in items
-    }
+    """Unit of every test: ``timed``, ``waits`` (there is one Slurm at a time), or the kind and the path of its file."""
+    items, used = list(items), {}
+    for item in items:
+        used.setdefault(item.path, set()).update(getattr(item, "fixturenames", ()))
+    units = {path: _unit(path, fixtures) for path, fixtures in used.items()}
+    return {item.nodeid: TIMED if item.get_closest_marker(TIMED) else units[item.path] for item in items}
+
+
+def _unit(path: Path, fixtures: set[str]) -> str:
+    if "one_machine" in fixtures:
+        return WAITS
+    long = str(path).startswith(tuple(str(Path(__file__).parent / name) for name in LASTS))
+    return f"{RANKS if 'session' in fixtures else LONG if long else OTHER} {path}"
 
 
 class TimedFirst(LoadScopeScheduling):
