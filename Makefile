@@ -59,8 +59,9 @@ reproduce: setup
 	@made=$$($(VENV)/bin/moebench run --suite auto $(if $(RUN),--name $(RUN))) && echo "$$made" && \
 	  $(VENV)/bin/moebench report summary --run "$$(basename "$${made%%:*}")"
 
+# In two processes; what measures time runs before them and alone. One test under a debugger: make test ARGS="-n0 --pdb ..."
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 lint: setup
 	$(PY) -m ruff format --check .

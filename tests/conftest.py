@@ -1,5 +1,5 @@
-"""Running ranks for the tests: each cluster's are started once and serve every test that asks for them. And a CUDA
-driver for machines that have none."""
+"""Running ranks for the tests, started once for all that ask for them; the order in which tests run; and a CUDA driver
+for machines that have none."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from harness import devices, presets
-from harness.launch.session import Session, open_session
-from harness.specs import Cluster
+from harness import devices
+from harness.launch.session import Session
+from tests import ranks
+from tests.side_by_side import (  # noqa: F401
+    pytest_collection_finish,
+    pytest_configure_node,
+    pytest_xdist_make_scheduler,
+)
 
 #: what the tests state holds for ranks on the CPU, so that they pass on a machine with GPUs too; MOEBENCH_TEST_GPUS=1
 #: leaves those in sight
@@ -23,20 +28,10 @@ if not os.environ.get("MOEBENCH_TEST_GPUS"):
 
 
 @pytest.fixture(scope="session")
-def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Cluster | str], Session]]:
-    """A factory: ``session(cluster or preset name)`` gives its open session; started anew if a rank had failed."""
-    with contextlib.ExitStack() as stack:
-        started: dict[str, Session] = {}
-
-        def get(cluster: Cluster | str) -> Session:
-            cluster = presets.cluster(cluster) if isinstance(cluster, str) else cluster
-            known = started.get(cluster.digest)
-            if known is None or known.closed:
-                log_dir = tmp_path_factory.mktemp(f"session-{cluster.name}")
-                started[cluster.digest] = stack.enter_context(open_session(cluster, log_dir=log_dir))
-            return started[cluster.digest]
-
-        yield get
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Session]]:
+    """``session(cluster or preset name)`` gives its open session; see ``ranks.Sessions``."""
+    with contextlib.closing(ranks.Sessions(tmp_path_factory)) as sessions:
+        yield sessions.get
 
 
 @pytest.fixture(scope="session")

@@ -239,9 +239,11 @@ class Sessions:
         self.num_started += 1
 
     def _preload(self) -> list[str]:
-        """Slow modules of the packages that race here and are installed."""
-        systems = {registry.system(experiment.system) for race in self.races for experiment in race.experiments}
-        return sorted({module for system in systems if system.missing() is None for module in system.preload})
+        """Slow modules of the packages that race here and are installed, and what an optimizer's first step imports."""
+        experiments = [experiment for race in self.races for experiment in race.experiments]
+        systems = {registry.system(experiment.system) for experiment in experiments}
+        training = {"torch._dynamo"} if any(experiment.phase == "train_step" for experiment in experiments) else set()
+        return sorted(training | {name for each in systems if each.missing() is None for name in each.preload})
 
     def _timeout_s(self, race: Race) -> float:
         if self.settings.timeout_s is not None:

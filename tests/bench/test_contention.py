@@ -23,6 +23,7 @@ def test_a_lane_is_never_sped_up():
     assert spread["intra"]["inter"] == pytest.approx((-0.1, -0.1))
 
 
+@pytest.mark.timed
 def test_waiting_takes_nothing_from_a_link_and_computing_is_told_apart(session):
     payload = {"lanes": ["compute", "stand-in", "intra"], "repeats": 2}
     for _ in range(3):  # other programs may take the cores away

@@ -43,6 +43,7 @@ def test_every_operation_on_every_level(session):
     assert all(each.beta_s_per_mac > 0 for each in products.values())
 
 
+@pytest.mark.timed
 def test_a_shaped_link_shows_in_the_fit(session):
     """400 Mbit/s a node, shared by 4 ranks that each send half of their buffer to the other node."""
     ranks = session("emulated-2x4")
