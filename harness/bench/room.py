@@ -91,7 +91,7 @@ class Room:
 
     def _crowded(self) -> bool:
         """Whether not all can stay. ``MemoryError`` where they cannot wait on the host either."""
-        if not self.cuda:
+        if not self.cuda or self.num_contenders < 2:
             return False
         gc.collect()
         device, here = self.job.device, torch.cuda.memory_allocated(self.job.device)

@@ -89,7 +89,7 @@ def not_grouped(device: torch.device, dtype: torch.dtype, w: torch.Tensor) -> st
 
     torch's kernel takes bfloat16 and strides of whole 16 bytes. On Hopper it is a kernel of its own; on older devices
     it is a loop that waits for the host, or missing, and on Blackwell gradients of experts without rows were seen to
-    be wrong (pytorch issue 172439).
+    be wrong (pytorch/pytorch#172439).
     """
     if device.type != "cuda":
         return "the grouped GEMM is for CUDA"

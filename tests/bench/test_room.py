@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from harness.bench.room import Parked, fits
+from harness.bench.room import Parked, Room, fits
 from tests.methods.test_fsmoe_training import training
 from tests.methods.test_hiermoe import cluster
 
@@ -15,6 +17,10 @@ def test_what_is_counted():
     assert not fits(1, 60e9, 6e9, 80e9)
     assert fits(5, 10e9, 6e9, 80e9)
     assert not fits(6, 10e9, 6e9, 80e9)
+
+
+def test_who_is_alone_stays():
+    assert not Room(SimpleNamespace(device=torch.device("cuda", 0)), 1)._crowded()
 
 
 def test_views_and_ties_survive():
