@@ -111,10 +111,7 @@ def _plan(job: dict[str, Any], left: Left) -> Plan:
 
 def _begin(folder: SweepFolder, index: int, job: dict[str, Any]) -> Left:
     """Rank 0, alone: note how earlier attempts ended, tell what they leave without hope, and say what is left."""
-    number = slurm_number(os.environ)
-    noted = [event for event in folder.events(index) if event.get("slurm") == number and event["did"] != "start"]
-    for end in folder.ends(number)[len(noted) :]:
-        folder.tell(index, end["did"], slurm=number, why=end["why"], ended_at=end["at"])
+    _hear_ends(folder, index)
     events = folder.events(index)
     finished = Store(folder.run_dir).told_finished()
     cells = {(each["digest"], launch): cells_of(each) for launch, each in job["tasks"]}
@@ -133,6 +130,22 @@ def _begin(folder: SweepFolder, index: int, job: dict[str, Any]) -> Left:
         elif not (job["across"] and task in known and task in told):
             tasks.append(task)
     return Left(tasks, {task: known[task] for task in tasks if task in known}, attempt)
+
+
+def _hear_ends(folder: SweepFolder, index: int) -> None:
+    """Tell what the job's script has noted of earlier starts and nobody has told yet."""
+    number = slurm_number(os.environ)
+    events = folder.events(index)
+    told = [
+        event for event in events if event.get("slurm") == number and event["did"] in ("stop", "killed", "no start")
+    ]
+    begun = [event["did"] for event in events if event["did"] in ("start", "stop", "killed", "no start")][-1:] == [
+        "start"
+    ]
+    for end in folder.ends(number)[len(told) :]:
+        did = end["did"] if begun else "no start"  # it ended before rank 0 could say a word
+        folder.tell(index, did, slurm=number, why=end["why"], ended_at=end["at"])
+        begun = False
 
 
 def slurm_number(environment: Mapping[str, str]) -> str:
