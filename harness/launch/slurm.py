@@ -72,7 +72,7 @@ CONFIGURATION = """\
     JobAcctGatherType=jobacct_gather/none
     AccountingStorageType=accounting_storage/none
     SelectType=select/cons_tres
-    SelectTypeParameters=CR_Core,CR_LLN
+    SelectTypeParameters=CR_Core
     SchedulerType=sched/backfill
     SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0,sched_min_interval=0,default_queue_depth=1000
     SlurmctldParameters=preempt_send_user_signal
@@ -142,11 +142,10 @@ def refusal() -> str | None:
     return None
 
 
-def up(cluster: Cluster | str = CLUSTER, *, max_jobs: int = 10000, cpus_per_rank: int = 1, bound: bool = True) -> Slurm:
-    """Start a Slurm whose nodes and links are those of an emulated cluster.
+def up(cluster: Cluster | str = CLUSTER, *, max_jobs: int = 10000, bound: bool = True) -> Slurm:
+    """Start a Slurm whose nodes and links are those of an emulated cluster; a node has a CPU for each of its ranks.
 
-    ``bound``: it ends with this process, however that ends. ``max_jobs``: the queue is full beyond them.
-    ``cpus_per_rank``: of a node; with more than one, jobs that fill the nodes with ranks run beside each other. Raises
+    ``bound``: it ends with this process, however that ends. ``max_jobs``: the queue is full beyond them. Raises
     ``NoSlurm``.
     """
     if reason := refusal():
@@ -156,8 +155,7 @@ def up(cluster: Cluster | str = CLUSTER, *, max_jobs: int = 10000, cpus_per_rank
         raise NoSlurm(f"cluster {spec.name} is {spec.kind}: virtual nodes need an emulated one, as {CLUSTER}")
     state = Path(tempfile.mkdtemp(prefix="moebench-slurm-", dir="/tmp"))  # short: a socket's path has 108 characters
     state.chmod(0o755)
-    wanted = {"cluster": spec.model_dump(mode="json"), "max_jobs": max_jobs, "cpus_per_rank": cpus_per_rank}
-    (state / "wanted.json").write_text(json.dumps(wanted))
+    (state / "wanted.json").write_text(json.dumps({"cluster": spec.model_dump(mode="json"), "max_jobs": max_jobs}))
     script = f'mount -t tmpfs tmpfs /run && exec "$@" > {state}/keeper.log 2>&1'
     keeper = [sys.executable, "-m", "harness.launch.slurm", "keep", str(state)]
     process = subprocess.Popen(
@@ -182,9 +180,9 @@ def up(cluster: Cluster | str = CLUSTER, *, max_jobs: int = 10000, cpus_per_rank
 
 
 @contextlib.contextmanager
-def running(cluster: Cluster | str = CLUSTER, *, max_jobs: int = 10000, cpus_per_rank: int = 1) -> Iterator[Slurm]:
+def running(cluster: Cluster | str = CLUSTER, *, max_jobs: int = 10000) -> Iterator[Slurm]:
     """A Slurm for the length of a with statement, which every command started meanwhile reaches."""
-    slurm = up(cluster, max_jobs=max_jobs, cpus_per_rank=cpus_per_rank)
+    slurm = up(cluster, max_jobs=max_jobs)
     before = {key: os.environ.get(key) for key in slurm.environment}
     os.environ.update(slurm.environment)
     try:
@@ -207,9 +205,7 @@ def keep(state: Path) -> None:
     addresses = _join_management(built.node_namespaces)
     for folder in ("ctld", "bin", *(f"spool-n{i}" for i in range(cluster.num_nodes))):
         (state / folder).mkdir()
-    (state / "slurm.conf").write_text(
-        _configuration(state, cluster, addresses, wanted["max_jobs"], wanted["cpus_per_rank"])
-    )
+    (state / "slurm.conf").write_text(_configuration(state, cluster, addresses, wanted["max_jobs"]))
     (state / "hosts").write_text(
         "127.0.0.1 localhost\n" + "".join(f"{network.address(i)} n{i}\n" for i in range(cluster.num_nodes))
     )
@@ -255,13 +251,12 @@ def _join_management(nodes: list[str]) -> list[str]:
     return addresses
 
 
-def _configuration(state: Path, cluster: Cluster, addresses: list[str], max_jobs: int, cpus_per_rank: int) -> str:
+def _configuration(state: Path, cluster: Cluster, addresses: list[str], max_jobs: int) -> str:
     with socket.create_server(("", 0)) as free:
         port = free.getsockname()[1]
     memory_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    num_cpus = cluster.shape[-1] * cpus_per_rank
     nodes = "\n".join(
-        f"NodeName=n{i} NodeAddr={address} CPUs={num_cpus} RealMemory={memory_mb} State=UNKNOWN"
+        f"NodeName=n{i} NodeAddr={address} CPUs={cluster.shape[-1]} RealMemory={memory_mb} State=UNKNOWN"
         for i, address in enumerate(addresses[1:])
     )
     return textwrap.dedent(CONFIGURATION).format(

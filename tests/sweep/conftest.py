@@ -35,7 +35,7 @@ ONE_RANK = {"name": "one", "kind": "local", "levels": [{"name": "rank", "size": 
 @pytest.fixture(scope="session")
 def one_machine() -> Iterator[slurm.Slurm]:
     try:
-        with slurm.running(NODES, cpus_per_rank=2) as running:  # the sweeps of a file run beside each other
+        with slurm.running(NODES) as running:
             yield running
     except slurm.NoSlurm as reason:
         pytest.skip(str(reason))
