@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.metadata
 import os
@@ -11,8 +12,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Literal
+
+from harness import caches, devices
+from harness.errors import UserError
 
 MIN_FREE_BYTES = 2 * 1024**3
 IPROUTE = "apt-get install iproute2"
@@ -34,11 +39,12 @@ class Finding:
 
 def examine(results: Path = Path("results")) -> list[Finding]:
     """All findings, required things first. ``results``: folder whose disk must have room for a run."""
-    findings = [_python(), _dependencies(), _torch(), _accelerator(), *_packages(), _huggingface()]
+    findings = [_python(), _dependencies(), _torch(), _gpu(), *_packages(), _huggingface()]
     findings += [_tool("ip", IPROUTE), _tool("tc", IPROUTE), _tool("unshare", "apt-get install util-linux")]
     findings += [_namespaces(), _shaping(), _latency()]
     findings += [
         _disk(results),
+        _caches(),
         _slurm(),
         _one_machine_slurm(),
         _tool("git", "apt-get install git", "no commit in the provenance of a run"),
@@ -69,21 +75,54 @@ def _torch() -> Finding:
     except Exception as error:  # a broken install fails in many ways
         return Finding("torch", "broken", f"{type(error).__name__}: {error}", "make clean setup")
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        return Finding("torch", "broken", f"{torch.__version__} without gloo", _exact("pip install torch==2.13.0"))
-    return Finding("torch", "ok", f"{torch.__version__}, gloo, {torch.get_num_threads()} threads")
+        return Finding("torch", "broken", f"{torch.__version__} without gloo", "make clean setup")
+    found = f"{torch.__version__}, gloo, {torch.get_num_threads()} threads"
+    if torch.version.cuda is None:
+        return Finding("torch", "ok", f"{found}; a CPU build")
+    oldest = devices.MIN_DRIVER.get(int(torch.version.cuda.split(".")[0]))
+    found += f"; built for CUDA {torch.version.cuda}" + (
+        f", which needs an NVIDIA driver >= {oldest}" if oldest else ""
+    )
+    return Finding("torch", "ok", found)
 
 
-def _accelerator() -> Finding:
+def _gpu() -> Finding:
+    """A driver that torch cannot use is broken; no driver is fine."""
+    from harness.launch import gpus
+
+    none_needed = "none needed: emulated and simulated experiments run on CPU"
+    driver, mask = devices.ask(), os.environ.get(devices.MASK)
+    if not driver.found:
+        return Finding("gpu", "missing", "no NVIDIA driver", none_needed)
+    everything = devices.ask(devices.unmasked())
+    here = f"driver {devices.version() or 'of unknown version'}"
+    if driver.cuda:
+        here += " for CUDA {}.{}".format(*driver.cuda)
+    if everything.devices and not driver.devices and mask in devices.HIDE_ALL:
+        hidden = f"{here}: {devices.MASK}={mask!r} hides this machine's {len(everything.devices)} GPUs"
+        return Finding("gpu", "missing", hidden, f"unset {devices.MASK} to use them")
     try:
-        import torch
+        gpus.check_mask(driver)
+        why = gpus.unusable(everything)
+    except UserError as error:
+        return Finding("gpu", "broken", f"{here}: {error}", f"unset {devices.MASK}")
+    except Exception as error:  # a broken torch, which has a finding of its own
+        why = f"{type(error).__name__}: {error}", "make clean setup"
+    if why:
+        return Finding("gpu", "broken", f"{here}: {why[0]}", why[1])
+    counts = collections.Counter(device.name for device in driver.devices)
+    return Finding("gpu", "ok", f"{here}: " + ", ".join(f"{count} x {name}" for name, count in counts.items()))
 
-        if torch.cuda.is_available():
-            names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-            return Finding("gpu", "ok", f"CUDA {torch.version.cuda}: {len(names)} x {names[0]}")
-        why = "torch is a CPU build" if torch.version.cuda is None else "torch sees no CUDA device"
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}"
-    return Finding("gpu", "missing", why, "none needed: emulated and simulated experiments run on CPU")
+
+def _caches() -> Finding:
+    """Where compilers and plots keep their files."""
+    if wrong := caches.not_writable():
+        name, folder = next(iter(wrong.items()))
+        return Finding("caches", "broken", f"{name}={folder} cannot be written", f"export {name}=a folder that can be")
+    if moved := caches.without_a_place():
+        found = f"{Path.home()} and the program's folder cannot be written: {', '.join(moved)} go to scratch every time"
+        return Finding("caches", "missing", found, f"export them as folders that stay; now {tempfile.gettempdir()}")
+    return Finding("caches", "ok", "can be written")
 
 
 def _packages() -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -22,3 +23,12 @@ def unknown(field: str, name: str, known: Iterable[str], plural: str, *, like: s
     near = difflib.get_close_matches(like or name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return bad(field, name, f"unknown; {hint}known {plural} are {', '.join(known)}")
+
+
+_OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+def tells_out_of_memory(text: str) -> bool:
+    """Whether an error's class and words, Python's, torch's, CUDA's or a library's, tell that memory has run out; also
+    where one rank repeats them as another exception of its own."""
+    return _OUT_OF_MEMORY.search(text) is not None

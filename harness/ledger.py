@@ -8,6 +8,7 @@ never changed; a file is written whole or not at all. What a simulator may use o
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -24,6 +25,9 @@ from harness.specs import Cluster, Collective, Gemm, Spec
 
 LEDGER = Path("results/ledger")
 SCHEMA_VERSION = 1
+LOCK = ".lock"
+#: what file systems say that cannot lock, or not for several machines (Lustre without -o flock, some NFS)
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EIO}
 STAND_IN = "stand-in"  # as in harness.bench.contention
 
 
@@ -197,12 +201,17 @@ def contention_rows(calibration: Calibration) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Alone with ``folder``, which is made: of two that add at once, both are kept."""
+    """Alone with ``folder``, which is made: of two that add at once, both are kept. Where the file system has no locks,
+    not alone."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what is open for writing
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
             yield
         finally:
             os.close(handle)

@@ -1,13 +1,19 @@
-"""``moebench profile``: measure one cluster, fit what a simulator needs, and add it to the ledger."""
+"""``moebench profile``: measure one cluster, fit what a simulator needs, and add it to the ledger.
+
+A profile has parts, each measured by itself on all ranks: here, by a session on this machine; by the tasks of a Slurm
+job in ``harness.sweep.profile``.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -23,6 +29,77 @@ MODEL = "local-m512-e16k2"
 PERSONAL = ("host", "job")  # of the provenance; the ledger is shared
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """``target``, "module:function" of (job, ``payload``), is collective; ``fit`` turns the answers of all ranks, and
+    whether these have one clock, into fields of a ``Calibration``."""
+
+    name: str  # operations, contention, or the system whose layer it is
+    text: str
+    target: str
+    payload: dict[str, Any] | None
+    fit: Callable[[list[Any], bool], dict[str, Any]]
+
+
+def parts(cluster: Cluster, systems: Iterable[str] = (), model: str = MODEL) -> list[Part]:
+    """Collectives and matrix products, contention, and of each of ``systems`` a layer of ``model``. ``UserError`` for
+    an unknown system or model, or one that does not fit the ranks."""
+
+    def fit_operations(answers: list[Any], shared_clock: bool) -> dict[str, Any]:
+        fits, products = operations.fit(answers, shared_clock)
+        return {"fits": fits, "products": products}
+
+    def fit_contention(answers: list[Any], _: bool) -> dict[str, Any]:
+        slowdown, spread = contention.matrix(answers)
+        return {"contention": slowdown, "contention_spread": spread}
+
+    text = f"collectives and matrix products on {cluster.num_ranks} ranks of {cluster.name}"
+    levels = {"levels": [level.name for level in cluster.levels]}
+    return [
+        Part("operations", text, "harness.comm.profile:measure", levels, fit_operations),
+        Part("contention", "lanes side by side", "harness.bench.contention:measure", None, fit_contention),
+        *(_layer(cluster, system, model) for system in systems),
+    ]
+
+
+def _layer(cluster: Cluster, system: str, model: str) -> Part:
+    experiments = layer_cost.experiments(cluster, system, model)
+    payload = {"experiments": [experiment.model_dump(mode="json") for experiment in experiments]}
+
+    def fit(answers: list[Any], shared_clock: bool) -> dict[str, Any]:
+        found = layer_cost.fit(answers, shared_clock)
+        return {"layers": {system: LayerFit(model=model, dtype=layer_cost.DTYPE, **found)}}
+
+    return Part(system, f"a layer of {system}", "harness.bench.layer_cost:measure", payload, fit)
+
+
+def calibration(
+    cluster: Cluster,
+    found: Iterable[Mapping[str, Any]],
+    *,
+    systems: Iterable[str],
+    evidence: str,
+    network: Mapping[str, Any],
+    foreign_cores: float,
+    duration_s: float,
+) -> Calibration:
+    """Of what the parts' fits have ``found``."""
+    fields: dict[str, Any] = {"layers": {}}
+    for each in found:
+        fields |= {**each, "layers": fields["layers"] | dict(each.get("layers", {}))}
+    facts = provenance.collect(systems)
+    return Calibration(
+        profiled=cluster,
+        evidence=evidence,  # type: ignore[arg-type]
+        network=dict(network),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        foreign_cores=foreign_cores,
+        duration_s=round(duration_s, 1),
+        provenance={key: value for key, value in facts.items() if key not in PERSONAL},
+        **fields,
+    )
+
+
 def profile(
     cluster: Cluster,
     say: Callable[[str], None],
@@ -30,45 +107,36 @@ def profile(
     model: str = MODEL,
     folder: Path = ledger.LEDGER,
 ) -> tuple[Calibration, Path]:
-    """Measure collectives, matrix products and contention on ``cluster``, and of each of ``systems`` a layer of
-    ``model``. The calibration, and the file of the ledger that it was added to."""
+    """All ``parts`` on ranks of this machine. The calibration, and the file of the ledger that it was added to."""
     ledger.history(cluster.name, folder)  # a damaged one is found before anything is measured
-    layers = {name: layer_cost.experiments(cluster, name, model) for name in systems}
+    systems = list(systems)
+    wanted = parts(cluster, systems, model)
     since = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="moebench-profile-") as logs,
         open_session(cluster, log_dir=Path(logs), preload=("harness.comm.profile",)) as session,
     ):
         others = _Others()
-        say(f"collectives and matrix products on {cluster.num_ranks} ranks of {cluster.name}")
-        payload = {"levels": [level.name for level in cluster.levels]}
-        fits, products = operations.fit(session.call("harness.comm.profile:measure", payload, timeout_s=TIMEOUT_S))
-        say("lanes side by side")
-        slowdown, spread = contention.matrix(session.call("harness.bench.contention:measure", timeout_s=TIMEOUT_S))
-        costs = {}
-        for name, experiments in layers.items():
-            say(f"a layer of {name}")
-            data = {"experiments": [experiment.model_dump(mode="json") for experiment in experiments]}
-            found = layer_cost.fit(session.call("harness.bench.layer_cost:measure", data, timeout_s=TIMEOUT_S))
-            costs[name] = LayerFit(model=model, dtype=layer_cost.DTYPE, **found)
-        foreign_cores = others.num_cores()
-        evidence, network = session.evidence, dict(session.network)
-    facts = provenance.collect(layers)
-    calibration = Calibration(
-        profiled=cluster,
-        evidence=evidence,
-        network=network,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        foreign_cores=foreign_cores,
-        duration_s=round(time.monotonic() - since, 1),
-        provenance={key: value for key, value in facts.items() if key not in PERSONAL},
-        fits=fits,
-        products=products,
-        contention=slowdown,
-        contention_spread=spread,
-        layers=costs,
-    )
-    return calibration, ledger.record(calibration, folder)
+        found = []
+        for part in wanted:
+            say(part.text)
+            found.append(part.fit(session.call(part.target, part.payload, timeout_s=TIMEOUT_S), True))
+        made = calibration(
+            cluster,
+            found,
+            systems=systems,
+            evidence=session.evidence,
+            network=session.network,
+            foreign_cores=others.num_cores(),
+            duration_s=time.monotonic() - since,
+        )
+    return made, ledger.record(made, folder)
+
+
+def busy_s() -> float:
+    """Seconds of this machine's cores that were not idle since it was started."""
+    total = psutil.cpu_times()
+    return float(sum(total) - total.idle - total.iowait - total.guest - total.guest_nice)
 
 
 class _Others:
@@ -82,11 +150,10 @@ class _Others:
 
     @staticmethod
     def _busy_s() -> float:
-        total = psutil.cpu_times()
-        busy = sum(total) - total.idle - total.iowait - total.guest - total.guest_nice
+        busy = busy_s()
         here = psutil.Process()
         for process in (here, *here.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 times = process.cpu_times()
                 busy -= times.user + times.system
-        return float(busy)
+        return busy

@@ -172,6 +172,8 @@ class Cluster(Spec):
 
     ``kind``: ``local`` = ranks of this machine over unshaped loopback; ``emulated`` = ranks of this machine in
     network namespaces with shaped links; ``physical`` = a real cluster, whose preset holds published numbers.
+    ``device``: the GPU as CUDA names it (``H100``, ``A100-SXM4-40GB``), which must then be there; ``cpu``: the CPU, and
+    of a local cluster whatever the machine has.
     """
 
     name: Name

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -46,7 +50,7 @@ def test_the_newest_is_found_and_the_older_kept(tmp_path):
     assert ledger.latest(cluster, tmp_path) == second
     assert ledger.history("emulated-2x4", tmp_path) == [first, second]
     assert path.read_text().splitlines()[1].rstrip(",") == before
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]  # nothing half-written beside it
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, ledger.LOCK}  # nothing half-written beside it
 
 
 def test_another_cluster_of_the_same_name_is_another_cluster(tmp_path):
@@ -120,3 +124,39 @@ def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"ledger: .*choose a folder"):
         ledger.record(calibration(), tmp_path / "file")
+
+
+def nfs(handle: int, how: int) -> None:
+    """As NFS has it (flock(2)): exclusive only on what is open for writing, and no folder is."""
+    if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    flock(handle, how)
+
+
+flock = fcntl.flock
+
+
+def add(folder, date):
+    ledger.record(calibration(date=date), folder)
+
+
+def test_of_those_who_add_at_once_all_are_kept_even_on_nfs(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    monkeypatch.setattr(ledger, "NO_LOCKS", set())
+    several = multiprocessing.get_context("fork")
+    adding = [several.Process(target=add, args=(tmp_path, f"2020-01-0{day}T00:00:00+00:00")) for day in range(1, 9)]
+    for process in adding:
+        process.start()
+    for process in adding:
+        process.join()
+    assert len(ledger.history("emulated-2x4", tmp_path)) == 8
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    ledger.record(calibration(), tmp_path)
+    assert ledger.history("emulated-2x4", tmp_path) == [calibration()]

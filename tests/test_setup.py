@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,10 +64,58 @@ def test_conda_and_pip_ask_for_the_same_packages_and_versions():
     assert {canonical(line) for line in pip[:-1]} == declared()
 
 
-def test_torch_is_pinned_the_same_everywhere():
+def test_torch_is_in_one_range_everywhere():
     (torch,) = [line for line in project()["dependencies"] if line.startswith("torch")]
-    assert torch == "torch==2.13.0"
-    assert torch in (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"TORCH_RANGE := {torch}\n" in makefile
+    pinned = re.search(r"^TORCH := torch==(.*)$", makefile, re.MULTILINE)[1]
+    first, end, now = (tuple(map(int, text.split("."))) for text in (*re.findall(r"[\d.]+", torch), pinned))
+    assert first <= now < end
+
+
+PIP = "-m pip install --disable-pip-version-check"
+WHEELS = "https://download.pytorch.org/whl"
+
+
+@pytest.mark.parametrize(
+    ("asked", "driver", "before", "pip"),
+    [
+        ("", "", "", [f"{PIP} torch==2.13.0"]),
+        ("", "cu126", "", [f"{PIP} torch>=2.11,<2.14 --index-url {WHEELS}/cu126"]),
+        ("pypi", "cu126", "", [f"{PIP} torch==2.13.0"]),
+        ("cu130", "cu126", "", [f"{PIP} torch>=2.11,<2.14 --index-url {WHEELS}/cu130"]),
+        ("https://mirror/simple", "", "", [f"{PIP} torch>=2.11,<2.14 --index-url https://mirror/simple"]),
+        ("/opt/wheels", "", "", [f"{PIP} torch>=2.11,<2.14 --no-index --find-links /opt/wheels"]),
+        ("", "", "cu126", [f"{PIP} torch>=2.11,<2.14 --index-url {WHEELS}/cu126"]),  # what was chosen before stays
+        ("cu130", "", "cu126", ["-m pip uninstall -y -q torch", f"{PIP} torch>=2.11,<2.14 --index-url {WHEELS}/cu130"]),
+    ],
+)
+def test_setup_takes_torch_from_where_it_is_told(tmp_path, asked, driver, before, pip):
+    """`make setup` with a Python that writes down what it is to do."""
+    log, python = tmp_path / "log", tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$*" >> {log}\n[ "$2" != harness/devices.py ] || echo "{driver}"\n')
+    python.chmod(0o755)
+    if before:
+        (tmp_path / ".torch-index").write_text(before + "\n")
+    make = ["make", "setup", f"VENV={tmp_path}", f"TORCH_INDEX={asked}"]
+    assert subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line for line in log.read_text().splitlines() if "pip" in line and "torch" in line] == pip
+    log.unlink()
+    again = subprocess.run([*make[:-1], f"TORCH_INDEX={asked}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not log.exists(), again.stdout  # the same index again: nothing to do
+
+
+def test_setup_says_what_to_do_where_torch_is_not_to_be_had(tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\n[ "$3" != install ]\n')
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", f"VENV={tmp_path}", "TORCH_INDEX=cu199"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("torch: 'cu199': not to be had from there; name a mirror: make setup TORCH_INDEX=URL")
 
 
 def test_every_third_party_import_is_declared():

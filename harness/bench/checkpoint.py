@@ -72,14 +72,16 @@ class Checkpoints:
         after_step: AfterStep | None,
     ) -> int:
         """Steps done by the last whole checkpoint, whose state all of them then have; 0: none."""
-        path = self.folder / "latest.json"
-        if not path.exists():
+        path, remedy = self.folder / "latest.json", "is no whole checkpoint; remove its folder to begin anew"
+        text, error = self._read_by_rank_0(path)
+        if error:
+            raise bad("checkpoint", str(path), f"{remedy} ({error})")
+        if text is None:
             return 0
-        remedy = "is no whole checkpoint; remove its folder to begin anew"
         try:
-            latest: dict[str, Any] = json.loads(path.read_text())
+            latest: dict[str, Any] = json.loads(text)
             step, num_ranks, placements = latest["step"], latest["num_ranks"], latest["placements"]
-        except (OSError, ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise bad("checkpoint", str(path), f"{remedy} ({error})") from None
         if (num_ranks, len(placements)) != (self.job.num_ranks, len(layers)):
             there = f"{num_ranks} ranks and {len(placements)} layers"
@@ -97,6 +99,21 @@ class Checkpoints:
         if after_step is not None:
             after_step.restore(state["after_step"])
         return int(step)
+
+    def _read_by_rank_0(self, path: Path) -> tuple[str | None, str]:
+        """Text of ``path``, None if there is no such file, and what was wrong: the same on all ranks. Nodes may see a
+        file system that they share at different ages, and ranks that began at different steps would never meet."""
+        found: list[tuple[str | None, str]] = [(None, "")]
+        if self.job.rank == 0:
+            try:
+                found = [(path.read_text(), "")]
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError) as error:
+                found = [(None, str(error))]
+        if self.job.num_ranks > 1:
+            dist.broadcast_object_list(found, device=self.job.device)
+        return found[0]
 
     @contextmanager
     def noting(self, step: int) -> Iterator[None]:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from harness import presets, registry
-from harness.bench.race import LayerContender, first_said, make_case, name_phase
+from harness.bench.layer import LayerContender
+from harness.bench.race import first_said, make_case, name_phase
 from harness.bench.timing import Stopwatch, interleaved, quiet
 from harness.comm.fits import TokensFit, judge
 from harness.comm.job import Job
@@ -62,11 +63,13 @@ def measure(job: Job, payload: dict[str, Any]) -> dict[str, list[list[tuple[floa
     return spans
 
 
-def fit(of_ranks: list[dict[str, list[list[tuple[float, float]]]]]) -> dict[str, TokensFit]:
-    """Of ``forward`` and ``backward``: the median over repetitions of last end minus first start."""
+def fit(of_ranks: list[dict[str, list[list[tuple[float, float]]]]], shared_clock: bool = True) -> dict[str, TokensFit]:
+    """Of ``forward`` and ``backward``: the median over repetitions of last end minus first start, or, where nodes have
+    clocks of their own, of the longest time that a rank saw pass."""
     fits = {}
     for direction in of_ranks[0]:
         spans = np.array([rank[direction] for rank in of_ranks])  # [ranks, sizes, repeats, 2]
-        times = np.median(spans[..., 1].max(0) - spans[..., 0].min(0), axis=-1)
+        start, end = spans[..., 0], spans[..., 1]
+        times = np.median(end.max(0) - start.min(0) if shared_clock else (end - start).max(0), axis=-1)
         fits[direction] = judge(TokensFit, TOKENS, times, HELD_OUT)
     return fits

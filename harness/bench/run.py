@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from harness.bench import provenance, tidy
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
 from harness.errors import bad
-from harness.specs import Cluster, Experiment
+from harness.specs import GEMMS, Cluster, Experiment
 
 if TYPE_CHECKING:
     from harness.launch.session import RankFailure
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 RUN_RACE = "harness.bench.race:run_race"
 SESSION_START_S = 6.0
 MIN_TIMEOUT_S = 300.0
+DRAWN_PER_S = 10e6  # weights that a rank draws, at least; a quarter of what one thread of a server's core does
 _STATUS_OF_FAILURE = {"raised": "failed", "died": "failed", "hung": "hung", "out_of_memory": "oom"}
 _DIGEST = re.compile(r"\[([0-9a-f]{16})\]")
 
@@ -142,12 +144,13 @@ def run_plan(each: Plan, settings: Settings, argv: list[str]) -> None:
     for launch in each.launches:
         races = [race for number, race in each.tasks if number == launch]
         with Sessions(each, settings, launch, races) as sessions:
-            sessions.write_record(store, argv)
+            finish_record = sessions.write_record(store, argv)
             for race in races:
                 report({"did": "begin", "text": f"launch {launch}: {describe(race)}", **stamp(race, launch)})
                 answers, failed = sessions.run(race, report)
                 store_race(store, race, sessions.setting, answers, failed)
                 report({"did": "race", "units": _units(race), **stamp(race, launch)})
+            finish_record()
 
 
 def store_race(
@@ -195,7 +198,7 @@ class Sessions:
                 answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
                 return answers, failed
             except RankFailure as failure:
-                for cell, (status, reason) in blamed(remaining, failure).items():
+                for cell, (status, reason) in blamed([e.digest for e in remaining], failure).items():
                     failed[cell] = status, reason + self._on_their_way(cell)
                 remaining = [experiment for experiment in remaining if experiment.digest not in failed]
                 self._start()
@@ -214,11 +217,11 @@ class Sessions:
         path = self.checkpoints / cell / "moving.json"
         return f"; experts were changing places, from where and to where is in {path}" if path.exists() else ""
 
-    def write_record(self, store: Store, argv: list[str]) -> None:
-        """What ran where, beside the rows of this launch."""
+    def write_record(self, store: Store, argv: list[str]) -> Callable[[], None]:
+        """What ran where, beside the rows of this launch; to be called when all has run."""
         name = "-".join(filter(None, (self._place, self.settings.part, str(int(time.time())))))
         evidence, network = self._session.evidence, dict(self._session.network)
-        store.write_record(name, record_of_launch(self.plan, self.launch, self.races, evidence, network, argv))
+        return keep_record(store, name, record_of_launch(self.plan, self.launch, self.races, evidence, network, argv))
 
     def _start(self) -> None:
         from harness.launch.session import open_session
@@ -236,21 +239,32 @@ class Sessions:
         self.num_started += 1
 
     def _preload(self) -> list[str]:
-        """Slow modules of the packages that race here and are installed."""
-        systems = {registry.system(experiment.system) for race in self.races for experiment in race.experiments}
-        return sorted({module for system in systems if system.missing() is None for module in system.preload})
+        """Slow modules of the packages that race here and are installed, and what an optimizer's first step imports."""
+        experiments = [experiment for race in self.races for experiment in race.experiments]
+        systems = {registry.system(experiment.system) for experiment in experiments}
+        training = {"torch._dynamo"} if any(experiment.phase == "train_step" for experiment in experiments) else set()
+        return sorted(training | {name for each in systems if each.missing() is None for name in each.preload})
 
     def _timeout_s(self, race: Race) -> float:
         if self.settings.timeout_s is not None:
             return self.settings.timeout_s
-        return MIN_TIMEOUT_S + 10 * sum(tidy.estimate_s(e, race.repeats, race.warmup) for e in race.experiments)
+        estimates = (tidy.estimate_s(e, race.repeats, race.warmup) for e in race.experiments)
+        return MIN_TIMEOUT_S + 10 * sum(estimates) + sum(drawing_s(e) for e in race.experiments)
 
 
-def blamed(experiments: Sequence[Experiment], failure: RankFailure) -> dict[str, tuple[str, str]]:
-    """Cells that a rank's failure ended, with status and reason: the one that its phase names, or else all."""
-    cells = [experiment.digest for experiment in experiments]
+def drawing_s(experiment: Experiment) -> float:
+    """Seconds at most in which a rank draws the weights of its experts, on the CPU; each system draws its own."""
+    model = experiment.model
+    num_layers = 1 if experiment.phase in ("exchange", "layer") else model.num_layers
+    of_expert = GEMMS[model.ffn_type] * model.hidden * model.ffn
+    return num_layers * math.ceil(model.num_experts / experiment.cluster.num_ranks) * of_expert / DRAWN_PER_S
+
+
+def blamed(cells: Sequence[str], failure: RankFailure) -> dict[str, tuple[str, str]]:
+    """Of ``cells`` (digests), those that a rank's failure ended, with status and reason: the one that its phase names,
+    or else all."""
     named = _DIGEST.search(failure.phase)
-    guilty = [named[1]] if named and named[1] in cells else cells
+    guilty = [named[1]] if named and named[1] in cells else list(cells)
     reason = f"rank {failure.rank} in {failure.phase!r}: {failure.message}"
     return dict.fromkeys(guilty, (_STATUS_OF_FAILURE[failure.kind], reason))
 
@@ -268,6 +282,17 @@ def payload_of(race: Race, experiments: Sequence[Experiment], settings: Settings
         "warmup": race.warmup,
         "checkpoints": (str(checkpoints_of(settings, launch)), settings.checkpoint_every),
     }
+
+
+def keep_record(store: Store, name: str, record: dict[str, Any]) -> Callable[[], None]:
+    """Store ``record`` now; what comes back stores it again, with the conditions of its GPUs, if any, after the run."""
+    store.write_record(name, record)
+
+    def finish() -> None:
+        if after := provenance.conditions() if record.get("devices") else []:
+            store.write_record(name, {**record, "conditions": {**record["conditions"], "after": after}})
+
+    return finish
 
 
 def record_of_launch(
@@ -314,7 +339,12 @@ def summary(store: Store, suite: Suite) -> dict[str, int]:
 
 def stamp(race: Race, launch: int) -> dict[str, Any]:
     """What a message of a sweep's job says besides: when, and which race of which launch."""
-    return {"at": time.time(), "race": race.digest, "launch": launch}
+    return stamp_of(race.digest, launch)
+
+
+def stamp_of(digest: str, launch: int) -> dict[str, Any]:
+    """``stamp`` of what has this digest."""
+    return {"at": time.time(), "race": digest, "launch": launch}
 
 
 def _units(race: Race) -> int:

@@ -28,6 +28,7 @@ from typing import Any, get_args
 from harness import presets, registry
 from harness.bench import serve
 from harness.errors import UserError, bad
+from harness.presets import this_machine
 from harness.routing import KNOWN_GENERATORS, make_routing
 from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Workload
 from harness.topology import Topology
@@ -215,7 +216,7 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
     """What can be told without a rank: the routing exists, and the experts divide."""
     workload, topology = experiment.workload, Topology(experiment.cluster.shape)
     with _at(here):
-        if experiment.cluster.kind == "physical" and not physical:
+        if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
             raise bad(
                 "cluster", experiment.cluster.name, "is a published set-up to be simulated; run on local or emulated"
             )

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from harness import __version__
+from harness import __version__, caches
 from harness.cli import inputs, look, regress, run, sweep
 from harness.errors import UserError
 
@@ -33,6 +33,7 @@ for room in (look, inputs, run, sweep, regress):
 def main() -> None:
     """Run the command line; a ``UserError`` becomes one line on stderr and exit status 2."""
     try:
+        caches.use_scratch()
         app()
     except UserError as error:
         sys.stderr.write(f"moebench: {error}\n")

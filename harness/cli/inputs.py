@@ -12,11 +12,13 @@ import typer
 
 from harness import console
 from harness.cli.options import Json
+from harness.errors import bad
 
 if TYPE_CHECKING:
     from harness.routing.record import Summary
 
 commands = typer.Typer()
+PROFILES = Path("results/profiles")
 
 
 @commands.command(name="record")
@@ -109,9 +111,13 @@ def place(
 
 @commands.command()
 def profile(
-    cluster: Annotated[str, typer.Argument(help="A local or emulated cluster preset (moebench list clusters).")],
+    cluster: Annotated[str, typer.Argument(help="A cluster preset; with --on slurm a cluster file, or its name.")],
+    on: Annotated[str, typer.Option("--on", help="local: ranks of this machine; slurm: a job's tasks.")] = "local",
+    nodes: Annotated[int | None, typer.Option(help="Nodes of a Slurm cluster; by default all of its file's.")] = None,
     system: Annotated[list[str] | None, typer.Option(help="Fit this system's layer too; may be repeated.")] = None,
     model: Annotated[str, typer.Option(help="Model preset whose layer that is.")] = "local-m512-e16k2",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script that sbatch would get.")] = False,
+    results: Annotated[Path, typer.Option(help="Folder of the profiles that Slurm runs.")] = PROFILES,
     as_json: Json = False,
 ) -> None:
     """Fit what a simulator needs to know of a cluster, and add it to the ledger in results/ledger.
@@ -120,14 +126,24 @@ def profile(
     of a level work at once) and of matrix products, each with its error at sizes that were held out; how much busy
     lanes slow each other down; with --system, a whole layer over its tokens.
 
+    With --on slurm the ranks are the tasks of one job, submitted as a sweep's are: this command returns, and
+    moebench status, resume and cancel take the folder that it prints.
+
     ```
     moebench profile emulated-2x4
     moebench profile emulated-2x4 --system megatron --system flat
     moebench profile local-4 --json
+    moebench profile my-cluster.yaml --on slurm --nodes 4 --system flat
     ```
     """
     from harness import presets, profiling
 
+    if on == "slurm":
+        return _profile_on_slurm(cluster, nodes, system or [], model, results, dry_run, as_json)
+    if on != "local":
+        raise bad("--on", on, "must be local or slurm")
+    if nodes is not None or dry_run:
+        raise bad("--nodes" if nodes else "--dry-run", nodes or dry_run, "is for --on slurm")
     spec = presets.cluster(cluster)
     with console.progress(f"profiling {spec.name}") as bar:
         made, path = profiling.profile(spec, lambda text: console.say(bar, text), system or [], model)
@@ -140,6 +156,28 @@ def profile(
         title += f" (other programs kept {made.foreign_cores:.1f} cores busy: profile again when they do not)"
     console.show(ledger.fit_rows(made), title)
     console.show(ledger.contention_rows(made), "how much longer work on a lane takes while another is busy")
+
+
+def _profile_on_slurm(
+    cluster: str, nodes: int | None, systems: list[str], model: str, results: Path, dry_run: bool, as_json: bool
+) -> None:
+    from harness import ledger
+    from harness.sweep import profile, script, spec, submit
+    from harness.sweep.folder import SweepFolder
+
+    slurm = spec.load_cluster(cluster)
+    job = profile.job(slurm, nodes, systems, model, ledger.LEDGER)
+    run_dir = (results / profile.run_name(slurm)).resolve()
+    if dry_run:
+        typer.echo("\n".join(script.texts(SweepFolder(run_dir), slurm.cluster, [submit.shape_of(job)])))
+        return
+    submit.submit_profile(slurm, run_dir, job)
+    path = ledger.LEDGER / f"{job['cluster']['name']}.json"
+    if as_json:
+        return console.print_json({"run": str(run_dir), "ledger": str(path.resolve()), "cells": len(job["tasks"])})
+    typer.echo(
+        f"{run_dir}: {len(job['tasks'])} parts in 1 job; moebench status {run_dir}; the calibration goes to {path}"
+    )
 
 
 def _show_recording(made: Summary, as_json: bool) -> None:

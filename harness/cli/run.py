@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness import console
+from harness import caches, console
 from harness.cli.options import RUNS, Json, Results
 from harness.errors import bad
+
+if TYPE_CHECKING:
+    from harness.bench.suite import Suite
 
 commands = typer.Typer()
 SIMULATED = Path("results/simulated")
@@ -56,13 +61,17 @@ def simulate(
 @commands.command()
 def run(
     experiments: Annotated[Path | None, typer.Argument(help="A YAML file of experiments.")] = None,
-    suite: Annotated[str, typer.Option(help="A suite that comes with moebench, instead of a file.")] = "",
+    suite: Annotated[
+        str, typer.Option(help="A suite that comes with moebench, instead of a file; auto: what fits this machine.")
+    ] = "",
     name: Annotated[str, typer.Option(help="Name of the run; by default that of the suite or file.")] = "",
     launches: Annotated[int | None, typer.Option(min=1, help="How often to start anew, instead of the file's.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; do not resume after finished cells.")] = False,
     checkpoint_every: Annotated[
         int, typer.Option(min=0, help="Training steps between checkpoints where experts change places; 0: none.")
     ] = 10,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and what refuses them.")] = False,
+    gpus: Annotated[int | None, typer.Option(min=0, help="With --dry-run: as if so many GPUs were here.")] = None,
     results: Results = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -70,10 +79,13 @@ def run(
 
     Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
     experts change places from its last checkpoint. What is refused or fails is a row
-    with its reason; exit status 1 only if no cell at all has a result.
+    with its reason; exit status 1 only if no cell at all has a result. --suite auto takes gpu-node where this machine
+    has 2 GPUs or more, gpu where it has one, else quick.
 
     ```
     moebench run --suite quick
+    moebench run --suite auto --dry-run
+    moebench run --suite gpu-node --dry-run --gpus 8
     moebench run my-experiments.yaml --name mine --launches 5
     ```
     """
@@ -81,8 +93,18 @@ def run(
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
     from harness.bench import run as bench
     from harness.bench import suite as suites
+    from harness.presets import this_machine
 
-    chosen = suites.load(suite or str(experiments))
+    if "SLURM_JOB_ID" in os.environ:
+        caches.use_scratch(everything=True)  # a node's home may be read-only, and is shared
+    if gpus is not None and not dry_run:
+        raise bad("--gpus", gpus, "is what a dry run assumes; add --dry-run, or leave it out")
+    with contextlib.nullcontext() if gpus is None else this_machine.assuming(gpus):
+        if suite == "auto":
+            suite = fitting()
+        chosen = suites.load(suite or str(experiments))
+    if dry_run:
+        return _show_plan(chosen, launches, as_json)
     run_dir = results / suites.checked_name("--name", name or chosen.name)
     counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
     if as_json:
@@ -91,6 +113,37 @@ def run(
         typer.echo(f"{run_dir}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
     if not counts.get("ok"):
         raise typer.Exit(1)
+
+
+def fitting() -> str:
+    """The suite for the GPUs that are here and that torch can use; said on stderr."""
+    from harness import devices
+    from harness.launch import gpus
+    from harness.presets import this_machine
+
+    why = None if this_machine.assumed() else gpus.unusable(devices.ask())
+    num_gpus = 0 if why else this_machine.num_gpus()
+    chosen = "gpu-node" if num_gpus > 1 else "gpu" if num_gpus else "quick"
+    here = "; ".join(filter(None, why)) if why else f"{num_gpus} {'GPU is' if num_gpus == 1 else 'GPUs are'} here"
+    typer.echo(f"suite {chosen}: {here}", err=True)
+    return chosen
+
+
+def _show_plan(chosen: Suite, launches: int | None, as_json: bool) -> None:
+    from harness.bench import dry
+
+    rows = list(dry.rows(chosen, launches))
+    if as_json:
+        return console.print_json({"suite": chosen.name, "cells": rows})
+    taken = [row for row in rows if not row["refused"]]
+    minutes = sum(row["estimate_s"] for row in taken) / 60
+    about = f"{len(taken)} of {len(rows)} cells would run, in about {max(1, round(minutes))} min"
+    shown = [{**row, "estimate_s": round(row["estimate_s"]), "refused": _start(row["refused"])} for row in rows]
+    console.show(shown, f"{chosen.name}: {about}")
+
+
+def _start(reason: str | None) -> str:
+    return (reason or "").split(";")[0]
 
 
 @commands.command()

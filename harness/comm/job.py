@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ class Job:
         counters: Callable[[], list[int]] | None = None,
         shared_clock: bool = True,
         progress: Callable[[dict[str, Any]], None] | None = None,
+        timeout: datetime.timedelta | None = None,
     ):
         self.topology = topology
         self.device = torch.device(device)
@@ -44,6 +46,8 @@ class Job:
         self.moving: Callable[[Any], None] | None = None
         #: True if perf_counter is one clock for all ranks (one kernel)
         self.shared_clock = shared_clock
+        #: of collectives, as the world has it: a group with NCCL's own would abort its rank before a hang is told
+        self._timeout = timeout
         self.world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(self.num_ranks)): self.world}
         for level in range(topology.num_levels):
@@ -53,7 +57,7 @@ class Job:
 
     def _make(self, ranks: list[int]) -> None:
         if tuple(ranks) not in self._groups and len(ranks) > 1:
-            self._groups[tuple(ranks)] = dist.new_group(ranks)  # type: ignore[assignment]
+            self._groups[tuple(ranks)] = dist.new_group(ranks, timeout=self._timeout)  # type: ignore[assignment]
 
     def inner(self, level: int = 0) -> dist.ProcessGroup | None:
         """The ranks of this rank's unit at ``level`` (its node for 0); None if it is alone."""

@@ -22,8 +22,8 @@ from typing import Any
 
 import submitit
 
+from harness.devices import MASK
 from harness.errors import UserError, bad
-from harness.launch import gpus
 from harness.launch.session import RankFailure
 
 POLL_S = 0.1
@@ -69,12 +69,9 @@ def submit(
         raise bad("folder", str(folder), f"{error.strerror}; choose a folder that can be written") from None
     progress = own / "progress.jsonl"
     executor = submitit.AutoExecutor(folder=own, cluster="local")
-    devices = tuple(int(gpu) for gpu in gpus.visible() if gpu.isdecimal())
-    executor.update_parameters(name=name, timeout_min=timeout_min, gpus_per_node=len(devices))
-    if devices:
-        executor.update_parameters(local_visible_gpus=devices)
+    executor.update_parameters(name=name, timeout_min=timeout_min)  # no GPUs: it knows numbers only, and renumbers
     with _stderr_to(own / "controller.log"):
-        job = executor.submit(_inside, os.getpid(), progress, function, args)
+        job = executor.submit(_inside, os.getpid(), os.environ.get(MASK), progress, function, args)
     try:
         num_read = 0
         while True:
@@ -96,9 +93,12 @@ class _Expected:
         self.error = error
 
 
-def _inside(caller: int, progress: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """What the job runs."""
+def _inside(caller: int, mask: str | None, progress: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """What the job runs. ``mask``: the caller's, since submitit sets one of its own, which shows no GPU."""
     threading.Thread(target=_end_with, args=(caller,), daemon=True).start()
+    os.environ.pop(MASK, None)
+    if mask is not None:
+        os.environ[MASK] = mask
     os.environ[PROGRESS_VARIABLE] = str(progress)
     try:
         return function(*args)

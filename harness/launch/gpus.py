@@ -1,34 +1,181 @@
-"""The GPUs of this machine, found without initialising CUDA, which would forbid to fork."""
+"""Which device a rank computes on. A cluster gets the devices that it names, or one line says why it cannot.
+
+physical    the GPU that ``device`` names, one a rank; ``device: cpu`` is the CPU
+local       a GPU a rank where this machine has as many and torch can use them, else the CPU, said in a warning
+            where there are GPUs; where ``device`` names a GPU, that one or nothing
+emulated    the CPU
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from pathlib import Path
+import re
+from typing import TYPE_CHECKING
 
-from harness.errors import bad
+from harness import devices
+from harness.devices import HIDE_ALL, INDEX, MASK, MIN_DRIVER, Driver
+from harness.errors import UserError, bad
 from harness.specs import Cluster
 
+if TYPE_CHECKING:
+    import torch
 
-def visible() -> list[str]:
-    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    present = sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not present or allowed is None:
-        return present
-    return [name.strip() for name in allowed.split(",") if name.strip()]
+log = logging.getLogger("moebench")
 
 
 def suffice(cluster: Cluster) -> bool:
-    """Whether every rank of ``cluster`` can have one of its own; ``UserError`` if a physical one's cannot."""
-    num_gpus = len(visible())
-    if cluster.kind == "physical" and num_gpus < cluster.num_ranks:
-        raise bad(
-            f"cluster {cluster.name}.kind",
-            "physical",
-            f"needs {cluster.num_ranks} GPUs on this machine, which has {num_gpus}; choose a local or emulated cluster",
-        )
-    if cluster.kind == "emulated" or num_gpus < cluster.num_ranks:
+    """Whether the ranks of ``cluster``, all on this machine, run on its GPUs; ``UserError`` if they should and cannot.
+
+    Does not initialise CUDA here, which would forbid to fork.
+    """
+    if cluster.kind == "emulated":
         return False
+    driver = devices.ask()
+    check_mask(driver)
+    why = unusable(driver)
+    num_gpus = 0 if why else len(driver.devices)
+    if num_gpus < cluster.num_ranks:
+        if cluster.kind == "physical" or _names_gpu(cluster):
+            raise _too_few(cluster, cluster.num_ranks, num_gpus, why)
+        if driver.found and os.environ.get(MASK) not in HIDE_ALL:
+            reason = "; ".join(why) if why else f"{cluster.num_ranks} ranks, {num_gpus} GPUs"
+            log.warning("cluster %s runs on the CPU: %s", cluster.name, reason)
+        return False
+    for device in driver.devices[: cluster.num_ranks]:
+        _check_name(cluster, device.name)
+    return True
+
+
+def visible() -> list[str]:
+    """Names of the GPUs that CUDA shows to this process, in its order."""
+    return [device.name for device in devices.ask().devices]
+
+
+def device_of(cluster: Cluster, local_rank: int, num_local: int, use_cuda: bool | None = None) -> torch.device:
+    """The device of a rank, ``local_rank`` of the ``num_local`` that share this machine; torch's current one from now
+    on. ``use_cuda``: what has been decided already; None: what ``cluster`` names. ``UserError`` if that is not here."""
     import torch
 
-    return torch.version.cuda is not None
+    if use_cuda is None:
+        use_cuda = cluster.kind != "emulated" and _names_gpu(cluster)
+    if not use_cuda:
+        os.environ[MASK] = ""  # for packages too, which look for GPUs by themselves
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    given = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    own = num_gpus == 1 and (not given.isdecimal() or int(given) >= num_local)  # Slurm has bound one to every task
+    if num_gpus < num_local and not own:
+        driver = devices.ask()
+        check_mask(driver)
+        raise _too_few(cluster, num_local, num_gpus, unusable(driver))
+    device = torch.device("cuda", local_rank if num_gpus > 1 else 0)
+    _check_name(cluster, torch.cuda.get_device_name(device))
+    torch.cuda.set_device(device)
+    return device
+
+
+def unusable(driver: Driver) -> tuple[str, str] | None:
+    """Why torch can use none of the GPUs, and what helps; None if it can."""
+    if not driver.found:
+        return "there is no NVIDIA driver", ""
+    if driver.cuda is None:
+        return driver.error, "install the driver, or start the container with its GPUs (--gpus all, --nv)"
+    import torch
+
+    newest = "{}.{}".format(*driver.cuda)
+    build, other = torch.version.cuda, f"make setup TORCH_INDEX={INDEX.get(driver.cuda[0], INDEX[max(INDEX)])}"
+    if build is None:
+        return f"torch {torch.__version__} is a CPU build, the driver is one for CUDA {newest}", other
+    major = int(build.split(".")[0])
+    if driver.cuda[0] < major:
+        what = f"torch {torch.__version__} is built for CUDA {build}, the driver supports {newest} at most"
+        return what, f"{other}, or a driver >= {MIN_DRIVER[major]}" if major in MIN_DRIVER else other
+    if not driver.devices:
+        return driver.error or f"{MASK} hides every GPU", f"nvidia-smi must list GPUs, and {MASK} name some of them"
+    kernels = torch.cuda.get_arch_list()
+    for device in driver.devices:
+        if kernels and not _has_kernels(device.capability, kernels):
+            what = "torch {} has no kernels for {}, capability {}.{}"
+            helps = f"make setup TORCH_INDEX={INDEX[12]}"
+            return what.format(torch.__version__, device.name, *device.capability), helps
+    return None
+
+
+def same_card(named: str, found: str) -> bool:
+    """Whether ``found``, as CUDA calls it, can be what a cluster calls ``named``: every word of the name is there, and
+    form (SXM, PCIe, NVL) and memory do not differ where both state them. ``gpu`` and ``cuda`` are any card."""
+    wanted, here = _words(named), _words(found)
+    if "mig" in here and "mig" not in wanted:
+        return False  # a slice of the card
+    for kind in (_FORM, _MEMORY):
+        both = [{kind.sub(r"\1", word) for word in words if kind.fullmatch(word)} for words in (wanted, here)]
+        if all(both) and not both[0] & both[1]:
+            return False
+    return {word for word in wanted if not _FORM.fullmatch(word) and not _MEMORY.fullmatch(word)} <= here
+
+
+_FORM = re.compile(r"(sxm|pcie|nvl)\d*")
+_MEMORY = re.compile(r"(\d+)gb")
+_VENDOR = {"nvidia", "gpu", "cuda", "tesla", "geforce", "quadro"}
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9.]+", re.sub(r"(\d)\s+gb\b", r"\1gb", name.lower()))) - _VENDOR
+
+
+def _names_gpu(cluster: Cluster) -> bool:
+    return cluster.device.lower() != "cpu"
+
+
+def _check_name(cluster: Cluster, found: str) -> None:
+    field = f"cluster {cluster.name}.device"
+    if not _names_gpu(cluster):
+        if cluster.kind == "physical":
+            raise bad(field, cluster.device, f"the GPUs here are {found}; name them so, or write kind: local")
+    elif not same_card(cluster.device, found):
+        raise bad(field, cluster.device, f"the GPU here is {found}; name that one, with its rates, or run elsewhere")
+
+
+def check_mask(driver: Driver) -> None:
+    """Every part of the mask must name a device: CUDA drops a part that names none and all after it in silence."""
+    mask = os.environ.get(MASK)
+    if mask is None or driver.cuda is None or mask.strip() in HIDE_ALL:
+        return
+    parts = [part.strip() for part in mask.split(",")]
+    named = parts[: next((at for at, part in enumerate(parts) if part.startswith("-")), len(parts))]
+    if len(driver.devices) >= len(named):
+        return
+    everything = devices.ask(devices.unmasked())
+    if not everything.devices:
+        return  # not the mask's fault; ``unusable`` says why
+    number = len(everything.devices)
+    numbers = "0" if number == 1 else f"0 to {number - 1}"
+    raise bad(
+        MASK,
+        mask,
+        f"{named[len(driver.devices)]!r} names no device that CUDA can show; unset it, or name some of {numbers} "
+        "or of the UUIDs that nvidia-smi -L lists, each once",
+    )
+
+
+def _too_few(cluster: Cluster, num_ranks: int, num_gpus: int, why: tuple[str, str] | None) -> UserError:
+    remedy = "ask for as many GPUs as ranks" if "SLURM_JOB_ID" in os.environ else "choose a local or emulated cluster"
+    here = f"needs {num_ranks} GPUs on this machine, which has {num_gpus}"
+    if why:
+        what, helps = why
+        here, remedy = f"{here} that torch can use: {what}", f"{helps}; or {remedy}" if helps else remedy
+    return bad(f"cluster {cluster.name}.kind", cluster.kind, f"{here}; {remedy}")
+
+
+def _has_kernels(capability: tuple[int, int], kernels: list[str]) -> bool:
+    """A binary serves its major version from its minor on; PTX (compute_) everything from its version on."""
+    for name in kernels:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name)
+        if match:
+            built = int(match[2]), int(match[3])
+            if match[1] == "sm" and built[0] == capability[0] and built <= capability:
+                return True
+            if match[1] == "compute" and built <= capability:
+                return True
+    return False

@@ -43,7 +43,8 @@ def main(control: Connection) -> None:
     signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
 
     if setup.use_cuda:
-        pids = [_spawn(setup, rank) for rank in range(setup.cluster.num_ranks)]
+        spawned = [_spawn(setup, rank) for rank in range(setup.cluster.num_ranks)]
+        pids = [process.pid for process in spawned]  # all kept: a forgotten one that has died is reaped by the next
     else:
         _import_once(setup)
         pids = [_fork(setup, rank, network, [control.fileno(), wakeup, signalled]) for rank in range(len(setup.fds))]
@@ -88,12 +89,12 @@ def _fork(setup: Setup, rank: int, network: Network | None, close: list[int]) ->
         os._exit(code)
 
 
-def _spawn(setup: Setup, rank: int) -> int:
+def _spawn(setup: Setup, rank: int) -> subprocess.Popen[bytes]:
     process = subprocess.Popen([sys.executable, "-m", "harness.launch.rank"], stdin=subprocess.PIPE, pass_fds=setup.fds)
     assert process.stdin is not None
     process.stdin.write(pickle.dumps((setup, rank)))
     process.stdin.close()
-    return process.pid
+    return process
 
 
 def _watch(control: Connection, wakeup: int, alive: dict[int, int]) -> NoReturn:

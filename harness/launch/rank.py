@@ -20,13 +20,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.errors import UserError
+from harness.errors import UserError, tells_out_of_memory
+from harness.launch import gpus
 from harness.launch.kernel import die_with_parent, enter_network
 from harness.launch.network import INTERFACE, Counters
 from harness.launch.phases import PhaseBoard
 from harness.specs import Cluster
 from harness.topology import Topology
 
+TIMEOUT = datetime.timedelta(hours=6)  # of collectives: the session's own limits end a call, and name the rank
 Kind = Literal["raised", "died", "hung", "out_of_memory"]
 
 
@@ -111,10 +113,9 @@ def _join(setup: Setup, rank: int, phase: Any, counters: Counters | None, contro
 
     from harness.comm.job import Job
 
-    torch.set_num_threads(1)
-    device = torch.device("cuda", local) if setup.use_cuda else torch.device("cpu")
-    if setup.use_cuda:
-        torch.cuda.set_device(device)
+    device = gpus.device_of(setup.cluster, local, setup.ranks_per_node, setup.use_cuda)
+    # a rank on the CPU is one core; beside a GPU the cores have nothing to do but to draw weights
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // setup.ranks_per_node) if setup.use_cuda else 1)
     if setup.rendezvous is None:
         where: dict[str, Any] = {"store": dist.FileStore(str(setup.private / "rendezvous"), world)}
     else:
@@ -123,7 +124,7 @@ def _join(setup: Setup, rank: int, phase: Any, counters: Counters | None, contro
         "nccl" if setup.use_cuda else "gloo",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(hours=6),  # the session's own limits end a call, and name the rank
+        timeout=TIMEOUT,
         device_id=device if setup.use_cuda else None,
         **where,
     )
@@ -134,6 +135,7 @@ def _join(setup: Setup, rank: int, phase: Any, counters: Counters | None, contro
     return Job(
         Topology(setup.cluster.shape),
         device,
+        timeout=TIMEOUT,
         report_phase=phase,
         counters=counters,
         progress=lambda message: control.send(("progress", message)),
@@ -164,11 +166,10 @@ def raised(rank: int, error: BaseException) -> Raised:
     """What ``error`` is to those who wait for the rank; its traceback goes to stderr."""
     traceback.print_exc()
     text = " ".join(str(error).split())
-    names = [base.__name__ for base in type(error).__mro__]
-    out_of_memory = "MemoryError" in names or "OutOfMemoryError" in names or "can't allocate memory" in text
+    names = " ".join(base.__name__ for base in type(error).__mro__)
     return Raised(
         rank,
-        "out_of_memory" if out_of_memory else "raised",
+        "out_of_memory" if tells_out_of_memory(f"{names}: {text}") else "raised",
         f"{type(error).__name__}: {text}",
         isinstance(error, UserError),
         time.monotonic(),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
+import math
 import os
 import pickle
 import re
@@ -21,7 +22,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from harness.errors import UserError, bad
 from harness.launch import gpus
-from harness.launch.phases import PhaseBoard
+from harness.launch.phases import private_board
 from harness.launch.rank import Kind, Raised, Setup
 from harness.specs import Cluster
 
@@ -41,6 +41,10 @@ NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--mou
 #: what the launcher is started through, with /run its own, because named network namespaces live there
 IN_NAMESPACES = [*NAMESPACES, "--kill-child", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "moebench"]
 COLLECTIVE_CODE = ("/torch/distributed/", "/harness/comm/")  # files of a rank that waits for others
+START_TIMEOUT_VARIABLE = "MOEBENCH_START_TIMEOUT_S"
+#: until every rank has joined the job; on GPUs each imports some 5 GB of libraries by itself, maybe from a network file
+#: system that has never seen them
+START_TIMEOUT_S = {"cpu": 120.0, "cuda": 600.0}
 END_S = 10.0  # for the launcher to end all ranks, before this process kills it
 #: a rank on CPU keeps the memory that it freed, as torch's CUDA allocator does; else every tensor of a step is mapped
 #: and zeroed anew, page by page, which costs more CPU than the copies that are to be timed
@@ -77,12 +81,13 @@ def open_session(
     wire: Literal["recv_first", "gloo"] = "recv_first",
     rendezvous: str | None = None,
     preload: tuple[str, ...] = (),
-    start_timeout_s: float = 120.0,
+    start_timeout_s: float | None = None,
 ) -> Iterator[Session]:
     """Start the ranks of ``cluster`` on this machine; see ``Session``.
 
     ``wire``: whose all-to-all runs under torch.distributed (gloo only). ``rendezvous``: ``tcp://host:port``; None uses
     a file, which no other program can be in the way of. ``preload``: modules imported once, before ranks are forked.
+    ``start_timeout_s``: None is what the environment's MOEBENCH_START_TIMEOUT_S says, else 120 s, and 600 s on GPUs.
     Where an emulated cluster's network cannot be made, its ranks run over plain loopback, ``session.network["shaped"]``
     is False and ``["reason"]`` says why. Raises ``UserError`` and ``RankFailure``.
     """
@@ -93,6 +98,7 @@ def open_session(
         raise bad("log_dir", str(log_dir), f"{error.strerror}; choose a folder that can be written") from None
     _check_rendezvous(cluster, rendezvous)
     use_cuda = gpus.suffice(cluster)
+    start_timeout_s = start_timeout_s or _start_timeout_s(use_cuda)
     reason = "" if cluster.kind == "emulated" else f"a {cluster.kind} cluster is not shaped"
     for emulate in (True, False) if cluster.kind == "emulated" else (False,):
         try:
@@ -131,8 +137,7 @@ class Session:
             "wire": "nccl" if use_cuda else wire,
             "allocator": "cuda" if use_cuda else os.environ.get("GLIBC_TUNABLES", KEEP_MEMORY),
         }
-        self._private = _private_directory()
-        self._phases = PhaseBoard(self._private / "phases", cluster.num_ranks, create=True)
+        self._private, self._phases = private_board(cluster.num_ranks)
         self._oom_kills = _oom_kills()
         pairs = [socket.socketpair() for _ in range(cluster.num_ranks)]
         mine, theirs = socket.socketpair()
@@ -344,10 +349,17 @@ class Session:
         return next((line.strip() for line in reversed(lines) if line.strip()), "no message")
 
 
-def _private_directory() -> Path:
-    """A directory that only this user reads; not under /run, which the namespaces replace."""
-    default = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="moebench-", dir="/tmp" if default.startswith("/run") else default))
+def _start_timeout_s(use_cuda: bool) -> float:
+    text = os.environ.get(START_TIMEOUT_VARIABLE)
+    if not text:
+        return START_TIMEOUT_S["cuda" if use_cuda else "cpu"]
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise bad(START_TIMEOUT_VARIABLE, text, "must be a number of seconds above 0; unset it for the default")
+    return seconds
 
 
 def _check_rendezvous(cluster: Cluster, rendezvous: str | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from harness.errors import bad, unknown
+from harness.presets import this_machine
 from harness.specs import Cluster, Model, Spec, Workload
 
 Kind = Literal["models", "clusters", "workloads"]
@@ -25,7 +26,10 @@ def model(name: str) -> Model:
 
 
 def cluster(name: str) -> Cluster:
-    """The cluster preset called ``name``; ``UserError`` with the nearest and the known names if there is none."""
+    """The cluster preset called ``name``, or the GPUs of this machine (``one-gpu``, ``gpu-node``); ``UserError`` with
+    the nearest and the known names if there is none."""
+    if name in this_machine.SIZES:
+        return this_machine.cluster(name)
     return _preset("clusters", name)
 
 
@@ -55,7 +59,8 @@ def _preset(kind: Kind, name: str) -> Any:
     known = _file(kind)
     singular = kind.removesuffix("s")
     if name not in known:
-        raise unknown(singular, name, known, kind, like=str(name).lower())
+        names = [*known, *this_machine.SIZES] if kind == "clusters" else known
+        raise unknown(singular, name, names, kind, like=str(name).lower())
     return SPECS[kind].parse({"name": name, **known[name]}, f"{singular} {name}")
 
 

@@ -21,6 +21,7 @@ import pandas as pd
 
 from harness.bench import provenance, suite
 from harness.errors import UserError, bad, unknown
+from harness.launch import gpus
 from harness.regress import decide, side
 
 ROOT = Path(__file__).parents[2]
@@ -147,8 +148,7 @@ def _rows(race: suite.Race, found: list[dict[str, Any]], setbacks: dict[str, Non
 
 def machine() -> str:
     """What a stored reference holds for: processor and cores, or the GPU."""
-    gpus = provenance.devices()
-    device = gpus[0]["name"] if gpus else provenance.cpu_model()
+    device = next(iter(gpus.visible()), provenance.cpu_model())
     return f"{device}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}"
 
 

@@ -21,6 +21,7 @@ from harness.bench import suite
 from harness.launch.session import open_session
 
 RUN_RACE = "harness.bench.race:run_race"
+PRELOAD = ("harness.bench.race",)
 
 
 def main(suite_file: Path, log_dir: Path) -> None:
@@ -29,16 +30,21 @@ def main(suite_file: Path, log_dir: Path) -> None:
     races = suite.load(suite_file).races
     with contextlib.ExitStack() as stack:
         sessions: dict[Any, Any] = {}
+
+        def session_of(race: Any) -> Any:
+            key = race.first.cluster.digest, race.first.wire
+            if key not in sessions or sessions[key].closed:
+                folder = log_dir / f"{race.first.cluster.name}-{race.first.wire}"
+                ranks = open_session(race.first.cluster, log_dir=folder, wire=race.first.wire, preload=PRELOAD)
+                sessions[key] = stack.enter_context(ranks)
+            return sessions[key]
+
+        with contextlib.suppress(Exception):  # said when it is asked for
+            session_of(races[0])  # both sides start at the same time, and not one when the other is done
         for line in sys.stdin:
             race = races[int(line)]
-            key = race.first.cluster.digest, race.first.wire
             try:
-                if key not in sessions or sessions[key].closed:
-                    folder = log_dir / f"{race.first.cluster.name}-{race.first.wire}"
-                    sessions[key] = stack.enter_context(
-                        open_session(race.first.cluster, log_dir=folder, wire=race.first.wire)
-                    )
-                answer = _run(sessions[key], race)
+                answer = _run(session_of(race), race)
             except Exception as error:  # a side that cannot run a race says so; the other goes on
                 answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
             answer_to.write(json.dumps(answer) + "\n")

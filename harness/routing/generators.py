@@ -9,6 +9,7 @@ where on the step and the rank too. The order among a token's k experts is rando
 from __future__ import annotations
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Annotated
@@ -347,6 +348,11 @@ GENERATORS: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
 
 def generate(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray:
     """ids int32 [T, k] of a workload whose generator is one of ``GENERATORS``."""
+    return _generate(workload, model, topology, step, layer).copy()
+
+
+@functools.lru_cache(maxsize=1)  # the systems of a race ask for the same one after another
+def _generate(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray:
     draw = Draw.of(workload, model, topology, step, layer)
     params, function = GENERATORS[workload.generator]
     return np.asarray(function(params.parse(workload.params, draw.where), draw), dtype=np.int32)

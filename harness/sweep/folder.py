@@ -5,11 +5,12 @@
       sweep.json                    the file, where it runs, its cells
       jobs/00007.json               a job: cluster, wire, and its (launch, race) tasks
       tasks.jsonl                   which job has which race of which launch
-      events/00007.jsonl            what the job says: begin, race, stop, end
-      events/00007/3.jsonl          what its other ranks say: failed
+      events/00007.jsonl            what the job says: start, begin, race, stop, killed, end
+      events/00007/3.jsonl          what its ranks say of themselves: failed
       submissions.jsonl             which job has which number in Slurm; one line a submission
       tree/                         the code as it was
-      submitit/                     scripts, pickles and logs of the jobs
+      submitit/                     scripts, pickles and logs of the jobs; N_ends: how their tasks ended, by the script
+      calibration.json              of a profile: what was added to the ledger
       cancelled                     while it exists, nothing is requeued
 
 Nothing here needs torch, so that ``moebench status`` answers at once.
@@ -94,8 +95,7 @@ class SweepFolder:
         path = self.events_path(index)
         found = list(_lines(path))
         if (others := path.with_suffix("")).is_dir():
-            found += (event for each in others.iterdir() for event in _lines(each))
-            found.sort(key=lambda event: event["at"])
+            found += (event for each in sorted(others.iterdir()) for event in _lines(each))
         return found
 
     def tell(self, index: int, did: str, *, rank: int = 0, **facts: Any) -> None:
@@ -105,9 +105,14 @@ class SweepFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         _append(path, {"did": did, "at": time.time(), "rank": rank, **facts})
 
-    def again(self, job_id: str) -> Path:
-        """While it exists when the ranks of Slurm's job ``job_id`` have ended, its script starts them again."""
-        return self.path / f"again-{job_id}"
+    def ends(self, number: str) -> list[dict[str, Any]]:
+        """How the tasks of Slurm's job ``number`` ended so far, as its script noted it (``harness.sweep.script``)."""
+        try:
+            lines = (self.submitit / f"{number}_ends").read_text(errors="replace").split("\n")[:-1]
+        except FileNotFoundError:
+            return []
+        parts = [line.split("\t", 2) for line in lines if line.count("\t") >= 2]
+        return [{"at": float(at), "did": did, "why": why} for at, did, why in parts]
 
     def submissions(self) -> list[dict[str, Any]]:
         return list(_lines(self.path / "submissions.jsonl"))
@@ -139,17 +144,36 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def deaths(events: Sequence[dict[str, Any]]) -> dict[Task, int]:
-    """How often the job died, without a word, inside each race."""
-    found: dict[Task, int] = {}
-    open_race: Task | None = None
+def attempts(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Events by attempt of the job: what rank 0 says, in its order, and what ranks say of an attempt by its number.
+
+    No times are compared, as nodes may disagree about the time.
+    """
+    found: list[list[dict[str, Any]]] = [[]]
     for event in events:
-        match event["did"]:
-            case "begin":
-                open_race = (event["race"], event["launch"])
-            case "race" | "failed" | "stop" | "end":
-                open_race = None
-            case "start" if open_race:
-                found[open_race] = found.get(open_race, 0) + 1
-                open_race = None
+        if "attempt" not in event:
+            if event["did"] == "start":
+                found.append([])
+            found[-1].append(event)
+    for event in events:
+        if "attempt" in event and event["attempt"] < len(found):
+            found[event["attempt"]].append(event)
+    return found
+
+
+def deaths(events: Sequence[dict[str, Any]]) -> dict[Task, list[str]]:
+    """Of each race in which earlier attempts of the job died without a word: how each ended, as far as known."""
+    found: dict[Task, list[str]] = {}
+    for attempt in attempts(events)[:-1]:
+        open_race: Task | None = None
+        for event in attempt:
+            match event["did"]:
+                case "begin":
+                    open_race = (event["race"], event["launch"])
+                case "race" | "stop" | "end":
+                    open_race = None
+        killed = [event["why"] for event in attempt if event["did"] == "killed"]
+        failed = any(event["did"] == "failed" for event in attempt)
+        if open_race and (killed or not failed):  # of a rank that was killed, the others fail too
+            found.setdefault(open_race, []).append(killed[-1] if killed else "")
     return found

@@ -9,6 +9,7 @@ by the job itself.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,14 +26,28 @@ from harness.specs import Cluster, Count, Spec
 ROOT = Path(__file__).parents[2]
 SWEEPS = ROOT / "slurm" / "sweeps"
 CLUSTERS = ROOT / "slurm" / "clusters"
+#: options of sbatch and srun that bind a task to one GPU
+_ONE_GPU_A_TASK = ("gpus_per_task", "tres_per_task", "ntasks_per_gpu")
+#: options of theirs that are not the file's to say, and what decides instead
+_FOLLOWS = {
+    "nodes": "write cluster: {nodes: n} in the sweep",
+    "ntasks": "it follows from the interconnect",
+    "ntasks_per_node": "it follows from the interconnect",
+    "array": "it follows from cells_per_job and array_parallelism",
+    "signal": "write signal_delay_s",
+    "kill_on_bad_exit": "one rank that fails ends the others",
+    "output": "logs lie in the run's folder",
+    "error": "logs lie in the run's folder",
+}
 _SWEEP_KEYS = ("name", "slurm", "suite", "cells_per_job", "defaults", "experiments")
 
 
 class SlurmCluster(Spec):
     """How to ask one Slurm cluster for nodes, in the field names of submitit and Hydra's launcher, and what joins them.
 
-    A job's number of nodes and tasks follows from its cells. ``interconnect``: a cluster of ``harness.specs`` whose
-    outermost level is nodes; its size is the most that a cell may ask for.
+    A job's number of nodes and tasks follows from its cells. ``python``: the command that a task is, where that is not
+    this very interpreter but one in a container. ``interconnect``: a cluster of ``harness.specs`` whose outermost level
+    is nodes; its size is the most that a cell may ask for.
     """
 
     partition: str | None = None
@@ -46,7 +61,6 @@ class SlurmCluster(Spec):
     timeout_min: Count = 60
     cpus_per_task: Count | None = None
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
-    gpus_per_task: Annotated[int, Field(ge=0)] | None = None
     cpus_per_gpu: Count | None = None
     mem_gb: Annotated[float, Field(gt=0)] | None = None
     mem_per_gpu: str | None = None
@@ -54,6 +68,7 @@ class SlurmCluster(Spec):
     exclusive: bool | None = None
     setup: tuple[str, ...] = ()  # lines of the job's script before the command
     srun_args: tuple[str, ...] = ()
+    python: str | None = None
     additional_parameters: dict[str, bool | int | float | str] = {}  # any other option of sbatch
     stderr_to_stdout: bool = False
     signal_delay_s: Count = 90  # the job is warned this long before its end, to requeue itself
@@ -107,6 +122,7 @@ def load_cluster(source: Path | str) -> ClusterFile:
     """The cluster file called ``source`` (of slurm/clusters) or at that path."""
     path = _find(source, CLUSTERS, "slurm cluster")
     data = _read(path)
+    _check_options(data, path)
     _check_keys(data, SlurmCluster.model_fields, str(path), path)
     return ClusterFile(path, SlurmCluster.parse(data, str(path)))
 
@@ -189,6 +205,25 @@ def _check_keys(data: Mapping[str, Any], known: Iterable[str], here: str, path: 
     for key in data:
         if key not in known:
             raise unknown(f"{here}: key", str(key), known, "keys")
+
+
+def _check_options(data: Mapping[str, Any], path: Path) -> None:
+    """Refuse what would quietly spoil the times, or what follows from the cells, wherever the file may say it."""
+    asked = {key: (key, value) for key, value in data.items()}
+    if isinstance(more := data.get("additional_parameters"), Mapping):
+        asked |= {str(key): (f"additional_parameters.{key}", value) for key, value in more.items()}
+    if isinstance(words := data.get("srun_args"), list):
+        for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
+            if str(word).startswith("--"):
+                key, equals, value = str(word).removeprefix("--").partition("=")
+                asked[f"srun {key}"] = (f"srun_args: --{key}", value if equals else following)
+    for key, (field, value) in asked.items():
+        option = key.removeprefix("srun ").replace("-", "_")
+        if option in _ONE_GPU_A_TASK or (option == "gpu_bind" and value != "none"):
+            remedy = "gives each task a GPU in a cgroup of its own, which hides the others from NCCL: NVLink is lost"
+            raise bad(f"{path}: {field}", value, f"{remedy} without a word; write gpus_per_node")
+        if option in _FOLLOWS:
+            raise bad(f"{path}: {field}", value, f"is moebench's own; {_FOLLOWS[option]}")
 
 
 def place_of(error: str, slurm: ClusterFile) -> UserError:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -23,31 +22,21 @@ from typing import Any, Literal
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.slurm.slurm import _make_sbatch_string
 
 from harness.bench.run import Plan, plan
 from harness.bench.store import Store
 from harness.errors import UserError, bad
-from harness.specs import Cluster
+from harness.specs import Cluster, Workload
+from harness.sweep import profile, script
 from harness.sweep.folder import SweepFolder
 from harness.sweep.freeze import freeze
-from harness.sweep.sbatch import FULL
-from harness.sweep.spec import SlurmCluster, SweepFile, place_of
+from harness.sweep.sbatch import full
+from harness.sweep.spec import ClusterFile, SlurmCluster, SweepFile, load_cluster, place_of
 from harness.sweep.states import FAILED, Sweep, is_alive
 from harness.sweep.worker import Job, plain
 
 On = Literal["local", "slurm"]
 COMMANDS = ("sbatch", "srun", "squeue", "sacct", "scancel", "scontrol")
-_RENAMED = {"timeout_min": "time", "mem_gb": "mem"}  # submitit's words -> sbatch's
-_OURS = (
-    "interconnect",
-    "cells_per_job",
-    "max_restarts",
-    "max_num_timeout",
-    "max_array_size",
-    "source",
-    "interpretation",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,27 +99,43 @@ def submit(file: SweepFile, run_dir: Path, *, on: On, launches: int | None = Non
     if (folder.path / "sweep.json").exists():
         raise bad("sweep", folder.name, "exists; moebench resume goes on with it, --name makes another")
     made = _unfinished(file, store, launches)
-    folder.path.mkdir(exist_ok=True)
-    freeze(folder.tree, [race.first.workload for race in file.suite.races])
     cells = [
         [e.digest, launch, race.digest, e.system, e.phase, e.model.name, e.cluster.name, e.workload.name]
         for part in made
         for launch, race in part.plan.tasks
         for e in race.experiments
     ]
-    facts = {
-        "name": file.name,
-        "on": on,
-        "file": str(file.path),
-        "cluster_file": str(file.slurm.path),
-        "cluster": file.slurm.cluster.model_dump(mode="json"),
-        "cells_per_job": file.cells_per_job,
-        "estimate_s": sum(part.plan.estimate_s for part in made),
-        "cells": cells,
-    }
-    folder.write("sweep.json", facts)
-    start(folder, [folder.add_job(part.as_job()) for part in made], on, file)
-    return Sweep.attach(run_dir)
+    facts = {"name": file.name, "file": str(file.path), "cells_per_job": file.cells_per_job, "cells": cells}
+    facts["estimate_s"] = sum(part.plan.estimate_s for part in made)
+    workloads = [race.first.workload for race in file.suite.races]
+    return _make(folder, facts, [part.as_job() for part in made], workloads, on, file.slurm)
+
+
+def submit_profile(slurm: ClusterFile, run_dir: Path, job: dict[str, Any]) -> Sweep:
+    """Submit the ``job`` of a profile (``harness.sweep.profile.job``) as the only one of a sweep; raises as ``submit``
+    does."""
+    require_slurm()
+    Store(run_dir).prepare()
+    cells = profile.cells(job)
+    facts = {"name": run_dir.name, "file": "", "cells_per_job": len(cells), "cells": cells, "estimate_s": None}
+    return _make(SweepFolder(run_dir), facts, [job], [], "slurm", slurm)
+
+
+def _make(
+    folder: SweepFolder,
+    facts: dict[str, Any],
+    jobs: Sequence[dict[str, Any]],
+    workloads: list[Workload],
+    on: On,
+    slurm: ClusterFile,
+) -> Sweep:
+    """Write down a sweep, freeze the code, and start its jobs."""
+    folder.path.mkdir(exist_ok=True)
+    freeze(folder.tree, workloads)
+    cluster = {"cluster_file": str(slurm.path), "cluster": slurm.cluster.model_dump(mode="json")}
+    folder.write("sweep.json", {**facts, **cluster, "on": on})
+    start(folder, [folder.add_job(job) for job in jobs], on, slurm)
+    return Sweep.attach(folder.run_dir)
 
 
 def resume(sweep: Sweep, *, only_failed: bool = False) -> int:
@@ -153,7 +158,7 @@ def resume(sweep: Sweep, *, only_failed: bool = False) -> int:
                 key = json.dumps([job["cluster"], job["wire"], job["across"], launch])
                 again.setdefault(key, {**job, "tasks": []})["tasks"].append((launch, race))
     for job in again.values():
-        for chunk in _chunks(job["tasks"], facts["cells_per_job"], lambda task: len(task[1]["experiments"])):
+        for chunk in _chunks(job["tasks"], facts["cells_per_job"], lambda task: len(task[1].get("experiments", "1"))):
             indices.append(folder.add_job({**job, "tasks": chunk}))
     if indices:
         folder.cancelled.unlink(missing_ok=True)
@@ -189,21 +194,20 @@ def _chunks(tasks: Sequence[Any], at_most: int, size: Callable[[Any], int]) -> l
     return found
 
 
-def start(folder: SweepFolder, indices: Sequence[int], on: str, file: SweepFile | None = None) -> None:
+def start(folder: SweepFolder, indices: Sequence[int], on: str, file: ClusterFile | None = None) -> None:
     """Hand the jobs that are written down to Slurm, or to a driver on this machine that outlives this process."""
     if on == "local":
         start_driver(folder, indices)
         return
-    slurm = SlurmCluster.model_validate(folder.read()["cluster"])
+    known = {key: value for key, value in folder.read()["cluster"].items() if key in SlurmCluster.model_fields}
+    slurm = SlurmCluster.model_validate(known)  # an older moebench may have written it
     groups: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
     for index in indices:
-        job = folder.job(index)
-        cluster = Cluster.model_validate(job["cluster"])
-        shape = (cluster.num_nodes, cluster.shape[-1]) if job["across"] else (1, 1)
-        groups[shape].append(index)
+        groups[shape_of(folder.job(index))].append(index)
+    num_taken = 0
     for shape, members in groups.items():
-        executor = submitit.SlurmExecutor(folder.submitit, max_num_timeout=slurm.max_num_timeout)
-        executor.update_parameters(**parameters(folder, slurm, *shape))
+        executor = submitit.SlurmExecutor(folder.submitit, python=script.python(slurm))
+        executor.update_parameters(**script.parameters(folder, slurm, *shape))
         waiting = [members[i : i + slurm.max_array_size] for i in range(0, len(members), slurm.max_array_size)]
         while waiting:
             batch = waiting.pop(0)
@@ -211,67 +215,29 @@ def start(folder: SweepFolder, indices: Sequence[int], on: str, file: SweepFile 
                 with _impatient(), executor.batch():
                     jobs = [executor.submit(Job(str(folder.run_dir), index)) for index in batch]
             except (FailedJobError, FailedSubmissionError) as error:
-                if FULL not in str(error):
+                if not (why := full(str(error))):
                     raise _refused(str(error), file, folder) from None
                 if len(batch) > 1:  # as many as there is room for
                     waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
                     continue
-                left = 1 + sum(len(each) for each in waiting)
                 raise UserError(
-                    f"the queue of Slurm is full: {len(indices) - left} of {len(indices)} jobs are in it; "
+                    f"the queue of Slurm is full ({why}): {num_taken} of {len(indices)} jobs are in it; "
                     f"moebench resume {folder.name} submits the others when there is room"
                 ) from None
             folder.add_submission("slurm", {i: job.job_id for i, job in zip(batch, jobs, strict=True)})
-
-
-def parameters(folder: SweepFolder, slurm: SlurmCluster, nodes: int, tasks_per_node: int) -> dict[str, Any]:
-    """Of submitit's executor, in the words of sbatch."""
-    asked = slurm.model_dump(mode="python", exclude=set(_OURS), exclude_none=True)
-    found = {_RENAMED.get(key, key): value for key, value in asked.items() if value is not False}
-    if "mem" in found:
-        found["mem"] = f"{round(found['mem'] * 1024)}MB"
-    mine = f"{folder.submitit}/${{SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${{SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}}"
-    conditions = [  # only a job that was killed, and did not end by an error of its own or by somebody's wish
-        "[ $code -ge 128 ]",
-        f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {slurm.max_restarts} ]',
-        f'! compgen -G "{mine}_*_result.pkl" > /dev/null',
-        f"[ ! -e {shlex.quote(str(folder.cancelled))} ]",
-        'scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING',
-    ]
-    setup = [
-        f"export PYTHONPATH={shlex.quote(str(folder.tree))} PYTHONSAFEPATH=1",  # not the folder of the submission
-        f"trap 'code=$?; {' && '.join(conditions)} && scontrol requeue $SLURM_JOB_ID; exit $code' EXIT",
-        *slurm.setup,
-    ]
-    if nodes * tasks_per_node > 1:  # ranks end together, and some of them may start again without what has failed
-        again = shlex.quote(str(folder.again(""))) + "$SLURM_JOB_ID"
-        loop = f'until command srun "$@"; do code=$?; [ -e {again} ] || return $code; rm -f {again}; done'
-        setup.append(f"srun() {{ rm -f {again}; {loop}; }}")
-    found |= {
-        "job_name": folder.name,
-        "nodes": nodes,
-        "ntasks_per_node": tasks_per_node,
-        "setup": setup,
-        "srun_args": ["--kill-on-bad-exit=1", *slurm.srun_args],
-        "additional_parameters": {"requeue": True, **slurm.additional_parameters},
-    }
-    return found
+            num_taken += len(batch)
 
 
 def scripts(file: SweepFile, run_dir: Path, launches: int | None = None) -> list[str]:
     """What would be submitted, as the text that sbatch would read; nothing is written or started."""
-    folder, made = SweepFolder(run_dir), _unfinished(file, Store(run_dir), launches)
-    counts = collections.Counter((part.nodes, part.tasks_per_node) for part in made)
-    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder.submitit))}"
-    return [
-        _make_sbatch_string(
-            command=command,
-            folder=folder.submitit,
-            map_count=num_jobs if num_jobs > 1 else None,
-            **parameters(folder, file.slurm.cluster, *shape),
-        )
-        for shape, num_jobs in counts.items()
-    ]
+    made = _unfinished(file, Store(run_dir), launches)
+    return script.texts(SweepFolder(run_dir), file.slurm.cluster, [(part.nodes, part.tasks_per_node) for part in made])
+
+
+def shape_of(job: dict[str, Any]) -> tuple[int, int]:
+    """Nodes of a job, and its tasks on each."""
+    cluster = Cluster.model_validate(job["cluster"])
+    return (cluster.num_nodes, cluster.shape[-1]) if job["across"] else (1, 1)
 
 
 def start_driver(folder: SweepFolder, indices: Sequence[int]) -> None:
@@ -299,10 +265,8 @@ def require_slurm() -> None:
         raise bad("--on", "slurm", f"{', '.join(absent)} not found; {remedy}")
 
 
-def _refused(error: str, file: SweepFile | None, folder: SweepFolder) -> UserError:
-    from harness.sweep.spec import load_cluster
-
-    found = place_of(error, file.slurm if file else load_cluster(folder.read()["cluster_file"]))
+def _refused(error: str, file: ClusterFile | None, folder: SweepFolder) -> UserError:
+    found = place_of(error, file or load_cluster(folder.read()["cluster_file"]))
     if not folder.submissions():  # nothing of it exists but files: the corrected sweep may have the name
         shutil.rmtree(folder.path)
     return found

@@ -1,21 +1,24 @@
 """One job of a sweep: goes on where the store says, one race after another, until its own are done.
 
-Whatever ends it, every finished race has its rows. A race in which the job died twice without a word gets rows that say
-so, so that it cannot take the others with it. Where ranks are the job's tasks and one of them fails, all end, and the
-job's script starts them again (``harness.sweep.submit``): the cell that failed is told, and the others go on.
+Whatever ends it, every finished race has its rows. A race in which the job died twice without a word gets rows that
+say so, so that it cannot take the others with it. Where ranks are the job's tasks, rank 0 alone reads what is done and
+tells the others; if one of them fails, all end, and the job's script starts them again (``harness.sweep.script``): the
+cell that failed is told, and the others go on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import submitit
-
+from harness import caches
 from harness.bench import tidy
 from harness.bench.run import Plan, Settings, blamed, run_plan
 from harness.bench.store import Store
@@ -23,108 +26,157 @@ from harness.bench.suite import Race
 from harness.launch.allocation import PROGRESS_VARIABLE
 from harness.launch.session import RankFailure
 from harness.specs import Cluster, Experiment
-from harness.sweep.folder import SweepFolder, Task, deaths
+from harness.sweep.folder import SweepFolder, Task, attempts, deaths
+from harness.sweep.script import AGAIN
 
 if TYPE_CHECKING:
     from harness.launch.tasks import RaceFailure
 
 MAX_DEATHS = 2  # of the job in one race
 GRACE_S = 2.0  # for Slurm's word that it ends the job, which makes ranks fail too
+HUNG = "Watchdog caught collective operation timeout"  # NCCL's last words before it aborts the process
 Failed = dict[str, tuple[str, str]]  # cell -> status, reason
 
 
 class Job:
-    """What submitit calls, and calls again after a requeue."""
+    """What submitit calls in every task, and again in every start."""
 
     def __init__(self, run_dir: str, index: int):
         self.run_dir, self.index = run_dir, index
 
     def __call__(self) -> None:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # the job's script alone answers to warnings
         run_job(Path(self.run_dir), self.index)
 
-    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Time is up, or somebody else's job goes first: the rows are stored already."""
-        SweepFolder(self.run_dir).tell(self.index, "stop", why="requeued before its time limit or for another job")
-        return submitit.helpers.DelayedSubmission(self)
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """What is still to do in this attempt of a job, as rank 0 has found it."""
+
+    tasks: Sequence[Task]
+    known: Mapping[Task, Failed]  # cells of these that have failed in earlier attempts
+    attempt: int
 
 
 def run_job(run_dir: Path, index: int) -> None:
     """Run what is left of job ``index`` of the sweep in ``run_dir``, here, where the job was started."""
     folder = SweepFolder(run_dir)
     try:
+        caches.use_scratch(everything=True)
         _run(folder, index)
     except Exception as error:
-        folder.tell(index, "error", why=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+        rank = int(os.environ.get("SLURM_PROCID", 0))
+        folder.tell(index, "error", rank=rank, why=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
         raise
 
 
 def _run(folder: SweepFolder, index: int) -> None:
-    run_dir, job = folder.run_dir, folder.job(index)
-    rank = int(os.environ.get("SLURM_PROCID", 0)) if job["across"] else 0
+    job = folder.job(index)
     os.chdir(folder.tree if folder.tree.exists() else os.curdir)  # its calibrations and traces
-    cluster = Cluster.model_validate(job["cluster"])
-    settings = Settings(run_dir, part=f"job-{index}")
-    store = Store(run_dir)
-    tasks = [(launch, race_of(each)) for launch, each in job["tasks"]]
-    finished = store.told_finished()
-    tasks = [(n, race) for n, race in tasks if any((e.digest, n) not in finished for e in race.experiments)]
-    events = folder.events(index)
-    died = deaths([*events, {"did": "start"}])
-    fatal = {task for task, times in died.items() if times >= MAX_DEATHS}
-    if job["across"]:
-        from harness.launch import tasks as across
-
-        known = failures(events, {(race.digest, launch): race for launch, race in tasks})
-        told = {(event["race"], event["launch"]) for event in events if event["did"] == "race"}
-        tasks = [(n, race) for n, race in tasks if not {(race.digest, n)} <= known.keys() & told]
-        world = across.join(cluster)  # before rank 0 writes: every rank has now read the same
-    if rank == 0:
-        folder.tell(index, "start", host=os.uname().nodename, slurm=os.environ.get("SLURM_JOB_ID"), pid=os.getpid())
-        for launch, race in tasks:
-            if (race.digest, launch) in fatal:
-                _give_up(folder, index, store, race, launch, cluster)
     os.environ[PROGRESS_VARIABLE] = str(folder.events_path(index))
-    plan = Plan(cluster, job["wire"], tuple(task for task in tasks if (task[1].digest, task[0]) not in fatal))
     if job["across"]:
-        try:
-            across.run_plan(world, plan, settings, sys.argv, known)
-        except across.RaceFailure as failed:
-            _again(folder, index, failed)
-    else:
-        run_plan(plan, settings, sys.argv)
-    if rank == 0:
+        _run_across(folder, index, job)
+        return
+    left = _begin(folder, index, job)
+    run_plan(_plan(job, left), Settings(folder.run_dir, part=f"job-{index}"), sys.argv)
+    folder.tell(index, "end")
+
+
+def _run_across(folder: SweepFolder, index: int, job: dict[str, Any]) -> None:
+    from harness.launch import tasks as across
+    from harness.sweep import profile
+
+    try:
+        world = across.join(Cluster.model_validate(job["cluster"]))
+    except across.PortTaken as error:
+        print(f"{error}; starting again", file=sys.stderr, flush=True)
+        os._exit(AGAIN)
+    left = across.decided(world, lambda: _begin(folder, index, job))
+    try:
+        if "profile" in job:
+            profile.run(world, folder, job, left.tasks, left.known)
+        else:
+            settings = Settings(folder.run_dir, part=f"job-{index}")
+            across.run_plan(world, _plan(job, left), settings, sys.argv, left.known)
+    except across.RaceFailure as failed:
+        _again(folder, index, left.attempt, failed)
+    if world.job.rank == 0:
         folder.tell(index, "end")
 
 
-def failures(events: Sequence[Mapping[str, Any]], races: Mapping[Task, Race]) -> dict[Task, Failed]:
-    """What earlier attempts of this job have found to fail; in each, the rank that failed first explains the others."""
-    attempts: list[list[Mapping[str, Any]]] = [[]]
-    for event in events:
-        if event["did"] == "start":
-            attempts.append([])
-        elif event["did"] == "failed":
-            attempts[-1].append(event)
+def _plan(job: dict[str, Any], left: Left) -> Plan:
+    races = [(launch, race_of(each)) for launch, each in job["tasks"] if (each["digest"], launch) in left.tasks]
+    return Plan(Cluster.model_validate(job["cluster"]), job["wire"], tuple(races))
+
+
+def _begin(folder: SweepFolder, index: int, job: dict[str, Any]) -> Left:
+    """Rank 0, alone: note how earlier attempts ended, tell what they leave without hope, and say what is left."""
+    number = slurm_number(os.environ)
+    noted = [event for event in folder.events(index) if event.get("slurm") == number and event["did"] != "start"]
+    for end in folder.ends(number)[len(noted) :]:
+        folder.tell(index, end["did"], slurm=number, why=end["why"], ended_at=end["at"])
+    events = folder.events(index)
+    finished = Store(folder.run_dir).told_finished()
+    cells = {(each["digest"], launch): cells_of(each) for launch, each in job["tasks"]}
+    open_ = [task for task, digests in cells.items() if any((digest, task[1]) not in finished for digest in digests)]
+    died = deaths([*events, {"did": "start"}])
+    known = failures(events, {task: cells[task] for task in open_}) if job["across"] else {}
+    told = {(event["race"], event["launch"]) for event in events if event["did"] in ("race", "gave up")}
+    attempt = len(attempts(events))
+    host = os.uname().nodename
+    folder.tell(index, "start", host=host, slurm=os.environ.get("SLURM_JOB_ID"), pid=os.getpid())
+    tasks = []
+    for task in open_:
+        if len(died.get(task, ())) >= MAX_DEATHS:
+            if task not in told:
+                _give_up(folder, index, job, task, died[task])
+        elif not (job["across"] and task in known and task in told):
+            tasks.append(task)
+    return Left(tasks, {task: known[task] for task in tasks if task in known}, attempt)
+
+
+def slurm_number(environment: Mapping[str, str]) -> str:
+    """Of this job, as submitit and the job's script write it; empty outside of Slurm."""
+    if array := environment.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment.get("SLURM_JOB_ID", "")
+
+
+def cells_of(task: Mapping[str, Any]) -> list[str]:
+    """Digests of the cells of a race, or of the one of a part of a profile; as plain data."""
+    return (
+        [Experiment.model_validate(each).digest for each in task["experiments"]]
+        if "experiments" in task
+        else [task["digest"]]
+    )
+
+
+def failures(events: Sequence[dict[str, Any]], cells: Mapping[Task, Sequence[str]]) -> dict[Task, Failed]:
+    """What earlier attempts of this job have found to fail, of ``cells`` by task. In each attempt the rank that failed
+    first explains the others; in one that Slurm ended, or in which a rank was killed, that explains them all."""
     found: dict[Task, Failed] = {}
-    for first in (min(attempt, key=lambda event: float(event["since"])) for attempt in attempts if attempt):
+    for attempt in attempts(events):
+        failed = [event for event in attempt if event["did"] == "failed"]
+        if not failed or any(event["did"] in ("stop", "killed") for event in attempt):
+            continue
+        first = min(failed, key=lambda event: float(event["since"]))
         task = first["race"], first["launch"]
-        if task in races:
+        if task in cells:
             known = found.setdefault(task, {})
-            left = [e for e in races[task].experiments if e.digest not in known]
+            left = [digest for digest in cells[task] if digest not in known]
             known |= blamed(left, RankFailure(first["rank"], first["phase"], first["kind"], first["why"], Path()))
     return found
 
 
-def _again(folder: SweepFolder, index: int, failed: RaceFailure) -> NoReturn:
-    """End this rank; and have the job's script start all again, unless it was Slurm that ended another."""
+def _again(folder: SweepFolder, index: int, attempt: int, failed: RaceFailure) -> NoReturn:
+    """End this rank, and have the job's script start all again, unless it was Slurm that ended another."""
     time.sleep(GRACE_S)
-    *_, last = (event["did"] for event in folder.events(index) if event["did"] in ("start", "stop"))
-    if last != "stop" and not folder.cancelled.exists():
-        failure = failed.failure
-        facts = {"phase": failure.phase, "kind": failure.kind, "why": failure.message, "since": failed.at}
-        folder.tell(index, "failed", rank=failure.rank, race=failed.race, launch=failed.launch, **facts)
-        folder.again(os.environ["SLURM_JOB_ID"]).touch()
+    failure = failed.failure
+    facts = {"phase": failure.phase, "kind": failure.kind, "why": failure.message, "since": failed.at}
+    facts |= {"race": failed.race, "launch": failed.launch, "attempt": attempt}
+    folder.tell(index, "failed", rank=failure.rank, **facts)
     sys.stderr.flush()
-    os._exit(1)  # not through submitit, which would leave a result: the job would be over
+    os._exit(AGAIN)  # not through submitit, which would leave a result: the job would be over
 
 
 def race_of(data: dict[str, Any]) -> Race:
@@ -140,13 +192,36 @@ def plain(race: Race) -> dict[str, Any]:
     return {"digest": race.digest, "experiments": experiments, **counts}
 
 
-def _give_up(folder: SweepFolder, index: int, store: Store, race: Race, launch: int, cluster: Cluster) -> None:
-    reason = f"the job was killed {MAX_DEATHS} times while this race ran; log: {folder.submitit}"
+def _give_up(folder: SweepFolder, index: int, job: dict[str, Any], task: Task, ends: Sequence[str]) -> None:
+    (data,) = (each for launch, each in job["tasks"] if (each["digest"], launch) == task)
+    status, how = _death(folder, ends)
+    reason = f"the job was killed {len(ends)} times while this race ran{how}; log: {folder.submitit}"
+    cluster = Cluster.model_validate(job["cluster"])
     evidence = "measured" if cluster.kind == "physical" else "emulated"
     network = {"network": "physical" if cluster.kind == "physical" else "unshaped"}  # nothing was timed on it
-    setting = tidy.Setting(store.path.name, launch, evidence, network)
-    store.append(tidy.rows_of_race(race, setting, [], {e.digest: ("failed", reason) for e in race.experiments}))
-    folder.tell(index, "gave up", race=race.digest, launch=launch)
+    setting = tidy.Setting(folder.name, task[1], evidence, network)
+    if "experiments" in data:
+        race = race_of(data)
+        rows = tidy.rows_of_race(race, setting, [], {e.digest: (status, reason) for e in race.experiments})
+    else:
+        from harness.sweep import profile
+
+        rows = profile.rows(data, setting, cluster, status=status, reason=reason)
+    Store(folder.run_dir).append(rows)
+    folder.tell(index, "gave up", race=task[0], launch=task[1])
+
+
+def _death(folder: SweepFolder, ends: Sequence[str]) -> tuple[str, str]:
+    """Status and words of a cell in which the job died, from how its tasks ended and from their logs."""
+    how = f", the last time {ends[-1]}" if ends[-1] else ""
+    if "Out Of Memory" in how:
+        return "oom", how
+    for path in sorted(folder.submitit.glob(f"{slurm_number(os.environ)}_*_log.err")):
+        with contextlib.suppress(OSError):
+            last = path.read_text(errors="replace").split("submitit INFO")[-3:]  # of the latest starts
+            if said := next((line for text in reversed(last) for line in text.splitlines() if HUNG in line), ""):
+                return "hung", f"{how}: {said[said.index(HUNG) :][:200]}"
+    return "failed", how
 
 
 if __name__ == "__main__":

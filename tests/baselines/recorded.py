@@ -86,10 +86,11 @@ def record(job: Job, name: str, sent: dict[tuple[str, str], np.ndarray]) -> Iter
     def everyone(group: dist.ProcessGroup, tensor: torch.Tensor) -> dict[int, int]:
         return dict.fromkeys(range(group.size()), tensor.nbytes)
 
+    all_gather = "all_gather_single" if hasattr(dist.ProcessGroup, "all_gather_single") else "_allgather_base"  # < 2.12
     methods = {
         "send": wrap("send", "all_to_all", lambda group, tensors, peer, tag: {peer: tensors[0].nbytes}),
         "alltoall_base": wrap("alltoall_base", "past the wire", lambda group, output, own, *_: everyone(group, own)),
-        "all_gather_single": wrap("all_gather_single", "all_gather", lambda group, out, own, *_: everyone(group, own)),
+        all_gather: wrap(all_gather, "all_gather", lambda group, out, own, *_: everyone(group, own)),
         "allreduce": wrap("allreduce", "all_reduce", lambda group, tensors, *_: everyone(group, tensors[0])),
     }
     before = {method: vars(dist.ProcessGroup)[method] for method in methods}

@@ -131,6 +131,7 @@ def test_flexmoe_leaves_balance_and_dear_moves_alone():
     assert not flexmoe.adjust(np.arange(8.0), slots, flexmoe.Costs(1.0, 0.1, 0.0), threshold=99).operations
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(("num_experts", "num_ranks", "limit_s"), [(64, 32, 0.002), (256, 1024, 0.02)])
 def test_flexmoe_plans_in_time(num_experts, num_ranks, limit_s):
     rng = np.random.default_rng(0)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from harness.errors import UserError
-from harness.launch.session import RankFailure, open_session
+from harness.launch.session import RankFailure
 from tests.methods.test_fsmoe_training import training
 from tests.methods.test_hiermoe import cluster
+from tests.ranks import start
 
 SHAPE = (2, 2)
 TRAINED = "tests.bench.checkpoint_on_ranks:trained"
@@ -29,7 +30,7 @@ def test_a_death_in_the_middle_of_a_swap_loses_no_whole_step(tmp_path, session):
     whole = run(tmp_path / "whole", session)[0]
     assert whole["began"] == 0
     assert not (tmp_path / "whole" / "moving.json").exists()
-    started = open_session(cluster(SHAPE), log_dir=tmp_path / "log")
+    started = start(cluster(SHAPE), tmp_path / "log")
     with started as dying, pytest.raises(RankFailure, match="rank 1 died"):
         run(tmp_path / "cut", lambda _: dying, dies_at=8)
     moving = json.loads((tmp_path / "cut" / "moving.json").read_text())
@@ -48,7 +49,7 @@ def test_a_death_in_the_middle_of_a_swap_loses_no_whole_step(tmp_path, session):
 def test_a_death_in_the_middle_of_a_resharding_loses_no_whole_step(tmp_path, session):
     """Ranks own other numbers of experts by then. What the loads were is remembered."""
     whole = run(tmp_path / "whole", session, "hecate")[0]
-    started = open_session(cluster(SHAPE), log_dir=tmp_path / "log")
+    started = start(cluster(SHAPE), tmp_path / "log")
     with started as dying, pytest.raises(RankFailure, match="rank 1 died"):
         run(tmp_path / "cut", lambda _: dying, "hecate", dies_at=3)
     moving = json.loads((tmp_path / "cut" / "moving.json").read_text())

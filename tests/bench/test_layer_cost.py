@@ -10,6 +10,7 @@ from harness.errors import UserError
 from harness.specs import with_levels
 
 
+@pytest.mark.timed
 def test_a_layer_costs_more_with_more_tokens(session):
     experiments = layer_cost.experiments(presets.cluster("local-4"), "flat", "local-m512-e16k2")
     payload = {"experiments": [experiment.model_dump(mode="json") for experiment in experiments]}

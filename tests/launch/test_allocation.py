@@ -30,22 +30,32 @@ def test_a_session_inside_an_allocation(tmp_path):
     assert seen == [{"done": 0}, {"done": 1}]
 
 
+@pytest.mark.parametrize("mask", ["2,3", "GPU-8f6a1c0e-77aa", "MIG-1b2c,MIG-3d4e", "", None])
+def test_a_job_sees_the_gpus_that_its_caller_sees(tmp_path, monkeypatch, mask):
+    """submitit sets a mask of its own, and renumbers the GPUs that it is asked for."""
+    if mask is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert submit(work.environment, "CUDA_VISIBLE_DEVICES", folder=tmp_path, timeout_min=5, name="t") == mask
+
+
 @pytest.mark.parametrize("error", [UserError("field: 3: too large"), RankFailure(1, "p", "hung", "m", Path("log"))])
 def test_the_jobs_own_errors_come_back(tmp_path, error):
     with pytest.raises(type(error), match=str(error).replace("(", r"\(").replace(")", r"\)")):
-        submit(work.fail_with, error, folder=tmp_path, timeout_min=1, name="t")
+        submit(work.fail_with, error, folder=tmp_path, timeout_min=5, name="t")
 
 
 def test_a_crash_names_the_log(tmp_path):
     with pytest.raises(AllocationFailure, match="ZeroDivisionError: by nothing") as failure:
-        submit(work.fail_with, ZeroDivisionError("by nothing"), folder=tmp_path, timeout_min=1, name="t")
+        submit(work.fail_with, ZeroDivisionError("by nothing"), folder=tmp_path, timeout_min=5, name="t")
     assert "ZeroDivisionError" in failure.value.log_path.read_text()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^folder: .*choose a folder that can be written"):
-        submit(work.fail_with, None, folder=tmp_path / "file", timeout_min=1, name="t")
+        submit(work.fail_with, None, folder=tmp_path / "file", timeout_min=5, name="t")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

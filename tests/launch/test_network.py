@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 
 import pytest
 
@@ -21,7 +22,7 @@ WIRE_PER_PAYLOAD = 1514 / 1448  # Ethernet, IP and TCP headers with time stamps
 @pytest.fixture
 def shaped(session):
     def get(cluster):
-        ranks = session(cluster)
+        ranks = session(cluster, preload=())
         if not ranks.network["shaped"]:
             pytest.skip(ranks.network["reason"])
         return ranks
@@ -36,6 +37,7 @@ def best_time(ranks, target, num_bytes, reps=4):
     return min(max(end, end_) - min(start, start_) for (start, end, _), (start_, end_, _) in pairs)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("cluster", [EMULATED, DELAYED], ids=lambda cluster: cluster.name)
 def test_the_link_has_its_rate(shaped, cluster):
     size = 4 * MIB
@@ -45,10 +47,12 @@ def test_the_link_has_its_rate(shaped, cluster):
     assert 0.98 * ideal - 2e-3 <= seconds <= 1.10 * ideal
 
 
+@pytest.mark.timed
 def test_loopback_in_a_node_is_fast(shaped):
     assert best_time(shaped(EMULATED), 1, 4 * MIB) < 4 * MIB / BYTES_PER_S / 4
 
 
+@pytest.mark.timed
 def test_a_nodes_ranks_share_its_loopback(shaped):
     slow, size = EMULATED.model_copy(update={"name": "slow-loopback", "loopback_bytes_per_s": BYTES_PER_S / 2}), 2 * MIB
     seconds = best_time(shaped(slow), 1, size)
@@ -56,6 +60,7 @@ def test_a_nodes_ranks_share_its_loopback(shaped):
     assert 0.98 * ideal - 2e-3 <= seconds <= 1.10 * ideal
 
 
+@pytest.mark.timed
 def test_each_level_of_a_nested_network_has_its_rate(shaped):
     ranks, size = shaped(NESTED), 4 * MIB
     within, across = best_time(ranks, 2, size), best_time(ranks, 4, size)
@@ -79,12 +84,14 @@ def test_counters_know_the_level(shaped, cluster, target, level):
         assert expected <= num_bytes <= expected + 0.02 * 8 * MIB
 
 
+@pytest.mark.timed
 def test_counters_are_cheap_and_absent_on_local_clusters(session, shaped):
     assert min(shaped(EMULATED).call(WORK + "time_counters")) < 1e-3
     ((_, _, counted),) = session(LOCAL).call(WORK + "send", {"source": 0, "target": 1, "bytes": 8})[1]
     assert counted is None
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(("cluster", "one_way_s"), [(DELAYED, 1e-3), (NESTED_DELAYED, 3e-3)])
 def test_latency_is_added_once_per_level(shaped, cluster, one_way_s):
     round_trips = sorted(shaped(cluster).call(WORK + "ping", {"reps": 100})[0])
@@ -107,13 +114,14 @@ def test_no_tc_means_unshaped_with_a_reason(tmp_path, monkeypatch):
     for program in ("unshare", "ip", "sh"):
         (tmp_path / "bin" / program).symlink_to(shutil.which(program) or program)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setattr(session_module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with open_session(EMULATED, log_dir=tmp_path) as ranks:
         assert ranks.network["shaped"] is False
         assert ranks.network["reason"] == "tc not found; install util-linux and iproute2"
     assert not list(tmp_path.glob("moebench-*"))
 
 
+@pytest.mark.timed
 def test_a_link_to_several_nodes_is_fair_to_them_where_the_kernel_can(shaped, tmp_path, monkeypatch):
     """Three nodes: a tc that knows no htb leaves plain token buckets; the rate is the same."""
     three = with_levels(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import uuid
@@ -16,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.errors import UserError
+from harness.errors import UserError, tells_out_of_memory
+from harness.launch import phases
 from harness.launch import session as session_module
 from harness.launch.session import RankFailure, open_session
 from tests.launch.clusters import EMULATED, LOCAL
@@ -35,6 +38,7 @@ def test_ranks_serve_many_calls(session, cluster):
     assert "rank 3 echoes" in (ranks.log_dir / "rank-3.log").read_text()
     assert ranks.network["shaped"] == (cluster is EMULATED)
     assert ranks.evidence == "emulated"
+    assert ranks.call(WORK + "time_limits") == [{6 * 3600.0}] * 4  # the session's own limits come first
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,7 @@ def test_ranks_serve_many_calls(session, cluster):
         (EMULATED, "kill", "died", "was killed by SIGKILL"),
         (LOCAL, "exit", "died", "exited with status 3"),
         (LOCAL, "memory", "out_of_memory", "can't allocate memory"),
+        (LOCAL, "repeated memory", "out_of_memory", "CUDA out of memory"),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -57,6 +62,32 @@ def test_a_rank_that_fails_is_named(tmp_path, cluster, how, kind, text):
     assert text in error.message
     assert error.log_path == tmp_path / "rank-2.log"
     assert "\n" not in str(error)
+
+
+def test_all_ranks_tell_the_one_that_is_out_of_memory(session):
+    """The others only see a collective that fails, maybe sooner."""
+    lost, memory = "DistBackendError: connection closed by peer", "OutOfMemoryError: CUDA out of memory"
+    ranks = session(LOCAL)
+    assert ranks.call(WORK + "say", [None, lost, memory, lost]) == [memory] * 4
+    assert ranks.call(WORK + "say", [None, lost, None, "other"]) == [lost] * 4
+    assert ranks.call(WORK + "say", [None] * 4) == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB", True),
+        ("AcceleratorError: CUDA error: out of memory", True),
+        ("RuntimeError: rank 3: DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("_ArrayMemoryError: Unable to allocate 8.00 TiB", True),
+        ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)", True),
+        ("DistBackendError: NCCL error: Failed to CUDA calloc 4096 bytes: Cuda failure 2 'out of memory'", True),
+        ("RuntimeError: CUDA error: an illegal memory access was encountered", False),
+        ("KeyError: 'memory'", False),
+    ],
+)
+def test_words_of_a_memory_that_has_run_out(text, memory):
+    assert tells_out_of_memory(text) is memory
 
 
 def test_a_rank_that_hangs_is_named_and_its_stack_logged(tmp_path):
@@ -107,6 +138,34 @@ def test_start_has_a_time_limit(tmp_path):
     limit = pytest.raises(RankFailure, match=r"no start within 0\.01 s")
     with limit, open_session(LOCAL, log_dir=tmp_path, start_timeout_s=0.01):
         pass
+
+
+def test_the_start_time_limit_can_be_set(tmp_path, monkeypatch):
+    assert session_module._start_timeout_s(use_cuda=True) == 600
+    for text in ("soon", "-1", "inf"):
+        monkeypatch.setenv("MOEBENCH_START_TIMEOUT_S", text)
+        wrong = pytest.raises(UserError, match=rf"^MOEBENCH_START_TIMEOUT_S: '{text}': must be a number of seconds")
+        with wrong, open_session(LOCAL, log_dir=tmp_path):
+            pass
+    monkeypatch.setenv("MOEBENCH_START_TIMEOUT_S", "0.01")
+    limit = pytest.raises(RankFailure, match=r"no start within 0\.01 s")
+    with limit, open_session(LOCAL, log_dir=tmp_path):
+        pass
+
+
+def test_a_full_scratch_is_named(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr(phases.PhaseBoard, "__init__", no_space)
+    full = pytest.raises(UserError, match=r"^TMPDIR: .*scratch': No space left on device; free some space")
+    with full, open_session(LOCAL, log_dir=tmp_path / "log"):
+        pass
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_launcher_that_cannot_run_says_why(tmp_path, monkeypatch):

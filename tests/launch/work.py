@@ -35,6 +35,27 @@ def total(job, payload):
     return sums
 
 
+def where(job, payload):
+    """Device, mask and threads of this rank, and the mean of its node's ranks' ones."""
+    value = torch.ones(())
+    dist.all_reduce(value, group=job.inner(0))
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return str(job.device), mask, torch.get_num_threads(), value.item() / job.num_ranks
+
+
+def time_limits(job, payload):
+    """Of collectives in each of this rank's groups, seconds."""
+    groups = (job.world, job.inner(0), job.rail(0))
+    return {group._get_backend(job.device).options._timeout.total_seconds() for group in groups}
+
+
+def say(job, payload):
+    """What all ranks take for the reason where each says ``payload[rank]``."""
+    from harness.bench.race import first_said  # which imports a lot, and one test needs it
+
+    return first_said(job, payload[job.rank])
+
+
 def go_wrong(job, payload):
     """Rank ``payload["rank"]`` goes wrong in a phase of its own; the others wait for it."""
     job.phase("before the barrier")
@@ -47,6 +68,8 @@ def go_wrong(job, payload):
                 raise UserError("model.top_k: 9: larger than num_experts = 8")
             case "memory":
                 torch.empty(1 << 50, dtype=torch.uint8)
+            case "repeated memory":  # what a rank hears of another one
+                raise RuntimeError("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
             case "exit":
                 os._exit(3)
             case "kill":
@@ -120,6 +143,10 @@ def in_allocation(cluster, log_dir):
         totals = ranks.call("tests.launch.work:total")
     report({"done": 1})
     return totals
+
+
+def environment(name):
+    return os.environ.get(name)
 
 
 def hang_in_allocation(cluster, log_dir):

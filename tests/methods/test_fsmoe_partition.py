@@ -120,6 +120,7 @@ def test_same_seed_same_partition() -> None:
     np.testing.assert_array_equal(one.moe_bytes, two.moe_bytes)
 
 
+@pytest.mark.timed
 def test_faster_than_the_papers_solver() -> None:
     """193 ms a layer is the paper's time for a degree alone."""
     case = model("fsmoe-a", 24, 4)

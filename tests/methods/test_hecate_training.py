@@ -75,6 +75,7 @@ def test_without_any_materialisation_it_is_expert_parallelism(session):
     assert not {name for name in found[0]["names"] if "gather." in name or "reduce." in name}
 
 
+@pytest.mark.timed
 def test_the_overlap_degree_is_what_the_attention_hides(session):
     on = slow((2, 2))
     payload = training("hecate", on) | {"num_steps": 4, "oracle": False}
@@ -98,6 +99,7 @@ def test_training_goes_on_with_the_shards_it_had(session, tmp_path):
         assert loss == pytest.approx(whole["losses"][step], rel=1e-9)
 
 
+@pytest.mark.timed
 def test_gathers_are_hidden_where_the_overlap_degree_says_so(session):
     """On shaped links, computation a wait; t is what the attention that was profiled hides. Of three steps the best, as
     two cores have to wake 24 threads."""

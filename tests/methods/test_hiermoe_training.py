@@ -44,6 +44,7 @@ def test_interval_pairs_and_function_are_options(session):
     assert max(steps.count(step) for step in set(steps)) <= 2 * 3
 
 
+@pytest.mark.timed
 def test_where_costs_are_known_an_update_is_made_only_if_the_steps_that_it_serves_are_long_enough(session):
     """These steps take milliseconds, and an update as long."""
     one = {"alpha_s": 1e-6, "beta_s_per_byte": 1e-9}

@@ -15,6 +15,7 @@ from harness.plan.lanes import PlanFailure, executor
 from harness.plan.simulate import schedule
 
 
+@pytest.mark.timed
 def test_lanes_overlap_keep_their_order_and_wait_for_each_other():
     with executor() as lanes:
         plan, seen = Plan(), []

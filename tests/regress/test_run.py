@@ -45,6 +45,7 @@ def sabotaged(tmp_path: Path) -> Path:
     return tmp_path / "head"
 
 
+@pytest.mark.timed
 def test_five_per_cent_in_dispatch_are_caught(sabotaged, tmp_path):
     experiment = {
         "model": "moe-tiny",

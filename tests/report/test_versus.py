@@ -37,32 +37,37 @@ def test_a_run_beside_a_slower_one(tmp_path):
         versus.other_run(str(new.path), "")
 
 
-def test_the_page_of_two_runs_and_the_page_of_all_pages(tmp_path):
-    new, _ = timed(tmp_path / "runs" / "new", 1.0), timed(tmp_path / "runs" / "old.v1", 1.2)
-    page = render("compare", new, parameters={"other": "old.v1"})
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run and an older one beside it: a kernel costs seconds."""
+    runs = tmp_path_factory.mktemp("results") / "runs"
+    new, _ = timed(runs / "new", 1.0), timed(runs / "old.v1", 1.2)
+    return render("compare", new, parameters={"other": "old.v1"})
+
+
+def test_what_is_wrong_inside_a_notebook_is_one_line(page):
+    for parameters, said in (
+        ({}, "^other: '': name the run to compare with.*$"),
+        ({"other": "older"}, "^run: '.*runs/older': no such folder; known runs: new, old.v1$"),
+    ):
+        with pytest.raises(UserError, match=said):
+            render("compare", page.parents[1], parameters=parameters)
+    here = {path.name for path in page.parent.iterdir()}
+    assert here == {"compare-old.v1.html", "compare-old.v1.ipynb", "tables"}
+
+
+def test_the_page_of_two_runs_and_the_page_of_all_pages(page):
+    new, results = page.parents[1], page.parents[3]
     assert "old.v1 / new" in page.read_text()
     assert (new / "report" / "tables" / "versus_old.v1.tex").read_text().count("\\\\") >= 3
-    listed = index.write(tmp_path).read_text()
+    listed = index.write(results).read_text()
     assert "runs/new/report/compare-old.v1.html" in listed  # a third run's page lies beside it
     assert "run new and old.v1" in listed
     assert re.search(r'href="runs/new/report/tables">[1-9]\d* CSV, [1-9]\d* LaTeX<', listed)
-    (tmp_path / "report" / "tables" / "fsmoe").mkdir(parents=True)
-    (tmp_path / "report" / "fsmoe.html").touch()
-    (tmp_path / "report" / "tables" / "fsmoe" / "a.csv").touch()
-    assert 'href="report/tables/fsmoe">1 CSV, 0 LaTeX<' in index.write(tmp_path).read_text()
-
-
-def test_what_is_wrong_inside_a_notebook_is_one_line(tmp_path):
-    new, _ = timed(tmp_path / "runs" / "new", 1.0), timed(tmp_path / "runs" / "old", 1.2)
-    page = render("compare", new, parameters={"other": "old"})
-    for parameters, said in (
-        ({}, "^other: '': name the run to compare with.*$"),
-        ({"other": "older"}, "^run: '.*runs/older': no such folder; known runs: new, old$"),
-    ):
-        with pytest.raises(UserError, match=said):
-            render("compare", new, parameters=parameters)
-    here = {path.name for path in page.parent.iterdir()}
-    assert here == {"compare-old.html", "compare-old.ipynb", "tables"}
+    (results / "report" / "tables" / "fsmoe").mkdir(parents=True)
+    (results / "report" / "fsmoe.html").touch()
+    (results / "report" / "tables" / "fsmoe" / "a.csv").touch()
+    assert 'href="report/tables/fsmoe">1 CSV, 0 LaTeX<' in index.write(results).read_text()
 
 
 def test_latex_of_awkward_words(tmp_path):

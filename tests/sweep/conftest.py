@@ -11,6 +11,7 @@ import yaml
 
 from harness.launch import slurm
 from harness.specs import with_levels
+from harness.sweep.spec import SlurmCluster
 from harness.sweep.states import OPEN, Sweep
 
 NODES = with_levels(
@@ -28,6 +29,7 @@ CLUSTER = {
     "setup": ["export GLOO_SOCKET_IFNAME=eth0"],
     "interconnect": NODES.model_dump(mode="json"),
 }
+OF_CLUSTER = {*SlurmCluster.model_fields, "gpus_per_task"} - {"cells_per_job"}
 REPEATS = 2
 ONE_RANK = {"name": "one", "kind": "local", "levels": [{"name": "rank", "size": 1}]}
 
@@ -49,7 +51,7 @@ def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def write_sweep(folder: Path, name: str, *, num_races: int = 1, cluster: object = None, **more: object) -> Path:
     """Write a sweep of ``num_races`` small exchanges, and the cluster file that it names."""
-    known = {key: more.pop(key) for key in list(more) if key in ("timeout_min", "partition", "account", "setup")}
+    known = {key: more.pop(key) for key in list(more) if key in OF_CLUSTER}
     (folder / "cluster.yaml").write_text(yaml.safe_dump(CLUSTER | known))
     entry = {
         "model": "moe-tiny",

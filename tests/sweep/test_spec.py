@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,8 @@ import pytest
 import yaml
 
 from harness.errors import UserError
-from harness.sweep import spec, submit
+from harness.sweep import profile, script, spec, submit
+from harness.sweep.folder import SweepFolder
 from tests.sweep.conftest import ONE_RANK
 
 ROOT = Path(__file__).parents[2]
@@ -45,10 +48,32 @@ def test_cells_are_grouped_by_what_they_need(sweep_file):
 def test_a_dry_run_shows_the_script_and_writes_nothing(sweep_file, tmp_path):
     loaded = spec.load(sweep_file("dry", num_races=3, cells_per_job=1, cluster={"nodes": 2}))
     (script,) = submit.scripts(loaded, tmp_path / "dry")
-    for line in ("--array=0-2%3", "--nodes=2", "--ntasks-per-node=2", "--partition=normal", "--signal=USR2@30"):
+    for line in ("--array=0-2%3", "--nodes=2", "--ntasks-per-node=2", "--partition=normal", "--signal=B:USR2@30"):
         assert f"#SBATCH {line}" in script
     assert "export GLOO_SOCKET_IFNAME=eth0" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("example-gpu", f"{shlex.quote(sys.executable)} -u -m submitit"),
+        ("example-pyxis", "--container-mounts=/shared:/shared .* /opt/conda/envs/moebench/bin/python -u -m submitit"),
+        ("example-apptainer", "apptainer exec --nv --bind /shared .*sif /opt/.*/python -u -m submitit"),
+    ],
+)
+def test_the_examples_as_sbatch_gets_them(tmp_path, name, task):
+    slurm = spec.load_cluster(name)
+    job = profile.job(slurm, 2, [], "local-m512-e16k2", tmp_path)
+    (text,) = script.texts(SweepFolder(tmp_path / "run"), slurm.cluster, [submit.shape_of(job)])
+    for line in ("--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--signal=B:USR2@120"):
+        assert f"#SBATCH {line}" in text
+    command = text.strip().splitlines()[-1]
+    assert re.search(f"^srun .*--distribution=block:block --cpu-bind=cores .*{task}", command)
+    assert 'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"' in text
+    assert not re.search("module load|NCCL_SOCKET_IFNAME", text)
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,42 @@
+"""What a run would do, told without a rank: every cell, whether its system takes it, and about how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from harness import memory, registry
+from harness.bench import race, tidy
+from harness.bench.run import drawing_s
+from harness.bench.suite import Suite
+from harness.specs import Experiment
+from harness.topology import Topology
+
+
+def rows(suite: Suite, launches: int | None = None) -> Iterator[dict[str, Any]]:
+    """A row a cell, in the order of the file. ``launches`` instead of the file's."""
+    for each in suite.races:
+        for experiment in each.experiments:
+            count = launches or each.launches
+            refused = refusal(experiment)
+            seconds = tidy.estimate_s(experiment, each.repeats, each.warmup) + drawing_s(experiment)
+            yield {
+                "phase": experiment.phase,
+                "model": experiment.model.name,
+                "workload": experiment.workload.name,
+                "cluster": experiment.cluster.name,
+                "ranks": experiment.cluster.num_ranks,
+                "system": experiment.system,
+                "launches": count,
+                "estimate_s": 0.0 if refused else count * seconds,
+                "refused": refused,
+            }
+
+
+def refusal(experiment: Experiment) -> str | None:
+    """Why its system will not race, as far as it is known beforehand; None if it may."""
+    cluster, system = experiment.cluster, registry.system(experiment.system)
+    device = "cuda:0" if cluster.kind == "physical" and cluster.device != "cpu" else "cpu"
+    case = race.make_case(experiment, Topology(cluster.shape), device)
+    refused = system.missing() or race._no_stand_in(system, case) or system.refuse(case)
+    return refused or memory.refusal(experiment, system, case)
