@@ -63,8 +63,32 @@ class _Free(NamedTuple):
     last: dict[int, tuple[int, str]]  # by stream: the last piece of work that may still use it, and its task
     born: str
 
+    def is_in_use(self, stream: Stream) -> bool:
+        """Whether work of its last owners is not behind ``stream`` yet."""
+        return any(not stream.is_behind(other, number) for other, (number, _) in self.last.items())
+
 
 _pools: dict[int, list[_Free]] = collections.defaultdict(list)  # by stream, smallest first
+#: what came back too early, by stream; a real allocator may hand out any of it, so this one does first of all
+_early: dict[int, list[_Free]] = collections.defaultdict(list)
+
+
+def _take(pool_of: int, size: int) -> _Free | None:
+    """A free block of at least ``size`` bytes."""
+    pool, stream, early = _pools[pool_of], Stream.all[pool_of], _early[pool_of]
+    for free in [free for free in early if not free.is_in_use(stream)]:  # by now it is over
+        early.remove(free)
+        bisect.insort(pool, free, key=lambda each: each.size)
+    for free in early:
+        if _fits(free, size):
+            early.remove(free)
+            return free
+    at = bisect.bisect_left(pool, size, key=lambda each: each.size)  # the best fit
+    return pool.pop(at) if at < len(pool) and _fits(pool[at], size) else None
+
+
+def _fits(free: _Free, size: int) -> bool:
+    return free.size >= size and (size <= _SMALL_BYTES or free.size < 2 * size + _SMALL_BYTES)
 
 
 class Block:
@@ -85,10 +109,8 @@ class Block:
         if not self.num_bytes:
             return
         self.held = True
-        pool = _pools[self.pool]
-        at = bisect.bisect_left(pool, self.size, key=lambda free: free.size)  # the best fit
-        if at < len(pool) and (self.size <= _SMALL_BYTES or pool[at].size < 2 * self.size + _SMALL_BYTES):
-            self.size, self.last, self.was_born = pool.pop(at)
+        if (free := _take(self.pool, self.size)) is not None:
+            self.size, self.last, self.was_born = free
         now_bytes += self.size
         peak_bytes = max(peak_bytes, now_bytes)
 
@@ -105,7 +127,11 @@ class Block:
             waited_for = any(stream.is_behind(use.stream, use.number) for stream in recorded)
             if not waited_for and last.get(use.stream, (-1, ""))[0] < use.number:
                 last[use.stream] = (use.number, use.task)
-        bisect.insort(_pools[self.pool], _Free(self.size, last, self.born), key=lambda free: free.size)
+        free = _Free(self.size, last, self.born)
+        if free.is_in_use(Stream.all[self.pool]):
+            _early[self.pool].append(free)
+        else:
+            bisect.insort(_pools[self.pool], free, key=lambda each: each.size)
 
     def __del__(self) -> None:
         self.free()
