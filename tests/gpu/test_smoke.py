@@ -26,7 +26,6 @@ def smoke(*words: str) -> tuple[int, list[dict[str, Any]], str]:
 
 
 def test_every_step_passes_on_the_emulated_device_or_is_skipped_by_name(tmp_path):
-    pytest.importorskip("torch.utils.backend_registration")
     out = tmp_path / "smoke.jsonl"
     status, lines, err = smoke("--emulated", "--out", str(out))
     assert [line["step"] for line in lines] == [step.number for step in STEPS]
@@ -75,9 +74,14 @@ def test_without_a_gpu_steps_are_skipped_by_name():
 
 
 def test_help_shows_examples_and_a_strange_step_is_one_line():
-    assert "python -m tests.gpu.smoke --only 3,4,10" in subprocess.run(
-        [sys.executable, "-m", "tests.gpu.smoke", "--help"], cwd=ROOT, capture_output=True, text=True
-    ).stdout
+    assert (
+        "python -m tests.gpu.smoke --only 3,4,10"
+        in subprocess.run(
+            [sys.executable, "-m", "tests.gpu.smoke", "--help"], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+    )
     status, lines, err = smoke("--only", "77")
     assert (status, lines) == (2, [])
-    assert err.splitlines()[-1].endswith("--only: '77': no such step; known: " + ", ".join(str(s.number) for s in STEPS))
+    assert err.splitlines()[-1].endswith(
+        "--only: '77': no such step; known: " + ", ".join(str(s.number) for s in STEPS)
+    )
