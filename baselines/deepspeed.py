@@ -133,8 +133,10 @@ class _Layer(MoELayer):
         super().__init__()
         import deepspeed
 
-        # Compiling its shared-memory collectives needs a C++ compiler, and they would bypass torch.distributed.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if deepspeed.get_accelerator().device_name() == "cpu":
+            # Compiling its shared-memory collectives needs a C++ compiler, and they would bypass torch.distributed.
+            # Only CPUs have them, and on a GPU this table is made by asking for nvcc and for every kernel.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         deepspeed.init_distributed(verbose=False)  # wraps the process group that exists
         from deepspeed.moe.layer import MoE
@@ -165,6 +167,9 @@ class _Layer(MoELayer):
             for index, module in zip(self.local, self.experts, strict=True):
                 for name, parameter in module.named_parameters():
                     parameter.copy_(weights.expert(index)[name])
+
+    def how(self) -> str:
+        return "one module an expert, as DeepSpeed calls its users'"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.moe(x)[0]

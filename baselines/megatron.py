@@ -109,7 +109,7 @@ class _Layer(MoELayer):
 
         self.gated = case.model.ffn_type == "swiglu"
         self.local = [int(e) for e in case.placement.local(job.rank)]
-        grouped = None if case.identity_experts else _grouped_gemm(case)
+        grouped, self.path = (None, "") if case.identity_experts else _expert_path(case)
         if case.identity_experts:
             submodules = MoESubmodules(experts=ModuleSpec(module=_IdentityExperts))
         else:
@@ -156,6 +156,9 @@ class _Layer(MoELayer):
             for i in range(num_local)
         ]
         return [(pick(fc1).T, pick(fc2).T) for fc1, fc2 in pairs]
+
+    def how(self) -> str:
+        return self.path
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.moe(x.unsqueeze(1))[0].squeeze(1)  # Megatron wants [sequence, batch, M]
@@ -234,17 +237,29 @@ def _config(case: Case, job: Job, grouped_gemm: bool) -> Any:
     )
 
 
-def _grouped_gemm(case: Case) -> str | None:
-    """Which of Megatron's grouped GEMMs can run here: Transformer Engine's ("te"), the grouped_gemm package's
-    ("legacy"), or None for one expert after the other. Both are CUDA kernels; the legacy one is bfloat16 only."""
-    if torch.device(case.device).type != "cuda" or case.dtype != "bfloat16":
-        return None
+_GROUPED = {"te": "grouped GEMM of Transformer Engine", "legacy": "grouped GEMM of the grouped_gemm package"}
+SEQUENTIAL, SLOW = "sequential, one expert after another", "slower than Megatron's users know it"
+
+
+def _expert_path(case: Case) -> tuple[str | None, str]:
+    """Which of Megatron's grouped GEMMs runs here, Transformer Engine's ("te"), the grouped_gemm package's ("legacy"),
+    or None for one expert after the other; and the same in words, with the reason. Both are CUDA kernels; the legacy
+    one is bfloat16 only."""
+    if torch.device(case.device).type != "cuda":
+        return None, f"{SEQUENTIAL}: Megatron's grouped GEMMs are for CUDA"
+    if case.dtype != "bfloat16":
+        return None, f"{SEQUENTIAL}, {SLOW}: its grouped GEMMs take bfloat16, not {case.dtype}"
     from megatron.core.extensions import transformer_engine
     from megatron.core.transformer.moe import grouped_gemm_util
 
+    found = None
     if transformer_engine.HAVE_TE and getattr(transformer_engine, "TEColumnParallelGroupedLinear", None) is not None:
-        return "te"
-    return "legacy" if grouped_gemm_util.grouped_gemm_is_available() else None
+        found = "te"
+    elif grouped_gemm_util.grouped_gemm_is_available():
+        found = "legacy"
+    if found is None:
+        return None, f"{SEQUENTIAL}, {SLOW}: neither transformer-engine nor grouped_gemm is installed"
+    return found, _GROUPED[found]
 
 
 _alone: weakref.WeakKeyDictionary[Job, dist.ProcessGroup] = weakref.WeakKeyDictionary()

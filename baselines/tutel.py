@@ -144,6 +144,9 @@ class _Layer(MoELayer):
             return {ours: data[theirs].view(shape[theirs]) for ours, theirs in names.items()}
         return {"w1": data["batched_fc1_w"].transpose(1, 2), "w2": data["batched_fc2_w"]}
 
+    def how(self) -> str:
+        return "one batched GEMM over padded slots"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.moe(x, inequivalent_tokens=self.ragged)
 

@@ -45,10 +45,14 @@ class Rows:
     parts: int = 1
 
 
-def activation_bytes(experiment: Experiment, num_tokens: int, layers: Sequence[Rows]) -> float | None:
+def activation_bytes(
+    experiment: Experiment, num_tokens: int, layers: Sequence[Rows], gpu: bool | None = None
+) -> float | None:
     """What the forward of a step leaves for its backward on a rank with ``num_tokens`` tokens, copies of experts
     excepted, of native layers whose rows travel as they are, in one all-to-all-v. None where a layer keeps more or
-    other things: gates that no routing can be prescribed to, a capacity, model parallelism."""
+    other things: gates that no routing can be prescribed to, a capacity, model parallelism. ``gpu``: whether ranks
+    compute on GPUs; None: where the cluster is a physical one."""
+    gpu = experiment.cluster.kind == "physical" if gpu is None else gpu
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
     if model.gate not in _GATES or model.capacity_factor is not None or experiment.model_parallel:
         return None
@@ -57,7 +61,7 @@ def activation_bytes(experiment: Experiment, num_tokens: int, layers: Sequence[R
     copy = wide * hidden if wide > width else 0
     # The residual behind the attention, what enters the MoE part, and the gate's copy of it.
     token = 2 * width * hidden + copy
-    token += 2 * wide if experiment.cluster.kind == "physical" else 2 * (wide * hidden + copy + wide)  # norms: fused?
+    token += 2 * wide if gpu else 2 * (wide * hidden + copy + wide)  # norms, on GPUs fused
     if real:  # what enters the projections, what they make, what attention makes of it and its log-sum-exp
         keys = 2 * hidden // model.num_heads * (model.num_kv_heads or model.num_heads)
         token += width * (3 * hidden + keys) + wide * model.num_heads
@@ -78,10 +82,13 @@ def activation_bytes(experiment: Experiment, num_tokens: int, layers: Sequence[R
     )
 
 
-def peak_bytes(experiment: Experiment, num_tokens: int, parts: Mapping[str, float], most_experts: int) -> float:
+def peak_bytes(
+    experiment: Experiment, num_tokens: int, parts: Mapping[str, float], most_experts: int, gpu: bool | None = None
+) -> float:
     """The most that a rank holds in a step, of what it holds by part (``state_bytes``, ``materialised``,
-    ``activations``): around the loss, or when all gradients are there and AdamW updates the largest tensor.
-    ``most_experts``: that it owns of one layer."""
+    ``activations``): around the loss, or when all gradients are there and AdamW updates the largest tensor, which on
+    GPUs, where it is fused, takes nothing beside. ``most_experts``: that it owns of one layer. ``gpu`` as above."""
+    gpu = experiment.cluster.kind == "physical" if gpu is None else gpu
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
     wide = max(4, width)
     attention = model.num_layers * _attention_parameters(experiment.model) * width
@@ -91,7 +98,8 @@ def peak_bytes(experiment: Experiment, num_tokens: int, parts: Mapping[str, floa
     at_loss = attention + parts["materialised"] + parts["activations"] + max(of_norm, of_loss)
     projected = model.hidden + 2 * model.hidden // model.num_heads * (model.num_kv_heads or model.num_heads)
     largest = max(model.vocab, projected, most_experts * model.ffn) * model.hidden * width
-    return parts["parameters"] + parts["optimizer"] + max(at_loss, parts["gradients"] + 2 * largest)
+    at_update = parts["gradients"] + (0 if gpu else 2 * largest)
+    return parts["parameters"] + parts["optimizer"] + max(at_loss, at_update)
 
 
 def room_bytes(experiment: Experiment, case: Case) -> float | None:

@@ -107,6 +107,11 @@ class MoELayer(nn.Module, abc.ABC):
         """Dispatch, (identity) experts, combine: x [T_rank, M] -> y [T_rank, M]."""
         return self.forward(x)
 
+    def how(self) -> str:
+        """By which kernels its experts compute, in words for a row; empty where there is but one way."""
+        of_experts = getattr(getattr(self, "experts", None), "how", None)
+        return "" if of_experts is None else str(of_experts())
+
     @abc.abstractmethod
     def gradients(self) -> Gradients: ...
 

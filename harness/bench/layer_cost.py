@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from harness import presets, registry
-from harness.bench.race import LayerContender, first_said, make_case, name_phase
+from harness.bench.layer import LayerContender
+from harness.bench.race import first_said, make_case, name_phase
 from harness.bench.timing import Stopwatch, interleaved, quiet
 from harness.comm.fits import TokensFit, judge
 from harness.comm.job import Job

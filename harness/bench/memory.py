@@ -64,14 +64,13 @@ def measured(trainer: Trainer) -> dict[str, float]:
         activations, most = _on_device(trainer, tokens, serially)
     else:
         activations, most = _recorded(trainer, tokens, serially)
-        most += before
     return {
         "parameters": parameters,
         "gradients": _bytes(p.grad for p in training.gpt.parameters() if p.grad is not None) + buffer,
         "optimizer": _optimizer_bytes(training.optimizer),
         "materialised": float(meter.peak),
         "activations": activations - copies_then,
-        "peak": most,
+        "peak": before + most,
     }
 
 
@@ -92,7 +91,7 @@ def _recorded(trainer: Trainer, tokens: torch.Tensor, run: Callable[[Plan], Time
 
 
 def _on_device(trainer: Trainer, tokens: torch.Tensor, run: Callable[[Plan], Timeline]) -> tuple[float, float]:
-    """The same from the device's allocator; its peak counts everything there is."""
+    """The same from the device's allocator, which may hold other contenders too."""
     device, found = trainer.job.device, []
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -103,7 +102,7 @@ def _on_device(trainer: Trainer, tokens: torch.Tensor, run: Callable[[Plan], Tim
         trainer._update(tokens, run)
     finally:
         handle.remove()
-    return found[0] - before, float(torch.cuda.max_memory_allocated(device))
+    return found[0] - before, float(torch.cuda.max_memory_allocated(device) - before)
 
 
 def planned(trainer: Trainer) -> dict[str, float]:
@@ -122,9 +121,9 @@ def planned(trainer: Trainer) -> dict[str, float]:
     found["materialised"] = float(each * together(copies)) if copies else 0.0
     if (activations := _planned_activations(trainer)) is not None:
         found["activations"] = activations
-        found["peak"] = peak_bytes(
-            experiment, trainer.training.tokens[job.rank], found, max(len(p.local(job.rank)) for p in placements)
-        )
+        most_experts = max(len(p.local(job.rank)) for p in placements)
+        gpu = job.device.type == "cuda"
+        found["peak"] = peak_bytes(experiment, trainer.training.tokens[job.rank], found, most_experts, gpu)
     return found
 
 
@@ -146,7 +145,7 @@ def _planned_activations(trainer: Trainer) -> float | None:
         if parts > 1 and counts[job.rank, copied].any():
             parts += 1  # what stays with copies
         rows.append(Rows(int(counts[job.rank].sum()), int(here.sum()), parts))
-    return activation_bytes(experiment, tokens[job.rank], rows)
+    return activation_bytes(experiment, tokens[job.rank], rows, job.device.type == "cuda")
 
 
 def _bytes(tensors: Any) -> float:

@@ -218,6 +218,10 @@ class Server:
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"pass": self.timeline}
 
+    def keep(self) -> list[torch.Tensor]:
+        cached = [part for cache in getattr(self, "caches", ()) for part in (cache.keys, cache.values)]
+        return [*self.gpt.parameters(), *self.gpt.buffers(), *cached]
+
     def close(self) -> None:
         """Nothing outlives a server."""
 

@@ -46,13 +46,14 @@ SCHEMA = pa.schema(
         ("compute", pa.string()),  # real | stand-in
         ("metric", pa.string()),
         ("direction", pa.string()),  # forward | backward | total | ""
-        ("level", pa.string()),  # a link level, expert | rank | node | link, a part of memory, or ""
+        # a link level, expert | rank | node | link, a part of memory, what a row of metric "how" tells, or ""
+        ("level", pa.string()),
         ("value", pa.float64()),
         ("unit", pa.string()),
         ("rep", pa.int32()),
         ("rank", pa.int32()),
         ("status", pa.string()),
-        ("reason", pa.string()),
+        ("reason", pa.string()),  # why a status is not ok; of a row of metric "how", in which way it ran
         ("time_utc", pa.string()),  # the same for all rows of one attempt at a race
         ("schema_version", pa.int32()),
     ],

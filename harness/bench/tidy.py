@@ -25,6 +25,7 @@ from harness.topology import Topology
 
 #: a shaped run that keeps more of its cores busy than this measures the cores and not the link
 MAX_CORES_SHARE = 0.75
+TIMES = ("time_s", "rank_time_s", "device_time_s", "host_time_s")
 _ERRORS = {
     "output": "error_output",
     "input_grad": "error_input_grad",
@@ -145,6 +146,9 @@ class _Cell:
         for name, value in answers[0].get("launch_settings", {}).items():
             self._add(name, value, "1")
         self._times(answers, outcomes, budgets)
+        for part, text in outcomes[0].get("how", {}).items():
+            if text:
+                self._add("how", float("nan"), "", level=part, reason=text)
         for rank, outcome in enumerate(outcomes):
             for kind, metric in (("measured", "memory_bytes"), ("planned", "memory_planned_bytes")):
                 for part, value in outcome.get("memory", {}).get(kind, {}).items():
@@ -192,6 +196,10 @@ class _Cell:
             self._add("time_s", time_s, "s", **where)
             for rank, own in enumerate(own_times):
                 self._add("rank_time_s", own, "s", rank=rank, **where)
+            if samples[0]["device_s"] is not None:
+                self._add("device_time_s", max(own_times), "s", **where)
+                host_time_s = max(sample["end_s"] - sample["start_s"] for sample in samples)
+                self._add("host_time_s", host_time_s, "s", **where)
             if samples[0]["loss"] is not None:
                 self._add("loss", samples[0]["loss"], "nats", **where)
             if self.experiment.phase in SERVING:
@@ -223,7 +231,7 @@ class _Cell:
         self._judge(first, wrong, float(np.mean(cores)), answers[0]["num_cores"])
 
     def _judge(self, first: int, wrong: list[str], own_cores: float, num_cores: int) -> None:
-        timed = [row for row in self.rows[first:] if row["metric"] in ("time_s", "rank_time_s")]
+        timed = [row for row in self.rows[first:] if row["metric"] in TIMES]
         if wrong:
             verdict = {"status": "unphysical", "reason": f"{len(wrong)} violations, the first: {wrong[0]}"}
         elif self.base["network"] == "shaped" and own_cores > MAX_CORES_SHARE * num_cores:
@@ -232,7 +240,7 @@ class _Cell:
             )
             verdict = {"status": "cpu_bound", "reason": reason}
             if self.setting.refuse_cpu_bound:
-                self.rows = [row for row in self.rows if row["metric"] not in ("time_s", "rank_time_s")]
+                self.rows = [row for row in self.rows if row["metric"] not in TIMES]
                 self.without_time(**verdict)
                 return
         else:

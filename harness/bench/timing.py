@@ -2,6 +2,10 @@
 
 The time of the job is computed later, from all ranks' samples: max(end) - min(start) where all ranks share one clock,
 else the slowest rank's own device time. A step costs what its slowest rank costs.
+
+On CUDA these are two things: the span of one clock holds the launches and the wait for the device's end, the device
+time does not. So that runs on one machine and on several can be compared, the rows hold both of either: metric
+``device_time_s`` (largest time between events of any rank) and ``host_time_s`` (largest time on any rank's own clock).
 """
 
 from __future__ import annotations

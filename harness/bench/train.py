@@ -141,7 +141,9 @@ class Training:
         self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
         routers = {id(p) for p in self.routers()} if self.prescribed else set()
         trained = [p for p in self.gpt.parameters() if id(p) not in routers]
-        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+        # By default torch would take all tensors at once on a GPU, and hold as much again as there are parameters.
+        fused = torch.device(device).type == "cuda"
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, foreach=False, fused=fused)
 
     @property
     def attentions(self) -> list[Attention]:
@@ -249,6 +251,13 @@ class Trainer:
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"step": self.timeline}
+
+    def keep(self) -> list[torch.Tensor]:
+        self.training.gpt.zero_grad(set_to_none=True)
+        state = [
+            value for of in self.training.optimizer.state.values() for value in of.values() if torch.is_tensor(value)
+        ]
+        return [*self.training.gpt.parameters(), *self.training.gpt.buffers(), *state, self.stream.buffer]
 
     def memory(self) -> tuple[dict[str, float], dict[str, float]]:
         """Collective: bytes of this rank by part, measured over one more step and planned for it."""

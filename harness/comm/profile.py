@@ -6,6 +6,9 @@ All groups of a level work at once, as they do in an exchange, so that ranks tha
 
 Short operations are timed in trains of several, one right after the other: a token bucket lets the first bytes after a
 pause through for nothing, and ranks leave a barrier some hundred microseconds apart; neither is a collective's price.
+
+What is multiplied and sent is drawn: a GPU draws less power for equal numbers, and its clocks then rise above those of
+any training.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ def measure(job: Job, payload: dict[str, Any]) -> dict[str, dict[str, Any]]:
         scopes["flat"] = job.world
     cuda = job.device.type == "cuda"
     sizes = [(kib << 10) * (CUDA_SIZES if cuda else 1) for kib in SIZES_KIB]
-    pool = torch.empty(2, max(sizes), dtype=torch.uint8, device=job.device).zero_()  # shared: they take turns
+    pool = drawn_bytes(2, max(sizes), job.device)  # shared: they take turns
     held_out = [SIZES_KIB.index(kib) for kib in HELD_OUT_KIB]
     found: dict[str, dict[str, Any]] = {}
     trains: dict[str, list[Train]] = {}
@@ -177,7 +180,9 @@ def _reduce_scatter(group: dist.ProcessGroup, one: torch.Tensor, other: torch.Te
 
 def _all_reduce(group: dist.ProcessGroup, one: torch.Tensor, other: torch.Tensor) -> Work:
     buffer = one.view(torch.float32)
-    return lambda: dist.all_reduce(buffer, group=group)
+    # Sums of sums would soon be infinite, all of them alike; gloo has no means, and a processor does not mind.
+    how = dist.ReduceOp.AVG if dist.get_backend(group) == "nccl" else dist.ReduceOp.SUM
+    return lambda: dist.all_reduce(buffer, how, group=group)
 
 
 def _send_receive(group: dist.ProcessGroup, one: torch.Tensor, other: torch.Tensor) -> Work:
@@ -202,16 +207,24 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def drawn(*shape: int, device: torch.device) -> torch.Tensor:
+    """Normal numbers, in the format that products are measured in."""
+    return torch.randn(*shape, device=device, dtype=_dtype(device))
+
+
+def drawn_bytes(count: int, num_bytes: int, device: torch.device) -> torch.Tensor:
+    """[count, num_bytes] of normal float32 numbers, so that what adds them meets no other numbers than usual."""
+    return torch.randn(count, num_bytes // 4, device=device).view(torch.uint8)
+
+
 def gemm(rows: int, side: int, device: torch.device) -> Work:
     """[rows, side] @ [side, side]."""
-    a = torch.ones(rows, side, device=device, dtype=_dtype(device))
-    b = torch.ones(side, side, device=device, dtype=_dtype(device))
+    a, b = drawn(rows, side, device=device), drawn(side, side, device=device)
     return lambda: a @ b
 
 
 def _grouped_gemm(rows: int, side: int, device: torch.device) -> Work:
-    x = torch.ones(rows, side, device=device, dtype=_dtype(device))
-    w = torch.ones(NUM_EXPERTS, side, side, device=device, dtype=_dtype(device))
+    x, w = drawn(rows, side, device=device), drawn(NUM_EXPERTS, side, side, device=device)
     counts = torch.full((NUM_EXPERTS,), rows // NUM_EXPERTS)
     return lambda: grouped_mm(x, (w,), counts)
 

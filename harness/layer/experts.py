@@ -1,7 +1,12 @@
-"""This rank's experts as grouped GEMMs over rows sorted by expert."""
+"""This rank's experts as grouped GEMMs over rows sorted by expert.
+
+The products are torch's grouped GEMM where that is known to be right and fast (``not_grouped``), else one GEMM an
+expert, straight into the output.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -46,6 +51,15 @@ class Experts(nn.Module):
         h = F.silu(h) * grouped_mm(x, weights["w3"], counts) if self.ffn_type == "swiglu" else F.gelu(h)
         return grouped_mm(h, weights["w2"], counts)
 
+    def how(self) -> str:
+        """By which kernels they compute, and why not by others."""
+        if self.stand_in is not None:
+            return "a timed wait"
+        reason = next(
+            filter(None, (not_grouped(self.w1.device, self.w1.dtype, getattr(self, n)) for n in self.names)), ""
+        )
+        return f"one GEMM an expert: {reason}" if reason else "one grouped GEMM"
+
     def gradients(self) -> dict[int, dict[str, torch.Tensor]]:
         """Gradient of every local expert by name; zeros where no token came."""
         grads = {name: getattr(self, name).grad for name in self.names}
@@ -65,20 +79,75 @@ class IdentityExperts(nn.Module):
 
 def grouped_mm(x: torch.Tensor, ws: Sequence[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
     """y[rows of e] = x[rows of e] @ w[e]: x [R, K], counts [E] on the CPU -> [R, N]. The E matrices w [K, N] are
-    those of all ``ws`` [E_i, K, N], one after another.
+    those of all ``ws`` [E_i, K, N], one after another."""
+    looped = not len(x) or any(not_grouped(x.device, x.dtype, w) for w in ws)
+    return (_LoopedMM if looped else _GroupedMM).apply(x, [int(c) for c in counts], *ws)
 
-    bfloat16 on CUDA: torch's grouped GEMM. Elsewhere: one GEMM per expert straight into the output.
+
+def not_grouped(device: torch.device, dtype: torch.dtype, w: torch.Tensor) -> str | None:
+    """Why rows of ``dtype`` on ``device`` do not meet w [E, K, N] in one grouped GEMM; None: they do.
+
+    torch's kernel takes bfloat16 and strides of whole 16 bytes. On Hopper it is a kernel of its own; on older devices
+    it is a loop that waits for the host, or missing, and on Blackwell gradients of experts without rows were seen to
+    be wrong (pytorch issue 172439).
     """
-    if x.is_cuda and x.dtype == torch.bfloat16:
-        parts = counts.split([len(w) for w in ws])
+    if device.type != "cuda":
+        return "the grouped GEMM is for CUDA"
+    if dtype != torch.bfloat16:
+        return f"the grouped GEMM takes bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if (found := _capability(device))[0] != 9:
+        return f"the grouped GEMM is trusted on devices of capability 9 only, not {found[0]}.{found[1]}"
+    num_experts, *sides = w.shape
+    if any(side % _ALIGNED for side in sides):
+        return f"the grouped GEMM takes multiples of {_ALIGNED}, not {sides[0]} x {sides[1]}"
+    return None if num_experts < _MOST_GROUPS else f"the grouped GEMM takes less than {_MOST_GROUPS} experts"
+
+
+_ALIGNED = 8  # numbers of bfloat16 in 16 bytes
+_MOST_GROUPS = 1024
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+class _GroupedMM(torch.autograd.Function):
+    """One grouped GEMM for each of ``ws``; those without a row take part in none."""
+
+    @staticmethod
+    def forward(ctx, x, counts, *ws):  # type: ignore[no-untyped-def, override]
+        ctx.counts = [part.tolist() for part in torch.tensor(counts).split([len(w) for w in ws])]
+        ctx.offs = [torch.tensor(part).cumsum(0).to(x.device, torch.int32) for part in ctx.counts]
+        x = x.contiguous()
+        ctx.save_for_backward(x, *ws)
         made = [
-            F.grouped_mm(rows, w, offs=part.cumsum(0).to(x.device, torch.int32))
-            for rows, w, part in zip(x.split([int(part.sum()) for part in parts]), ws, parts, strict=True)
-            if len(w)
+            F.grouped_mm(rows, w, offs=offs)
+            for rows, w, offs in zip(x.split([sum(part) for part in ctx.counts]), ws, ctx.offs, strict=True)
+            if len(rows)
         ]
-        if made:
-            return made[0] if len(made) == 1 else torch.cat(made)
-    return _LoopedMM.apply(x, [int(c) for c in counts], *ws)
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+        x, *ws = ctx.saved_tensors
+        lengths = [sum(part) for part in ctx.counts]
+        parts = list(zip(x.split(lengths), dy.contiguous().split(lengths), ws, ctx.offs, strict=True))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            made = [F.grouped_mm(own, w.transpose(1, 2), offs=offs) for _, own, w, offs in parts if len(own)]
+            dx = made[0] if len(made) == 1 else torch.cat(made)
+        dws: list[torch.Tensor | None] = []
+        for (rows, own, w, offs), counts, needed in zip(parts, ctx.counts, ctx.needs_input_grad[2:], strict=True):
+            if not needed:
+                dws.append(None)
+                continue
+            dw = F.grouped_mm(rows.t(), own, offs=offs) if len(rows) else torch.zeros_like(w)
+            for each, count in zip(dw, counts, strict=True):
+                if not count and len(rows):  # not every kernel writes what no row adds to
+                    each.zero_()
+            dws.append(dw)
+        return dx, None, *dws
 
 
 class _LoopedMM(torch.autograd.Function):

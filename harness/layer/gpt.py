@@ -61,13 +61,16 @@ class Attention(nn.Module):
             width = self.num_heads * self.head
             projections = 2 * hidden * (width + self.num_kv_heads * self.head)
             return wait(x, self.stand_in, 4, batch * length * (projections + 2 * length * width), self.parameters())
-        heads = self.qkv(x).view(batch, length, -1, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
+        of_all = self.num_heads + 2 * self.num_kv_heads
+        heads = self.qkv(x).view(batch, length, of_all, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             assert cache.length == 0 or length == 1
             k, v = cache.extend(k, v)
         grouped = self.num_kv_heads != self.num_heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == length, enable_gqa=grouped)
+        y = q  # of no sequence, which kernels of a GPU refuse
+        if batch:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=k.shape[2] == length, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).flatten(2))
 
     @torch.no_grad()

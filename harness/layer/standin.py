@@ -1,7 +1,7 @@
 """Computation as a timed wait, as long as a cluster's gemm costs say, so that two cores can stand for eight GPUs.
 
 What waits hands its input on, and its parameters get gradients of zeros: what is sent keeps its size, and so does what
-the optimizer does. Values mean nothing.
+the optimizer does. Values mean nothing. It is the processor that waits: a GPU would go on meanwhile.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ import torch
 from harness.specs import Gemm
 
 
+def refusal(device: torch.device | str, gemm: Gemm | None) -> str | None:
+    """Why computation on ``device`` cannot be a wait of as long as ``gemm`` says; None if it can."""
+    if torch.device(device).type != "cpu":
+        return "stand-in compute is for ranks that share a CPU; on a GPU give compute: real"
+    return None if gemm is not None else "stand-in compute needs the gemm constants of the cluster"
+
+
 def wait(x: torch.Tensor, gemm: Gemm, count: int, macs: float, parameters: Iterable[torch.Tensor]) -> torch.Tensor:
     """x as it is, after ``count`` matrix products of ``macs`` multiply-adds together; its backward takes twice as
     long."""
+    assert x.device.type == "cpu"
     return _Wait.apply(x, count * gemm.alpha_s + macs * gemm.beta_s_per_mac, *parameters)
 
 

@@ -164,6 +164,8 @@ def _systems(run: Run) -> str:
     from harness import registry  # imports torch, which nothing else here needs
 
     known = registry.systems()
+    told = run.rows[run.rows["metric"] == "how"]
+    how = told.groupby("system")["reason"].agg(lambda reasons: "; ".join(dict.fromkeys(reasons))).to_dict()
     rows = []
     for name in dict.fromkeys(run.rows.drop_duplicates("label").set_index("label").loc[run.labels, "system"]):
         system = known.get(name)
@@ -172,13 +174,14 @@ def _systems(run: Run) -> str:
             if system
             else ()
         )
-        rows.append((name, *(facts or ("not part of this installation", "–", ""))))
-    frame = pd.DataFrame(rows, columns=["system", "title", "kind", "source"])
+        rows.append((name, *(facts or ("not part of this installation", "–", "")), how.get(name, "–")))
+    frame = pd.DataFrame(rows, columns=["system", "title", "kind", "source", "how"])
     columns = [
         Column("system", "system"),
         Column("title", "what it is", kind="prose"),
         Column("kind", "kind"),
         Column("source", "source", kind="prose"),
+        *([Column("how", "how its experts computed", kind="prose")] if how else []),
     ]
     return page.table(frame, columns, "Systems")
 

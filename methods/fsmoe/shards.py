@@ -42,6 +42,9 @@ class Shards(nn.Module):
             shard = whole.chunk(mesh.num_esp, dim=1 if name == "w2" else 2)[mesh.esp_index].contiguous()
             self.register_parameter(name, nn.Parameter(shard.to(device)))
 
+    def how(self) -> str:
+        return "one batched GEMM over padded slots"
+
     def gradients(self) -> dict[int, dict[str, torch.Tensor]]:
         """Collective over the ESP group: whole gradients of its experts, put together from the shards."""
         found: dict[int, dict[str, torch.Tensor]] = {e: {} for e in self.experts}

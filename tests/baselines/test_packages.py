@@ -175,6 +175,27 @@ def test_overlap_is_refused_where_tutel_ignores_it() -> None:
         Tutel.refuse(make_case(TWO_BY_TWO, options={"a2a_ffn_overlap_degree": 0}))
 
 
+def test_megatron_says_how_its_experts_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(Megatron)
+    from megatron.core.transformer.moe import grouped_gemm_util
+
+    from baselines.megatron import _expert_path
+
+    on_cuda = make_case(TWO_BY_TWO, device="cuda", dtype="bfloat16")
+    assert _expert_path(make_case(TWO_BY_TWO, dtype="bfloat16")) == (
+        None,
+        "sequential, one expert after another: Megatron's grouped GEMMs are for CUDA",
+    )
+    assert (
+        "slower than Megatron's users know it: its grouped GEMMs take bfloat16"
+        in _expert_path(make_case(TWO_BY_TWO, device="cuda"))[1]
+    )
+    monkeypatch.setattr(grouped_gemm_util, "grouped_gemm_is_available", lambda: False)
+    assert "slower than Megatron's users know it: neither" in _expert_path(on_cuda)[1]
+    monkeypatch.setattr(grouped_gemm_util, "grouped_gemm_is_available", lambda: True)
+    assert _expert_path(on_cuda) == ("legacy", "grouped GEMM of the grouped_gemm package")
+
+
 def test_missing_tutel_names_its_repository_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install" in Tutel.missing()

@@ -16,7 +16,8 @@ import pandas as pd
 
 from harness import presets, registry
 from harness.bench import stats, suite
-from harness.bench.race import LayerContender, make_case
+from harness.bench.layer import LayerContender
+from harness.bench.race import make_case
 from harness.bench.tidy import _span
 from harness.bench.timing import Stopwatch, interleaved, quiet
 from harness.comm.job import Job

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from harness.bench.contention import matrix
+from harness.bench import contention
+from harness.bench.contention import Hold, longer, matrix, plan_of
 from harness.bench.timing import num_cores
+from harness.plan.graph import LANES
 
 
 def test_a_repetition_takes_as_long_as_on_its_slowest_rank():
@@ -36,3 +38,29 @@ def test_waiting_takes_nothing_from_a_link_and_computing_is_told_apart(session):
         pytest.fail(f"{slowdown}")
     if num_cores() <= 4:
         assert slowdown["intra"]["compute"] > slowdown["intra"]["stand-in"]
+
+
+def test_on_a_device_both_lanes_are_held_until_all_is_issued(monkeypatch):
+    """As a device would: what is issued to a lane behind the hold starts when the hold is over, and not before."""
+    issued: list[str] = []
+    hold = Hold()
+    monkeypatch.setattr(hold, "begin", lambda: issued.append("hold"))
+    monkeypatch.setattr(hold, "end", lambda: issued.append("asked"))
+    work = {lane: (lambda lane=lane: issued.append(lane), 3) for lane in ("intra", "compute")}
+    plan = plan_of(LANES, work, hold)
+    for here in plan.order:
+        plan.tasks[here].run()
+    assert issued == ["hold", *["intra"] * 3, *["compute"] * 3, "asked"]
+    assert all(plan.tasks[plan.index[lane]].after == ("hold",) for lane in work)
+    assert [task.name for task in plan_of(LANES, work, None).tasks] == ["intra", "compute"]
+
+
+def test_no_stream_gets_more_launches_than_it_takes_at_once():
+    timed = int(contention.MAX_LAUNCHES / (1 + contention.SLACK))
+    busy = int(contention.SLACK * timed)
+    for _ in range(6):
+        assert timed + busy <= contention.MAX_LAUNCHES
+        further = longer(timed, busy, contention.MAX_LAUNCHES)
+        assert further[1] / further[0] >= 1.9 * busy / timed  # it outlasts the timed lane by so much more
+        timed, busy = further
+    assert longer(60, 150, None) == (60, 300)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from harness.bench import memory
+from harness.memory import peak_bytes
+from harness.specs import Experiment
 from tests.methods.hidden_on_ranks import timeline_of
 from tests.methods.test_fsmoe_training import training
 from tests.methods.test_hiermoe import cluster
@@ -48,3 +51,24 @@ def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
     if system != "fsmoe":  # which gathers tokens
         gathers = {f"layer{i}.forward." for i in range(3)} if system.startswith("hecate") else set()
         assert timeline_of(every).hidden("gather").keys() == gathers
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_the_update_holds_beside_is_as_planned(gpu):
+    """On a GPU AdamW is fused and holds nothing beside its tensors; elsewhere twice the largest."""
+    experiment = Experiment.model_validate(training("flat", cluster((1, 2)), dtype="float32")["experiment"])
+    parts = {"parameters": 0.0, "optimizer": 0.0, "gradients": 1e9, "materialised": 0.0, "activations": 0.0}
+    own = 64  # experts, whose w1 together are the largest
+    planned = peak_bytes(experiment, 16, parts, own, gpu) - 1e9
+    largest = torch.nn.Parameter(torch.ones(own, 32, 32))
+    largest.grad = torch.ones_like(largest)
+    optimizer = torch.optim.AdamW([largest], foreach=False, fused=gpu)
+    optimizer.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step()
+    now = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    assert most == pytest.approx(planned, abs=64)

@@ -73,6 +73,26 @@ def test_without_one_clock_the_slowest_rank_counts() -> None:
     assert values(rows(answers(shared_clock=False)), "time_s", direction="forward") == pytest.approx([0.993] * 2)
 
 
+@pytest.mark.parametrize("shared_clock", [True, False])
+def test_on_gpus_rows_hold_both_times_whatever_the_clocks(shared_clock: bool) -> None:
+    given = answers(shared_clock=shared_clock)
+    for rank, answer in enumerate(given):
+        for cell in answer["cells"].values():
+            for sample in cell["samples"]:
+                sample["device_s"] = 0.5 + rank / 100
+    frame = rows(given)
+    assert values(frame, "device_time_s", direction="forward") == pytest.approx([0.57, 0.57])
+    assert values(frame, "host_time_s", direction="forward") == pytest.approx([0.993, 0.993])
+    assert values(frame, "time_s", direction="forward") == pytest.approx([1.0 if shared_clock else 0.57] * 2)
+    assert not len(values(rows(answers()), "device_time_s"))
+
+
+def test_rows_say_how_a_cell_ran() -> None:
+    frame = rows(answers(how={"experts": "one grouped GEMM", "state": ""}))
+    (how,) = frame[frame["metric"] == "how"].to_dict("records")
+    assert (how["level"], how["reason"], how["status"]) == ("experts", "one grouped GEMM", "ok")
+
+
 def test_cores_are_the_jobs_and_the_neighbours() -> None:
     frame = rows(answers(own_cpu_s=0.1))
     assert values(frame, "own_cores", direction="forward") == pytest.approx([0.8, 0.8])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from harness.bench import contention
+from harness.comm import profile
 from harness.comm.profile import OPERATIONS, fit
 
 SIZES = [1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20]
@@ -54,3 +57,21 @@ def test_a_shaped_link_shows_in_the_fit(session):
     assert found.beta_s_per_byte == pytest.approx(4 / 2 / 50e6, rel=0.15)
     assert found.held_out_error < 0.1
     assert collectives["a2a.rank"].beta_s_per_byte < found.beta_s_per_byte
+
+
+def test_no_constant_numbers_are_measured(monkeypatch):
+    """A device draws less power for them than for a model's."""
+    made: list[torch.Tensor] = []
+    for name in ("drawn", "drawn_bytes"):
+        make = getattr(profile, name)
+        monkeypatch.setattr(profile, name, lambda *a, make=make, **k: (made.append(make(*a, **k)), made[-1])[1])
+    monkeypatch.setattr(contention, "drawn_bytes", profile.drawn_bytes)
+    device = torch.device("cpu")
+    plain = profile.gemm(8, 16, device)()
+    grouped = profile._grouped_gemm(8, 16, device)()
+    profile.drawn_bytes(2, 64, device)
+    assert len(made) == 5
+    for tensor in (*made, plain, grouped):
+        numbers = tensor.view(torch.float32) if tensor.dtype == torch.uint8 else tensor
+        assert len(numbers.unique()) > 0.9 * numbers.numel()
+        assert numbers.isfinite().all()

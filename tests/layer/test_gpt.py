@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
-from harness.layer.gpt import GPT
+from harness.layer.gpt import GPT, Attention
 from harness.specs import Model
 
 
@@ -113,3 +113,20 @@ def test_it_learns():
 def test_heads_that_do_not_divide_are_named():
     with pytest.raises(UserError, match=r"model\.num_heads: 5.*hidden = 32"):
         GPT(model(num_heads=5), Dense)
+
+
+def test_attention_of_no_sequence_asks_no_kernel(monkeypatch):
+    """Those of a GPU refuse an empty batch; a rank may have no tokens."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def refuses(q, *rest, **more):
+        assert len(q), "batch size must be positive"
+        return attend(q, *rest, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuses)
+    attention = Attention(model(num_kv_heads=2))
+    x = torch.empty(0, 16, 32, requires_grad=True)
+    y = attention(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 16, 32)
+    assert all(not parameter.grad.any() for parameter in attention.parameters())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pandas as pd
 import pytest
 
@@ -102,6 +104,10 @@ def test_packages_have_no_stand_in():
     case, _ = case_and_costs(cell("m512-h1024-gpt", "fsmoe"))
     assert _no_stand_in(system("megatron"), case) == "megatron has no stand-in for its computation"
     assert _no_stand_in(system("fsmoe"), case) is None
+    for name in ("fsmoe", "flat", "hecate"):
+        on_gpu = dataclasses.replace(case, device="cuda:0")
+        assert "on a GPU give compute: real" in _no_stand_in(system(name), on_gpu)
+        assert "gemm constants" in _no_stand_in(system(name), dataclasses.replace(case, cluster=None))
     assert presets.cluster("emulated-2x4-balanced").loopback_bytes_per_s
 
 

@@ -172,6 +172,17 @@ def test_memory_is_of_the_rank_that_has_the_most_beside_its_plan(maker, make_exp
     assert "1.250" in summary.memory(run).html
 
 
+def test_systems_tell_how_their_experts_computed(maker, make_experiment):
+    cell = make_experiment("megatron")
+    maker.timed(cell, 1.0, launches=2)
+    how = {"metric": "how", "level": "experts", "value": float("nan"), "reason": "sequential, one after another"}
+    maker.append({**maker.base(cell, launch), **how} for launch in range(2))
+    maker.timed(make_experiment("flat"), 1.0)
+    html = summary.where(load(maker.path)).html
+    assert html.count("sequential, one after another") == 1
+    assert "how its experts computed" in html
+
+
 def test_run_of_refused_cells_says_what_is_missing_in_every_section(maker, make_experiment):
     maker.without_time(make_experiment("deepspeed"), "refused", "needs CUDA <b>")
     run = load(maker.path)

@@ -1,0 +1,157 @@
+"""Room on one device for all contenders of a race, which take turns (A B B A) until its end.
+
+If the device has room for all of them, each stays there. If not, whoever is not at work waits in the host's memory
+(parameters, optimizer state, caches), and its turn begins with coming back and one untimed step, so that the allocator
+has found its blocks before the clock runs. Which of the two is decided from what the contenders that are there have
+been seen to hold, for all ranks alike, and stands in the rows. On CPUs everybody stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from harness.comm.job import Job
+
+if TYPE_CHECKING:
+    from harness.bench.race import Contender
+
+SHARE = 0.8  # of the device that may be counted on
+HOST_SHARE = 0.8
+
+
+def fits(num_contenders: int, kept_bytes: float, passing_bytes: float, device_bytes: float) -> bool:
+    """Whether all may stay on the device: each holds ``kept_bytes`` between its turns, and one at a time needs
+    ``passing_bytes`` beside. Those not seen yet may need more within a turn: twice as much is reckoned with.
+
+    >>> fits(3, 20e9, 10e9, 80e9), fits(2, 20e9, 10e9, 80e9)
+    (False, True)
+    """
+    return num_contenders * kept_bytes + 2 * passing_bytes <= SHARE * device_bytes
+
+
+class Room:
+    """Of one rank; collective: every rank makes the same calls. ``num_contenders``: as many as may come."""
+
+    def __init__(self, job: Job, num_contenders: int):
+        self.job, self.num_contenders = job, num_contenders
+        self.cuda = job.device.type == "cuda"
+        self.parks = False
+        self.contenders: list[Contender] = []
+        self.kept_bytes = self.passing_bytes = 0.0  # of the contender with most
+        self._before = 0
+        self._parked: dict[int, Parked] = {}
+
+    @property
+    def how(self) -> str:
+        """Where contenders are between their turns, for the rows; empty where there is no choice."""
+        if not self.cuda and not self.parks:
+            return ""
+        return "in the host's memory between turns" if self.parks else "on the device between turns"
+
+    def clear(self) -> None:
+        """Ahead of the next contender: what the last one left, and conformance, is given back."""
+        if self.cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize(self.job.device)
+            torch.cuda.reset_peak_memory_stats(self.job.device)
+            self._before = torch.cuda.memory_allocated(self.job.device)
+
+    def take(self, contender: Contender | None) -> None:
+        """``contender`` has been built and has run; None: it did not come to that."""
+        if contender is None:
+            self.num_contenders -= 1
+            return
+        self.contenders.append(contender)
+        if self.parks:
+            self._park(contender)
+        elif self._crowded():
+            self.parks = True
+            for each in self.contenders:
+                self._park(each)
+
+    @contextlib.contextmanager
+    def turn(self, contender: Contender, warm_up: bool = False) -> Iterator[None]:
+        """``contender`` is on the device. ``warm_up``: it has run once since it came back."""
+        if not self.parks:
+            yield
+            return
+        self._parked.pop(id(contender)).back()
+        if warm_up:
+            contender.warm_up()
+        yield
+        self._park(contender)
+
+    def _crowded(self) -> bool:
+        """Whether not all can stay. ``MemoryError`` where they cannot wait on the host either."""
+        if not self.cuda:
+            return False
+        gc.collect()
+        device, here = self.job.device, torch.cuda.memory_allocated(self.job.device)
+        peak = torch.cuda.max_memory_allocated(device)
+        total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)  # without other programs'
+        found = [here - self._before, peak - here, -total, -psutil.virtual_memory().available]
+        worst = torch.tensor(found, dtype=torch.float64, device=device)
+        if self.job.num_ranks > 1:
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        kept, passing, total, available = worst.abs().tolist()
+        self.kept_bytes, self.passing_bytes = max(self.kept_bytes, kept), max(self.passing_bytes, passing)
+        if fits(self.num_contenders, self.kept_bytes, self.passing_bytes, total):
+            return False
+        on_host = self.num_contenders * self.kept_bytes * self.job.topology.shape[-1]
+        if on_host > HOST_SHARE * available:
+            raise MemoryError(
+                f"{self.num_contenders} systems of {self.kept_bytes / 1e9:.3g} GB fit neither a device of "
+                f"{total / 1e9:.3g} GB nor, while they wait, a host with {available / 1e9:.3g} GB left for "
+                f"{self.job.topology.shape[-1]} ranks; race fewer at a time"
+            )
+        return True
+
+    def _park(self, contender: Contender) -> None:
+        self._parked[id(contender)] = Parked(t for t in contender.keep() if t.device == self.job.device)
+        if self.cuda:
+            torch.cuda.empty_cache()
+
+
+class Parked:
+    """Memory of ``tensors`` in the host's memory; the tensors themselves, and all views of them, stay as they are, with
+    nothing in them, until it is ``back``."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]):
+        found = {t.untyped_storage().data_ptr(): (t.untyped_storage(), t.device) for t in tensors if t.numel()}
+        self.away = []
+        for storage, device in found.values():
+            host = _host_bytes(storage.nbytes(), pinned=device.type == "cuda")
+            host.copy_(_bytes_of(storage, device), non_blocking=True)
+            self.away.append((storage, host, device))
+        self._settle()
+        for storage, _, _ in self.away:
+            storage.resize_(0)
+
+    def back(self) -> None:
+        for storage, host, device in self.away:
+            storage.resize_(len(host))
+            _bytes_of(storage, device).copy_(host, non_blocking=True)
+        self._settle()
+
+    def _settle(self) -> None:
+        for device in {device for _, _, device in self.away if device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+
+
+def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _host_bytes(num_bytes: int, pinned: bool) -> torch.Tensor:
+    if pinned:
+        with contextlib.suppress(RuntimeError):  # a machine may not pin all that it has
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(num_bytes, dtype=torch.uint8)
