@@ -12,7 +12,11 @@ import torch
 from baselines.flat import Flat
 from harness import registry
 from harness.bench import conformance, race
+from harness.layer.weights import Weights
+from harness.placement import Placement
+from harness.routing import planned_routing
 from harness.specs import SERVING, Experiment, Model, Phase, Workload
+from harness.system import Case
 from tests.gpu.machine import CLUSTER, Machine
 from tests.gpu.step import Skip, need
 
@@ -160,24 +164,18 @@ def packages(machine: Machine) -> dict[str, Any]:
             row = conformance.check_one(job, name, trial, "bfloat16")
             need(row["status"] in ("ok", "refused"), f"{name} {trial}: {row['status']}: {row['reason']}")
             found[f"{name} {trial}"] = row["reason"] or row["errors"]
-    if "megatron" not in absent:
-        from baselines import megatron
-
-        found["megatron_grouped_products"] = _path_of(megatron, machine)
+        found[f"{name} experts"] = _how(machine, name)
     return found | {"missing": absent} | machine.unseen("the packages' own CUDA kernels")
 
 
-def _path_of(megatron: Any, machine: Machine) -> str:
-    """Which of Megatron's ways its experts take."""
-    from harness.placement import Placement
-    from harness.routing import planned_routing
-    from harness.system import Case
-
+def _how(machine: Machine, name: str) -> str:
+    """By which of its kernels a package computes its experts, in its own words."""
     workload = Workload(name="smoke", tokens_per_rank=16, generator="uniform")
     routing = planned_routing(workload, SMALL, machine.job.topology)
     placement = Placement.contiguous(SMALL.num_experts, 1)
     case = Case(SMALL, "bfloat16", machine.job.topology, placement, routing, str(machine.device))
-    return str(megatron._grouped_gemm(case) or "one expert after the other")
+    system = registry.system(name)
+    return system.refuse(case) or system.build(case, machine.job, Weights(SMALL, "bfloat16")).how()
 
 
 __all__ = ["out_of_memory", "packages", "races"]
