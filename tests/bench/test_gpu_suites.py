@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from harness import cli, devices
+from harness import cli, devices, presets
 from harness.bench import dry, suite
 from harness.cli.run import fitting
 from harness.errors import UserError
@@ -30,9 +30,7 @@ def here(monkeypatch):
     return be
 
 
-@pytest.mark.parametrize(
-    ("name", "count", "ranks"), [("gpu", 3, 1), ("gpu-node", 2, 2), ("gpu-node", 7, 4), ("gpu-node", 9, 8)]
-)
+@pytest.mark.parametrize(("name", "count", "ranks"), [("gpu", 3, 1), ("gpu-node", 9, 8)])
 def test_as_many_ranks_as_fit_and_every_installed_system_takes_every_cell(here, name, count, ranks):
     here(H100, count)
     found = suite.load(name)
@@ -42,6 +40,13 @@ def test_as_many_ranks_as_fit_and_every_installed_system_takes_every_cell(here, 
     refused = {row["system"]: row["refused"] for row in dry.rows(found) if row["refused"]}
     assert refused == {name: each.missing() for name, each in systems().items() if name in refused}
     assert {race.first.model.name for race in found.races} == {"mixtral-8x7b-layer", "qwen3-30b-a3b-layer"}
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(2, 2), (3, 2), (7, 4), (8, 8)])
+def test_a_node_has_2_4_or_8_ranks(here, count, ranks):
+    here(H100, count)
+    cluster = presets.cluster("gpu-node")
+    assert (cluster.name, cluster.shape) == (f"gpu-node-{ranks}", (1, ranks))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from typing import Any
 from tests.gpu.step import ROOT, Step
 
 BUDGET_S = 480.0
+EMULATED_SLOWER = 4  # than a GPU, on cores that others share
 START_S = 90.0  # of a process: libraries of several gigabytes may come from a cold disk
 EXAMPLES = """examples:
   python -m tests.gpu.smoke
@@ -79,7 +80,7 @@ def run(steps: Sequence[Step], module: str, emulated: bool, budget_s: float) -> 
             if step.alone and not emulated and worker:
                 worker = worker.close()
             worker = worker or Worker(module, emulated)
-            line = base | worker.do(step, deadline)
+            line = base | worker.do(step, step.box_s * (EMULATED_SLOWER if emulated else 1), deadline)
             yield line | {"emulated": True} if emulated else line
             if line["status"] == "failed" or (step.alone and not emulated):
                 worker = worker.close()
@@ -103,7 +104,7 @@ class Worker:
         os.close(writing)
         self._ready = False
 
-    def do(self, step: Step, deadline: float) -> dict[str, Any]:
+    def do(self, step: Step, box_s: float, deadline: float) -> dict[str, Any]:
         """Status, reason, figures and seconds of ``step``, which ends by ``deadline`` or with its box."""
         begin = time.monotonic()
         if not self._ready:
@@ -115,7 +116,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # it has ended: the answer says how
             self._process.stdin.write(f"{step.number}\n".encode())
             self._process.stdin.flush()
-        found = self._answer(max(0.1, min(step.box_s, deadline - begin)), "it")
+        found = self._answer(max(0.1, min(box_s, deadline - begin)), "it")
         return found | {"seconds": round(time.monotonic() - begin, 2)}
 
     def close(self) -> None:
