@@ -69,6 +69,8 @@ def device_of(cluster: Cluster, local_rank: int, num_local: int, use_cuda: bool 
         driver = devices.ask()
         check_mask(driver)
         raise _too_few(cluster, num_local, num_gpus, unusable(driver))
+    # Lanes have communicators of their own; ranks use them in one order, and NCCL (2.26 and later) then keeps to it.
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     device = torch.device("cuda", local_rank if num_gpus > 1 else 0)
     _check_name(cluster, torch.cuda.get_device_name(device))
     torch.cuda.set_device(device)
