@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,8 +198,30 @@ def events() -> Any:
     return {"elapsed_ms": begin.elapsed_time(end), "untimed": said(lambda: torch.cuda.Event().elapsed_time(end))}
 
 
+def timeline() -> Any:
+    """When tasks ran by their events, and when they were issued by the host's clock; ``serial``: on which streams."""
+    plan, issued, streams = Plan(), [], []
+
+    def run() -> None:
+        issued.append(time.perf_counter())
+        streams.append(torch.cuda.current_stream() == torch.cuda.default_stream())
+        time.sleep(0.02)
+
+    for lane in ("compute", "inter", "intra"):
+        plan.add(lane, lane, run=run)
+    with executor("cuda") as lanes:
+        ran = lanes.run(plan)
+        time.sleep(0.1)  # it is read later
+        late = [begin - then for begin, then in zip(ran.start_s, issued, strict=True)]
+        lasts = (ran.end_s - ran.start_s).tolist()
+        apart = list(streams)
+        streams.clear()
+        lanes.run(plan, serial=True)
+    return {"late_s": late, "lasts_s": lasts, "calling": apart, "calling_serially": streams}
+
+
 ALL = (race, reuse, recorded, missing_wait_event, host_waits, columns, asynchronous, cpu_in_collectives, mixes, devices,
-       memory, events)  # fmt: skip
+       memory, events, timeline)  # fmt: skip
 
 
 def main(out: Path) -> None:

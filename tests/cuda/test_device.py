@@ -79,6 +79,19 @@ def test_events_have_times(planted):
     assert "enable_timing" in planted["events"]["untimed"]
 
 
+def test_a_timeline_stands_on_the_hosts_clock(planted):
+    """So that ranks of one machine have one clock."""
+    found = planted["timeline"]
+    assert max(map(abs, found["late_s"])) < 0.01
+    assert min(found["lasts_s"]) >= 0.02
+
+
+def test_a_serial_plan_has_one_stream(planted):
+    found = planted["timeline"]
+    assert found["calling"] == [True, False, False]
+    assert found["calling_serially"] == [True, True, True]
+
+
 def test_nothing_of_it_is_in_this_process(planted):
     assert torch.Tensor.device.__class__.__name__ == "getset_descriptor"
     assert torch.cuda.Stream.__module__.startswith("torch.")
