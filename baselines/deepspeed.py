@@ -89,6 +89,8 @@ class DeepSpeedDrop(DeepSpeed):
     def refuse(cls, case: Case) -> str | None:
         if (reason := super().refuse(case)) is not None:
             return reason
+        if case.model.capacity_factor is None:
+            return "deepspeed-drop drops what is over the model's capacity_factor, and the model has none"
         capacities = cls.capacities(case)
         if len(set(capacities)) > 1:
             return (
@@ -103,7 +105,8 @@ class DeepSpeedDrop(DeepSpeed):
 
     @classmethod
     def capacities(cls, case: Case) -> list[int]:
-        factor = np.float32((case.model.capacity_factor or 1.0) * case.model.top_k)  # DeepSpeed rounds in float32
+        assert case.model.capacity_factor is not None  # else refused
+        factor = np.float32(case.model.capacity_factor * case.model.top_k)  # DeepSpeed rounds in float32
         return [int(np.ceil(np.float32(tokens / case.model.num_experts) * factor)) for tokens in case.routing.tokens]
 
     @classmethod
@@ -142,7 +145,7 @@ class _Layer(MoELayer):
         from deepspeed.moe.layer import MoE
 
         model = case.model
-        capacity_factor = model.capacity_factor or 1.0
+        capacity_factor = model.capacity_factor or 1.0  # unused where nothing is dropped
         expert = nn.Identity() if case.identity_experts else _Expert(case)
         self.local = [int(e) for e in case.placement.local(job.rank)]
         self.moe = MoE(

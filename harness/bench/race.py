@@ -139,7 +139,7 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
     system = registry.system(experiment.system)
     case = make_case(experiment, job.topology, str(job.device))
     name_phase(job, experiment, "asking whether it can run")
-    refused = system.missing() or _no_stand_in(system, case) or system.refuse(case)
+    refused = system.missing() or no_stand_in(system, case) or system.refuse(case)
     if reason := first_said(job, refused or memory.refusal(experiment, system, case)):
         outcome.status, outcome.reason = "refused", reason
         return None
@@ -187,7 +187,8 @@ def _checkpoints(job: Job, system: type[System], experiment: Experiment, payload
     return Checkpoints(f"{folder}/{experiment.digest}", every, job)
 
 
-def _no_stand_in(system: type[System], case: Case) -> str | None:
+def no_stand_in(system: type[System], case: Case) -> str | None:
+    """Why ``system`` cannot wait in place of computing ``case``; None if it can, or is to compute."""
     if not case.stand_in:
         return None
     if not system.stands_in:

@@ -124,7 +124,9 @@ def load_cluster(source: Path | str) -> ClusterFile:
     data = _read(path)
     _check_options(data, path)
     _check_keys(data, SlurmCluster.model_fields, str(path), path)
-    return ClusterFile(path, SlurmCluster.parse(data, str(path)))
+    found = ClusterFile(path, SlurmCluster.parse(data, str(path)))
+    _check_gpus(found)
+    return found
 
 
 def load(source: Path | str, cluster: str = "") -> SweepFile:
@@ -224,6 +226,17 @@ def _check_options(data: Mapping[str, Any], path: Path) -> None:
             raise bad(f"{path}: {field}", value, f"{remedy} without a word; write gpus_per_node")
         if option in _FOLLOWS:
             raise bad(f"{path}: {field}", value, f"is moebench's own; {_FOLLOWS[option]}")
+
+
+def _check_gpus(file: ClusterFile) -> None:
+    """Refuse to have GPUs paid for that no rank would use."""
+    asked = {key.replace("-", "_"): value for key, value in file.cluster.additional_parameters.items()}
+    asked |= {"gpus_per_node": file.cluster.gpus_per_node or asked.get("gpus_per_node", 0)}
+    asked |= {"gres": file.cluster.gres} if "gpu" in (file.cluster.gres or "") else {}
+    for field in ("gpus_per_node", "gpus", "gpus_per_socket", "gres"):
+        if asked.get(field) and file.cluster.interconnect.device == "cpu":
+            remedy = f"leaves the GPUs of {field} idle; name the GPU (H100, say), or ask for none"
+            raise bad(f"{file.path}: interconnect.device", "cpu", remedy)
 
 
 def place_of(error: str, slurm: ClusterFile) -> UserError:

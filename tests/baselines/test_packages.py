@@ -13,6 +13,7 @@ from baselines.deepspeed import DeepSpeed, DeepSpeedDrop
 from baselines.megatron import Megatron
 from baselines.tutel import Tutel, Tutel2DH
 from harness import registry
+from harness.bench.conformance import TRIALS
 from harness.errors import UserError
 from harness.launch.session import Session
 from harness.placement import Placement
@@ -38,14 +39,8 @@ REFUSED_BY_ALL = {
 REFUSED = {
     "megatron": {"rank-without-tokens": "without tokens", "mixtral-gate-k1": "not by 1"},
     "deepspeed": {"mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid", "sigmoid-gate-k1": "sigmoid"},
-    "deepspeed-drop": {
-        "ragged": "must agree",
-        "rank-without-tokens": "must agree",
-        "k1": "ties",
-        "mixtral-gate-k1": "not by 1",
-        "deepseek-gate": "sigmoid",
-        "sigmoid-gate-k1": "sigmoid",
-    },
+    "deepspeed-drop": {trial: "the model has none" for trial in TRIALS if trial != "drops"}
+    | {"mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid", "sigmoid-gate-k1": "sigmoid"},
     "tutel": {
         "rank-without-tokens": "without tokens",
         "mixtral-gate-k1": "not by 1",
@@ -79,7 +74,7 @@ def test_agrees_with_the_oracle(session: Ranks, package: type[System], cluster: 
     wrong = [row for row in rows if row["status"] not in ("ok", "refused")]
     assert not wrong
     refused = {row["trial"]: row["reason"] for row in rows if row["status"] == "refused"}
-    expected = REFUSED_BY_ALL | REFUSED[name]
+    expected = REFUSED[name] | REFUSED_BY_ALL
     assert refused.keys() == expected.keys()
     for trial, word in expected.items():
         assert word in refused[trial]
@@ -88,11 +83,14 @@ def test_agrees_with_the_oracle(session: Ranks, package: type[System], cluster: 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
 def test_sends_the_planned_bytes_over_the_wire(session: Ranks, package: type[System], case: str) -> None:
-    planned_case = make_case(TWO_BY_TWO, **CASES[case])
+    given = CASES[case]
+    if package is DeepSpeedDrop:
+        given = given | {"model": {"capacity_factor": 1.0} | given.get("model", {})}
+    planned_case = make_case(TWO_BY_TWO, **given)
     if (reason := installed(package).refuse(planned_case)) is not None:
         pytest.skip(reason)
     ranks = session("local-4").call(
-        "tests.baselines.recorded:step", {"system": package.name, "case": CASES[case]}, timeout_s=60
+        "tests.baselines.recorded:step", {"system": package.name, "case": given}, timeout_s=60
     )
 
     def sent(which: str, *collectives: str) -> np.ndarray:
@@ -162,6 +160,11 @@ def test_refusals_are_data() -> None:
     assert "single expert" in Megatron.refuse(make_case(TWO_BY_TWO, model={"gate": "sigmoid", "top_k": 1}))
     lopsided = make_case(TWO_BY_TWO, model={"top_k": 1}, tokens=(40, 1))
     assert "top-1 gate caps the padding" in DeepSpeed.refuse(lopsided)
+    assert "capacity_factor, and the model has none" in DeepSpeedDrop.refuse(make_case(TWO_BY_TWO))
+    limited = {"capacity_factor": 1.0}
+    assert "must agree" in DeepSpeedDrop.refuse(make_case(TWO_BY_TWO, model=limited, tokens=(16, 5)))
+    skewed = {"generator": "zipf", "params": {"target": 2.5}, "model": limited | {"top_k": 1}}
+    assert "ties" in DeepSpeedDrop.refuse(make_case(TWO_BY_TWO, **skewed))
     assert "even hidden size" in Tutel.refuse(make_case(TWO_BY_TWO, model={"hidden": 17}))
 
 

@@ -99,15 +99,15 @@ def test_one_degree_alone_is_refused_and_bad_ones_name_the_remedy():
 
 
 def test_packages_have_no_stand_in():
-    from harness.bench.race import _no_stand_in
+    from harness.bench.race import no_stand_in
 
     case, _ = case_and_costs(cell("m512-h1024-gpt", "fsmoe"))
-    assert _no_stand_in(system("megatron"), case) == "megatron has no stand-in for its computation"
-    assert _no_stand_in(system("fsmoe"), case) is None
+    assert no_stand_in(system("megatron"), case) == "megatron has no stand-in for its computation"
+    assert no_stand_in(system("fsmoe"), case) is None
     for name in ("fsmoe", "flat", "hecate"):
         on_gpu = dataclasses.replace(case, device="cuda:0")
-        assert "on a GPU give compute: real" in _no_stand_in(system(name), on_gpu)
-        assert "gemm constants" in _no_stand_in(system(name), dataclasses.replace(case, cluster=None))
+        assert "on a GPU give compute: real" in no_stand_in(system(name), on_gpu)
+        assert "gemm constants" in no_stand_in(system(name), dataclasses.replace(case, cluster=None))
     assert presets.cluster("emulated-2x4-balanced").loopback_bytes_per_s
 
 

@@ -103,6 +103,14 @@ def test_logits_do_not_depend_on_where_the_heads_are(session, phase: str, genera
         assert np.abs(own - other).max() <= 1e-10 * np.abs(other).max()
 
 
+def test_experts_that_are_fetched_ahead_are_the_oracles(session) -> None:
+    """Copies are gathered beside the attention before them."""
+    given = experiment("local-4", system="hecate", options={"t": 4, "m": 4})
+    for row in session("local-4").call(f"{ON_RANKS}:gate", {"experiment": given, "broken": False}):
+        assert row["status"] == "ok", row
+        assert row["errors"]["logits"] <= 2e-10
+
+
 def test_experts_with_the_weights_of_others_are_found(session) -> None:
     payload = {"experiment": experiment("local-4"), "broken": True}
     rows = session("local-4").call(f"{ON_RANKS}:gate", payload)

@@ -93,6 +93,17 @@ def change(file: Path, name: str, /, **fields: object) -> None:
         ("sweep.yaml", {"suite": "quick"}, "suite: 'quick': stands for defaults and experiments"),
         ("cluster.yaml", {"partitoin": "x"}, "key: 'partitoin': unknown; did you mean 'partition'\\?"),
         ("cluster.yaml", {"timeout_min": 0}, "cluster.yaml.timeout_min: 0"),
+        (
+            "cluster.yaml",
+            {"gpus_per_node": 2},
+            "interconnect.device: 'cpu': leaves the GPUs of gpus_per_node idle",
+        ),
+        ("cluster.yaml", {"gres": "gpu:a100:2"}, "interconnect.device: 'cpu': leaves the GPUs of gres idle; name"),
+        (
+            "cluster.yaml",
+            {"additional_parameters": {"gpus-per-node": 2}},
+            "interconnect.device: 'cpu': leaves the GPUs of gpus_per_node idle",
+        ),
     ],
 )
 def test_bad_files(sweep_file, name, fields, message):
