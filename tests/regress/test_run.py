@@ -1,4 +1,4 @@
-"""The whole instrument, by sabotage: 5 % put into one system's dispatch is found there, and nowhere else."""
+"""The whole instrument, by sabotage: what is put into one system's dispatch is found there, and nowhere else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SLOWER = """    def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Ten
 
         begin = time.perf_counter()
         rows = _FlatDispatch.apply(x, self, plan)
-        time.sleep(0.05 * (time.perf_counter() - begin))
+        time.sleep({share} * (time.perf_counter() - begin))
         return rows
 """
 
