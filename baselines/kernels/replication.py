@@ -6,13 +6,14 @@ load is shared out evenly over the ranks that hold it.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from harness.compiled import compiled
 
 EXPAND, SHRINK, MIGRATE = 0, 1, 2
 
 
-@numba.njit(cache=True)
+@compiled()
 def pack(order, weight, capacity, held, carried, own):  # type: ignore[no-untyped-def]
     """Items ``order`` (heaviest first) of ``weight`` [items] each to the pack with the least carried so far that has
     room (``capacity`` [packs]) and, if there is one, does not have an item of the same ``own`` [items] yet
@@ -37,13 +38,13 @@ def pack(order, weight, capacity, held, carried, own):  # type: ignore[no-untype
     return to
 
 
-@numba.njit(cache=True)
+@compiled()
 def _reduce(n):  # type: ignore[no-untyped-def]
     """Of an expert's gradient, what passes a port in an all-reduce over n ranks."""
     return 2.0 * (n - 1) / n
 
 
-@numba.njit(cache=True)
+@compiled()
 def state(load, slots, hosts, copies, carried, reduced):  # type: ignore[no-untyped-def]
     """Fill ``hosts`` bool [E, W], ``copies`` [E], ``carried`` and ``reduced`` [W] from ``slots``."""
     num_ranks, num_slots = slots.shape
@@ -59,7 +60,7 @@ def state(load, slots, hosts, copies, carried, reduced):  # type: ignore[no-unty
                 reduced[d] += _reduce(copies[e])
 
 
-@numba.njit(cache=True)
+@compiled()
 def _with_copies(load, hosts, copies, e, n, carried, reduced):  # type: ignore[no-untyped-def]
     """On the ranks that hold e, as if there were n copies of it."""
     more = load[e] / n - load[e] / copies[e]
@@ -70,12 +71,12 @@ def _with_copies(load, hosts, copies, e, n, carried, reduced):  # type: ignore[n
             reduced[d] += longer
 
 
-@numba.njit(cache=True)
+@compiled()
 def _time_s(carried, reduced, token_s, reduce_s):  # type: ignore[no-untyped-def]
     return carried.max() * token_s + reduced.max() * reduce_s
 
 
-@numba.njit(cache=True)
+@compiled()
 def _expand_into(load, slots, hosts, copies, carried, e):  # type: ignore[no-untyped-def]
     """Rank and slot for one more copy of e: where the busiest of the ranks that change then carries least. On a rank
     without a free slot, one that holds an expert with other copies; (-1, -1) if there is none."""
@@ -110,7 +111,7 @@ def _expand_into(load, slots, hosts, copies, carried, e):  # type: ignore[no-unt
     return best_d, best_s
 
 
-@numba.njit(cache=True)
+@compiled()
 def _displace(load, slots, hosts, copies, carried, e, d):  # type: ignore[no-untyped-def]
     """Rank and slot for one more copy of e whose expert moves to d, a holder of e with a free slot (returned last):
     the exchange that leaves the busier of both ranks least; -1 if there is none."""
@@ -136,7 +137,7 @@ def _displace(load, slots, hosts, copies, carried, e, d):  # type: ignore[no-unt
     return best_d, best_s, free
 
 
-@numba.njit(cache=True)
+@compiled()
 def _migrate_with(load, slots, hosts, copies, carried, d):  # type: ignore[no-untyped-def]
     """Slot of d, rank and slot elsewhere whose exchange leaves the busier of both ranks least; -1 if none lowers d."""
     found_s, found_d, found_t, least = -1, -1, -1, carried[d] * (1 - 1e-12)
@@ -159,7 +160,7 @@ def _migrate_with(load, slots, hosts, copies, carried, d):  # type: ignore[no-un
     return found_s, found_d, found_t
 
 
-@numba.njit(cache=True)
+@compiled()
 def _give(load, copies, carried, reduced, e, source, target):  # type: ignore[no-untyped-def]
     """A copy of e goes from one rank to another."""
     if e >= 0:
@@ -169,7 +170,7 @@ def _give(load, copies, carried, reduced, e, source, target):  # type: ignore[no
         reduced[target] += _reduce(copies[e])
 
 
-@numba.njit(cache=True)
+@compiled()
 def _gain(load, hosts, copies, carried, reduced, e, to):  # type: ignore[no-untyped-def]
     """One more copy of e, on ``to``."""
     n = copies[e] + 1
@@ -178,7 +179,7 @@ def _gain(load, hosts, copies, carried, reduced, e, to):  # type: ignore[no-unty
     reduced[to] += _reduce(n)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _lose(load, hosts, copies, carried, reduced, x, at):  # type: ignore[no-untyped-def]
     """One copy of x less, on ``at``."""
     carried[at] -= load[x] / copies[x]
@@ -188,7 +189,7 @@ def _lose(load, hosts, copies, carried, reduced, x, at):  # type: ignore[no-unty
     hosts[x, at] = True
 
 
-@numba.njit(cache=True)
+@compiled()
 def adjust(load, slots, token_s, reduce_s, move_s, threshold, most):  # type: ignore[no-untyped-def]
     """FlexMoE's policy maker on ``slots``, in place. Returns the operations (kind, expert, rank) [n, 3], one row each,
     and the estimated seconds before and after. ``move_s``: of one expert, over the steps that it serves.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from harness.compiled import compiled
 
-@numba.njit(cache=True)
+
+@compiled()
 def spread(hosts, experts, wanted, capacity, num_nodes):  # type: ignore[no-untyped-def]
     """Algorithm 1, lines of the tight branch: up to ``wanted`` [n] more ranks hold each of ``experts`` [n]; every rank
     takes ``capacity`` copies. Changes ``hosts`` [E, D]."""
@@ -50,7 +51,7 @@ def spread(hosts, experts, wanted, capacity, num_nodes):  # type: ignore[no-unty
             free_of_node[node] -= 1
 
 
-@numba.njit(cache=True)
+@compiled()
 def place(owner, loads, layers, order, underloaded, slots, num_nodes):  # type: ignore[no-untyped-def]
     """Algorithm 2, step 2: owners of the underloaded experts, layer by layer in the order ``layers``, each by
     descending load (``order`` [L, E]). Changes ``owner`` [L, E] and ``slots`` [D], the free ones."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
+from harness.compiled import compiled
 
-@numba.njit(cache=True)
+
+@compiled()
 def collect(ids, group, load, sole, both, present, filled):  # type: ignore[no-untyped-def]
     num_tokens, k = ids.shape
     needs = np.zeros(filled.shape[1], dtype=np.int32)
@@ -45,7 +46,7 @@ def collect(ids, group, load, sole, both, present, filled):  # type: ignore[no-u
                 needs[units[i]] = 0
 
 
-@numba.njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def search(load, sole, both, present, filled, group, weights, scales, kind, gamma):  # type: ignore[no-untyped-def]
     """All pairs, by bounds of what a swap gains: of an expert in any pair, then of each pair; only what is left is
     weighed exactly. Smooth maxima f are powers or logarithms, thus concave, of a sum S.
@@ -136,7 +137,7 @@ def search(load, sole, both, present, filled, group, weights, scales, kind, gamm
     return best_r, best_c, before, best if best_r >= 0 else before
 
 
-@numba.njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def bound(  # type: ignore[no-untyped-def]
     a, b, stays, both, brings, full, group, old, least, total, slope, weight, scale, kind, gamma, *buffers
 ):
@@ -173,7 +174,7 @@ def bound(  # type: ignore[no-untyped-def]
         change[j] += less if of[j] != here else 0.0
 
 
-@numba.njit(cache=True, error_model="numpy")
+@compiled(error_model="numpy")
 def raised(z, out, scratch, scale, kind, gamma):  # type: ignore[no-untyped-def]
     """What groups of z [n] tokens add to the smooth maximum's sum."""
     inverse, rest = 1 / scale, int(gamma)
@@ -195,7 +196,7 @@ def raised(z, out, scratch, scale, kind, gamma):  # type: ignore[no-untyped-def]
             rest //= 2
 
 
-@numba.njit(cache=True)
+@compiled()
 def maximum(total, largest, scale, kind, gamma):  # type: ignore[no-untyped-def]
     if kind == 0:
         return scale * total ** (1 / gamma)

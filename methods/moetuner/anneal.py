@@ -7,14 +7,15 @@ from sums that are kept for each expert, in O(G).
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from harness.compiled import compiled
 
 PAIRED = 0.4  # of the moves
 SAMPLE = 256  # moves whose size sets the first temperature
 
 
-@numba.njit(cache=True)
+@compiled()
 def _sums(owner, flow, cost, ahead, behind, between, row_most, column_most):  # type: ignore[no-untyped-def]
     """``ahead`` [L, E, G]: tokens of each expert to each rank of the next layer; ``behind``: from the one before;
     ``between`` [L - 1, G, G]; the dearest entry of its rows and columns."""
@@ -32,7 +33,7 @@ def _sums(owner, flow, cost, ahead, behind, between, row_most, column_most):  # 
         _dearest(between[layer], cost, row_most[layer], column_most[layer])
 
 
-@numba.njit(cache=True)
+@compiled()
 def _dearest(between, cost, row_most, column_most):  # type: ignore[no-untyped-def]
     row_most[:] = 0
     column_most[:] = 0
@@ -43,7 +44,7 @@ def _dearest(between, cost, row_most, column_most):  # type: ignore[no-untyped-d
             column_most[g2] = max(column_most[g2], price)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _change(layer, a, b, e, f, load, mean, carried, cost, ahead, behind, between, row_most, column_most, weights, blur):  # type: ignore[no-untyped-def]
     """Of the objective, if expert e goes from rank a to b and f (-1: none) from b to a."""
     num_ranks = len(cost)
@@ -77,7 +78,7 @@ def _change(layer, a, b, e, f, load, mean, carried, cost, ahead, behind, between
     return change
 
 
-@numba.njit(cache=True)
+@compiled()
 def _move(layer, e, b, owner, load, flow, size, carried, cost, ahead, behind, between, row_most, column_most):  # type: ignore[no-untyped-def]
     """Carry out: expert e of ``layer`` to rank b."""
     a = owner[layer, e]
@@ -105,7 +106,7 @@ def _move(layer, e, b, owner, load, flow, size, carried, cost, ahead, behind, be
         _dearest(between[layer - 1], cost, row_most[layer - 1], column_most[layer - 1])
 
 
-@numba.njit(cache=True)
+@compiled()
 def search(owner, load, flow, cost, weights, moves, warmth, paired, blur, rng):  # type: ignore[no-untyped-def]
     """Improve ``owner`` int [L, E] in place to the best found of ``moves`` moves. ``load`` float64 [L, E], ``flow``
     float64 [L - 1, E, E]; ``weights`` of sum |T - mean|, sum z and of all traffic by its cost; ``warmth``: first

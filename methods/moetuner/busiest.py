@@ -5,14 +5,15 @@ What a move changes is told from the rows of each rank in each batch, so it cost
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from harness.compiled import compiled
 
 PAIRED = 0.2  # of the moves
 SAMPLE = 256  # moves whose size sets the first temperature
 
 
-@numba.njit(cache=True)
+@compiled()
 def _sort(order, first, num, key):  # type: ignore[no-untyped-def]
     """``order[:num]``: first .. first + num - 1 by rising ``key``; insertion, as units are small."""
     for place in range(num):
@@ -23,7 +24,7 @@ def _sort(order, first, num, key):  # type: ignore[no-untyped-def]
         order[at] = g
 
 
-@numba.njit(cache=True)
+@compiled()
 def home_s(load, arriving, leaving, size, prices):  # type: ignore[no-untyped-def]
     """Seconds until all rows of one layer of one batch are home. ``load`` [G]: rows of each rank; ``arriving`` [V, G]:
     of them, those from outside the rank's unit; ``leaving`` [V, U]: rows that a unit's tokens send out of it; ``size``
@@ -55,7 +56,7 @@ def home_s(load, arriving, leaving, size, prices):  # type: ignore[no-untyped-de
     return longest
 
 
-@numba.njit(cache=True)
+@compiled()
 def _shift(layer, e, a, b, rows, size, load, arriving, leaving):  # type: ignore[no-untyped-def]
     """Expert e of ``layer`` goes from rank a to b."""
     for batch in range(rows.shape[1]):
@@ -72,7 +73,7 @@ def _shift(layer, e, a, b, rows, size, load, arriving, leaving):  # type: ignore
             leaving[layer, batch, v, of_b] -= rows[layer, batch, v, of_b, e]
 
 
-@numba.njit(cache=True)
+@compiled()
 def _layer_s(layer, size, prices, load, arriving, leaving):  # type: ignore[no-untyped-def]
     """Of all batches together."""
     found = 0.0
@@ -81,7 +82,7 @@ def _layer_s(layer, size, prices, load, arriving, leaving):  # type: ignore[no-u
     return found
 
 
-@numba.njit(cache=True)
+@compiled()
 def search(owner, rows, size, prices, moves, warmth, rng):  # type: ignore[no-untyped-def]
     """Improve ``owner`` int [L, E] in place to the best found of ``moves`` moves: two experts of a layer change ranks,
     or one of a layer goes from rank a to b and one of another layer from b to a, so that every rank keeps its number.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from harness.compiled import compiled
 
 MAX_ITEMS = 16  # of two clusters that are split anew: 2 ** MAX_ITEMS ways are tried
 
 
-@numba.njit(cache=True)
+@compiled()
 def largest_first(load, num_clusters, even):  # type: ignore[no-untyped-def]
     """Experts by falling load, each to the least loaded cluster (the smaller one, of equals); ``even``: sizes differ by
     one at most."""
@@ -38,7 +39,7 @@ def largest_first(load, num_clusters, even):  # type: ignore[no-untyped-def]
     return owner
 
 
-@numba.njit(cache=True)
+@compiled()
 def _split_anew(load, owner, carried, mean, a, b, even, chosen, rng):  # type: ignore[no-untyped-def]
     """The best split of what clusters a and b hold (of at most MAX_ITEMS of it, if it is more): least deviation from
     the mean, then least squared deviation. Returns whether anything changed."""
@@ -93,12 +94,12 @@ def _split_anew(load, owner, carried, mean, a, b, even, chosen, rng):  # type: i
     return True
 
 
-@numba.njit(cache=True)
+@compiled()
 def square_less(a, b):  # type: ignore[no-untyped-def]
     return a < b - 1e-9
 
 
-@numba.njit(cache=True)
+@compiled()
 def partition(load, num_clusters, even, bound, rounds, rng):  # type: ignore[no-untyped-def]
     """Clusters of one layer with a small sum of |T_c - mean|: largest first, then any two clusters split anew until
     none gets better, then again from a shaken copy of the best; stops at ``bound``."""
@@ -128,7 +129,7 @@ def partition(load, num_clusters, even, bound, rounds, rng):  # type: ignore[no-
     return best_owner
 
 
-@numba.njit(cache=True)
+@compiled()
 def _dearest(between, cost, row_of, column_of):  # type: ignore[no-untyped-def]
     """max over g1 != g2 of between[row_of[g1], column_of[g2]] cost[g1, g2]."""
     found = 0.0
@@ -138,7 +139,7 @@ def _dearest(between, cost, row_of, column_of):  # type: ignore[no-untyped-def]
     return found
 
 
-@numba.njit(cache=True)
+@compiled()
 def _around(between, cost, cluster, layer):  # type: ignore[no-untyped-def]
     """z before and after ``layer``."""
     found = 0.0
@@ -149,7 +150,7 @@ def _around(between, cost, cluster, layer):  # type: ignore[no-untyped-def]
     return found
 
 
-@numba.njit(cache=True)
+@compiled()
 def arrange(between, cost, sizes, cluster, low, high, penalty, moves, warmth, rng):  # type: ignore[no-untyped-def]
     """Simulated annealing of ILP 2: ``cluster`` int [L, G], the cluster of each layer on each rank, changed in place
     to the best found; two ranks of a layer exchange their clusters. ``penalty``: of each expert that a rank holds

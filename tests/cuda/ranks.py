@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import gc
 import importlib
 import json
@@ -117,28 +116,6 @@ def say_where() -> None:
     Executor._run_streams = run_named  # type: ignore[method-assign]
 
 
-def compile_in_turns(lock: Path) -> None:
-    """Ranks compile one after another, so that all but the first find what they need in numba's cache."""
-    from numba.core.dispatcher import Dispatcher
-
-    compile_, held = Dispatcher.compile, 0
-    file = lock.open("w")
-
-    def compile_alone(self: Any, signature: Any) -> Any:
-        nonlocal held
-        if not held:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        held += 1
-        try:
-            return compile_(self, signature)
-        finally:
-            held -= 1
-            if not held:
-                fcntl.flock(file, fcntl.LOCK_UN)
-
-    Dispatcher.compile = compile_alone
-
-
 # --------------------------------------------------------------------------------------------- faults in the harness
 
 
@@ -233,7 +210,6 @@ def be_rank(folder: Path, rank: int, systems: list[str]) -> None:
             timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
         )
         say_where()
-        compile_in_turns(folder / "compiling")
         job = Job(Topology(cases.TOPOLOGY), torch.device("cuda", 0))
         with (folder / f"rank-{rank}.json").open("w", buffering=1) as answers:
             for found in drive(job, systems):

@@ -1,13 +1,18 @@
-"""The whole instrument, by sabotage: 5 % put into one system's dispatch is found there, and nowhere else."""
+"""The whole instrument, by sabotage: what is put into one system's dispatch is found there, and nowhere else."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
+from harness import cli
 from harness.errors import UserError
 from harness.regress import decide, run
 
@@ -28,38 +33,65 @@ SLOWER = """    def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Ten
 
         begin = time.perf_counter()
         rows = _FlatDispatch.apply(x, self, plan)
-        time.sleep(0.05 * (time.perf_counter() - begin))
+        time.sleep({share} * (time.perf_counter() - begin))
         return rows
 """
 
 
 @pytest.fixture
-def sabotaged(tmp_path: Path) -> Path:
-    """A checkout in which the flat dispatch takes 5 % longer."""
-    for folder in ("harness", "baselines", "methods"):
-        shutil.copytree(run.ROOT / folder, tmp_path / "head" / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    path = tmp_path / "head" / "harness" / "comm" / "exchange.py"
-    text = path.read_text()
-    assert DISPATCH in text
-    path.write_text(text.replace(DISPATCH, SLOWER))
-    return tmp_path / "head"
+def sabotaged(tmp_path: Path) -> Callable[[float], Path]:
+    """A function that makes a checkout in which the flat dispatch takes longer, by a share of its time."""
+
+    def make(share: float) -> Path:
+        for folder in ("harness", "baselines", "methods"):
+            shutil.copytree(run.ROOT / folder, tmp_path / "head" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        path = tmp_path / "head" / "harness" / "comm" / "exchange.py"
+        text = path.read_text()
+        assert DISPATCH in text
+        path.write_text(text.replace(DISPATCH, SLOWER.format(share=share)))
+        return tmp_path / "head"
+
+    return make
 
 
-@pytest.mark.timed
-def test_five_per_cent_in_dispatch_are_caught(sabotaged, tmp_path):
+def suite_of(folder: Path, tokens_per_rank: int, repeats: int) -> Path:
+    """Two systems, of which one uses the flat dispatch."""
     experiment = {
         "model": "moe-tiny",
         "cluster": LINK,
-        "workload": {"tokens_per_rank": 1024, "generator": "uniform"},
+        "workload": {"tokens_per_rank": tokens_per_rank, "generator": "uniform"},
         "system": ["flat", "hiermoe-hd2"],
         "phase": "exchange",
         "dtype": "float32",
-        "repeats": 3,
+        "repeats": repeats,
         "launches": 1,
     }
-    suite = tmp_path / "suite.yaml"
+    suite = folder / "suite.yaml"
     suite.write_text(yaml.safe_dump({"name": "sabotage", "experiments": [experiment]}))
-    pairs, setbacks = run.race_pairs(run.ROOT, sabotaged, suite, 16, tmp_path / "logs", lambda text: None)
+    return suite
+
+
+@pytest.mark.timed
+def test_a_dispatch_of_thrice_the_time_is_caught_and_nothing_else(sabotaged, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "NUM_SESSIONS", 2)  # each starts both sides anew, which takes most of the time
+    sides = ["--base", str(run.ROOT), "--head", str(sabotaged(2.0))]
+    rest = ["--suite", str(suite_of(tmp_path, 512, 1)), "--pairs", "8", "--results", str(tmp_path), "--json"]
+    monkeypatch.setattr(sys, "argv", ["moebench", "regress", *sides, *rest])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    said = json.loads(capsys.readouterr().out)
+    print(pd.DataFrame(said["rows"]).to_string(index=False))
+    assert said["not_compared"] == []
+    assert len(said["rows"]) == 4
+    slower = [(row["system"], row["direction"]) for row in said["rows"] if row["verdict"] == "slower"]
+    assert (exit_.value.code, said["slower"], slower) == (1, 1, [("flat", "forward")])
+
+
+@pytest.mark.long
+@pytest.mark.timed
+def test_five_per_cent_in_dispatch_are_caught(sabotaged, tmp_path):
+    suite = suite_of(tmp_path, 1024, 3)
+    pairs, setbacks = run.race_pairs(run.ROOT, sabotaged(0.05), suite, 16, tmp_path / "logs", lambda text: None)
     assert setbacks == []
     table = decide.decide(pairs).set_index(["system", "direction"])
     print(table.to_string())
