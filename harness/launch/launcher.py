@@ -23,6 +23,8 @@ from harness.launch.kernel import use_batch_scheduling
 from harness.launch.network import Network, NoNetwork, build
 from harness.launch.rank import Setup
 
+#: what our own modules import where they use it, so that ranks that are no children of a launcher need not wait for it
+USED_LATER = ("networkx", "scipy.optimize")
 SWITCH = -1  # in place of a rank: the process that joins the nodes of a delayed network
 
 
@@ -63,7 +65,13 @@ def main(control: Connection) -> None:
 
 
 def _import_once(setup: Setup) -> None:
-    for module in ("torch.distributed", "harness.comm.job", "harness.comm.wire", *setup.preload):
+    for module in (
+        "torch.distributed",
+        "harness.comm.job",
+        "harness.comm.wire",
+        *setup.preload,
+        *(USED_LATER if setup.preload else ()),
+    ):
         try:
             importlib.import_module(module)
         except ImportError as error:  # a rank that needs it will say so itself

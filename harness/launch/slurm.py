@@ -74,7 +74,7 @@ CONFIGURATION = """\
     SelectType=select/cons_tres
     SelectTypeParameters=CR_Core
     SchedulerType=sched/backfill
-    SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0,sched_min_interval=0,default_queue_depth=1000
+    SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,sched_min_interval=0,default_queue_depth=1000
     SlurmctldParameters=preempt_send_user_signal
     SlurmdParameters=config_overrides
     PreemptType=preempt/partition_prio
@@ -85,7 +85,7 @@ CONFIGURATION = """\
     EnforcePartLimits=ALL
     MinJobAge=86400
     ReturnToService=2
-    KillWait=5
+    KillWait=2
     InactiveLimit=0
     Waittime=0
     SlurmdTimeout=60

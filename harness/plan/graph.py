@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
-import networkx as nx
 import numpy as np
 
 from harness.errors import bad
@@ -93,6 +92,8 @@ class Plan:
     @functools.cached_property
     def order(self) -> list[int]:
         """Tasks in an order that respects lanes and waits; an error that names the tasks of a cycle or a stranger."""
+        import networkx as nx  # slow to import, and not every task of a job orders a plan
+
         graph = nx.DiGraph()
         graph.add_nodes_from(range(len(self.tasks)))
         last: dict[str, int] = {}

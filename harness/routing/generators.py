@@ -16,7 +16,6 @@ from typing import Annotated
 
 import numpy as np
 from pydantic import Field
-from scipy.optimize import brentq
 
 from harness.errors import bad
 from harness.specs import Count, Model, Spec, Workload
@@ -202,7 +201,13 @@ def zipf_exponent(target: float, draw: Draw) -> float:
     def excess(exponent: float) -> float:
         return draw.num_experts / float((index**-exponent).sum()) - target
 
-    return 0.0 if excess(0.0) >= 0 else 64.0 if excess(64.0) <= 0 else float(brentq(excess, 0.0, 64.0))
+    if excess(0.0) >= 0:
+        return 0.0
+    if excess(64.0) <= 0:
+        return 64.0
+    from scipy.optimize import brentq  # slow to import, and not every workload needs it
+
+    return float(brentq(excess, 0.0, 64.0))
 
 
 class HotExperts(Spec):

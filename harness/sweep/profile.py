@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from pydantic_core import to_jsonable_python
+from pydantic import TypeAdapter
 
 from harness import ledger, profiling
 from harness.bench import tidy
@@ -140,7 +140,7 @@ class _Keeper:
         if status == "ok":
             shared_clock = self.world.job.shared_clock
             found = part.fit([answer for answer, _ in answers], shared_clock)
-            kept = {"found": to_jsonable_python(found), "took_s": took_s}
+            kept = {"found": TypeAdapter(Any).dump_python(found, mode="json"), "took_s": took_s}
             kept["foreign_cores"] = _foreign_cores([seen for _, seen in answers], shared_clock)
             kept |= {"evidence": self.world.evidence, "network": self.world.network, "part": part.name}
             self.folder.write(f"profile/{digest}.json", kept)

@@ -84,7 +84,6 @@ def _run(folder: SweepFolder, index: int) -> None:
 
 def _run_across(folder: SweepFolder, index: int, job: dict[str, Any]) -> None:
     from harness.launch import tasks as across
-    from harness.sweep import profile
 
     try:
         world = across.join(Cluster.model_validate(job["cluster"]))
@@ -94,6 +93,8 @@ def _run_across(folder: SweepFolder, index: int, job: dict[str, Any]) -> None:
     left = across.decided(world, lambda: _begin(folder, index, job))
     try:
         if "profile" in job:
+            from harness.sweep import profile
+
             profile.run(world, folder, job, left.tasks, left.known)
         else:
             settings = Settings(folder.run_dir, part=f"job-{index}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from harness.launch import slurm
 from harness.specs import with_levels
+from harness.sweep import freeze
 from harness.sweep.spec import SlurmCluster
 from harness.sweep.states import OPEN, Sweep
 
@@ -19,6 +21,13 @@ NODES = with_levels(
     [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 50e6}, {"name": "rank", "size": 2}],
     kind="emulated",
 )
+#: on the same nodes, where one rank a node will do: half the tasks that have to start
+TWO_RANKS = with_levels(
+    "virtual-2x1",
+    [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 50e6}, {"name": "rank", "size": 1}],
+    kind="emulated",
+)
+ON_TWO_RANKS = {"cluster": {"nodes": 2}, "interconnect": TWO_RANKS.model_dump(mode="json")}
 CLUSTER = {
     "partition": "normal",
     "timeout_min": 10,
@@ -81,6 +90,60 @@ def other_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+Changes = dict[str, tuple[str, str]]  # of a file of the frozen code: the text that goes, the text that comes
+TIMED = 'name_phase(job, experiment, f"timed repetition {rep}")\n'
+
+
+def frozen_with(changes: Changes) -> Callable[[Path, list], None]:
+    """``freeze``, and then in each file one text put in the place of another."""
+
+    def freeze_changed(target: Path, workloads: list) -> None:
+        freeze.freeze(target, workloads)
+        for name, (old, new) in changes.items():
+            text = (target / name).read_text()
+            assert text.count(old) == 1, name
+            (target / name).write_text(text.replace(old, new))
+
+    return freeze_changed
+
+
+def held(seed: int, go: Path) -> Changes:
+    """The race of this ``seed`` lasts until there is a file ``go``, however fast or slow the machine is."""
+    waits = f"""{TIMED}            if (job.rank, rep, experiment.workload.seed) == (0, 1, {seed}):
+                import pathlib, time
+                while not pathlib.Path({str(go)!r}).exists():
+                    time.sleep(0.05)
+"""
+    return {"harness/bench/race.py": (TIMED, waits)}
+
+
+def told(sweep: Sweep, job: int = 0) -> list[str]:
+    """What a job did so far."""
+    return [event["did"] for event in sweep.folder.events(job)]
+
+
+def until(reached: Callable[[], object], sweep: Sweep, timeout_s: float = 200) -> None:
+    """Wait for a state, and say what there is instead if it does not come."""
+    deadline = time.monotonic() + timeout_s
+    while not reached():
+        assert time.monotonic() < deadline, (sweep.jobs(), told(sweep))
+        time.sleep(0.05)
+
+
+def go_on_once_ended(sweep: Sweep, go: Path) -> list[dict[str, Any]]:
+    """Let a ``held`` race of the only job go on after its script has noted an end -> the ends that it has noted."""
+    (number,) = sweep.folder.submissions()[0]["ids"].values()
+    until(lambda: sweep.folder.ends(number), sweep)
+    go.touch()
+    return sweep.folder.ends(number)
+
+
+def all_done(counts: dict[str, int], num_cells: int) -> None:
+    """Every cell has its times, be they of the links or of busy cores."""
+    assert set(counts) <= {"ok", "cpu_bound"}
+    assert sum(counts.values()) == num_cells
+
+
 def settle(sweep: Sweep, timeout_s: float = 200) -> dict[str, int]:
     """Wait until nothing of the sweep is open -> its counts."""
     deadline = time.monotonic() + timeout_s
@@ -89,4 +152,4 @@ def settle(sweep: Sweep, timeout_s: float = 200) -> dict[str, int]:
         if not any(state in OPEN for state in counts):
             return counts
         assert time.monotonic() < deadline, (counts, sweep.jobs())
-        time.sleep(0.5)
+        time.sleep(0.2)

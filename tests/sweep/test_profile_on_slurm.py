@@ -12,8 +12,7 @@ from harness.comm import profile as operations
 from harness.errors import UserError
 from harness.sweep import profile, spec, submit
 from harness.sweep.states import Sweep
-from tests.sweep.conftest import NODES, settle
-from tests.sweep.test_shared_files import frozen_with
+from tests.sweep.conftest import NODES, frozen_with, settle
 
 #: a quick look: one operation, once
 QUICK = {

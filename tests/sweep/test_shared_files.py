@@ -3,10 +3,10 @@ told, and how a job ended is told by Slurm's words on the node itself. On a real
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,28 +19,25 @@ from harness.caches import CACHES, use_scratch
 from harness.comm.job import Job
 from harness.errors import UserError
 from harness.launch import tasks
-from harness.sweep import freeze, script, spec, submit
+from harness.sweep import script, spec, submit
 from harness.sweep.folder import SweepFolder, deaths
 from harness.sweep.sbatch import full
 from harness.sweep.worker import failures
 from harness.topology import Topology
-from tests.sweep.conftest import NODES, settle
+from tests.sweep.conftest import (
+    NODES,
+    ON_TWO_RANKS,
+    TIMED,
+    all_done,
+    frozen_with,
+    go_on_once_ended,
+    held,
+    settle,
+    told,
+    until,
+)
 
 ROOT = Path(__file__).parents[2]
-
-
-def frozen_with(changes: dict[str, tuple[str, str]]):
-    """``freeze``, and then in each file one text put in the place of another."""
-
-    def freeze_changed(target: Path, workloads: list) -> None:
-        freeze.freeze(target, workloads)
-        for name, (old, new) in changes.items():
-            text = (target / name).read_text()
-            assert text.count(old) == 1, name
-            (target / name).write_text(text.replace(old, new))
-
-    return freeze_changed
-
 
 #: what every rank but the first would see of the run folder: nothing, as if it had looked there just before
 BLIND = (
@@ -49,11 +46,10 @@ BLIND = (
         assert os.environ["SLURM_PROCID"] == "0", "this rank sees old files"
         return {pair for pair, told in self.outcomes().items() if told[-1]}""",
 )
-TIMED = 'name_phase(job, experiment, f"timed repetition {rep}")\n'
 #: as NCCL's watchdog does it: a word, then SIGABRT, on one rank while the others wait for it
-ABORTS = f"""{TIMED}            if (job.rank, rep, experiment.workload.seed) == (3, 1, 1):
+ABORTS = f"""{TIMED}            if (job.rank, rep, experiment.workload.seed) == (1, 1, 1):
                 import os, sys
-                sys.stderr.write("[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLTOALL)\\n")
+                sys.stderr.write("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLTOALL)\\n")
                 sys.stderr.flush()
                 os.abort()
 """
@@ -62,14 +58,13 @@ ABORTS = f"""{TIMED}            if (job.rank, rep, experiment.workload.seed) == 
 def test_a_rank_that_nccl_aborts_costs_its_cell_and_no_other(one_machine, sweep_file, tmp_path, monkeypatch):
     changes = {"harness/bench/store.py": BLIND, "harness/bench/race.py": (TIMED, ABORTS)}
     monkeypatch.setattr(submit, "freeze", frozen_with(changes))
-    file = sweep_file("aborts", num_races=3, cells_per_job=3, cluster={"nodes": 2})
+    file = sweep_file("aborts", num_races=3, cells_per_job=3, **ON_TWO_RANKS)
     sweep = submit.submit(spec.load(file), tmp_path / "aborts", on="slurm")
     counts = settle(sweep)
     assert counts.pop("hung") == 1, sweep.cells()["reason"].tolist()
-    assert set(counts) <= {"ok", "cpu_bound"}
-    assert sum(counts.values()) == 2
+    all_done(counts, 2)
     (cell,) = (cell for cell in sweep.cells().to_dict("records") if cell["state"] == "hung")
-    assert "killed 2 times while this race ran, the last time n1: task 3: Aborted" in cell["reason"]
+    assert "killed 2 times while this race ran, the last time n1: task 1: Aborted" in cell["reason"]
     assert "Watchdog caught collective operation timeout" in cell["reason"]
     events = [event["did"] for event in sweep.folder.events(0)]
     assert events.count("start") == 3
@@ -77,25 +72,40 @@ def test_a_rank_that_nccl_aborts_costs_its_cell_and_no_other(one_machine, sweep_
     assert len(list(sweep.folder.run_dir.glob("rows-*.parquet"))) == 3  # what was finished did not run again
 
 
-def test_a_warned_job_requeues_without_slurm_in_its_tasks(one_machine, sweep_file, tmp_path):
+#: somebody else listens where the ranks of a job's first start would meet
+TAKEN = f"""from __future__ import annotations
+import os, random, socket, sys, time
+PORTS = {tasks.PORTS}
+{inspect.getsource(tasks.port)}
+with socket.create_server(("", port({{**os.environ, "SLURM_STEP_ID": "0"}}))):
+    open(sys.argv[1], "w").close()
+    time.sleep(300)
+"""
+
+
+def test_a_warned_job_requeues_without_slurm_in_its_tasks(one_machine, sweep_file, tmp_path, monkeypatch):
     """As in a container: no ``scontrol`` there. And where the ranks of its first start meet, somebody else listens."""
-    taken = "import os, socket, time; from harness.launch.tasks import port; s = socket.socket(); "
-    taken += "s.bind(('', port({**os.environ, 'SLURM_STEP_ID': '0'}))); s.listen(); time.sleep(60)"
+    (tmp_path / "taken.py").write_text(TAKEN)
+    listens, go = tmp_path / "listens", tmp_path / "go"
     file = sweep_file(
         "contained",
-        cluster={"nodes": 2},
         python=f"env PATH={tmp_path} {sys.executable}",
-        setup=["export GLOO_SOCKET_IFNAME=eth0", f'{sys.executable} -c "{taken}" &', "sleep 1"],
+        setup=[
+            "export GLOO_SOCKET_IFNAME=eth0",
+            f"[ -e {listens} ] || {sys.executable} -S {tmp_path}/taken.py {listens} &",
+            f"until [ -e {listens} ]; do sleep 0.1; done",
+        ],
+        **ON_TWO_RANKS,
     )
+    monkeypatch.setattr(submit, "freeze", frozen_with(held(0, go)))
     sweep = submit.submit(spec.load(file), tmp_path / "contained", on="slurm")
-    deadline = time.monotonic() + 200
-    while not any(event["did"] == "begin" for event in sweep.folder.events(0)):
-        assert time.monotonic() < deadline, sweep.jobs()
-        time.sleep(0.05)
+    until(lambda: "begin" in told(sweep), sweep)
     (number,) = sweep.folder.submissions()[0]["ids"].values()
     subprocess.run(["scancel", "--batch", "--signal=USR2", number], check=True)
-    assert set(settle(sweep)) <= {"ok", "cpu_bound"}
-    events = [event["did"] for event in sweep.folder.events(0)]
+    (end,) = go_on_once_ended(sweep, go)
+    assert end["did"] == "stop"
+    all_done(settle(sweep), 1)
+    events = told(sweep)
     assert (events.count("start"), events.count("stop")) == (2, 1)
     assert not {"failed", "error", "killed"} & set(events)
     log = (sweep.folder.submitit / f"{number}_0_log.err").read_text()
