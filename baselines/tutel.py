@@ -61,8 +61,10 @@ class Tutel(System):
             return f"tutel needs an even hidden size, not {case.model.hidden}"
         if min(case.routing.tokens) == 0:
             return "tutel's gate divides by a rank's token count and fails on a rank without tokens"
-        degree = _overlap(case)
-        if degree > 1 and torch.device(case.device).type == "cpu":
+        degree, device = _overlap(case), torch.device(case.device).type
+        if device == "cuda" and not _built_for_cuda():
+            return "this Tutel was built without CUDA; build it again where nvcc is found"
+        if degree > 1 and device == "cpu":
             return f"tutel ignores {OVERLAP} on CPU, so {OVERLAP} = {degree} would not be what it says"
         return None
 
@@ -183,3 +185,10 @@ def _two_stages(case: Case, capacity: int) -> dict[str, np.ndarray]:
     same_rail = rank[:, None] % ranks_per_node == rank % ranks_per_node
     part = same_rail * (buffer_bytes * ranks_per_node / num_ranks) + same_node * (buffer_bytes / ranks_per_node)
     return dict.fromkeys(("dispatch", "combine", "combine_grad", "dispatch_grad"), _packages.off_diagonal(part))
+
+
+def _built_for_cuda() -> bool:
+    """Whether its extension can compile kernels."""
+    import tutel_custom_kernel
+
+    return hasattr(tutel_custom_kernel, "inject_source")

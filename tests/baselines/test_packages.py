@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -151,7 +154,7 @@ def test_topk_drops_the_lowest_probabilities() -> None:
     assert kept.sum(0).tolist() == [2, 2, 2, 1]
 
 
-def test_refusals_are_data() -> None:
+def test_refusals_are_data(monkeypatch: pytest.MonkeyPatch) -> None:
     swapped = Placement(Placement.contiguous(8, 4).hosts[::-1])
     assert "another placement" in Megatron.refuse(make_case(TWO_BY_TWO, placement=swapped))
     assert "2 best" in Megatron.refuse(
@@ -166,6 +169,11 @@ def test_refusals_are_data() -> None:
     skewed = {"generator": "zipf", "params": {"target": 2.5}, "model": limited | {"top_k": 1}}
     assert "ties" in DeepSpeedDrop.refuse(make_case(TWO_BY_TWO, **skewed))
     assert "even hidden size" in Tutel.refuse(make_case(TWO_BY_TWO, model={"hidden": 17}))
+    monkeypatch.setitem(sys.modules, "tutel_custom_kernel", types.ModuleType("tutel_custom_kernel"))  # a build for CPUs
+    on_a_gpu = dataclasses.replace(make_case(TWO_BY_TWO), device="cuda:0")
+    assert "built without CUDA" in Tutel.refuse(on_a_gpu)
+    sys.modules["tutel_custom_kernel"].inject_source = None
+    assert Tutel.refuse(on_a_gpu) is None
 
 
 def test_overlap_is_refused_where_tutel_ignores_it() -> None:

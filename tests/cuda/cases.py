@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from harness import registry
 from harness.specs import SERVING, Dtype, Experiment, Model, Workload, with_levels
 
 Options = dict[str, bool | int | float | str]
@@ -90,6 +91,17 @@ class Cell:
             options=self.options,
             model_parallel=self.model_parallel,
         )
+
+
+#: packages that compute by CUDA kernels of their own, which nothing here can run
+OWN_KERNELS = ("tutel", "tutel-2dh")
+
+
+def not_here(system: str) -> str | None:
+    """Why nothing of ``system`` can run on the emulated device."""
+    if (reason := registry.system(system).missing()) is not None:
+        return reason
+    return f"{system} computes by CUDA kernels of its own" if system in OWN_KERNELS else None
 
 
 def cells_of(system: str) -> list[Cell]:

@@ -173,9 +173,9 @@ def main(folder: Path) -> None:
     if (folder / "dropped").exists():
         sys.path.append(str(folder))
         registry.FOLDERS = (*registry.FOLDERS, "dropped")
-    systems = registry.systems()
+    systems = {name: system for name, system in registry.systems().items() if cases.not_here(name) is None}
     for system in systems.values():
-        for module in system.preload if system.missing() is None else ():
+        for module in system.preload:
             importlib.import_module(module)
     importlib.import_module("numba")
     python_corpus()
