@@ -44,7 +44,7 @@ def sweeps(
         "killed": sweep_file("killed", num_races=3, cells_per_job=3),
         "faulty": sweep_file("faulty", num_races=2, cells_per_job=4, system=pair, **ON_TWO_RANKS),
         "across": sweep_file("across", cluster={"nodes": 2}, system=pair),
-        "array": sweep_file("array", num_races=8, cells_per_job=2),
+        "array": sweep_file("array", num_races=8, cells_per_job=2, **ON_TWO_RANKS | {"cluster": {"nodes": 1}}),
     }
     changes = {"killed": held(1, results / "go"), "faulty": {"harness/bench/race.py": (TIMED, FAULT)}}
     found = {}
