@@ -212,10 +212,10 @@ def test_what_ended_an_attempt_explains_it_whatever_the_nodes_clocks_say():
 
 def test_a_task_starts_without_what_its_cells_may_never_need():
     """Every rank of every start reads its modules from the file system that all share."""
-    names = "{'pandas', 'scipy', 'networkx', 'matplotlib', 'numba', 'torch._dynamo', 'harness.profiling'}"
-    code = f"import submitit.core._submit, harness.sweep.worker, harness.launch.tasks, sys\nprint({names} & set(sys.modules))"
+    slow = {"pandas", "scipy", "networkx", "matplotlib", "numba", "torch._dynamo", "harness.profiling"}
+    code = "import submitit.core._submit, harness.sweep.worker, harness.launch.tasks; import sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert not slow & set(done.stdout.split())
 
 
 def test_every_start_of_a_job_meets_elsewhere():
