@@ -21,7 +21,19 @@ from harness.errors import UserError
 from harness.launch import slurm
 from harness.sweep import spec, submit
 from harness.sweep.states import Sweep
-from tests.sweep.conftest import NODES, ON_TWO_RANKS, ONE_RANK, TIMED, all_done, frozen_with, held, settle, told, until
+from tests.sweep.conftest import (
+    NODES,
+    ON_TWO_RANKS,
+    ONE_RANK,
+    TIMED,
+    all_done,
+    frozen_with,
+    go_on_in_second_start,
+    held,
+    settle,
+    told,
+    until,
+)
 
 ROOT = Path(__file__).parents[2]
 #: one rank says so and ends, in one race of one system
@@ -71,7 +83,8 @@ def test_a_killed_job_keeps_its_finished_cells_and_does_the_others(sweeps):
     for process in workers:
         if "submitit.core._submit" in process.info["cmdline"] and "srun" not in process.info["cmdline"][0]:
             process.send_signal(signal.SIGKILL)
-    (sweep.folder.run_dir.parent / "go").touch()
+    (end,) = go_on_in_second_start(sweep, sweep.folder.run_dir.parent / "go")
+    assert end["did"] == "killed"
     all_done(settle(sweep), 3)
     until(lambda: told(sweep)[-1] == "end", sweep)  # said behind the last rows
     assert told(sweep).count("start") == 2  # Slurm ran it again

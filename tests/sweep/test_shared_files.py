@@ -30,7 +30,7 @@ from tests.sweep.conftest import (
     TIMED,
     all_done,
     frozen_with,
-    go_on_once_ended,
+    go_on_in_second_start,
     held,
     settle,
     told,
@@ -102,7 +102,7 @@ def test_a_warned_job_requeues_without_slurm_in_its_tasks(one_machine, sweep_fil
     until(lambda: "begin" in told(sweep), sweep)
     (number,) = sweep.folder.submissions()[0]["ids"].values()
     subprocess.run(["scancel", "--batch", "--signal=USR2", number], check=True)
-    (end,) = go_on_once_ended(sweep, go)
+    (end,) = go_on_in_second_start(sweep, go)
     assert end["did"] == "stop"
     all_done(settle(sweep), 1)
     events = told(sweep)
