@@ -201,10 +201,14 @@ def test_a_plain_sbatch(one_machine, tmp_path):
     experiment["workload"] = {"tokens_per_rank": 64, "generator": "uniform"}
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"name": "plain", "experiments": [experiment]}))
     words = [ROOT / "slurm" / "moebench.sbatch", tmp_path / "plain.yaml", "--results", tmp_path]
-    done = subprocess.run(
-        ["sbatch", "--wait", f"--output={tmp_path}/log", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, (done.stderr, (tmp_path / "log").read_text())
+    command = ["sbatch", "--parsable", f"--output={tmp_path}/log", *words]  # --wait would look every ten seconds or so
+    number = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    asked = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={number}"]
+    deadline = time.monotonic() + 200
+    while (state := subprocess.run(asked, capture_output=True, text=True).stdout.strip()) != "COMPLETED":
+        assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline, state
+        time.sleep(0.2)
     assert len(Store(tmp_path / "plain").finished()) == 1
 
 
