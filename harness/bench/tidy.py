@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from harness import registry
 from harness.bench import physics, serve
@@ -22,6 +21,9 @@ from harness.routing.certificate import expert_counts
 from harness.specs import SERVING, Experiment
 from harness.system import Case
 from harness.topology import Topology
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: a shaped run that keeps more of its cores busy than this measures the cores and not the link
 MAX_CORES_SHARE = 0.75
@@ -62,6 +64,8 @@ def rows_of_race(
             cells.append(_Cell(experiment, setting, time_utc).without_time(status, reason))
         else:
             cells.append(_Cell(experiment, setting, time_utc).timed(answers))
+    import pandas as pd  # slow to import, and only the rank that stores needs it
+
     return pd.DataFrame([row for cell in cells for row in cell])
 
 

@@ -130,11 +130,12 @@ def until(reached: Callable[[], object], sweep: Sweep, timeout_s: float = 200) -
         time.sleep(0.05)
 
 
-def go_on_once_ended(sweep: Sweep, go: Path) -> list[dict[str, Any]]:
-    """Let a ``held`` race of the only job go on after its script has noted an end -> the ends that it has noted."""
-    (number,) = sweep.folder.submissions()[0]["ids"].values()
-    until(lambda: sweep.folder.ends(number), sweep)
+def go_on_in_second_start(sweep: Sweep, go: Path) -> list[dict[str, Any]]:
+    """Let a ``held`` race of the only job go on when the job has started again, and not in the seconds that Slurm
+    leaves to its first start -> the ends that the job's script has noted."""
+    until(lambda: told(sweep).count("start") == 2, sweep)
     go.touch()
+    (number,) = sweep.folder.submissions()[0]["ids"].values()
     return sweep.folder.ends(number)
 
 

@@ -13,7 +13,7 @@ import pytest
 from harness.launch import slurm
 from harness.sweep import spec, submit
 from harness.sweep.states import Sweep
-from tests.sweep.conftest import ON_TWO_RANKS, all_done, frozen_with, go_on_once_ended, held, settle, told, until
+from tests.sweep.conftest import ON_TWO_RANKS, all_done, frozen_with, go_on_in_second_start, held, settle, told, until
 
 pytestmark = pytest.mark.long
 
@@ -39,7 +39,7 @@ def late(
 @pytest.mark.parametrize("name", ["one-task", "ranks"])
 def test_a_time_out_requeues_and_loses_nothing_and_is_no_failure_of_ranks(late, name):
     sweep = late[name]
-    (end, *_) = go_on_once_ended(sweep, sweep.folder.run_dir.with_suffix(".go"))
+    (end, *_) = go_on_in_second_start(sweep, sweep.folder.run_dir.with_suffix(".go"))
     assert (end["did"], end["why"]) == ("stop", "requeued before its time limit")
     all_done(settle(sweep), 5)
     events = told(sweep)
@@ -55,7 +55,7 @@ def test_a_preempted_job_gives_way_and_goes_on(one_machine, sweep_file, tmp_path
     until(lambda: told(sweep).count("begin") == 2, sweep)
     urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap", "sleep 1", "--output", "/dev/null"]
     subprocess.run(urgent, check=True, capture_output=True)
-    (end,) = go_on_once_ended(sweep, tmp_path / "go")
+    (end,) = go_on_in_second_start(sweep, tmp_path / "go")
     assert (end["did"], end["why"]) == ("stop", "requeued for another job")
     all_done(settle(sweep), 2)
     assert (told(sweep).count("start"), told(sweep).count("stop")) == (2, 1)

@@ -21,7 +21,19 @@ from harness.errors import UserError
 from harness.launch import slurm
 from harness.sweep import spec, submit
 from harness.sweep.states import Sweep
-from tests.sweep.conftest import NODES, ON_TWO_RANKS, ONE_RANK, TIMED, all_done, frozen_with, held, settle, told, until
+from tests.sweep.conftest import (
+    NODES,
+    ON_TWO_RANKS,
+    ONE_RANK,
+    TIMED,
+    all_done,
+    frozen_with,
+    go_on_in_second_start,
+    held,
+    settle,
+    told,
+    until,
+)
 
 ROOT = Path(__file__).parents[2]
 #: one rank says so and ends, in one race of one system
@@ -44,7 +56,7 @@ def sweeps(
         "killed": sweep_file("killed", num_races=3, cells_per_job=3),
         "faulty": sweep_file("faulty", num_races=2, cells_per_job=4, system=pair, **ON_TWO_RANKS),
         "across": sweep_file("across", cluster={"nodes": 2}, system=pair),
-        "array": sweep_file("array", num_races=8, cells_per_job=2),
+        "array": sweep_file("array", num_races=8, cells_per_job=2, **ON_TWO_RANKS | {"cluster": {"nodes": 1}}),
     }
     changes = {"killed": held(1, results / "go"), "faulty": {"harness/bench/race.py": (TIMED, FAULT)}}
     found = {}
@@ -71,7 +83,8 @@ def test_a_killed_job_keeps_its_finished_cells_and_does_the_others(sweeps):
     for process in workers:
         if "submitit.core._submit" in process.info["cmdline"] and "srun" not in process.info["cmdline"][0]:
             process.send_signal(signal.SIGKILL)
-    (sweep.folder.run_dir.parent / "go").touch()
+    (end,) = go_on_in_second_start(sweep, sweep.folder.run_dir.parent / "go")
+    assert end["did"] == "killed"
     all_done(settle(sweep), 3)
     until(lambda: told(sweep)[-1] == "end", sweep)  # said behind the last rows
     assert told(sweep).count("start") == 2  # Slurm ran it again
@@ -124,7 +137,7 @@ def test_the_submitter_is_killed_and_status_answers(one_machine, sweep_file, tmp
     file = sweep_file("orphan", num_races=2)
     command = [sys.executable, "-m", "harness", "sweep", str(file), "--on", "slurm", "--results", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as submitter:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while not (tmp_path / "orphan" / "sweep" / "submissions.jsonl").exists():
             assert time.monotonic() < deadline
             assert submitter.poll() in (None, 0)
@@ -188,10 +201,14 @@ def test_a_plain_sbatch(one_machine, tmp_path):
     experiment["workload"] = {"tokens_per_rank": 64, "generator": "uniform"}
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"name": "plain", "experiments": [experiment]}))
     words = [ROOT / "slurm" / "moebench.sbatch", tmp_path / "plain.yaml", "--results", tmp_path]
-    done = subprocess.run(
-        ["sbatch", "--wait", f"--output={tmp_path}/log", *words], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, (done.stderr, (tmp_path / "log").read_text())
+    command = ["sbatch", "--parsable", f"--output={tmp_path}/log", *words]  # --wait would look every ten seconds or so
+    number = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    asked = ["squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={number}"]
+    deadline = time.monotonic() + 200
+    while (state := subprocess.run(asked, capture_output=True, text=True).stdout.strip()) != "COMPLETED":
+        assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline, state
+        time.sleep(0.2)
     assert len(Store(tmp_path / "plain").finished()) == 1
 
 

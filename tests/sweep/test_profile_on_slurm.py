@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import time
 
 import pytest
 
@@ -12,7 +11,7 @@ from harness.comm import profile as operations
 from harness.errors import UserError
 from harness.sweep import profile, spec, submit
 from harness.sweep.states import Sweep
-from tests.sweep.conftest import NODES, frozen_with, settle
+from tests.sweep.conftest import NODES, frozen_with, settle, until
 
 #: a quick look: one operation, once
 QUICK = {
@@ -35,12 +34,10 @@ def test_a_profile_outlives_a_node(one_machine, sweep_file, tmp_path, monkeypatc
     kept = tmp_path / "ledger"
     job = profile.job(slurm, None, ["flat", "tutel"], "local-m512-e16k2", kept)
     sweep = submit.submit_profile(slurm, tmp_path / "nodes", job)
-    deadline = time.monotonic() + 200
-    while not list(sweep.folder.run_dir.glob("rows-*.parquet")):
-        assert time.monotonic() < deadline, (sweep.jobs(), sweep.folder.events(0))
-        time.sleep(0.1)
-    for state in ("down", "resume"):
-        subprocess.run(["scontrol", "update", "nodename=n1", f"state={state}", "reason=test"], check=True)
+    until(lambda: list(sweep.folder.run_dir.glob("rows-*.parquet")), sweep)
+    change = ["scontrol", "update", "nodename=n1", "reason=test"]
+    subprocess.run([*change, "state=down"], check=True)
+    subprocess.run([*change, "state=resume"], capture_output=True)  # refused if it has come back already, being well
     assert settle(sweep, 300) == {"ok": 4, "refused": 1}
     cells = sweep.cells().set_index("system")
     assert cells.loc["tutel", "state"] == "refused"

@@ -30,7 +30,7 @@ from tests.sweep.conftest import (
     TIMED,
     all_done,
     frozen_with,
-    go_on_once_ended,
+    go_on_in_second_start,
     held,
     settle,
     told,
@@ -102,7 +102,7 @@ def test_a_warned_job_requeues_without_slurm_in_its_tasks(one_machine, sweep_fil
     until(lambda: "begin" in told(sweep), sweep)
     (number,) = sweep.folder.submissions()[0]["ids"].values()
     subprocess.run(["scancel", "--batch", "--signal=USR2", number], check=True)
-    (end,) = go_on_once_ended(sweep, go)
+    (end,) = go_on_in_second_start(sweep, go)
     assert end["did"] == "stop"
     all_done(settle(sweep), 1)
     events = told(sweep)
@@ -112,6 +112,7 @@ def test_a_warned_job_requeues_without_slurm_in_its_tasks(one_machine, sweep_fil
     assert "is taken; starting again" in log
 
 
+@pytest.mark.long
 def test_ranks_of_a_node_that_do_not_follow_one_another(one_machine, sweep_file, tmp_path):
     file = sweep_file("cyclic", cluster={"nodes": 2}, srun_args=["--distribution=cyclic"])
     sweep = submit.submit(spec.load(file), tmp_path / "cyclic", on="slurm")
@@ -207,6 +208,14 @@ def test_what_ended_an_attempt_explains_it_whatever_the_nodes_clocks_say():
         ended = [{"did": "start"}, BEGIN, {"did": did, "why": "n1: task 2: Killed"}, {"did": "start"}, failed]
         assert failures(ended, {("a", 0): ["x"]}) == {}
         assert deaths(ended) == died
+
+
+def test_a_task_starts_without_what_its_cells_may_never_need():
+    """Every rank of every start reads its modules from the file system that all share."""
+    slow = {"pandas", "scipy", "networkx", "matplotlib", "numba", "torch._dynamo", "harness.profiling"}
+    code = "import submitit.core._submit, harness.sweep.worker, harness.launch.tasks; import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not slow & set(done.stdout.split())
 
 
 def test_every_start_of_a_job_meets_elsewhere():
