@@ -227,6 +227,11 @@ class TestOfARank:
         ):
             gpus.device_of(physical(), 0, 2)
 
+    def test_none_where_a_local_cluster_names_one(self, no_driver):
+        wanted = LOCAL.model_copy(update={"device": "H100"})
+        with pytest.raises(UserError, match=r"\.device: 'H100': needs 4 GPUs .*; choose a cluster of device: cpu$"):
+            gpus.suffice(wanted)
+
     def test_cpu_means_cpu(self, torch_sees):
         torch_sees("NVIDIA H100 PCIe")
         assert gpus.device_of(physical("cpu"), 0, 2).type == "cpu"
