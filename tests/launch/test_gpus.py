@@ -102,7 +102,8 @@ def test_cards_that_a_build_has_no_kernels_for(cards, cuda_build):
 
 
 @pytest.mark.parametrize(
-    ("mask", "part"), [("7", "7"), ("0,9", "9"), ("0,0x", None), ("GPU-beef", "GPU-beef"), ("gpu0", "gpu0")]
+    ("mask", "part"),
+    [("7", "7"), ("0,9", "9"), ("0,1x", None), ("1,1", "1"), ("GPU-beef", "GPU-beef"), ("gpu0", "gpu0")],
 )
 def test_a_mask_that_names_no_device(cards, cuda_build, mask, part):
     cards(H100, H100, mask=mask)
