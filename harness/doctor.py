@@ -210,7 +210,14 @@ def _slurm() -> Finding:
     absent = [name for name in ("sbatch", "srun", "sacct", "scancel") if not shutil.which(name)]
     if absent:
         return Finding("slurm", "missing", f"not found: {', '.join(absent)}", "none needed on one machine")
-    return Finding("slurm", "ok", _output(["sbatch", "--version"]))
+    try:
+        done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding("slurm", "missing", str(error), "none needed on one machine")
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"sbatch ends with {done.returncode}"])[-1]
+        return Finding("slurm", "missing", said, "run where a cluster is set up, or slurm/one-machine up")
+    return Finding("slurm", "ok", done.stdout.strip())
 
 
 def _one_machine_slurm() -> Finding:
@@ -219,13 +226,6 @@ def _one_machine_slurm() -> Finding:
     what, _, remedy = (refusal() or "").removeprefix("no one-machine Slurm: ").partition("; ")
     name = "one-machine slurm"
     return Finding(name, "missing", what, remedy) if what else Finding(name, "ok", "slurm/one-machine up")
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
 
 
 def _exact(remedy: str) -> str:

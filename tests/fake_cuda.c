@@ -44,6 +44,10 @@ int cuInit(unsigned flags) {
         for (char *part = strtok_r(parts, ",", &save); part; part = strtok_r(NULL, ",", &save)) {
             int card = card_of(part);
             if (card < 0) break;
+            if (memchr(order, card, num_shown)) { /* a card twice: none at all */
+                num_shown = 0;
+                break;
+            }
             order[num_shown++] = (char)card;
         }
     }

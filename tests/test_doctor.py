@@ -52,6 +52,15 @@ def test_without_iproute_it_says_how_to_get_it(monkeypatch, tmp_path):
     assert found["git"].state == "missing"
 
 
+def test_commands_of_slurm_without_a_cluster(monkeypatch, tmp_path):
+    for name in ("sbatch", "srun", "sacct", "scancel"):
+        (tmp_path / name).write_text("#!/bin/sh\necho sbatch: fatal: no configuration >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = doctor._slurm()
+    assert (found.state, found.found) == ("missing", "sbatch: fatal: no configuration")
+
+
 def test_a_full_disk_is_broken(monkeypatch):
     monkeypatch.setattr(doctor, "MIN_FREE_BYTES", 1 << 60)
     assert by_name(doctor.examine())["disk"].state == "broken"

@@ -162,12 +162,14 @@ def check_mask(driver: Driver) -> None:
 
 
 def _too_few(cluster: Cluster, num_ranks: int, num_gpus: int, why: tuple[str, str] | None) -> UserError:
-    remedy = "ask for as many GPUs as ranks" if "SLURM_JOB_ID" in os.environ else "choose a local or emulated cluster"
+    remedy = "choose a cluster of device: cpu" if cluster.kind == "local" else "choose a local or emulated cluster"
+    remedy = "ask for as many GPUs as ranks" if "SLURM_JOB_ID" in os.environ else remedy
     here = f"needs {num_ranks} GPUs on this machine, which has {num_gpus}"
     if why:
         what, helps = why
         here, remedy = f"{here} that torch can use: {what}", f"{helps}; or {remedy}" if helps else remedy
-    return bad(f"cluster {cluster.name}.kind", cluster.kind, f"{here}; {remedy}")
+    field, value = ("device", cluster.device) if cluster.kind == "local" else ("kind", cluster.kind)
+    return bad(f"cluster {cluster.name}.{field}", value, f"{here}; {remedy}")
 
 
 def _has_kernels(capability: tuple[int, int], kernels: list[str]) -> bool:

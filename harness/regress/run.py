@@ -106,6 +106,8 @@ def race_pairs(
     """Visits in the order B H H B -> ``decide.KEYS``, session, pair, base_s, head_s; and what could not be compared,
     and why."""
     races = suite.load(suite_path).races
+    for race in races:
+        gpus.suffice(race.first.cluster)  # before anything starts
     rows: list[dict[str, Any]] = []
     setbacks: dict[str, None] = {}
     for session, pairs in enumerate(np.array_split(np.arange(num_pairs), NUM_SESSIONS)):

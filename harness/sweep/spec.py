@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,8 +27,8 @@ from harness.specs import Cluster, Count, Spec
 ROOT = Path(__file__).parents[2]
 SWEEPS = ROOT / "slurm" / "sweeps"
 CLUSTERS = ROOT / "slurm" / "clusters"
-#: options of sbatch and srun that bind a task to one GPU
-_ONE_GPU_A_TASK = ("gpus_per_task", "tres_per_task", "ntasks_per_gpu")
+#: options of sbatch and srun that bind a task to one GPU, as short as these let one write them
+_ONE_GPU_A_TASK = ("gpus_per_t", "tres_p", "ntasks_per_g")
 #: options of theirs that are not the file's to say, and what decides instead
 _FOLLOWS = {
     "nodes": "write cluster: {nodes: n} in the sweep",
@@ -219,9 +220,13 @@ def _check_options(data: Mapping[str, Any], path: Path) -> None:
             if str(word).startswith("--"):
                 key, equals, value = str(word).removeprefix("--").partition("=")
                 asked[f"srun {key}"] = (f"srun_args: --{key}", value if equals else following)
+    if isinstance(lines := data.get("setup"), list):  # srun reads its options from variables, too
+        for line in lines:
+            if found := re.search(r"(gpus|tres)[_-]per[_-]task|ntasks[_-]per[_-]gpu", str(line), re.IGNORECASE):
+                asked[f"srun {found[0].lower()}"] = ("setup", line)
     for key, (field, value) in asked.items():
         option = key.removeprefix("srun ").replace("-", "_")
-        if option in _ONE_GPU_A_TASK or (option == "gpu_bind" and value != "none"):
+        if option.startswith(_ONE_GPU_A_TASK) or (option.startswith("gpu_b") and value != "none"):
             remedy = "gives each task a GPU in a cgroup of its own, which hides the others from NCCL: NVLink is lost"
             raise bad(f"{path}: {field}", value, f"{remedy} without a word; write gpus_per_node")
         if option in _FOLLOWS:
@@ -230,7 +235,7 @@ def _check_options(data: Mapping[str, Any], path: Path) -> None:
 
 def _check_gpus(file: ClusterFile) -> None:
     """Refuse to have GPUs paid for that no rank would use."""
-    asked = {key.replace("-", "_"): value for key, value in file.cluster.additional_parameters.items()}
+    asked: dict[str, Any] = {key.replace("-", "_"): value for key, value in file.cluster.additional_parameters.items()}
     asked |= {"gpus_per_node": file.cluster.gpus_per_node or asked.get("gpus_per_node", 0)}
     asked |= {"gres": file.cluster.gres} if "gpu" in (file.cluster.gres or "") else {}
     for field in ("gpus_per_node", "gpus", "gpus_per_socket", "gres"):

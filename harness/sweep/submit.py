@@ -64,12 +64,17 @@ class Part:
         }
 
 
-def parts(file: SweepFile, finished: set[tuple[str, int]], launches: int | None = None) -> list[Part]:
+def parts(file: SweepFile, finished: set[tuple[str, int]], launches: int | None = None, on: On = "slurm") -> list[Part]:
     """Unfinished cells as jobs: the same cluster and wire, one launch after another, at most ``cells_per_job`` cells
-    (but a race is never cut: its systems run interleaved)."""
+    (but a race is never cut: its systems run interleaved). ``on`` this machine a job makes Slurm's nodes itself, as any
+    other cluster, where they are emulated ones."""
     found = []
     for whole in plan(file.suite, launches, finished):
-        across = file.across_nodes(whole.cluster)
+        across = on == "slurm" and file.across_nodes(whole.cluster)
+        if on == "local" and whole.cluster.kind == "physical":
+            raise bad(
+                "--on", on, f"cluster {whole.cluster.name} of {file.path} is nodes of {file.slurm.path}; use slurm"
+            )
         for launch in whole.launches:
             tasks = [task for task in whole.tasks if task[0] == launch]
             for chunk in _chunks(tasks, file.cells_per_job, lambda task: len(task[1].experiments)):
@@ -77,8 +82,8 @@ def parts(file: SweepFile, finished: set[tuple[str, int]], launches: int | None 
     return found
 
 
-def _unfinished(file: SweepFile, store: Store, launches: int | None) -> list[Part]:
-    made = parts(file, store.told_finished(), launches)
+def _unfinished(file: SweepFile, store: Store, launches: int | None, on: On = "slurm") -> list[Part]:
+    made = parts(file, store.told_finished(), launches, on)
     if not made:
         raise bad(
             "sweep", store.path.name, "every cell has its result here already; moebench report, or another --name"
@@ -98,7 +103,7 @@ def submit(file: SweepFile, run_dir: Path, *, on: On, launches: int | None = Non
     store.prepare()
     if (folder.path / "sweep.json").exists():
         raise bad("sweep", folder.name, "exists; moebench resume goes on with it, --name makes another")
-    made = _unfinished(file, store, launches)
+    made = _unfinished(file, store, launches, on)
     cells = [
         [e.digest, launch, race.digest, e.system, e.phase, e.model.name, e.cluster.name, e.workload.name]
         for part in made

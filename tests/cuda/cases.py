@@ -41,7 +41,7 @@ OPTIONS: dict[str, Options] = {
     "hiermoe-hd2-smart": {"place_every": 1, "chunks": 2},
     "smartmoe": {"place_every": 1},
 }
-#: and with which it trains once more
+#: and with which it trains once more; of systems that are in neither table, with each of their own ``variants``
 TRAININGS: dict[str, dict[str, Options]] = {
     "fastermoe": {"shadows": {"shadows": 3}},
     "hecate": {
@@ -109,7 +109,8 @@ def cells_of(system: str) -> list[Cell]:
     options = OPTIONS.get(system, {})
     cells = [Cell(system, "check", trial, dtype, options=options) for trial, dtype in TRIALS]
     cells += [Cell(system, phase, options=options) for phase in PHASES]
-    trainings: dict[str, Any] = TRAININGS.get(system, {})
+    own = {} if system in OPTIONS else registry.system(system).variants
+    trainings: dict[str, Any] = TRAININGS.get(system, own)
     cells += [Cell(system, "train_step", variant=name, options=options) for name, options in trainings.items()]
     for phase in MODEL_PARALLEL.get(system, ()):
         cells.append(Cell(system, phase, variant="model-parallel", model_parallel=True))

@@ -102,7 +102,8 @@ def test_cards_that_a_build_has_no_kernels_for(cards, cuda_build):
 
 
 @pytest.mark.parametrize(
-    ("mask", "part"), [("7", "7"), ("0,9", "9"), ("0,0x", None), ("GPU-beef", "GPU-beef"), ("gpu0", "gpu0")]
+    ("mask", "part"),
+    [("7", "7"), ("0,9", "9"), ("0,1x", None), ("1,1", "1"), ("GPU-beef", "GPU-beef"), ("gpu0", "gpu0")],
 )
 def test_a_mask_that_names_no_device(cards, cuda_build, mask, part):
     cards(H100, H100, mask=mask)
@@ -226,6 +227,11 @@ class TestOfARank:
             UserError, match=r"^cluster two.kind: 'physical': needs 2 GPUs .* there is no NVIDIA driver"
         ):
             gpus.device_of(physical(), 0, 2)
+
+    def test_none_where_a_local_cluster_names_one(self, no_driver):
+        wanted = LOCAL.model_copy(update={"device": "H100"})
+        with pytest.raises(UserError, match=r"\.device: 'H100': needs 4 GPUs .*; choose a cluster of device: cpu$"):
+            gpus.suffice(wanted)
 
     def test_cpu_means_cpu(self, torch_sees):
         torch_sees("NVIDIA H100 PCIe")

@@ -241,6 +241,8 @@ def test_hosts_that_are_not_the_nodes(hosts, said):
     [
         ({"gpus_per_task": 1}, "gpus_per_task: 1: gives each task a GPU in a cgroup of its own.*write gpus_per_node"),
         ({"srun_args": ["--gpus-per-task=1"]}, "--gpus-per-task: '1': gives each task .* NVLink is lost"),
+        ({"srun_args": ["--gpus-per-t=1"]}, "--gpus-per-t: '1': gives each task"),
+        ({"setup": ["export SLURM_GPUS_PER_TASK=1"]}, "setup: 'export SLURM_GPUS_PER_TASK=1': gives each task"),
         ({"srun_args": ["--gpu-bind", "single:1"]}, "--gpu-bind: 'single:1': gives each task"),
         ({"additional_parameters": {"ntasks-per-gpu": 1}}, "additional_parameters.ntasks-per-gpu: 1: gives each"),
         (

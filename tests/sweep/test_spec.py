@@ -45,6 +45,16 @@ def test_cells_are_grouped_by_what_they_need(sweep_file):
     assert sum(len(p.plan.tasks) for p in submit.parts(loaded, done)) == 19
 
 
+def test_on_this_machine_a_job_makes_emulated_nodes_itself_and_no_physical_ones(sweep_file, tmp_path):
+    loaded = spec.load(sweep_file("here", cluster={"nodes": 2}))
+    assert [(p.nodes, p.tasks_per_node) for p in submit.parts(loaded, set(), on="local")] == [(1, 1)]
+    file = sweep_file("there", cluster={"nodes": 2})
+    interconnect = loaded.slurm.cluster.interconnect.model_dump(mode="json")
+    change(file, "cluster.yaml", interconnect=interconnect | {"kind": "physical", "device": "H100"})
+    with pytest.raises(UserError, match=r"--on: 'local': cluster .* is nodes of .*cluster\.yaml; use slurm"):
+        submit.submit(spec.load(file), tmp_path / "run", on="local")
+
+
 def test_a_dry_run_shows_the_script_and_writes_nothing(sweep_file, tmp_path):
     loaded = spec.load(sweep_file("dry", num_races=3, cells_per_job=1, cluster={"nodes": 2}))
     (script,) = submit.scripts(loaded, tmp_path / "dry")
