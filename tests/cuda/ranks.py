@@ -179,7 +179,7 @@ def main(folder: Path) -> None:
     for system in systems.values():
         for module in system.preload if system.missing() is None else ():
             importlib.import_module(module)
-    importlib.import_module("numba")
+    importlib.import_module("harness.compiled")
     python_corpus()
     shared.install()
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
