@@ -92,6 +92,7 @@ class EPLB(CopiedSystem):
     title = "copies of popular experts as an EPLB-like planner places them"
     source = "the idea of DeepSeek's public expert-parallel load balancer, in training"
     every = EVERY
+    preload = ("harness.compiled",)
 
     @classmethod
     def planner(cls, case: Case) -> Planner:

