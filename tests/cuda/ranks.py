@@ -37,7 +37,7 @@ from tests.cuda import cases, emulated, shared, streams
 
 WORLD = Topology(cases.TOPOLOGY).num_ranks
 COLLECTIVE_TIMEOUT_S = 120  # of a collective that a rank which failed does not come to
-TIMEOUT_S = 600  # of all; a quiet machine takes a seventh of it
+TIMEOUT_S = 600  # of all; a quiet machine takes a tenth of it
 
 
 @dataclasses.dataclass
