@@ -156,7 +156,7 @@ def brute_force(routing: Routing, owner: np.ndarray, topology: Topology, objecti
     return found
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.integers(0, 10**6),
     st.sampled_from(SHAPES),
