@@ -9,16 +9,21 @@ from harness import memory, registry
 from harness.bench import race, tidy
 from harness.bench.run import drawing_s
 from harness.bench.suite import Suite
-from harness.specs import Experiment
+from harness.errors import UserError
+from harness.launch import gpus
+from harness.specs import Cluster, Experiment
 from harness.topology import Topology
 
 
-def rows(suite: Suite, launches: int | None = None) -> Iterator[dict[str, Any]]:
-    """A row a cell, in the order of the file. ``launches`` instead of the file's."""
+def rows(suite: Suite, launches: int | None = None, here: bool = True) -> Iterator[dict[str, Any]]:
+    """A row a cell, in the order of the file. ``launches`` instead of the file's. ``here``: it would run on this
+    machine, with the devices that it has."""
+    clusters = {each.first.cluster.digest: each.first.cluster for each in suite.races}
+    lacks = {digest: lacking(cluster) if here else None for digest, cluster in clusters.items()}
     for each in suite.races:
         for experiment in each.experiments:
             count = launches or each.launches
-            refused = refusal(experiment)
+            refused = lacks[experiment.cluster.digest] or refusal(experiment)
             seconds = tidy.estimate_s(experiment, each.repeats, each.warmup) + drawing_s(experiment)
             yield {
                 "phase": experiment.phase,
@@ -31,6 +36,15 @@ def rows(suite: Suite, launches: int | None = None) -> Iterator[dict[str, Any]]:
                 "estimate_s": 0.0 if refused else count * seconds,
                 "refused": refused,
             }
+
+
+def lacking(cluster: Cluster) -> str | None:
+    """Why the ranks of ``cluster`` cannot have their devices on this machine; None if they can."""
+    try:
+        gpus.suffice(cluster)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def refusal(experiment: Experiment) -> str | None:

@@ -104,7 +104,7 @@ def run(
             suite = fitting()
         chosen = suites.load(suite or str(experiments))
     if dry_run:
-        return _show_plan(chosen, launches, as_json)
+        return _show_plan(chosen, launches, as_json, here=gpus is None)
     run_dir = results / suites.checked_name("--name", name or chosen.name)
     counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
     if as_json:
@@ -129,10 +129,10 @@ def fitting() -> str:
     return chosen
 
 
-def _show_plan(chosen: Suite, launches: int | None, as_json: bool) -> None:
+def _show_plan(chosen: Suite, launches: int | None, as_json: bool, here: bool) -> None:
     from harness.bench import dry
 
-    rows = list(dry.rows(chosen, launches))
+    rows = list(dry.rows(chosen, launches, here))
     if as_json:
         return console.print_json({"suite": chosen.name, "cells": rows})
     taken = [row for row in rows if not row["refused"]]

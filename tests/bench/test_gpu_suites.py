@@ -93,3 +93,17 @@ def test_a_dry_run_lists_every_cell(monkeypatch, capsys):
     assert len(told["cells"]) == 32
     assert {row["ranks"] for row in told["cells"]} == {1}
     assert all(row["refused"] or row["estimate_s"] > 0 for row in told["cells"])
+
+
+def test_a_dry_run_says_what_this_machine_lacks(no_driver, tmp_path, monkeypatch, capsys):
+    card = {"name": "mine", "kind": "local", "device": "H100", "levels": [{"name": "gpu", "size": 2}]}
+    experiment = {"model": "moe-tiny", "workload": "uniform-512", "system": "flat", "phase": "layer"}
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({"name": "mine", "experiments": [experiment | {"cluster": [card, "local-2"]}]}))
+    monkeypatch.setattr(sys, "argv", ["moebench", "run", str(path), "--dry-run", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    refused = {row["cluster"]: row["refused"] for row in json.loads(capsys.readouterr().out)["cells"]}
+    assert "2 GPUs" in refused["mine"]
+    assert refused["local-2"] is None
