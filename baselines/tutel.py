@@ -62,7 +62,7 @@ class Tutel(System):
         if min(case.routing.tokens) == 0:
             return "tutel's gate divides by a rank's token count and fails on a rank without tokens"
         degree, device = _overlap(case), torch.device(case.device).type
-        if device == "cuda" and not _built_for_cuda():
+        if device == "cuda" and cls.missing() is None and not _built_for_cuda():
             return "this Tutel was built without CUDA; build it again where nvcc is found"
         if degree > 1 and device == "cpu":
             return f"tutel ignores {OVERLAP} on CPU, so {OVERLAP} = {degree} would not be what it says"

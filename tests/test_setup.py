@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OWN = {"harness", "baselines", "methods", "tests"}
 # Importable by another name than the distribution's, where that is not installed here to be asked.
 DISTRIBUTION_OF = {"yaml": "pyyaml", "megatron": "megatron-core", "deepspeed": "deepspeed"}
-BY_HAND = {"tutel"}  # on no package index; environment.yml and moebench doctor name its repository
+BY_HAND = {
+    "tutel",
+    "tutel_custom_kernel",
+}  # on no package index; environment.yml and moebench doctor name its repository
 
 
 def canonical(requirement: str) -> str:

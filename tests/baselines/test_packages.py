@@ -169,6 +169,7 @@ def test_refusals_are_data(monkeypatch: pytest.MonkeyPatch) -> None:
     skewed = {"generator": "zipf", "params": {"target": 2.5}, "model": limited | {"top_k": 1}}
     assert "ties" in DeepSpeedDrop.refuse(make_case(TWO_BY_TWO, **skewed))
     assert "even hidden size" in Tutel.refuse(make_case(TWO_BY_TWO, model={"hidden": 17}))
+    monkeypatch.setattr(Tutel, "missing", lambda: None)
     monkeypatch.setitem(sys.modules, "tutel_custom_kernel", types.ModuleType("tutel_custom_kernel"))  # a build for CPUs
     on_a_gpu = dataclasses.replace(make_case(TWO_BY_TWO), device="cuda:0")
     assert "built without CUDA" in Tutel.refuse(on_a_gpu)
