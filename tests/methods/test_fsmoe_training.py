@@ -50,8 +50,15 @@ def run(session, system: str, shape: tuple[int, int], priced: bool = False, **ch
     return found
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (4, 2)], ids=str)
-@pytest.mark.parametrize("model_parallel", [False, True], ids=["replicated", "model-parallel"])
+@pytest.mark.parametrize(
+    ("shape", "model_parallel"),
+    [
+        ((2, 4), True),
+        ((4, 2), False),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in [((2, 4), False), ((4, 2), True)]),
+    ],
+    ids=str,
+)
 def test_ten_steps_have_the_oracles_losses(session, shape, model_parallel):
     options = {"degree_forward": 2, "degree_backward": 4}
     for each in run(session, "fsmoe", shape, model_parallel=model_parallel, options=options):

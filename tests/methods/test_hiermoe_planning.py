@@ -156,15 +156,29 @@ def brute_force(routing: Routing, owner: np.ndarray, topology: Topology, objecti
     return found
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
+SWAPS = given(
     st.integers(0, 10**6),
     st.sampled_from(SHAPES),
     st.integers(1, 4),
     st.sampled_from(["smooth", "plain", "log-sum-exp"]),
     st.data(),
 )
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@SWAPS
 def test_the_best_swap_is_that_of_brute_force(seed, shape, top_k, function, data):
+    compare_with_brute_force(seed, shape, top_k, function, data)
+
+
+@pytest.mark.long
+@settings(max_examples=200, deadline=None, derandomize=True)
+@SWAPS
+def test_the_best_swap_is_that_of_brute_force_in_200_cases(seed, shape, top_k, function, data):
+    compare_with_brute_force(seed, shape, top_k, function, data)
+
+
+def compare_with_brute_force(seed, shape, top_k, function, data):
     topology = Topology(shape)
     dimension = data.draw(st.integers(1, topology.num_levels))
     objective = Objective(

@@ -15,7 +15,9 @@ from tests.methods.test_hiermoe import cluster
 ON_RANKS = "tests.methods.hiermoe_on_ranks:"
 
 
-@pytest.mark.parametrize(("shape", "num_steps"), [((2, 2), 50), ((2, 2, 2), 12)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "num_steps"), [pytest.param((2, 2), 50, marks=pytest.mark.long), ((2, 2), 12), ((2, 2, 2), 12)], ids=str
+)
 def test_steps_with_swaps_equal_as_many_without(session, shape, num_steps):
     curves = {}
     for system in ("hiermoe-hd", "hiermoe"):

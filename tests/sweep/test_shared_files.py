@@ -55,6 +55,7 @@ ABORTS = f"""{TIMED}            if (job.rank, rep, experiment.workload.seed) == 
 """
 
 
+@pytest.mark.long  # of ranks that fail, and of the script's answers, there are shorter tests
 def test_a_rank_that_nccl_aborts_costs_its_cell_and_no_other(one_machine, sweep_file, tmp_path, monkeypatch):
     changes = {"harness/bench/store.py": BLIND, "harness/bench/race.py": (TIMED, ABORTS)}
     monkeypatch.setattr(submit, "freeze", frozen_with(changes))
