@@ -62,11 +62,11 @@ reproduce: setup
 # In two processes; what measures time runs before them and alone. One test under a debugger: make test ARGS="-n0 --pdb ..."
 # The last -m counts, so that ARGS may hold another one.
 test: setup
-	$(PY) -m pytest -n 2 -m "not long" $(ARGS)
+	$(PY) -m pytest -n 3 -m "not long" $(ARGS)
 
 # Proofs that last: a shorter test of `make test` has an eye on the same behaviour.
 test-long: setup
-	$(PY) -m pytest -n 2 -m long $(ARGS)
+	$(PY) -m pytest -n 3 -m long $(ARGS)
 
 lint: setup
 	$(PY) -m ruff format --check .

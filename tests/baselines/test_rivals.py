@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("system", WAYS)
-@pytest.mark.parametrize("shape", [(2, 4), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [pytest.param((2, 4), marks=pytest.mark.long), (2, 2, 2)], ids=str)
 def test_every_way_equals_the_oracle(session, system, shape):
     trials = ["uniform", "swiglu", "experts-without-tokens", "kE", "drops", "softmoe", "exchange"]
     payload = {"system": system, "ways": WAYS[system], "trials": trials}

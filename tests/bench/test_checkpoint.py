@@ -46,6 +46,7 @@ def test_a_death_in_the_middle_of_a_swap_loses_no_whole_step(tmp_path, session):
     assert not (tmp_path / "cut" / "moving.json").exists()
 
 
+@pytest.mark.long
 def test_a_death_in_the_middle_of_a_resharding_loses_no_whole_step(tmp_path, session):
     """Ranks own other numbers of experts by then. What the loads were is remembered."""
     whole = run(tmp_path / "whole", session, "hecate")[0]

@@ -18,6 +18,8 @@ TRIALS: tuple[tuple[str, Dtype], ...] = (
     ("drops", "float64"),
 )
 PHASES = ("exchange", "layer", "train_step", "prefill", "decode")
+#: what nearly all faults show in; the rest is driven by a long test
+FIRST = ("uniform", "drops", "train_step", "prefill")
 MODEL = Model(name="small", num_layers=2, hidden=32, ffn=32, num_experts=8, top_k=2, num_heads=4, seq=8, vocab=64)
 CLUSTER = with_levels(
     "emulated-cuda",
@@ -65,6 +67,11 @@ class Cell:
     options: Options = dataclasses.field(default_factory=dict)
     model_parallel: bool = False
     planted: str = ""  # a fault of ``ranks.FAULTS``
+
+    @property
+    def first(self) -> bool:
+        """Whether the shorter test drives it."""
+        return not self.variant and (self.trial or self.phase) in FIRST
 
     @property
     def name(self) -> str:

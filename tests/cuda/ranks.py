@@ -1,8 +1,9 @@
 """Four ranks on the emulated device, as two nodes of two, in one fork of a process of its own.
 
-``python -m tests.cuda.ranks FOLDER`` drives every system that the registry finds, those in ``FOLDER/dropped`` too if
-that is there, through its ``cases.cells_of``, and then the planted faults. Every rank writes what it found to
-``FOLDER/rank-N.json`` and says in ``FOLDER/rank-N.log`` what it does.
+``python -m tests.cuda.ranks FOLDER first`` drives every system that the registry finds, those in ``FOLDER/dropped``
+too if that is there, through the first of its ``cases.cells_of``, and then the planted faults; with ``rest``, through
+the other cells. Every rank writes what it found to ``FOLDER/rank-N.json`` and says in ``FOLDER/rank-N.log`` what it
+does.
 """
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ class Found:
 # ------------------------------------------------------------------------------------------------------- one rank
 
 
-def drive(job: Job, systems: list[str]) -> Iterator[Found]:
-    """All cells; ends where ranks do not agree on what became of one, since the others may be left in a collective."""
-    cells = [cell for name in systems for cell in cases.cells_of(name)] + cases.PLANTED
+def drive(job: Job, systems: list[str], first: bool) -> Iterator[Found]:
+    """All first cells, or the others. Ends where ranks do not agree on what became of one: some may be left in it."""
+    cells = [cell for name in systems for cell in cases.cells_of(name) if cell.first == first]
+    if first:
+        cells += cases.PLANTED
     for cell in cells:
         start = time.process_time()
         with emulated.task(cell.name), FAULTS[cell.planted]():
@@ -170,7 +173,7 @@ FAULTS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
 # ------------------------------------------------------------------------------------------------------- all of them
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, first: bool) -> None:
     torch.set_num_threads(1)
     if (folder / "dropped").exists():
         sys.path.append(str(folder))
@@ -188,13 +191,13 @@ def main(folder: Path) -> None:
     children = []
     for rank in range(WORLD):
         if (child := os.fork()) == 0:
-            be_rank(folder, rank, list(systems), server.port)
+            be_rank(folder, rank, list(systems), first, server.port)
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
 
 
-def be_rank(folder: Path, rank: int, systems: list[str], port: int) -> None:
+def be_rank(folder: Path, rank: int, systems: list[str], first: bool, port: int) -> None:
     """Never returns."""
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -215,7 +218,7 @@ def be_rank(folder: Path, rank: int, systems: list[str], port: int) -> None:
         say_where()
         job = Job(Topology(cases.TOPOLOGY), torch.device("cuda", 0))
         with (folder / f"rank-{rank}.json").open("w", buffering=1) as answers:
-            for found in drive(job, systems):
+            for found in drive(job, systems, first):
                 answers.write(json.dumps(dataclasses.asdict(found)) + "\n")
         code = 0
     except BaseException:
@@ -227,4 +230,4 @@ def be_rank(folder: Path, rank: int, systems: list[str], port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2] == "first")

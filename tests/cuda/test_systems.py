@@ -50,16 +50,26 @@ REFUSED = {
 }
 
 
+Answers = dict[str, list[Found]]  # by cell, what every rank found
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]]:
-    """By cell, what every rank found."""
-    folder = tmp_path_factory.mktemp("emulated-cuda")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return driven(tmp_path_factory.mktemp("emulated-cuda"), "first")
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    return driven(tmp_path_factory.mktemp("emulated-cuda-rest"), "rest")
+
+
+def driven(folder: Path, which: str) -> Answers:
     (folder / "dropped").mkdir()
     (folder / "dropped" / "__init__.py").touch()
     (folder / "dropped" / "file.py").write_text(DROPPED)
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "tests.cuda.ranks", str(folder)], check=True, timeout=TIMEOUT_S + 60)
-    answers: dict[str, list[Found]] = {}
+    subprocess.run([sys.executable, "-m", "tests.cuda.ranks", str(folder), which], check=True, timeout=TIMEOUT_S + 60)
+    answers: Answers = {}
     for rank in range(WORLD):
         path = folder / f"rank-{rank}.json"
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -89,24 +99,45 @@ def what_is_wrong(found: dict[str, list[Found]], cells: list[cases.Cell]) -> lis
     return lines
 
 
-@pytest.mark.timeout(TIMEOUT_S + 90)  # the first one waits for all of them
-@pytest.mark.parametrize("system", registry.systems())
-def test_no_races_and_no_memory_handed_out_too_early(found, system):
+def check(system: str, found: Answers, first: bool) -> None:
     if (reason := cases.not_here(system)) is not None:
         pytest.skip(reason)
-    assert what_is_wrong(found, cases.cells_of(system)) == []
-    for cell in cases.cells_of(system):
-        (first, *_) = found[cell.name]
-        assert first.status == ("refused" if cell.name in REFUSED else "ok")
-        assert REFUSED.get(cell.name, "") in first.reason
+    cells = [cell for cell in cases.cells_of(system) if cell.first == first]
+    assert what_is_wrong(found, cells) == []
+    for cell in cells:
+        (one, *_) = found[cell.name]
+        assert one.status == ("refused" if cell.name in REFUSED else "ok")
+        assert REFUSED.get(cell.name, "") in one.reason
 
 
-def test_a_dropped_in_system_is_driven_without_being_named_and_its_fault_is_seen(found):
+def check_dropped(found: Answers, at_least: int) -> None:
     dropped = {cell: ranks for cell, ranks in found.items() if ranks[0].system == "forgetful"}
-    assert len(dropped) >= len(cases.TRIALS) + len(cases.PHASES)
+    assert len(dropped) >= at_least
     for cell, ranks in dropped.items():
         assert [each.status for each in ranks] == ["ok"] * WORLD
         assert any("dispatch] may still use on stream" in text for each in ranks for text in each.reuses), cell
+
+
+@pytest.mark.timeout(TIMEOUT_S + 90)  # the first one waits for all of them
+@pytest.mark.parametrize("system", registry.systems())
+def test_no_races_and_no_memory_handed_out_too_early(found, system):
+    check(system, found, first=True)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(TIMEOUT_S + 90)
+@pytest.mark.parametrize("system", registry.systems())
+def test_nor_in_the_other_trials_phases_and_variants(rest, system):
+    check(system, rest, first=False)
+
+
+def test_a_dropped_in_system_is_driven_without_being_named_and_its_fault_is_seen(found):
+    check_dropped(found, len(cases.FIRST))
+
+
+@pytest.mark.long
+def test_its_fault_is_seen_in_the_other_phases(rest):
+    check_dropped(rest, len(cases.TRIALS) + len(cases.PHASES) - len(cases.FIRST))
 
 
 @pytest.mark.parametrize("cell", cases.PLANTED, ids=lambda cell: f"{cell.system}-{cell.planted}".replace(" ", "-"))
