@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from harness import registry
+from harness.comm.agree import attempt, failed, status_of
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.layer.gates import steer
@@ -110,10 +111,13 @@ def check_training(job: Job, name: str, options: dict[str, Any], num_steps: int 
         dtype="float64",
         options=options,
     )
-    try:
-        return train.gate_case(job, registry.system(name), experiment, _row("ok", ""), num_steps)
-    except Exception as error:  # as in ``compare``
-        return _row("failed", f"{type(error).__name__}: {error}")
+    found, error = attempt(
+        job, lambda: train.gate_case(job, registry.system(name), experiment, _row("ok", ""), num_steps)
+    )
+    if reason := failed(job, error):
+        return _row(status_of(reason), reason)
+    assert found is not None
+    return found
 
 
 def check_one(job: Job, name: str, trial: str, dtype: Dtype, options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -191,10 +195,10 @@ def compare(
         return _row("refused", reason)
     weights = Weights(model, dtype, seed=11)
     xs, dys = draw_tokens(weights, routing, prescribed)
-    try:
-        found = _run(job, system, case, weights, xs[job.rank], dys[job.rank])
-    except Exception as error:  # a system's own failure is a result; if one rank alone fails, the session times out
-        return _row("failed", f"{type(error).__name__}: {error}")
+    found, error = attempt(job, lambda: _run(job, system, case, weights, xs[job.rank], dys[job.rank]))
+    if reason := failed(job, error):
+        return _row(status_of(reason), reason)
+    assert found is not None
     expected = _oracle(system, case, weights, xs, dys, constant_gate=identity_experts and not found["gate_in_exchange"])
     errors = _errors(job, found, expected, routing)
     tolerance = system.tolerance(dtype)

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -30,11 +30,8 @@ from harness import registry
 from harness.bench import provenance, tidy
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
-from harness.errors import bad
+from harness.errors import RankFailure, UserError, bad
 from harness.specs import GEMMS, Cluster, Experiment
-
-if TYPE_CHECKING:
-    from harness.launch.session import RankFailure
 
 RUN_RACE = "harness.bench.race:run_race"
 SESSION_START_S = 6.0
@@ -164,13 +161,15 @@ def store_race(
 
 
 class Sessions:
-    """One session after another on the same cluster: a failure ends one, and the next goes on without its cause."""
+    """One session after another on the same cluster: a failure ends one, and the next goes on without its cause. Where
+    the ranks of one cannot even start, what is left has failed, with that reason."""
 
     def __init__(self, each: Plan, settings: Settings, launch: int, races: list[Race]):
         self.plan, self.settings, self.launch, self.races = each, settings, launch, races
         self.num_started = 0
         self._open = contextlib.ExitStack()
         self._session: Any = None
+        self._no_start: RankFailure | None = None
 
     def __enter__(self) -> Sessions:
         self._start()
@@ -181,26 +180,40 @@ class Sessions:
 
     @property
     def setting(self) -> tidy.Setting:
-        network = self._session.network
+        evidence, network = self._where
         return tidy.Setting(
-            self.settings.run_dir.name, self.launch, self._session.evidence, network, self.settings.refuse_cpu_bound
+            self.settings.run_dir.name, self.launch, evidence, network, self.settings.refuse_cpu_bound
         )
+
+    @property
+    def _where(self) -> tuple[str, dict[str, Any]]:
+        """Evidence and network; of ranks that never ran, what their cluster is."""
+        if self._session is not None:
+            return self._session.evidence, dict(self._session.network)
+        physical = self.plan.cluster.kind == "physical"
+        return ("measured", {"network": "physical"}) if physical else ("emulated", {"network": "unshaped"})
 
     def run(self, race: Race, report: Callable[[dict[str, Any]], None]) -> tuple[list[Any], dict[str, tuple[str, str]]]:
         """Ranks' answers, and the cells that ended their session with status and reason."""
-        from harness.launch.session import RankFailure
-
         failed: dict[str, tuple[str, str]] = {}
         remaining = list(race.experiments)
         while remaining:
             payload = payload_of(race, remaining, self.settings, self.launch)
+            failure = self._no_start
             try:
-                answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
-                return answers, failed
-            except RankFailure as failure:
-                for cell, (status, reason) in blamed([e.digest for e in remaining], failure).items():
-                    failed[cell] = status, reason + self._on_their_way(cell)
-                remaining = [experiment for experiment in remaining if experiment.digest not in failed]
+                if failure is None:
+                    answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
+                    return answers, failed
+            except RankFailure as error:
+                failure = error
+            except UserError as error:  # that only a rank could find
+                if (failure := error.failure) is None:
+                    raise
+            assert failure is not None
+            for cell, (status, reason) in blamed([e.digest for e in remaining], failure).items():
+                failed[cell] = status, reason + self._on_their_way(cell)
+            remaining = [experiment for experiment in remaining if experiment.digest not in failed]
+            if self._no_start is None:
                 self._start()
         return [], failed
 
@@ -220,7 +233,7 @@ class Sessions:
     def write_record(self, store: Store, argv: list[str]) -> Callable[[], None]:
         """What ran where, beside the rows of this launch; to be called when all has run."""
         name = "-".join(filter(None, (self._place, self.settings.part, str(int(time.time())))))
-        evidence, network = self._session.evidence, dict(self._session.network)
+        evidence, network = self._where
         return keep_record(store, name, record_of_launch(self.plan, self.launch, self.races, evidence, network, argv))
 
     def _start(self) -> None:
@@ -228,15 +241,17 @@ class Sessions:
 
         self._open.close()
         folder = self.settings.run_dir / "logs" / "-".join(filter(None, (self._place, self.settings.part)))
-        self._session = self._open.enter_context(
-            open_session(
-                self.plan.cluster,
-                log_dir=folder / str(self.num_started),
-                wire=self.plan.wire,  # type: ignore[arg-type]
-                preload=("harness.bench.race", *self._preload()),
-            )
+        ranks = open_session(
+            self.plan.cluster,
+            log_dir=folder / str(self.num_started),
+            wire=self.plan.wire,  # type: ignore[arg-type]
+            preload=("harness.bench.race", *self._preload()),
         )
         self.num_started += 1
+        try:
+            self._session = self._open.enter_context(ranks)
+        except RankFailure as failure:
+            self._no_start = failure
 
     def _preload(self) -> list[str]:
         """Slow modules of the packages that race here and are installed, and what an optimizer's first step imports."""
@@ -266,6 +281,7 @@ def blamed(cells: Sequence[str], failure: RankFailure) -> dict[str, tuple[str, s
     named = _DIGEST.search(failure.phase)
     guilty = [named[1]] if named and named[1] in cells else list(cells)
     reason = f"rank {failure.rank} in {failure.phase!r}: {failure.message}"
+    reason += f" (log: {failure.log_path})" if failure.log_path.name else ""
     return dict.fromkeys(guilty, (_STATUS_OF_FAILURE[failure.kind], reason))
 
 

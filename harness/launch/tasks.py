@@ -28,13 +28,12 @@ from harness.bench.run import Plan, Settings, describe, keep_record, payload_of,
 from harness.bench.store import Store
 from harness.comm import wire as wires
 from harness.comm.job import Job
-from harness.errors import bad
+from harness.errors import RankFailure, bad, is_echo
 from harness.launch import gpus
 from harness.launch.allocation import report
 from harness.launch.kernel import use_batch_scheduling
 from harness.launch.network import INTERFACE, Counters
 from harness.launch.rank import raised
-from harness.launch.session import RankFailure
 from harness.launch.slurm import NETWORK_FACTS
 from harness.specs import Cluster
 from harness.topology import Topology

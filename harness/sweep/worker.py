@@ -23,8 +23,8 @@ from harness.bench import tidy
 from harness.bench.run import Plan, Settings, blamed, run_plan
 from harness.bench.store import Store
 from harness.bench.suite import Race
+from harness.errors import RankFailure, is_echo, told
 from harness.launch.allocation import PROGRESS_VARIABLE
-from harness.launch.session import RankFailure
 from harness.specs import Cluster, Experiment
 from harness.sweep.folder import SweepFolder, Task, attempts, deaths
 from harness.sweep.script import AGAIN

@@ -10,6 +10,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from harness.comm.agree import first_said
 from harness.errors import UserError
 from harness.launch.allocation import report
 from harness.launch.network import address
@@ -51,8 +52,6 @@ def time_limits(job, payload):
 
 def say(job, payload):
     """What all ranks take for the reason where each says ``payload[rank]``."""
-    from harness.bench.race import first_said  # which imports a lot, and one test needs it
-
     return first_said(job, payload[job.rank])
 
 
