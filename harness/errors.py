@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 Kind = Literal["raised", "died", "hung", "out_of_memory"]  # of a rank's failure
+#: of the cell in which a rank failed
+STATUS_OF_FAILURE: dict[Kind, str] = {"raised": "failed", "died": "failed", "hung": "hung", "out_of_memory": "oom"}
 
 
 class UserError(ValueError):
@@ -26,11 +28,16 @@ class UserError(ValueError):
         return type(self), self.args, self.__dict__
 
 
-class RankFailure(RuntimeError):
+class Failure(RuntimeError):
+    """What was started for a command has ended early; the message says why, and in which log the rest is. The command
+    line prints it on one line and exits with status 1."""
+
+
+class RankFailure(Failure):
     """A rank raised, died, hung or ran out of memory, and with it all ranks of its session have ended.
 
     ``rank`` is -1 where no single rank is to blame (the launcher or the emulated switch ended). ``log_path`` holds the
-    traceback. The command line prints the message on one line and exits with status 1.
+    traceback.
     """
 
     def __init__(self, rank: int, phase: str, kind: Kind, message: str, log_path: Path):
@@ -58,8 +65,8 @@ def unknown(field: str, name: str, known: Iterable[str], plural: str, *, like: s
 _OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|allocate memory|ALLOC_FAILED", re.IGNORECASE)
 #: how a rank puts it that another one has gone, or does not come
 _ECHO = re.compile(
-    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process exited|DistBackendError|DistNetworkError"
-    r"|DistStoreError|wait timeout|socket timeout|gloo/|gloo::|NCCL (error|WARN)|ncclRemoteError",
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process exited|DistBackendError"
+    r"|DistNetworkError|DistStoreError|wait timeout|socket timeout|gloo/|gloo::|NCCL (error|WARN)|ncclRemoteError",
     re.IGNORECASE,
 )
 _PACKAGES = tuple(str(Path(__file__).parents[1] / name) + os.sep for name in ("harness", "baselines", "methods"))

@@ -30,14 +30,13 @@ from harness import registry
 from harness.bench import provenance, tidy
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
-from harness.errors import RankFailure, UserError, bad
+from harness.errors import STATUS_OF_FAILURE, RankFailure, UserError, bad
 from harness.specs import GEMMS, Cluster, Experiment
 
 RUN_RACE = "harness.bench.race:run_race"
 SESSION_START_S = 6.0
 MIN_TIMEOUT_S = 300.0
 DRAWN_PER_S = 10e6  # weights that a rank draws, at least; a quarter of what one thread of a server's core does
-_STATUS_OF_FAILURE = {"raised": "failed", "died": "failed", "hung": "hung", "out_of_memory": "oom"}
 _DIGEST = re.compile(r"\[([0-9a-f]{16})\]")
 
 
@@ -181,9 +180,7 @@ class Sessions:
     @property
     def setting(self) -> tidy.Setting:
         evidence, network = self._where
-        return tidy.Setting(
-            self.settings.run_dir.name, self.launch, evidence, network, self.settings.refuse_cpu_bound
-        )
+        return tidy.Setting(self.settings.run_dir.name, self.launch, evidence, network, self.settings.refuse_cpu_bound)
 
     @property
     def _where(self) -> tuple[str, dict[str, Any]]:
@@ -282,7 +279,7 @@ def blamed(cells: Sequence[str], failure: RankFailure) -> dict[str, tuple[str, s
     guilty = [named[1]] if named and named[1] in cells else list(cells)
     reason = f"rank {failure.rank} in {failure.phase!r}: {failure.message}"
     reason += f" (log: {failure.log_path})" if failure.log_path.name else ""
-    return dict.fromkeys(guilty, (_STATUS_OF_FAILURE[failure.kind], reason))
+    return dict.fromkeys(guilty, (STATUS_OF_FAILURE[failure.kind], reason))
 
 
 def checkpoints_of(settings: Settings, launch: int) -> Path:

@@ -23,14 +23,14 @@ from typing import Any
 import submitit
 
 from harness.devices import MASK
-from harness.errors import RankFailure, UserError, bad, told
+from harness.errors import Failure, RankFailure, UserError, bad, told
 
 POLL_S = 0.1
 CANCEL_S = 10.0
 PROGRESS_VARIABLE = "MOEBENCH_PROGRESS"
 
 
-class AllocationFailure(RuntimeError):
+class AllocationFailure(Failure):
     """The job raised something unforeseen, was cancelled, or ran out of time; the message names its log."""
 
     def __init__(self, message: str, log_path: Path):

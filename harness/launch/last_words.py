@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def place(stacks: str) -> str:
     """Where a process stands, in short, of what faulthandler wrote: its main thread, which is the last, or what that
     one waits for."""
     starts = [match.start() for match in _THREAD.finditer(stacks)] + [len(stacks)]
-    threads = [stacks[begin:end] for begin, end in zip(starts, starts[1:], strict=False)] or [stacks]
+    threads = [stacks[begin:end] for begin, end in itertools.pairwise(starts)] or [stacks]
     places = [nearest(_frames(thread)) for thread in threads]
     if places[-1].startswith(_WAITING):
         places = [each for each in places if each and not each.startswith(_WAITING)] or places[-1:]

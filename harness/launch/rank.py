@@ -82,7 +82,7 @@ class Line:
 def main(setup: Setup, rank: int, namespace: str | None = None, counters: Counters | None = None) -> None:
     """Run ``rank`` until its control connection closes."""
     control = Connection(setup.fds[rank])
-    line, phase = Line(control), _no_phase
+    line = Line(control)
     try:
         die_with_parent()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides when a rank ends
@@ -108,10 +108,6 @@ def main(setup: Setup, rank: int, namespace: str | None = None, counters: Counte
     phase("idle")
     line.say(("result", None))
     _serve(job, control, line)
-
-
-def _no_phase(text: str) -> None:
-    """Before there is a board."""
 
 
 def _join(setup: Setup, rank: int, phase: Any, counters: Counters | None, line: Line) -> Any:

@@ -133,7 +133,7 @@ class Session:
         self._launcher = Connection(mine.detach())
         fds = tuple(rank.fileno() for _, rank in pairs)
         self._setup = Setup(
-            cluster, self._private, log_dir, wire, rendezvous, use_cuda, emulate, preload, list(sys.path), fds
+            cluster, self._private.path, log_dir, wire, rendezvous, use_cuda, emulate, preload, list(sys.path), fds
         )
         self._started = False
         self._launcher_log = log_dir / "launcher.log"
@@ -190,7 +190,7 @@ class Session:
                 self._process.wait()
         for rank in self._ranks:
             rank.close()
-        shutil.rmtree(self._private, ignore_errors=True)
+        self._private.close()
 
     def __enter__(self) -> Session:
         return self
@@ -360,6 +360,7 @@ class Session:
 
     def _failure(self, rank: int, kind: Kind, message: str, path: Path) -> RankFailure:
         return RankFailure(rank, self._phase(rank), kind, message, path)
+
 
 def _start_timeout_s(use_cuda: bool) -> float:
     text = os.environ.get(START_TIMEOUT_VARIABLE)
