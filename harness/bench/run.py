@@ -11,23 +11,13 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from harness import registry
 from harness.bench import provenance, tidy
+from harness.bench.progress import shown
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
 from harness.errors import STATUS_OF_FAILURE, RankFailure, UserError, bad
@@ -106,7 +96,7 @@ def run_suite(
         put_aside(settings.run_dir)
     store.prepare()
     plans = plan(suite, launches, store.finished())
-    with _shown(plans, show_progress) as on_progress:
+    with shown(plans, show_progress) as on_progress:
         for each in plans:
             submit(
                 run_plan,
@@ -209,6 +199,7 @@ class Sessions:
             assert failure is not None
             for cell, (status, reason) in blamed([e.digest for e in remaining], failure).items():
                 failed[cell] = status, reason + self._on_their_way(cell)
+                report({"did": "setback", "text": f"{status}: {failed[cell][1]}"})
             remaining = [experiment for experiment in remaining if experiment.digest not in failed]
             if self._no_start is None:
                 self._start()
@@ -350,6 +341,18 @@ def summary(store: Store, suite: Suite) -> dict[str, int]:
     return {str(status): int(count) for status, count in statuses.value_counts().items()}
 
 
+def setbacks(store: Store, suite: Suite) -> list[str]:
+    """Cells of ``suite`` that have no time for another reason than a refusal: a line each, with the whole reason."""
+    rows = store.read(damaged="skip")
+    names = {experiment.digest: experiment for experiment in suite.experiments}
+    rows = rows[rows["cell"].isin(names) & (rows["metric"] == "status") & (rows["status"] != "refused")]
+    return [
+        f"{row['system']} {row['phase']} {row['model']} {row['workload']} {row['cluster']}, launch {row['launch']}: "
+        f"{row['status']}: {row['reason']}"
+        for row in rows.drop_duplicates(["cell", "launch"]).to_dict("records")
+    ]
+
+
 def stamp(race: Race, launch: int) -> dict[str, Any]:
     """What a message of a sweep's job says besides: when, and which race of which launch."""
     return stamp_of(race.digest, launch)
@@ -362,44 +365,3 @@ def stamp_of(digest: str, launch: int) -> dict[str, Any]:
 
 def _units(race: Race) -> int:
     return len(race.experiments) * (1 + race.repeats)
-
-
-@contextlib.contextmanager
-def _shown(plans: list[Plan], show: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
-    """A progress bar with the time that remains, on stderr."""
-    console = Console(stderr=True)
-    if not show:
-        yield None
-        return
-    cells = sum(len(race.experiments) for each in plans for _, race in each.tasks)
-    if not cells:
-        console.print("everything in this suite is finished; nothing to run", highlight=False)
-        yield None
-        return
-    seconds = sum(each.estimate_s for each in plans)
-    console.print(f"{cells} cells to run, about {max(1, round(seconds / 60))} min", highlight=False)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting ranks", total=sum(each.num_units for each in plans))
-        finished = 0
-
-        def on_progress(message: dict[str, Any]) -> None:
-            nonlocal finished
-            if message["did"] == "begin":
-                bar.update(task, description=message["text"])
-                if not console.is_terminal:
-                    console.print(message["text"], highlight=False)
-            elif message["did"] == "race":  # exact again, whatever was refused, failed or repeated inside
-                finished += message["units"]
-                bar.update(task, completed=finished)
-            else:
-                bar.advance(task)
-
-        yield on_progress
