@@ -112,7 +112,7 @@ def setbacks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "system": system,
                 "status": status,
-                "num": len(same),
+                "num_rows": len(same),
                 "trials": _some(dict.fromkeys(row["trial"] for row in same)),
                 "dtypes": ", ".join(dict.fromkeys(row["dtype"] for row in same)),
                 "reason": where + worst["reason"],

@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness import registry
-from harness.bench import provenance, tidy
+from harness.bench import lock, provenance, tidy
 from harness.bench.progress import shown
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
@@ -81,7 +82,7 @@ def run_suite(
     ``launches`` instead of the file's; ``resume=False`` puts an older run of that name aside first;
     ``refuse_cpu_bound`` keeps no time of a shaped run that its own CPU use limits. Returns the number of cells (times
     launches) by status. Ctrl-C keeps what was finished. Raises ``UserError`` before any work for anything wrong with
-    the file or the folder.
+    the file or the folder, which another process may be filling.
     """
     from harness.launch.allocation import submit  # the one place where the bench looks up to launch
 
@@ -92,11 +93,16 @@ def run_suite(
         raise bad("checkpoint_every", checkpoint_every, "must be a number of training steps; 0 keeps none")
     settings = Settings(Path(out_dir).resolve(), refuse_cpu_bound, timeout_s, checkpoint_every)
     store = Store(settings.run_dir)
-    if not resume:
-        put_aside(settings.run_dir)
+    older = settings.run_dir.exists()
     store.prepare()
-    plans = plan(suite, launches, store.finished())
-    with shown(plans, show_progress) as on_progress:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock.held(settings.run_dir))
+        if older and not resume:
+            put_aside(settings.run_dir)
+            store.prepare()
+            stack.enter_context(lock.held(settings.run_dir))
+        plans = plan(suite, launches, store.finished())
+        on_progress = stack.enter_context(shown(plans, show_progress))
         for each in plans:
             submit(
                 run_plan,
@@ -324,7 +330,8 @@ def record_of_launch(
 def put_aside(run_dir: Path) -> None:
     """Keep an older run under another name."""
     if run_dir.exists():
-        run_dir.rename(run_dir.with_name(f"{run_dir.name}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
+        aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
+        shutil.rmtree(aside / lock.FOLDER, ignore_errors=True)
 
 
 def describe(race: Race) -> str:

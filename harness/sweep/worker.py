@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from harness import caches, errors
-from harness.bench import tidy
+from harness.bench import lock, tidy
 from harness.bench.run import Plan, Settings, blamed, run_plan
 from harness.bench.store import Store
 from harness.bench.suite import Race
@@ -62,11 +62,12 @@ class Left:
 def run_job(run_dir: Path, index: int) -> None:
     """Run what is left of job ``index`` of the sweep in ``run_dir``, here, where the job was started."""
     folder = SweepFolder(run_dir)
+    rank = int(os.environ.get("SLURM_PROCID", 0))
     try:
         caches.use_scratch(everything=True)
-        _run(folder, index)
+        with lock.held(folder.run_dir, f"job-{index:05}") if rank == 0 else contextlib.nullcontext():
+            _run(folder, index)
     except Exception as error:
-        rank = int(os.environ.get("SLURM_PROCID", 0))
         folder.tell(index, "error", rank=rank, why=errors.told(error)[:500])
         raise
 
