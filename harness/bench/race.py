@@ -14,7 +14,7 @@ import torch
 
 from harness import devices, memory, registry
 from harness.bench import conformance, serve, train
-from harness.bench.checkpoint import Checkpoints
+from harness.bench.checkpoint import Checkpoints, resumed
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
@@ -83,6 +83,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     ``launch_settings`` (of CUDA) and ``cells``: an ``Outcome`` as plain data by experiment digest."""
     experiments: list[Experiment] = [Experiment.model_validate(data) for data in payload["experiments"]]
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
+    payload = payload | _resumed(job, experiments, payload)
     contenders: list[tuple[Experiment, Contender]] = []
     room = Room(job, len(experiments))
     for experiment in experiments:
@@ -107,6 +108,8 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
             settle(experiment, outcome, contender.errors())
             outcome.trace = {name: _trace(each) for name, each in contender.timelines().items()}
             outcome.how = {"experts": contender.layers[0].how(), "state": room.how}
+            if experiment.phase == "train_step":
+                outcome.how["resumed"] = payload["resumed"]
             if isinstance(contender, train.Trainer):
                 name_phase(job, experiment, "counting memory")
                 outcome.memory = dict(zip(("measured", "planned"), contender.memory(), strict=True))
@@ -150,7 +153,7 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
     def build() -> Contender:
         name_phase(job, experiment, "building")
         if experiment.phase == "train_step":
-            built: Contender = train.Trainer(job, system, experiment, _checkpoints(job, system, experiment, payload))
+            built: Contender = _trainer(job, system, experiment, payload)
         elif experiment.phase in SERVING:
             built = serve.Server(job, system, experiment)
         else:
@@ -168,11 +171,29 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
     return contender if outcome.status == "ok" else None
 
 
-def _checkpoints(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> Checkpoints | None:
-    if "checkpoints" not in payload or system.after_step.__func__ is System.after_step.__func__:  # type: ignore[attr-defined]
-        return None
-    folder, every = payload["checkpoints"]
-    return Checkpoints(f"{folder}/{experiment.digest}", every, job)
+def _resumed(job: Job, experiments: list[Experiment], payload: dict[str, Any]) -> dict[str, Any]:
+    """Collective: ``trainings``: the checkpoints of those whose experts change places, by experiment digest; ``step``:
+    at which all trainings go on; ``resumed``: that in words, if it needs any."""
+    trainings: dict[str, Checkpoints] = {}
+    folder, every = payload.get("checkpoints", ("", 0))
+    for experiment in experiments if folder else ():
+        moves = registry.system(experiment.system).after_step.__func__ is not System.after_step.__func__  # type: ignore[attr-defined]
+        if experiment.phase == "train_step" and moves:
+            trainings[experiment.digest] = Checkpoints(f"{folder}/{experiment.digest}", every, job)
+    step, words = resumed(job, trainings)
+    if words:
+        tell(job, {"did": "note", "text": words})
+    return {"trainings": trainings, "step": step, "resumed": words}
+
+
+def _trainer(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> train.Trainer:
+    """At the step at which the race begins: what has no checkpoint of it does the steps that are missing."""
+    made = train.Trainer(job, system, experiment, payload["trainings"].get(experiment.digest))
+    while made.step < payload["step"]:
+        name_phase(job, experiment, f"catching up: step {made.step} of {payload['step']}")
+        made.warm_up()
+    name_phase(job, experiment, "building")
+    return made
 
 
 def no_stand_in(system: type[System], case: Case) -> str | None:
