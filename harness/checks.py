@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
+import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from harness import presets
-from harness.errors import bad
-from harness.launch.session import RankFailure, Session, open_session
-from harness.specs import Cluster, with_levels
+from harness.errors import STATUS_OF_FAILURE, RankFailure, bad
+from harness.launch import scratch
+from harness.launch.session import Session, open_session
+from harness.specs import DTYPE_BYTES, Cluster, with_levels
 
 TIMEOUT_S = 300.0
 PRELOAD = ("harness.bench.conformance", "harness.compiled")  # the latter imports numba
@@ -33,29 +33,52 @@ def local_cluster(num_ranks: int) -> Cluster:
 def check_systems(
     systems: Iterable[str], cluster: Cluster, payload: dict[str, Any], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Rows of ``harness.bench.conformance.check`` for every system. A system that kills its ranks or hangs is one
-    row with status ``failed`` or ``hung``; the next one gets new ranks."""
+    """Rows of ``harness.bench.conformance.check`` for every system. Where a system ends its ranks or hangs, the trial
+    in which it did is a row with status ``failed``, ``oom`` or ``hung``, and its trials after that are not run; the
+    next system gets new ranks. The logs stay where anything has failed."""
     rows: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
+    with scratch.logs("check") as logs, contextlib.ExitStack() as stack:
         session: Session | None = None
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moebench-check-")))
         for number, system in enumerate(systems):
             if session is None:
                 say(f"starting the ranks of {cluster.name}")
-                session = stack.enter_context(open_session(cluster, log_dir=folder / str(number), preload=PRELOAD))
+                log_dir = logs.path / str(number)
+                session = stack.enter_context(open_session(cluster, log_dir=log_dir, preload=PRELOAD))
             say(f"checking {system} on {cluster.num_ranks} ranks")
+            done: list[dict[str, Any]] = []
             try:
                 of_ranks = session.call(
-                    "harness.bench.conformance:check", {"systems": [system], **payload}, timeout_s=TIMEOUT_S
+                    "harness.bench.conformance:check",
+                    {"systems": [system], **payload},
+                    timeout_s=TIMEOUT_S,
+                    on_progress=lambda message: done.append(message["row"]),  # noqa: B023  # called in this turn only
                 )
             except RankFailure as failure:
                 session = None
-                status = "hung" if failure.kind == "hung" else "failed"
-                reason = f"rank {failure.rank} {failure.kind} in phase {failure.phase!r}: {failure.message}"
-                rows.append(_row(system, status, reason))
+                rows += [*done, _ended(system, failure)]
             else:
                 rows += of_ranks[0]
+        if any(row["status"] not in ("ok", "refused", "nonconforming") for row in rows):
+            logs.keep()
+            say(f"logs of the ranks: {logs.path}")
     return [{**row, "ranks": cluster.num_ranks, "cluster": cluster.name} for row in rows]
+
+
+def _ended(system: str, failure: RankFailure) -> dict[str, Any]:
+    """The row of the trial in which the ranks of ``system`` ended."""
+    _, _, trial = failure.phase.partition(f"check {system} ")
+    for dtype in DTYPE_BYTES:
+        trial = trial.removesuffix(f" {dtype}")
+    _, _, dtype = failure.phase.partition(f"check {system} {trial} ") if trial else ("", "", "")
+    reason = f"rank {failure.rank} {failure.kind.replace('_', ' ')} in {failure.phase!r}: {failure.message}"
+    reason += f" (log: {failure.log_path}); its trials after that were not run"
+    facts: dict[str, Any] = {
+        "status": STATUS_OF_FAILURE[failure.kind],
+        "reason": reason,
+        "errors": {},
+        "tolerance": None,
+    }
+    return {"system": system, "trial": trial, "dtype": dtype, **facts}
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,25 +98,41 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def setbacks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was not ok: one row for each system, status and reason, with the trials and dtypes that it befell."""
+    """What was not ok: one row for each system, status and kind of reason, with the trials and dtypes that it befell,
+    and of the reasons the worst, or the first."""
     table: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["status"] != "ok":
-            table.setdefault((row["system"], row["status"], row["reason"]), []).append(row)
-    return [
-        {
-            "system": system,
-            "status": status,
-            "trials": ", ".join(dict.fromkeys(row["trial"] for row in same)),
-            "dtypes": ", ".join(dict.fromkeys(row["dtype"] for row in same)),
-            "reason": reason,
-        }
-        for (system, status, reason), same in table.items()
-    ]
+            table.setdefault((row["system"], row["status"], _kind(row)), []).append(row)
+    found = []
+    for (system, status, _), same in table.items():
+        worst = max(same, key=_times_allowed)
+        where = f"worst in {worst['trial']} {worst['dtype']}: " if len({row["reason"] for row in same}) > 1 else ""
+        found.append(
+            {
+                "system": system,
+                "status": status,
+                "num_rows": len(same),
+                "trials": _some(dict.fromkeys(row["trial"] for row in same)),
+                "dtypes": ", ".join(dict.fromkeys(row["dtype"] for row in same)),
+                "reason": where + worst["reason"],
+            }
+        )
+    return found
 
 
-def _row(system: str, status: str, reason: str) -> dict[str, Any]:
-    return {
-        **{"system": system, "trial": "", "dtype": "", "status": status},
-        **{"reason": reason, "errors": {}, "tolerance": None},
-    }
+def _kind(row: dict[str, Any]) -> str:
+    """The reason without what differs from trial to trial: of an error its tensors, of words the numbers and names."""
+    if row["errors"]:
+        return ", ".join(name for name, error in row["errors"].items() if not error <= row["tolerance"])
+    return re.sub(r"'check [^']*'|\d+", "", row["reason"])
+
+
+def _times_allowed(row: dict[str, Any]) -> float:
+    return max(row["errors"].values()) / row["tolerance"] if row["errors"] and row["tolerance"] else 0.0
+
+
+def _some(names: Iterable[str], at_most: int = 6) -> str:
+    names = list(names)
+    more = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")

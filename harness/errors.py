@@ -1,14 +1,51 @@
-"""The one error that a user may cause: it names the field or file, the value, and the remedy."""
+"""The one error that a user may cause: it names the field or file, the value, and the remedy. And how any other error
+is told: on one line, with its own text, where it was raised, and who raised it first."""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Iterable
+import sysconfig
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["raised", "died", "hung", "out_of_memory"]  # of a rank's failure
+#: of the cell in which a rank failed
+STATUS_OF_FAILURE: dict[Kind, str] = {"raised": "failed", "died": "failed", "hung": "hung", "out_of_memory": "oom"}
 
 
 class UserError(ValueError):
-    """Bad input. The command line prints its message on one line and exits with status 2."""
+    """Bad input. The command line prints its message on one line and exits with status 2.
+
+    ``failure``: of which rank, in which phase, where a rank has found it."""
+
+    failure: RankFailure | None = None
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[object, ...], dict[str, object]]:
+        return type(self), self.args, self.__dict__
+
+
+class Failure(RuntimeError):
+    """What was started for a command has ended early; the message says why, and in which log the rest is. The command
+    line prints it on one line and exits with status 1."""
+
+
+class RankFailure(Failure):
+    """A rank raised, died, hung or ran out of memory, and with it all ranks of its session have ended.
+
+    ``rank`` is -1 where no single rank is to blame (the launcher or the emulated switch ended). ``log_path`` holds the
+    traceback.
+    """
+
+    def __init__(self, rank: int, phase: str, kind: Kind, message: str, log_path: Path):
+        super().__init__(f"rank {rank} {kind.replace('_', ' ')} in phase {phase!r}: {message} (log: {log_path})")
+        self.rank, self.phase, self.kind, self.message, self.log_path = rank, phase, kind, message, log_path
+
+    def __reduce__(self) -> tuple[type[RankFailure], tuple[int, str, Kind, str, Path]]:
+        return RankFailure, (self.rank, self.phase, self.kind, self.message, self.log_path)
 
 
 def bad(field: str, value: object, remedy: str) -> UserError:
@@ -26,9 +63,57 @@ def unknown(field: str, name: str, known: Iterable[str], plural: str, *, like: s
 
 
 _OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|allocate memory|ALLOC_FAILED", re.IGNORECASE)
+#: how a rank puts it that another one has gone, or does not come
+_ECHO = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process exited|DistBackendError"
+    r"|DistNetworkError|DistStoreError|wait timeout|socket timeout|gloo/|gloo::|NCCL (error|WARN)|ncclRemoteError",
+    re.IGNORECASE,
+)
+_PACKAGES = tuple(str(Path(__file__).parents[1] / name) + os.sep for name in ("harness", "baselines", "methods"))
+_LIBRARIES = (sysconfig.get_path("stdlib") + os.sep, f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+_MAX_WORDS = 1000  # of one exception; those of C++ bring their stacks
 
 
 def tells_out_of_memory(text: str) -> bool:
     """Whether an error's class and words, Python's, torch's, CUDA's or a library's, tell that memory has run out; also
     where one rank repeats them as another exception of its own."""
     return _OUT_OF_MEMORY.search(text) is not None
+
+
+def is_echo(text: str) -> bool:
+    """Whether a rank's words tell of another rank's end rather than of a fault of its own."""
+    return not tells_out_of_memory(text) and _ECHO.search(text) is not None
+
+
+def told(error: BaseException) -> str:
+    """``error`` on one line: its class, its words, and the file and line that they come from."""
+    text = " ".join(str(error).split("Exception raised from ", 1)[0].split())
+    text = text if len(text) <= _MAX_WORDS else text[: _MAX_WORDS - 3] + "..."
+    place = place_of(error)
+    return f"{type(error).__name__}{': ' if text else ''}{text}{place and f', at {place}'}"
+
+
+def place_of(error: BaseException) -> str:
+    """``file:line in function``, of the cause that was first: the innermost that is of no library, if there is one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    frames = [(each.filename, each.lineno or 0, each.name) for each in traceback.extract_tb(error.__traceback__)]
+    return nearest(frames[::-1])
+
+
+def nearest(frames: Sequence[tuple[str, int, str]]) -> str:
+    """Of (file, line, function), innermost first: the first that is of no library, else the first; empty for none."""
+    own = [frame for frame in frames if not _of_library(frame[0])] or list(frames)
+    return f"{_short(own[0][0])}:{own[0][1]} in {own[0][2]}" if own else ""
+
+
+def _of_library(path: str) -> bool:
+    if path.startswith(_PACKAGES):
+        return False
+    return path.startswith(("<", _LIBRARIES[0])) or any(part in path for part in _LIBRARIES[1:])
+
+
+def _short(path: str) -> str:
+    """Files of this checkout by their path in it, others by the whole one."""
+    rest = path.removeprefix(str(Path(__file__).parents[1]) + os.sep)
+    return path if rest.startswith(".") else rest

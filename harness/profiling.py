@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import psutil
 from harness import ledger
 from harness.bench import contention, layer_cost, provenance
 from harness.comm import profile as operations
+from harness.launch import scratch
 from harness.launch.session import open_session
 from harness.ledger import Calibration, LayerFit
 from harness.specs import Cluster
@@ -113,8 +113,8 @@ def profile(
     wanted = parts(cluster, systems, model)
     since = time.monotonic()
     with (
-        tempfile.TemporaryDirectory(prefix="moebench-profile-") as logs,
-        open_session(cluster, log_dir=Path(logs), preload=("harness.comm.profile",)) as session,
+        scratch.logs("profile") as logs,
+        open_session(cluster, log_dir=logs.path, preload=("harness.comm.profile",)) as session,
     ):
         others = _Others()
         found = []

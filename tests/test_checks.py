@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 
 from harness import checks
@@ -40,7 +44,20 @@ def test_whatever_is_neither_ok_nor_refused_is_wrong():
 def test_setbacks_of_one_reason_stand_together():
     rows = [row(trial=trial, dtype=dtype, status="refused", reason="no gate") for trial in "ab" for dtype in "xy"]
     (line,) = checks.setbacks([*rows, row()])
-    assert line == {"system": "flat", "status": "refused", "trials": "a, b", "dtypes": "x, y", "reason": "no gate"}
+    facts = {"num_rows": 4, "trials": "a, b", "dtypes": "x, y", "reason": "no gate"}
+    assert line == {"system": "flat", "status": "refused"} | facts
+
+
+def test_errors_of_the_same_tensors_stand_together_with_the_worst():
+    rows = [
+        row(trial=f"t{i}", status="nonconforming", reason=f"output off by {i}e-5 at token {i}", output=i * 1e-5)
+        for i in range(2, 57)
+    ]
+    other = row(trial="k1", status="nonconforming", reason="weight_grad off", weight_grad=1e-3, output=1e-7)
+    line, second = checks.setbacks([*rows, other])
+    assert (line["num_rows"], second["num_rows"]) == (55, 1)
+    assert line["reason"] == "worst in t56 float32: output off by 56e-5 at token 56"
+    assert line["trials"] == "t2, t3, t4, t5, t6, t7 and 49 more"
 
 
 def test_a_system_that_ends_its_ranks_is_a_row_and_the_next_one_gets_new_ranks():
@@ -50,4 +67,10 @@ def test_a_system_that_ends_its_ranks_is_a_row_and_the_next_one_gets_new_ranks()
     )
     assert [(each["system"], each["status"]) for each in rows] == [("flat", "failed"), ("hiermoe-hd2", "failed")]
     assert "rank 0 raised" in rows[0]["reason"]
+    assert "KeyError: 'no such trial', at harness/bench/conformance.py:" in rows[0]["reason"]
+    log = re.search(r"\(log: (.*)\); its trials", rows[0]["reason"])
+    assert log
+    assert "no such trial" in Path(log[1]).read_text()  # it stays
+    assert said[-1] == f"logs of the ranks: {Path(log[1]).parents[1]}"
+    shutil.rmtree(Path(log[1]).parents[1])
     assert said.count("starting the ranks of local-1") == 2

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -144,6 +147,20 @@ def test_check_runs_real_ranks_and_prints_json_alone(moebench):
     assert {row["status"] for row in rows} == {"ok"}
     assert all(error <= 1e-10 for row in rows for error in row["errors"].values())
     assert "checking flat on 2 ranks" in err
+
+
+@pytest.mark.parametrize("words", [("check", "flat"), ("profile", "local-2")])
+def test_ranks_that_do_not_start_are_one_line_and_status_1(moebench, monkeypatch, words):
+    monkeypatch.setenv("MOEBENCH_START_TIMEOUT_S", "0.01")
+    status, out, err = moebench(*words)
+    assert (status, out) == (1, "")
+    last = re.fullmatch(
+        r"moebench: rank -1 hung in phase 'start': no start within 0.01 s \(log: (.*)\)", err.splitlines()[-1]
+    )
+    assert last
+    log = Path(last[1])
+    assert log.exists()
+    shutil.rmtree(log.parents[words[0] == "check"])
 
 
 def test_check_says_what_levels_multiply_to(moebench):

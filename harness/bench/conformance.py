@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from harness import registry
+from harness.bench.wording import Worst, reason, worst, worst_of
+from harness.comm.agree import attempt, failed, status_of
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.layer.gates import steer
@@ -74,14 +77,20 @@ VARIANT_TRIALS, TRAINING = ("uniform", "ragged", "experts-without-tokens", "drop
 
 def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
     """Collective. ``payload``: ``systems`` (names), optionally ``trials`` and ``dtypes`` -> one row per
-    system x trial x dtype: system, trial, dtype, ranks, status (ok, nonconforming, refused, failed), errors,
-    tolerance, reason."""
-    rows = []
+    system x trial x dtype: system, trial, dtype, ranks, status (ok, nonconforming, refused, failed, oom), errors,
+    tolerance, reason. Each is told as ``progress`` when it is there."""
+    rows: list[dict[str, Any]] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if job.rank == 0:
+            job.progress({"did": "check", "row": row})
+
     for name in payload["systems"]:
         for trial in payload.get("trials") or TRIALS:
             for dtype in payload.get("dtypes") or TRIALS[trial].dtypes:
                 job.phase(f"check {name} {trial} {dtype}")
-                rows.append({"system": name, "trial": trial, "dtype": dtype, **check_one(job, name, trial, dtype)})
+                keep({"system": name, "trial": trial, "dtype": dtype, **check_one(job, name, trial, dtype)})
         for variant, options in registry.system(name).variants.items():
             for trial in (*VARIANT_TRIALS, TRAINING):
                 if trial in (payload.get("trials") or [trial]) and "float64" in (payload.get("dtypes") or ["float64"]):
@@ -91,7 +100,7 @@ def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
                         if trial == TRAINING
                         else check_one(job, name, trial, "float64", options)
                     )
-                    rows.append({"system": name, "trial": f"{trial}, {variant}", "dtype": "float64", **found})
+                    keep({"system": name, "trial": f"{trial}, {variant}", "dtype": "float64", **found})
     return rows
 
 
@@ -110,10 +119,13 @@ def check_training(job: Job, name: str, options: dict[str, Any], num_steps: int 
         dtype="float64",
         options=options,
     )
-    try:
-        return train.gate_case(job, registry.system(name), experiment, _row("ok", ""), num_steps)
-    except Exception as error:  # as in ``compare``
-        return _row("failed", f"{type(error).__name__}: {error}")
+    found, error = attempt(
+        job, lambda: train.gate_case(job, registry.system(name), experiment, _row("ok", ""), num_steps)
+    )
+    if said := failed(job, error):
+        return _row(status_of(said), said)
+    assert found is not None
+    return found
 
 
 def check_one(job: Job, name: str, trial: str, dtype: Dtype, options: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -186,21 +198,20 @@ def compare(
         options or {},
         cluster,
     )
-    reason = system.missing() or system.refuse(case)
-    if reason:
-        return _row("refused", reason)
+    if refusal := system.missing() or system.refuse(case):
+        return _row("refused", refusal)
     weights = Weights(model, dtype, seed=11)
     xs, dys = draw_tokens(weights, routing, prescribed)
-    try:
-        found = _run(job, system, case, weights, xs[job.rank], dys[job.rank])
-    except Exception as error:  # a system's own failure is a result; if one rank alone fails, the session times out
-        return _row("failed", f"{type(error).__name__}: {error}")
+    found, error = attempt(job, lambda: _run(job, system, case, weights, xs[job.rank], dys[job.rank]))
+    if said := failed(job, error):
+        return _row(status_of(said), said)
+    assert found is not None
     expected = _oracle(system, case, weights, xs, dys, constant_gate=identity_experts and not found["gate_in_exchange"])
-    errors = _errors(job, found, expected, routing)
+    errors = _errors(job, found, expected, routing, prescribed)
     tolerance = system.tolerance(dtype)
-    wrong = {name: value for name, value in errors.items() if not value <= tolerance}
-    reason = ", ".join(f"{name} off by {value:.1e}, allowed {tolerance:.0e}" for name, value in wrong.items())
-    return _row("nonconforming" if wrong else "ok", reason, errors, tolerance)
+    wrong = reason(errors, tolerance)
+    values = {name: each.error for name, each in errors.items()}
+    return _row("nonconforming" if wrong else "ok", wrong, values, tolerance)
 
 
 def draw_tokens(
@@ -273,36 +284,49 @@ def _cached_oracle(weights: Weights, identity_experts: bool, tokens: tuple[int, 
     return Oracle(weights, identity_experts, tokens)
 
 
-def _errors(job: Job, found: dict[str, Any], expected: dict[str, Any], routing: Routing) -> dict[str, float]:
-    """Largest relative errors over all ranks: output, input_grad, weight_grad."""
+def _errors(
+    job: Job, found: dict[str, Any], expected: dict[str, Any], routing: Routing, prescribed: bool
+) -> dict[str, Worst]:
+    """Largest relative errors over all ranks, and where they are: output, input_grad, weight_grad."""
     start, stop = routing.offsets[job.rank], routing.offsets[job.rank + 1]
-    errors = {
-        "output": _relative(found["y"], expected["y"], slice(start, stop)),
-        "input_grad": _relative(found["dx"], expected["dx"], slice(start, stop)),
+
+    def token(index: Sequence[int]) -> str:
+        if not index:
+            return f"rank {job.rank}"
+        chosen = ", ".join(map(str, routing.of_rank(job.rank)[index[0]].tolist())) if prescribed else ""
+        experts = f" (experts {chosen})" if chosen else ""
+        return f"rank {job.rank}, token {index[0]} of {stop - start}{experts}, column {index[1]}"
+
+    mine = {
+        name: _worst(found[key], expected[key], slice(start, stop), token)
+        for name, key in (("output", "y"), ("input_grad", "dx"))
     }
-    named = expected["weights"]
+    named, owned = expected["weights"], set(found["experts"])
     if "w1" in named:
-        weight_errors = []
+        weights = []
         for name in expected["gate_names"]:
             gradient = found["gate"].get(name, torch.zeros_like(named[name])).to(job.device)
             dist.all_reduce(gradient)
-            weight_errors.append(_relative(gradient.cpu(), named[name], slice(None)))
+            words = functools.partial(_index, f"gate's {name}, summed over ranks,")
+            weights.append(_worst(gradient.cpu(), named[name], slice(None), words))
         for e, gradients in found["experts"].items():
-            weight_errors += [_relative(gradients[name], named[name], e) for name in gradients]
-        errors["weight_grad"] = max(weight_errors)
-    worst = torch.tensor(list(errors.values()), dtype=torch.float64, device=job.device)
-    worst = torch.nan_to_num(worst, nan=math.inf)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return dict(zip(errors, worst.tolist(), strict=True))
+            for name, gradient in gradients.items():
+                words = functools.partial(_index, f"rank {job.rank}, {name} of expert {e}")
+                weights.append(_worst(gradient, named[name], e, words))
+        mine["weight_grad"] = worst(weights)
+    of_ranks: list[Any] = [None] * job.num_ranks
+    dist.all_gather_object(of_ranks, (mine, owned))
+    errors = {name: worst(each[name] for each, _ in of_ranks) for name in mine}
+    absent = set(range(len(named["w1"]))) - set().union(*(each for _, each in of_ranks)) if "w1" in named else set()
+    if absent:
+        errors["weight_grad"] = Worst(math.inf, f"no rank has gradients of experts {', '.join(map(str, absent))}")
+    return errors
 
 
-def _relative(found: torch.Tensor, expected: torch.Tensor, part: Any) -> float:
-    """max |found - expected[part]| over max |expected|; absolute where the tensor is zero in exact arithmetic
-    (the router's gradient when softmax over one chosen logit is 1)."""
-    wanted = expected[part]
-    if found.shape != wanted.shape:
-        return math.inf
-    if not wanted.numel():
-        return 0.0
-    scale = float(expected.abs().max())
-    return float((found - wanted).abs().max()) / (scale if scale > 1e-12 else 1.0)
+def _worst(found: torch.Tensor, expected: torch.Tensor, part: Any, words: Callable[[Sequence[int]], str]) -> Worst:
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return worst_of(found, expected[part], scale, words)
+
+
+def _index(name: str, index: Sequence[int]) -> str:
+    return f"{name} {list(index)}" if index else name

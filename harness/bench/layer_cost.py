@@ -8,8 +8,9 @@ import numpy as np
 
 from harness import presets, registry
 from harness.bench.layer import LayerContender
-from harness.bench.race import first_said, make_case, name_phase
+from harness.bench.race import make_case, name_phase
 from harness.bench.timing import Stopwatch, interleaved, quiet
+from harness.comm.agree import first_said
 from harness.comm.fits import TokensFit, judge
 from harness.comm.job import Job
 from harness.errors import bad

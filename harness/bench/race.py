@@ -7,23 +7,19 @@ the store are made of all ranks' answers in ``harness.bench.tidy``.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import itertools
 import socket
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from harness import devices, memory, registry
 from harness.bench import conformance, serve, train
-from harness.bench.checkpoint import Checkpoints
+from harness.bench.checkpoint import Checkpoints, resumed
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
+from harness.comm.agree import attempt, failed, first_said, status_of
 from harness.comm.job import Job
-from harness.errors import tells_out_of_memory
 from harness.layer import standin
 from harness.placement import Placement
 from harness.plan.graph import Timeline
@@ -31,10 +27,6 @@ from harness.routing import planned_routing
 from harness.specs import SERVING, Experiment
 from harness.system import Case, MoELayer, System
 from harness.topology import Topology
-
-#: for how long a rank that failed waits for the others to say that they failed too
-AGREEMENT_S = 60
-_votes = itertools.count()
 
 
 class Contender(Protocol):
@@ -91,6 +83,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     ``launch_settings`` (of CUDA) and ``cells``: an ``Outcome`` as plain data by experiment digest."""
     experiments: list[Experiment] = [Experiment.model_validate(data) for data in payload["experiments"]]
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
+    payload = payload | _resumed(job, experiments, payload)
     contenders: list[tuple[Experiment, Contender]] = []
     room = Room(job, len(experiments))
     for experiment in experiments:
@@ -115,6 +108,8 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
             settle(experiment, outcome, contender.errors())
             outcome.trace = {name: _trace(each) for name, each in contender.timelines().items()}
             outcome.how = {"experts": contender.layers[0].how(), "state": room.how}
+            if experiment.phase == "train_step":
+                outcome.how["resumed"] = payload["resumed"]
             if isinstance(contender, train.Trainer):
                 name_phase(job, experiment, "counting memory")
                 outcome.memory = dict(zip(("measured", "planned"), contender.memory(), strict=True))
@@ -151,10 +146,6 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
     if found["status"] == "ok" and experiment.phase in SERVING:
         found = serve.gate_case(job, system, experiment, found)
     outcome.errors = dict(found["errors"])
-    failure = found["reason"] or found["status"] if found["status"] == "failed" else None
-    if reason := first_said(job, failure):
-        outcome.status, outcome.reason = _status_of(reason), reason
-        return None
     if found["status"] != "ok":
         outcome.status, outcome.reason = found["status"], found["reason"]
         return None
@@ -162,7 +153,7 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
     def build() -> Contender:
         name_phase(job, experiment, "building")
         if experiment.phase == "train_step":
-            built: Contender = train.Trainer(job, system, experiment, _checkpoints(job, system, experiment, payload))
+            built: Contender = _trainer(job, system, experiment, payload)
         elif experiment.phase in SERVING:
             built = serve.Server(job, system, experiment)
         else:
@@ -173,18 +164,36 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
         settle(experiment, outcome, built.errors())
         return built
 
-    contender, error = attempt(build)
-    if reason := first_said(job, error):
-        outcome.status, outcome.reason = _status_of(reason), reason
+    contender, error = attempt(job, build)
+    if reason := failed(job, error):
+        outcome.status, outcome.reason = status_of(reason), reason
         return None
     return contender if outcome.status == "ok" else None
 
 
-def _checkpoints(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> Checkpoints | None:
-    if "checkpoints" not in payload or system.after_step.__func__ is System.after_step.__func__:  # type: ignore[attr-defined]
-        return None
-    folder, every = payload["checkpoints"]
-    return Checkpoints(f"{folder}/{experiment.digest}", every, job)
+def _resumed(job: Job, experiments: list[Experiment], payload: dict[str, Any]) -> dict[str, Any]:
+    """Collective: ``trainings``: the checkpoints of those whose experts change places, by experiment digest; ``step``:
+    at which all trainings go on; ``resumed``: that in words, if it needs any."""
+    trainings: dict[str, Checkpoints] = {}
+    folder, every = payload.get("checkpoints", ("", 0))
+    for experiment in experiments if folder else ():
+        moves = registry.system(experiment.system).after_step.__func__ is not System.after_step.__func__  # type: ignore[attr-defined]
+        if experiment.phase == "train_step" and moves:
+            trainings[experiment.digest] = Checkpoints(f"{folder}/{experiment.digest}", every, job)
+    step, words = resumed(job, trainings)
+    if words:
+        tell(job, {"did": "note", "text": words})
+    return {"trainings": trainings, "step": step, "resumed": words}
+
+
+def _trainer(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> train.Trainer:
+    """At the step at which the race begins: what has no checkpoint of it does the steps that are missing."""
+    made = train.Trainer(job, system, experiment, payload["trainings"].get(experiment.digest))
+    while made.step < payload["step"]:
+        name_phase(job, experiment, f"catching up: step {made.step} of {payload['step']}")
+        made.warm_up()
+    name_phase(job, experiment, "building")
+    return made
 
 
 def no_stand_in(system: type[System], case: Case) -> str | None:
@@ -247,33 +256,6 @@ def make_case(
     )
 
 
-def attempt(work: Callable[[], Contender]) -> tuple[Contender | None, str | None]:
-    """``work()``, or the error in words."""
-    try:
-        return work(), None
-    except Exception as error:  # a system's own failure is a result
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def first_said(job: Job, said: str | None) -> str | None:
-    """What the first rank that has something to say says, one that is out of memory first; None if no rank does.
-
-    Goes through the store and not through a collective: a rank that failed inside a system's collective cannot meet
-    the others in another one. Where they are stuck without it, it raises after ``AGREEMENT_S`` and the session ends.
-    """
-    if job.num_ranks == 1:
-        return said
-    store, vote = dist.distributed_c10d._get_default_store(), next(_votes)
-    keys = [f"moebench/said/{vote}/{rank}" for rank in range(job.num_ranks)]
-    store.set(keys[job.rank], said or "")
-    try:
-        store.wait(keys, datetime.timedelta(seconds=AGREEMENT_S if said else 3600))
-    except dist.DistError:
-        raise RuntimeError(said or "the other ranks did not answer") from None
-    answers = [answer for answer in (store.get(key).decode() for key in keys) if answer]
-    return next((answer for answer in answers if tells_out_of_memory(answer)), answers[0] if answers else None)
-
-
 def name_phase(job: Job, experiment: Experiment, text: str) -> None:
     """Say what this rank does now; the digest lets the runner tell which cell a dead rank was in."""
     job.phase(f"{experiment.system} {experiment.phase}: {text} [{experiment.digest}]")
@@ -283,7 +265,3 @@ def tell(job: Job, message: dict[str, Any]) -> None:
     """Progress, once for the whole job."""
     if job.rank == 0:
         job.progress(message)
-
-
-def _status_of(reason: str) -> str:
-    return "oom" if tells_out_of_memory(reason) else "failed"

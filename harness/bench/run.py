@@ -10,37 +10,24 @@ import contextlib
 import dataclasses
 import math
 import re
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import Any
 
 from harness import registry
-from harness.bench import provenance, tidy
+from harness.bench import lock, provenance, tidy
+from harness.bench.progress import shown
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
-from harness.errors import bad
+from harness.errors import STATUS_OF_FAILURE, RankFailure, UserError, bad
 from harness.specs import GEMMS, Cluster, Experiment
-
-if TYPE_CHECKING:
-    from harness.launch.session import RankFailure
 
 RUN_RACE = "harness.bench.race:run_race"
 SESSION_START_S = 6.0
 MIN_TIMEOUT_S = 300.0
 DRAWN_PER_S = 10e6  # weights that a rank draws, at least; a quarter of what one thread of a server's core does
-_STATUS_OF_FAILURE = {"raised": "failed", "died": "failed", "hung": "hung", "out_of_memory": "oom"}
 _DIGEST = re.compile(r"\[([0-9a-f]{16})\]")
 
 
@@ -95,7 +82,7 @@ def run_suite(
     ``launches`` instead of the file's; ``resume=False`` puts an older run of that name aside first;
     ``refuse_cpu_bound`` keeps no time of a shaped run that its own CPU use limits. Returns the number of cells (times
     launches) by status. Ctrl-C keeps what was finished. Raises ``UserError`` before any work for anything wrong with
-    the file or the folder.
+    the file or the folder, which another process may be filling.
     """
     from harness.launch.allocation import submit  # the one place where the bench looks up to launch
 
@@ -106,11 +93,16 @@ def run_suite(
         raise bad("checkpoint_every", checkpoint_every, "must be a number of training steps; 0 keeps none")
     settings = Settings(Path(out_dir).resolve(), refuse_cpu_bound, timeout_s, checkpoint_every)
     store = Store(settings.run_dir)
-    if not resume:
-        put_aside(settings.run_dir)
+    older = settings.run_dir.exists()
     store.prepare()
-    plans = plan(suite, launches, store.finished())
-    with _shown(plans, show_progress) as on_progress:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lock.held(settings.run_dir))
+        if older and not resume:
+            put_aside(settings.run_dir)
+            store.prepare()
+            stack.enter_context(lock.held(settings.run_dir))
+        plans = plan(suite, launches, store.finished())
+        on_progress = stack.enter_context(shown(plans, show_progress))
         for each in plans:
             submit(
                 run_plan,
@@ -164,13 +156,15 @@ def store_race(
 
 
 class Sessions:
-    """One session after another on the same cluster: a failure ends one, and the next goes on without its cause."""
+    """One session after another on the same cluster: a failure ends one, and the next goes on without its cause. Where
+    the ranks of one cannot even start, what is left has failed, with that reason."""
 
     def __init__(self, each: Plan, settings: Settings, launch: int, races: list[Race]):
         self.plan, self.settings, self.launch, self.races = each, settings, launch, races
         self.num_started = 0
         self._open = contextlib.ExitStack()
         self._session: Any = None
+        self._no_start: RankFailure | None = None
 
     def __enter__(self) -> Sessions:
         self._start()
@@ -181,26 +175,39 @@ class Sessions:
 
     @property
     def setting(self) -> tidy.Setting:
-        network = self._session.network
-        return tidy.Setting(
-            self.settings.run_dir.name, self.launch, self._session.evidence, network, self.settings.refuse_cpu_bound
-        )
+        evidence, network = self._where
+        return tidy.Setting(self.settings.run_dir.name, self.launch, evidence, network, self.settings.refuse_cpu_bound)
+
+    @property
+    def _where(self) -> tuple[str, dict[str, Any]]:
+        """Evidence and network; of ranks that never ran, what their cluster is."""
+        if self._session is not None:
+            return self._session.evidence, dict(self._session.network)
+        physical = self.plan.cluster.kind == "physical"
+        return ("measured", {"network": "physical"}) if physical else ("emulated", {"network": "unshaped"})
 
     def run(self, race: Race, report: Callable[[dict[str, Any]], None]) -> tuple[list[Any], dict[str, tuple[str, str]]]:
         """Ranks' answers, and the cells that ended their session with status and reason."""
-        from harness.launch.session import RankFailure
-
         failed: dict[str, tuple[str, str]] = {}
         remaining = list(race.experiments)
         while remaining:
             payload = payload_of(race, remaining, self.settings, self.launch)
+            failure = self._no_start
             try:
-                answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
-                return answers, failed
-            except RankFailure as failure:
-                for cell, (status, reason) in blamed([e.digest for e in remaining], failure).items():
-                    failed[cell] = status, reason + self._on_their_way(cell)
-                remaining = [experiment for experiment in remaining if experiment.digest not in failed]
+                if failure is None:
+                    answers = self._session.call(RUN_RACE, payload, timeout_s=self._timeout_s(race), on_progress=report)
+                    return answers, failed
+            except RankFailure as error:
+                failure = error
+            except UserError as error:  # that only a rank could find
+                if (failure := error.failure) is None:
+                    raise
+            assert failure is not None
+            for cell, (status, reason) in blamed([e.digest for e in remaining], failure).items():
+                failed[cell] = status, reason + self._on_their_way(cell)
+                report({"did": "setback", "text": f"{status}: {failed[cell][1]}"})
+            remaining = [experiment for experiment in remaining if experiment.digest not in failed]
+            if self._no_start is None:
                 self._start()
         return [], failed
 
@@ -220,7 +227,7 @@ class Sessions:
     def write_record(self, store: Store, argv: list[str]) -> Callable[[], None]:
         """What ran where, beside the rows of this launch; to be called when all has run."""
         name = "-".join(filter(None, (self._place, self.settings.part, str(int(time.time())))))
-        evidence, network = self._session.evidence, dict(self._session.network)
+        evidence, network = self._where
         return keep_record(store, name, record_of_launch(self.plan, self.launch, self.races, evidence, network, argv))
 
     def _start(self) -> None:
@@ -228,15 +235,17 @@ class Sessions:
 
         self._open.close()
         folder = self.settings.run_dir / "logs" / "-".join(filter(None, (self._place, self.settings.part)))
-        self._session = self._open.enter_context(
-            open_session(
-                self.plan.cluster,
-                log_dir=folder / str(self.num_started),
-                wire=self.plan.wire,  # type: ignore[arg-type]
-                preload=("harness.bench.race", *self._preload()),
-            )
+        ranks = open_session(
+            self.plan.cluster,
+            log_dir=folder / str(self.num_started),
+            wire=self.plan.wire,  # type: ignore[arg-type]
+            preload=("harness.bench.race", *self._preload()),
         )
         self.num_started += 1
+        try:
+            self._session = self._open.enter_context(ranks)
+        except RankFailure as failure:
+            self._no_start = failure
 
     def _preload(self) -> list[str]:
         """Slow modules of the packages that race here and are installed, and what an optimizer's first step imports."""
@@ -266,7 +275,8 @@ def blamed(cells: Sequence[str], failure: RankFailure) -> dict[str, tuple[str, s
     named = _DIGEST.search(failure.phase)
     guilty = [named[1]] if named and named[1] in cells else list(cells)
     reason = f"rank {failure.rank} in {failure.phase!r}: {failure.message}"
-    return dict.fromkeys(guilty, (_STATUS_OF_FAILURE[failure.kind], reason))
+    reason += f" (log: {failure.log_path})" if failure.log_path.name else ""
+    return dict.fromkeys(guilty, (STATUS_OF_FAILURE[failure.kind], reason))
 
 
 def checkpoints_of(settings: Settings, launch: int) -> Path:
@@ -320,7 +330,8 @@ def record_of_launch(
 def put_aside(run_dir: Path) -> None:
     """Keep an older run under another name."""
     if run_dir.exists():
-        run_dir.rename(run_dir.with_name(f"{run_dir.name}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
+        aside = run_dir.rename(run_dir.with_name(f"{run_dir.name}.until-{time.strftime('%Y%m%d-%H%M%S')}"))
+        shutil.rmtree(aside / lock.FOLDER, ignore_errors=True)
 
 
 def describe(race: Race) -> str:
@@ -337,6 +348,18 @@ def summary(store: Store, suite: Suite) -> dict[str, int]:
     return {str(status): int(count) for status, count in statuses.value_counts().items()}
 
 
+def setbacks(store: Store, suite: Suite) -> list[str]:
+    """Cells of ``suite`` that have no time for another reason than a refusal: a line each, with the whole reason."""
+    rows = store.read(damaged="skip")
+    names = {experiment.digest: experiment for experiment in suite.experiments}
+    rows = rows[rows["cell"].isin(names) & (rows["metric"] == "status") & (rows["status"] != "refused")]
+    return [
+        f"{row['system']} {row['phase']} {row['model']} {row['workload']} {row['cluster']}, launch {row['launch']}: "
+        f"{row['status']}: {row['reason']}"
+        for row in rows.drop_duplicates(["cell", "launch"]).to_dict("records")
+    ]
+
+
 def stamp(race: Race, launch: int) -> dict[str, Any]:
     """What a message of a sweep's job says besides: when, and which race of which launch."""
     return stamp_of(race.digest, launch)
@@ -349,44 +372,3 @@ def stamp_of(digest: str, launch: int) -> dict[str, Any]:
 
 def _units(race: Race) -> int:
     return len(race.experiments) * (1 + race.repeats)
-
-
-@contextlib.contextmanager
-def _shown(plans: list[Plan], show: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
-    """A progress bar with the time that remains, on stderr."""
-    console = Console(stderr=True)
-    if not show:
-        yield None
-        return
-    cells = sum(len(race.experiments) for each in plans for _, race in each.tasks)
-    if not cells:
-        console.print("everything in this suite is finished; nothing to run", highlight=False)
-        yield None
-        return
-    seconds = sum(each.estimate_s for each in plans)
-    console.print(f"{cells} cells to run, about {max(1, round(seconds / 60))} min", highlight=False)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting ranks", total=sum(each.num_units for each in plans))
-        finished = 0
-
-        def on_progress(message: dict[str, Any]) -> None:
-            nonlocal finished
-            if message["did"] == "begin":
-                bar.update(task, description=message["text"])
-                if not console.is_terminal:
-                    console.print(message["text"], highlight=False)
-            elif message["did"] == "race":  # exact again, whatever was refused, failed or repeated inside
-                finished += message["units"]
-                bar.update(task, completed=finished)
-            else:
-                bar.advance(task)
-
-        yield on_progress

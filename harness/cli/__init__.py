@@ -14,7 +14,7 @@ import typer
 
 from harness import __version__, caches
 from harness.cli import inputs, look, regress, run, sweep
-from harness.errors import UserError
+from harness.errors import Failure, UserError
 
 app = typer.Typer(
     name="moebench",
@@ -31,13 +31,17 @@ for room in (look, inputs, run, sweep, regress):
 
 
 def main() -> None:
-    """Run the command line; a ``UserError`` becomes one line on stderr and exit status 2."""
+    """Run the command line; a ``UserError`` becomes one line on stderr and exit status 2, a ``Failure`` (of a rank,
+    say) one line and exit status 1."""
     try:
         caches.use_scratch()
         app()
     except UserError as error:
         sys.stderr.write(f"moebench: {error}\n")
         sys.exit(2)
+    except Failure as failure:
+        sys.stderr.write(f"moebench: {failure}\n")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("moebench: interrupted; finished cells are kept\n")
         sys.exit(130)

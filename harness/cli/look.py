@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,7 +14,13 @@ from harness.errors import bad
 from harness.specs import DTYPE_BYTES
 
 commands = typer.Typer()
-STATUS_COLOURS = {"refused": "yellow", "nonconforming": "bold red", "failed": "bold red", "hung": "bold red"}
+STATUS_COLOURS = {
+    "refused": "yellow",
+    "nonconforming": "bold red",
+    "failed": "bold red",
+    "hung": "bold red",
+    "oom": "bold red",
+}
 
 
 @commands.command()
@@ -106,12 +112,20 @@ def check(
     if as_json:
         console.print_json(rows)
     else:
-        console.show(checks.summary(rows), f"largest relative errors over all trials and {where.num_ranks} ranks")
+        console.show(
+            [_exactly(line) for line in checks.summary(rows)],
+            f"largest relative errors over all trials and {where.num_ranks} ranks",
+        )
         if notes := checks.setbacks(rows):
             console.show(notes, "not ok", STATUS_COLOURS)
     statuses = {row["status"] for row in rows}
     if "ok" not in statuses or statuses - {"ok", "refused"}:
         raise typer.Exit(1)
+
+
+def _exactly(line: dict[str, Any]) -> dict[str, Any]:
+    """Errors with digits enough to be compared with what is allowed."""
+    return {key: f"{value:.3e}" if isinstance(value, float) else value for key, value in line.items()}
 
 
 def _check_words(field: str, words: Iterable[str], known: Iterable[str]) -> None:

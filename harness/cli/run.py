@@ -93,6 +93,7 @@ def run(
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
     from harness.bench import run as bench
     from harness.bench import suite as suites
+    from harness.bench.store import Store
     from harness.presets import this_machine
 
     if "SLURM_JOB_ID" in os.environ:
@@ -107,6 +108,8 @@ def run(
         return _show_plan(chosen, launches, as_json, here=gpus is None)
     run_dir = results / suites.checked_name("--name", name or chosen.name)
     counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
+    for line in bench.setbacks(Store(run_dir), chosen):
+        typer.echo(line, err=True)
     if as_json:
         console.print_json({"run": str(run_dir), "cells": counts})
     else:

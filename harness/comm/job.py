@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ class Job:
         shared_clock: bool = True,
         progress: Callable[[dict[str, Any]], None] | None = None,
         timeout: datetime.timedelta | None = None,
+        failing: Callable[[BaseException], None] | None = None,
+        recovered: Callable[[], None] | None = None,
+        log_path: Path | str = "",
     ):
         self.topology = topology
         self.device = torch.device(device)
@@ -36,8 +40,14 @@ class Job:
         self.num_ranks = dist.get_world_size()
         if self.num_ranks != topology.num_ranks:
             raise ValueError(f"{self.num_ranks} ranks run but the topology {topology.shape} has {topology.num_ranks}")
-        #: names what this rank does now; the supervisor quotes it when a rank dies or hangs
-        self.phase: Callable[[str], None] = report_phase or (lambda text: None)
+        self._report_phase = report_phase or (lambda text: None)
+        self.doing = ""  # the last phase
+        self.log_path = log_path  # where tracebacks of this rank are
+        #: tells at once that this rank has raised, in whichever thread; if the call then does not end, because the
+        #: others wait for this rank, or it for them, all are ended with that reason a few seconds later
+        self.failing: Callable[[BaseException], None] = failing or (lambda error: None)
+        #: tells that all ranks have agreed to go on without what has failed
+        self.recovered: Callable[[], None] = recovered or (lambda: None)
         #: bytes sent so far over each link level's interfaces, summed over the cluster; None where not countable
         self.counters = counters
         #: hands a small plain message to whoever waits for this call
@@ -54,6 +64,11 @@ class Job:
             for members in (topology.inner_group, topology.rail):
                 for rank in range(self.num_ranks):
                     self._make(members(rank, level))
+
+    def phase(self, text: str) -> None:
+        """Name what this rank does now; the supervisor quotes it when a rank fails, dies or hangs."""
+        self.doing = text
+        self._report_phase(text)
 
     def _make(self, ranks: list[int]) -> None:
         if tuple(ranks) not in self._groups and len(ranks) > 1:

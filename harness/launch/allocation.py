@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import select
 import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,14 @@ from typing import Any
 import submitit
 
 from harness.devices import MASK
-from harness.errors import UserError, bad
-from harness.launch.session import RankFailure
+from harness.errors import Failure, RankFailure, UserError, bad, told
 
 POLL_S = 0.1
 CANCEL_S = 10.0
 PROGRESS_VARIABLE = "MOEBENCH_PROGRESS"
 
 
-class AllocationFailure(RuntimeError):
+class AllocationFailure(Failure):
     """The job raised something unforeseen, was cancelled, or ran out of time; the message names its log."""
 
     def __init__(self, message: str, log_path: Path):
@@ -86,11 +85,12 @@ def submit(
         raise
 
 
-class _Expected:
-    """A failure that the caller knows how to show."""
+class _Raised:
+    """What ended the job: as it was where the caller knows how to show it, else in words."""
 
-    def __init__(self, error: Exception):
-        self.error = error
+    def __init__(self, error: BaseException):
+        self.error = error if isinstance(error, (UserError, RankFailure)) else None
+        self.words = told(error)
 
 
 def _inside(caller: int, mask: str | None, progress: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -102,8 +102,9 @@ def _inside(caller: int, mask: str | None, progress: Path, function: Callable[..
     os.environ[PROGRESS_VARIABLE] = str(progress)
     try:
         return function(*args)
-    except (UserError, RankFailure) as error:
-        return _Expected(error)
+    except Exception as error:
+        traceback.print_exc()
+        return _Raised(error)
 
 
 @contextlib.contextmanager
@@ -142,17 +143,16 @@ def _tail(path: Path, num_read: int, on_progress: Callable[[dict[str, Any]], Non
 def _outcome(job: submitit.Job[Any]) -> Any:
     try:
         result = job.result()
-    except submitit.core.utils.FailedJobError as error:
-        trace = re.search(r"^-+\n(.*?)\s*\n-+$", str(error), re.DOTALL | re.MULTILINE)  # submitit rules it off
-        last = trace[1].splitlines()[-1] if trace else "no exception was recorded"
-        raise AllocationFailure(f"job {job.job_id} failed: {last}", job.paths.stderr) from error
+    except submitit.core.utils.FailedJobError as error:  # before or after what it was to do
+        last = next((line for line in reversed(str(error).splitlines()) if line.strip(" -")), "no message")
+        raise AllocationFailure(f"job {job.job_id} failed: {last.strip()}", job.paths.stderr) from error
     except submitit.core.utils.UncompletedJobError as error:
         raise AllocationFailure(
             f"job {job.job_id} ended without a result: killed, cancelled or past its time limit", job.paths.stderr
         ) from error
-    if isinstance(result, _Expected):
-        raise result.error
-    return result
+    if not isinstance(result, _Raised):
+        return result
+    raise result.error or AllocationFailure(f"job {job.job_id} failed: {result.words}", job.paths.stderr)
 
 
 def _cancel(job: submitit.Job[Any]) -> None:

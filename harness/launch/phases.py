@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import os
-import shutil
 import struct
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from harness.errors import bad
+from harness.launch import scratch
 
 SLOT_BYTES = 256
 HEAD = struct.Struct("<Qd")  # number of changes, time.monotonic() of the last
@@ -61,16 +60,14 @@ class PhaseBoard:
         return Phase(text or "not started", num_changes, time.monotonic() - since if num_changes else 0.0)
 
 
-def private_board(num_ranks: int) -> tuple[Path, PhaseBoard]:
-    """A directory that only this user reads, with the ranks' phases in it; not under /run, which the namespaces
-    replace."""
+def private_board(num_ranks: int) -> tuple[scratch.Folder, PhaseBoard]:
+    """A folder that only this user reads, with the ranks' phases in it."""
     folder = None
     try:
-        default = tempfile.gettempdir()
-        folder = Path(tempfile.mkdtemp(prefix="moebench-", dir="/tmp" if default.startswith("/run") else default))
-        return folder, PhaseBoard(folder / "phases", num_ranks, create=True)
+        folder = scratch.Folder()
+        return folder, PhaseBoard(folder.path / "phases", num_ranks, create=True)
     except OSError as error:
         if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.close()
         value = os.environ.get("TMPDIR", "/tmp")
         raise bad("TMPDIR", value, f"{error.strerror}; free some space there, or name another folder") from None

@@ -14,13 +14,14 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from harness.errors import UserError, tells_out_of_memory
+from harness.errors import Kind, UserError, tells_out_of_memory, told
 from harness.launch import gpus
 from harness.launch.kernel import die_with_parent, enter_network
 from harness.launch.network import INTERFACE, Counters
@@ -29,7 +30,6 @@ from harness.specs import Cluster
 from harness.topology import Topology
 
 TIMEOUT = datetime.timedelta(hours=6)  # of collectives: the session's own limits end a call, and name the rank
-Kind = Literal["raised", "died", "hung", "out_of_memory"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,39 +64,53 @@ class Raised:
     message: str  # one line
     user_error: bool
     at_s: float  # time.monotonic()
+    phase: str = ""  # in which it was
+
+
+class Line:
+    """To the session; any thread may speak."""
+
+    def __init__(self, control: Connection):
+        self._control, self._lock = control, threading.Lock()
+
+    def say(self, message: Any) -> None:
+        data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)  # what cannot be sent is found before anything is
+        with self._lock:
+            self._control.send_bytes(data)
 
 
 def main(setup: Setup, rank: int, namespace: str | None = None, counters: Counters | None = None) -> None:
     """Run ``rank`` until its control connection closes."""
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides when a rank ends
-    with setup.log_path(rank).open("ab", buffering=0) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    Path("/proc/self/oom_score_adj").write_text("500")  # when memory runs out, a rank goes before its supervisor
-    for fd in setup.fds:
-        if fd != setup.fds[rank]:
-            os.close(fd)
     control = Connection(setup.fds[rank])
-    phase = PhaseBoard(setup.private / "phases", setup.cluster.num_ranks).writer(rank)
+    line = Line(control)
     try:
+        die_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides when a rank ends
+        with setup.log_path(rank).open("ab", buffering=0) as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        Path("/proc/self/oom_score_adj").write_text("500")  # when memory runs out, a rank goes before its supervisor
+        for fd in setup.fds:
+            if fd != setup.fds[rank]:
+                os.close(fd)
+        phase = PhaseBoard(setup.private / "phases", setup.cluster.num_ranks).writer(rank)
         phase("joining the job")
         if namespace is not None:
             enter_network(f"/run/netns/{namespace}")
-        job = _join(setup, rank, phase, counters, control)
+        job = _join(setup, rank, phase, counters, line)
     except BaseException as error:
-        control.send(raised(rank, error))
+        line.say(raised(rank, error, "joining the job"))
         return
     phase("idle")
-    control.send(("result", None))
-    _serve(job, control, phase)
+    line.say(("result", None))
+    _serve(job, control, line)
 
 
-def _join(setup: Setup, rank: int, phase: Any, counters: Counters | None, control: Connection) -> Any:
+def _join(setup: Setup, rank: int, phase: Any, counters: Counters | None, line: Line) -> Any:
     local, node = rank % setup.ranks_per_node, rank // setup.ranks_per_node
     world = setup.cluster.num_ranks
     os.environ.update(
@@ -132,17 +146,27 @@ def _join(setup: Setup, rank: int, phase: Any, counters: Counters | None, contro
         from harness.comm import wire
 
         wire.install(setup.wire)  # type: ignore[arg-type]
-    return Job(
+    job = Job(
         Topology(setup.cluster.shape),
         device,
         timeout=TIMEOUT,
         report_phase=phase,
         counters=counters,
-        progress=lambda message: control.send(("progress", message)),
+        progress=lambda message: line.say(("progress", message)),
+        failing=lambda error: line.say(("failing", raised(rank, error, job.doing))),
+        recovered=lambda: line.say(("recovered", rank)),
+        log_path=setup.log_path(rank),
     )
 
+    def in_a_thread(args: threading.ExceptHookArgs) -> None:
+        if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
+            line.say(("in a thread", raised(rank, args.exc_value, job.doing)))
 
-def _serve(job: Any, control: Connection, phase: Any) -> None:
+    threading.excepthook = in_a_thread
+    return job
+
+
+def _serve(job: Any, control: Connection, line: Line) -> None:
     while True:
         try:
             data = control.recv_bytes()
@@ -151,28 +175,28 @@ def _serve(job: Any, control: Connection, phase: Any) -> None:
         try:
             target, payload = pickle.loads(data)
             module, name = target.split(":")
-            phase(f"importing {module}")
+            job.phase(f"importing {module}")
             function = getattr(importlib.import_module(module), name)
-            phase(name)
-            answer = pickle.dumps(("result", function(job, payload)), pickle.HIGHEST_PROTOCOL)
+            job.phase(name)
+            line.say(("result", function(job, payload)))
         except BaseException as error:
-            control.send(raised(job.rank, error))
+            line.say(raised(job.rank, error, job.doing))
         else:
-            phase("idle")
-            control.send_bytes(answer)
+            job.phase("idle")
 
 
-def raised(rank: int, error: BaseException) -> Raised:
+def raised(rank: int, error: BaseException, phase: str) -> Raised:
     """What ``error`` is to those who wait for the rank; its traceback goes to stderr."""
-    traceback.print_exc()
-    text = " ".join(str(error).split())
+    traceback.print_exception(error)
     names = " ".join(base.__name__ for base in type(error).__mro__)
+    user_error = isinstance(error, UserError)
     return Raised(
         rank,
-        "out_of_memory" if tells_out_of_memory(f"{names}: {text}") else "raised",
-        f"{type(error).__name__}: {text}",
-        isinstance(error, UserError),
+        "out_of_memory" if tells_out_of_memory(f"{names}: {error}") else "raised",
+        " ".join(str(error).split()) if user_error else told(error),
+        user_error,
         time.monotonic(),
+        phase,
     )
 
 

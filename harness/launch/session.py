@@ -29,10 +29,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from harness.errors import UserError, bad
-from harness.launch import gpus
+from harness.errors import Kind, RankFailure, UserError, bad, is_echo
+from harness.launch import gpus, last_words
 from harness.launch.phases import private_board
-from harness.launch.rank import Kind, Raised, Setup
+from harness.launch.rank import Raised, Setup
 from harness.specs import Cluster
 
 log = logging.getLogger("moebench")
@@ -53,20 +53,8 @@ KEEP_MEMORY = ":".join(
     for tunable in ("mmap_max=0", f"trim_threshold={16 << 30}", f"top_pad={64 << 20}", "arena_max=1", "hugetlb=1")
 )
 GRACE_S = 0.5  # after a first failure, for the message or death that explains it
-
-
-class RankFailure(RuntimeError):
-    """A rank raised, died, hung or ran out of memory; the session is closed.
-
-    ``rank`` is -1 where no single rank is to blame (the launcher or the emulated switch ended).
-    """
-
-    def __init__(self, rank: int, phase: str, kind: Kind, message: str, log_path: Path):
-        super().__init__(f"rank {rank} {kind.replace('_', ' ')} in phase {phase!r}: {message} (log: {log_path})")
-        self.rank, self.phase, self.kind, self.message, self.log_path = rank, phase, kind, message, log_path
-
-    def __reduce__(self) -> tuple[type[RankFailure], tuple[int, str, Kind, str, Path]]:
-        return RankFailure, (self.rank, self.phase, self.kind, self.message, self.log_path)
+#: after a rank has told that it failed, for all to agree to go on without what has failed; then all are ended
+LOST_S = 6.0
 
 
 class _NoNetwork(RuntimeError):
@@ -145,7 +133,7 @@ class Session:
         self._launcher = Connection(mine.detach())
         fds = tuple(rank.fileno() for _, rank in pairs)
         self._setup = Setup(
-            cluster, self._private, log_dir, wire, rendezvous, use_cuda, emulate, preload, list(sys.path), fds
+            cluster, self._private.path, log_dir, wire, rendezvous, use_cuda, emulate, preload, list(sys.path), fds
         )
         self._started = False
         self._launcher_log = log_dir / "launcher.log"
@@ -202,7 +190,7 @@ class Session:
                 self._process.wait()
         for rank in self._ranks:
             rank.close()
-        shutil.rmtree(self._private, ignore_errors=True)
+        self._private.close()
 
     def __enter__(self) -> Session:
         return self
@@ -249,7 +237,7 @@ class Session:
                 raise self._failure(-1, "hung", f"no start within {timeout_s:g} s", self._launcher_log)
             word, fact = self._launcher.recv()
         except (EOFError, ConnectionResetError):
-            last = self._last_line(self._launcher_log)
+            last = last_words.line(self._launcher_log) or "no message"
             if self._setup.emulate and "Traceback" not in self._launcher_log.read_text(errors="replace"):
                 raise _NoNetwork(
                     f"namespaces are forbidden here ({last}); allow unprivileged user namespaces "
@@ -269,13 +257,16 @@ class Session:
         waiting = dict(zip(self._ranks, range(len(self._ranks)), strict=True))
         results: dict[int, Any] = {}
         failures: list[Raised] = []
+        failing: dict[int, Raised] = {}  # ranks that may yet agree to go on
+        heard: list[Raised] = []  # in threads that nobody may need
         deadline = time.monotonic() + timeout_s
         while len(results) < len(self._ranks):
-            ready = wait([*waiting, self._launcher], max(0.0, deadline - time.monotonic()))
+            until = min([deadline, *(each.at_s + LOST_S for each in failing.values())])
+            ready = wait([*waiting, self._launcher], max(0.0, until - time.monotonic()))
             if not ready:
-                if failures:
-                    raise self._blame(failures)
-                raise self._hung(sorted(waiting.values()), late or f"no result within {timeout_s:g} s")
+                if failures or failing:
+                    raise self._blame([*failures, *failing.values()])
+                raise self._hung(sorted(waiting.values()), late or f"no result within {timeout_s:g} s", heard)
             for connection in ready:
                 assert isinstance(connection, Connection)
                 try:
@@ -289,13 +280,21 @@ class Session:
                 if isinstance(message, Raised):
                     failures.append(message)
                     waiting.pop(connection, None)
-                elif message[0] == "progress":
-                    if on_progress:
-                        on_progress(message[1])
-                elif message[0] == "result":
-                    results[waiting.pop(connection)] = message[1]
-                else:
-                    failures.append(self._ended(message[1], message[2]))
+                    continue
+                match message:
+                    case ("progress", told):
+                        if on_progress:
+                            on_progress(told)
+                    case ("result", result):
+                        results[waiting.pop(connection)] = result
+                    case ("failing", told):
+                        failing.setdefault(told.rank, told)
+                    case ("recovered", rank):
+                        failing.pop(rank, None)
+                    case ("in a thread", told):
+                        heard.append(told)
+                    case ("ended", rank, code):
+                        failures.append(self._ended(rank, code))
             if failures and deadline > time.monotonic() + GRACE_S:
                 deadline = time.monotonic() + GRACE_S
         return [results[rank] for rank in range(len(self._ranks))]
@@ -304,19 +303,26 @@ class Session:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         memory = code == -signal.SIGKILL and _oom_kills() > self._oom_kills
         who = "the launcher or the emulated switch " if rank < 0 else ""
-        return Raised(rank, "out_of_memory" if memory else "died", who + how, False, 0.0)
+        said = last_words.of_dead(self._log_of(rank)) if not memory else ""
+        message = who + how + (f": {said}" if said else "")
+        return Raised(rank, "out_of_memory" if memory else "died", message, False, time.monotonic(), self._phase(rank))
 
     def _blame(self, failures: list[Raised]) -> Exception:
-        """The failure that explains the others: a death, else the first exception."""
-        first = min(failures, key=lambda failure: (failure.at_s, failure.rank < 0))
-        if first.user_error:
-            return UserError(first.message.removeprefix("UserError: "))
-        path = self._setup.log_path(first.rank) if first.rank >= 0 else self._launcher_log
-        return self._failure(first.rank, first.kind, first.message, path)
+        """The failure that explains the others: the first that does not tell of another rank's end. What a rank has
+        said itself explains its own end."""
+        spoke = {each.rank for each in failures if each.kind != "died"}
+        causes = [each for each in failures if each.kind != "died" or each.rank not in spoke]
+        first = min(causes, key=lambda each: (is_echo(each.message), each.rank < 0, each.at_s))
+        failure = RankFailure(first.rank, first.phase, first.kind, first.message, self._log_of(first.rank))
+        if not first.user_error:
+            return failure
+        error = UserError(first.message)
+        error.failure = failure
+        return error
 
-    def _hung(self, ranks: list[int], message: str) -> RankFailure:
+    def _hung(self, ranks: list[int], message: str, heard: list[Raised]) -> RankFailure:
         """Name the rank that the others wait for: one that is in no collective, in a phase that few share, and
-        behind; also what the others are in. The stacks of all go to their logs."""
+        behind; and where each rank stands. The stacks of all go to their logs."""
         phases = {rank: self._phases.read(rank) for rank in ranks}
         stacks = self._dump_stacks(ranks)
         shared = collections.Counter((phase.text, phase.num_changes) for phase in phases.values())
@@ -326,10 +332,16 @@ class Session:
             in_collective = any(path in stacks.get(rank, "") for path in COLLECTIVE_CODE)
             return in_collective, shared[phase.text, phase.num_changes], phase.num_changes, -phase.age_s
 
+        def at(rank: int) -> str:
+            place = last_words.place(stacks.get(rank, ""))
+            return f" at {place}" if place else ""
+
         culprit = min(ranks, key=innocence)
-        others = "; ".join(f"rank {rank} in {phases[rank].text!r}" for rank in ranks if rank != culprit)
-        message += f", {phases[culprit].age_s:.1f} s in this phase" + (f"; also waiting: {others}" if others else "")
-        return self._failure(culprit, "hung", message, self._setup.log_path(culprit))
+        others = "; ".join(f"rank {rank} in {phases[rank].text!r}{at(rank)}" for rank in ranks if rank != culprit)
+        message += f", {phases[culprit].age_s:.1f} s in this phase{at(culprit)}"
+        message += "".join(f"; a thread of rank {each.rank} had raised {each.message}" for each in heard)
+        message += (f"; also waiting: {others}" if others else "") + f"; their stacks: {self.log_dir}/rank-*.log"
+        return self._failure(culprit, "hung", message, self._log_of(culprit))
 
     def _dump_stacks(self, ranks: list[int]) -> dict[int, str]:
         """Have every rank write its stacks to its log; returns what they wrote."""
@@ -340,13 +352,14 @@ class Session:
             time.sleep(GRACE_S)
         return {rank: path.read_text(errors="replace")[ends[rank] :] for rank, path in paths.items() if path.exists()}
 
-    def _failure(self, rank: int, kind: Kind, message: str, path: Path) -> RankFailure:
-        phase = self._phases.read(rank).text if rank >= 0 else "start"
-        return RankFailure(rank, phase, kind, message, path)
+    def _phase(self, rank: int) -> str:
+        return self._phases.read(rank).text if rank >= 0 else "start"
 
-    def _last_line(self, path: Path) -> str:
-        lines = path.read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "no message")
+    def _log_of(self, rank: int) -> Path:
+        return self._setup.log_path(rank) if rank >= 0 else self._launcher_log
+
+    def _failure(self, rank: int, kind: Kind, message: str, path: Path) -> RankFailure:
+        return RankFailure(rank, self._phase(rank), kind, message, path)
 
 
 def _start_timeout_s(use_cuda: bool) -> float:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from harness import presets
 from harness.errors import UserError
-from harness.launch import network
+from harness.launch import network, scratch
 from harness.launch.kernel import die_with_parent, use_batch_scheduling
 from harness.specs import Cluster
 
@@ -153,6 +153,7 @@ def up(cluster: Cluster | str = CLUSTER, *, max_jobs: int = 10000, bound: bool =
     spec = presets.cluster(cluster) if isinstance(cluster, str) else cluster
     if spec.kind != "emulated":
         raise NoSlurm(f"cluster {spec.name} is {spec.kind}: virtual nodes need an emulated one, as {CLUSTER}")
+    scratch.sweep("/tmp")
     state = Path(tempfile.mkdtemp(prefix="moebench-slurm-", dir="/tmp"))  # short: a socket's path has 108 characters
     state.chmod(0o755)
     (state / "wanted.json").write_text(json.dumps({"cluster": spec.model_dump(mode="json"), "max_jobs": max_jobs}))
@@ -198,6 +199,7 @@ def running(cluster: Cluster | str = CLUSTER, *, max_jobs: int = 10000) -> Itera
 
 def keep(state: Path) -> None:
     """Pid 1: makes the networks, starts the daemons, reaps whatever ends, until it is killed."""
+    scratch.hold(state)
     wanted = json.loads((state / "wanted.json").read_text())
     cluster = Cluster.model_validate(wanted["cluster"])
     facts = {"scheduler": use_batch_scheduling()}

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import faulthandler
 import itertools
 import json
 import os
 import random
 import re
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import submitit
 import torch
 import torch.distributed as dist
 from submitit.helpers import TorchDistributedEnvironment
@@ -28,18 +32,18 @@ from harness.bench.run import Plan, Settings, describe, keep_record, payload_of,
 from harness.bench.store import Store
 from harness.comm import wire as wires
 from harness.comm.job import Job
-from harness.errors import bad
+from harness.errors import RankFailure, bad
 from harness.launch import gpus
 from harness.launch.allocation import report
 from harness.launch.kernel import use_batch_scheduling
 from harness.launch.network import INTERFACE, Counters
 from harness.launch.rank import raised
-from harness.launch.session import RankFailure
 from harness.launch.slurm import NETWORK_FACTS
 from harness.specs import Cluster
 from harness.topology import Topology
 
 TIMEOUT = datetime.timedelta(hours=1)  # of a collective
+LOST_S = 6.0  # for all to agree to go on without what has failed
 PORTS = (20000, 32000)  # below those that kernels hand out by themselves (32768 and up)
 
 
@@ -55,13 +59,27 @@ class RaceFailure(RuntimeError):
         self.race, self.launch, self.at, self.failure = race, launch, at, failure
 
 
-class Phase:
-    """What this rank does now."""
+class Watch:
+    """In place of a supervisor: ends this rank where what it failed in does not come to an end, because it waits for
+    others, or because another of its threads does."""
 
-    text = "joining the job"
+    def __init__(self) -> None:
+        self.task = ("", 0)  # race and launch of what runs
+        self.give_up: Callable[[RaceFailure], object] = lambda failed: None  # ends this process
+        self.job: Job
+        self._timer: threading.Timer | None = None
 
-    def __call__(self, text: str) -> None:
-        self.text = text
+    def failing(self, error: BaseException) -> None:
+        if self._timer is None and isinstance(error, Exception):
+            failed = RaceFailure(*self.task, time.time(), failure_of(self.job, error))
+            self._timer = threading.Timer(LOST_S, self.give_up, [failed])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def recovered(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +87,15 @@ class World:
     """The job as one rank sees it, with what its rows say of the network."""
 
     job: Job
-    phase: Phase
+    watch: Watch
     evidence: str
     network: dict[str, Any]
 
 
 def join(cluster: Cluster) -> World:
     """Meet the other tasks. ``UserError`` if the allocation is not the ``cluster``."""
+    faulthandler.enable()  # a watchdog that aborts this process leaves its stacks
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ["MASTER_PORT"] = str(port(os.environ))
     environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if environment.world_size != cluster.num_ranks or environment.local_world_size != cluster.shape[-1]:
@@ -99,11 +119,20 @@ def join(cluster: Cluster) -> World:
     virtual = _virtual_nodes(cluster)
     shared_clock = virtual is not None or cluster.num_nodes == 1
     counters = _counters(cluster) if virtual else None
-    phase = Phase()
-    topology = Topology(cluster.shape)
-    job = Job(topology, device, phase, counters=counters, shared_clock=shared_clock, timeout=TIMEOUT)
+    watch = Watch()
+    job = Job(
+        Topology(cluster.shape),
+        device,
+        counters=counters,
+        shared_clock=shared_clock,
+        timeout=TIMEOUT,
+        failing=watch.failing,
+        recovered=watch.recovered,
+        log_path=log_path(),
+    )
+    watch.job = job
     network = {"network": "shaped" if virtual else "physical", "shaped": virtual is not None, "reason": ""}
-    return World(job, phase, "emulated" if virtual else "measured", network | facts | (virtual or {}))
+    return World(job, watch, "emulated" if virtual else "measured", network | facts | (virtual or {}))
 
 
 def port(environment: Mapping[str, str]) -> int:
@@ -162,10 +191,11 @@ def run_plan(
             failed = known.get((each.digest, launch), {})
             remaining = [experiment for experiment in each.experiments if experiment.digest not in failed]
             payload = payload_of(each, remaining, settings, launch)
+            world.watch.task = each.digest, launch
             try:
                 answers = _answers(world, payload) if remaining else []
             except Exception as error:
-                raise RaceFailure(each.digest, launch, time.time(), failure_of(world, error)) from error
+                raise RaceFailure(each.digest, launch, time.time(), failure_of(world.job, error)) from error
             if first:
                 setting = tidy.Setting(settings.run_dir.name, launch, world.evidence, world.network)
                 store_race(store, each, setting, answers, failed)
@@ -199,11 +229,19 @@ def gathered(world: World, answer: Any) -> list[Any]:
     return answers or []
 
 
-def failure_of(world: World, error: Exception) -> RankFailure:
+def failure_of(job: Job, error: Exception) -> RankFailure:
     """What ``error`` is to those who read of it."""
-    found = raised(world.job.rank, error)
+    found = raised(job.rank, error, job.doing)
     kind = "hung" if re.search("timed? ?out", found.message, re.IGNORECASE) else found.kind
-    return RankFailure(found.rank, world.phase.text, kind, found.message, Path())
+    return RankFailure(found.rank, job.doing, kind, found.message, Path(job.log_path))
+
+
+def log_path() -> Path:
+    """Where this task's errors go; nowhere that is known where submitit has not started it."""
+    try:
+        return Path(submitit.JobEnvironment().paths.stderr)
+    except (RuntimeError, KeyError):
+        return Path()
 
 
 def _virtual_nodes(cluster: Cluster) -> dict[str, Any] | None:

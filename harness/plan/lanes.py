@@ -30,8 +30,14 @@ class PlanFailure(RuntimeError):
 class Executor:
     """The lanes of one rank. Reusable; ``close`` ends its threads."""
 
-    def __init__(self, device: torch.device | str = "cpu", lanes: tuple[str, ...] = LANES):
-        self.device = torch.device(device)
+    def __init__(
+        self,
+        device: torch.device | str = "cpu",
+        lanes: tuple[str, ...] = LANES,
+        failing: Callable[[BaseException], None] = lambda error: None,
+    ):
+        """``failing``: told at once of what a task raises, as other lanes may wait for other ranks for ever."""
+        self.device, self.failing = torch.device(device), failing
         self.lanes = lanes
         self._inbox: dict[str, queue.SimpleQueue[Callable[[], None] | None]] = {}
         if self.device.type == "cuda":
@@ -95,6 +101,7 @@ class Executor:
                         task.run()
             except BaseException as error:
                 failures.append((task.name, error))
+                self.failing(error)
             finally:
                 end[here] = time.perf_counter()
                 ended[here].set()
@@ -185,7 +192,7 @@ def _serve(inbox: queue.SimpleQueue[Callable[[], None] | None], num_threads: int
 def executor_of(job: Job) -> Executor:
     """The one executor of a rank's job, made at its first use: layers come and go, lanes stay."""
     if job not in _executors:
-        _executors[job] = Executor(job.device)
+        _executors[job] = Executor(job.device, failing=job.failing)
     return _executors[job]
 
 

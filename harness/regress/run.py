@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from harness.bench import provenance, suite
-from harness.errors import UserError, bad, unknown
-from harness.launch import gpus
+from harness.errors import Failure, bad, unknown
+from harness.launch import gpus, last_words, scratch
 from harness.regress import decide, side
 
 ROOT = Path(__file__).parents[2]
@@ -53,9 +52,10 @@ def checkout(what: str) -> Iterator[Path]:
             raise bad("checkout", what, "holds no moebench; name a checkout of it, or a revision")
         yield Path(what).resolve()
         return
-    with tempfile.TemporaryDirectory(prefix="moebench-base-") as folder:
-        target = Path(folder) / "tree"
+    with scratch.folder("base") as folder:
+        target = folder / "tree"
         git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "prune"], capture_output=True)  # those of comparisons that were killed
         done = subprocess.run([*git, "add", "--detach", str(target), what], capture_output=True, text=True)
         if done.returncode:
             raise bad("checkout", what, f"is neither a folder nor a revision ({done.stderr.strip().splitlines()[-1]})")
@@ -87,7 +87,8 @@ class Side:
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise UserError(f"a side has ended; its last words are in {self._log}")
+            said = last_words.line(self._log)
+            raise Failure(f"a side of the comparison has ended: {said or 'without a word'} (log: {self._log})")
         return dict(json.loads(line))
 
     def close(self) -> None:

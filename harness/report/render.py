@@ -11,12 +11,12 @@ import difflib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, bad
+from harness.launch import scratch
 from harness.report.run import known_runs, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    with tempfile.TemporaryDirectory(prefix="moebench-kernel-") as scratch, _own_kernel(Path(scratch)):
+    with scratch.folder("kernel") as folder, _own_kernel(folder):
         try:
             papermill.execute_notebook(
                 str(notebook),
@@ -154,10 +154,10 @@ def _notebook(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _own_kernel(scratch: Path) -> Iterator[None]:
+def _own_kernel(where: Path) -> Iterator[None]:
     """Make ``python3`` mean this interpreter, whatever kernels the machine has or lacks, and keep Jupyter's and
     IPython's files out of the home folder."""
-    folder = scratch / "kernels" / "python3"
+    folder = where / "kernels" / "python3"
     folder.mkdir(parents=True)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     spec = {
@@ -168,9 +168,9 @@ def _own_kernel(scratch: Path) -> Iterator[None]:
     }
     (folder / "kernel.json").write_text(json.dumps(spec))
     wanted = {
-        "JUPYTER_PATH": os.pathsep.join(filter(None, [str(scratch), os.environ.get("JUPYTER_PATH", "")])),
-        "JUPYTER_RUNTIME_DIR": str(scratch / "runtime"),
-        "IPYTHONDIR": str(scratch / "ipython"),
+        "JUPYTER_PATH": os.pathsep.join(filter(None, [str(where), os.environ.get("JUPYTER_PATH", "")])),
+        "JUPYTER_RUNTIME_DIR": str(where / "runtime"),
+        "IPYTHONDIR": str(where / "ipython"),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
     before = {key: os.environ.get(key) for key in wanted}

@@ -89,12 +89,14 @@ def run(
         answers: list[Any] = []
         neighbours, since = _Neighbours(), time.monotonic()
         if status == "ok":
+            world.watch.task = digest, 0
+            world.job.phase(part.text)
             try:
                 answers = across.gathered(world, (_measure(world, part), neighbours.seen()))
             except UserError as error:  # all ranks alike: the system is absent, or refuses
                 status, reason = "refused", str(error)
             except Exception as error:
-                failure = across.failure_of(world, error)
+                failure = across.failure_of(world.job, error)
                 raise across.RaceFailure(digest, 0, time.time(), failure) from error
         if keeper:
             keeper.end(digest, part, answers, status, reason, time.monotonic() - since)

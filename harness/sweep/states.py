@@ -20,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from harness.bench.store import Store, Told
+from harness.errors import is_echo
 from harness.sweep import notebook
 from harness.sweep.folder import SweepFolder
 
@@ -160,8 +161,9 @@ class Sweep:
         if word in ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED"):
             return JobState("running", "", log, since)
         state = "cancelled" if self.folder.cancelled.exists() else _ENDED.get(word, "crashed")
-        last = [event["why"] for event in self.folder.events(index) if event["did"] == "error"]
-        said = last[0] if last else _last_words(Path(log))
+        last = [event for event in self.folder.events(index) if event["did"] == "error"]
+        first = min(last, key=lambda event: (is_echo(event["why"]), event["at"]), default=None)
+        said = f"rank {first['rank']}: {first['why']}" if first else _last_words(Path(log))
         if state == "crashed" and "timed-out too many times" in said:
             state = "timed out"
         ended = f"Slurm: {word}" if word != "COMPLETED" else "the job ended without rows of this cell"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import sys
@@ -18,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from harness import caches
-from harness.bench import tidy
+from harness import caches, errors
+from harness.bench import lock, tidy
 from harness.bench.run import Plan, Settings, blamed, run_plan
 from harness.bench.store import Store
 from harness.bench.suite import Race
+from harness.errors import RankFailure
 from harness.launch.allocation import PROGRESS_VARIABLE
-from harness.launch.session import RankFailure
 from harness.specs import Cluster, Experiment
 from harness.sweep.folder import SweepFolder, Task, attempts, deaths
 from harness.sweep.script import AGAIN
@@ -61,12 +62,13 @@ class Left:
 def run_job(run_dir: Path, index: int) -> None:
     """Run what is left of job ``index`` of the sweep in ``run_dir``, here, where the job was started."""
     folder = SweepFolder(run_dir)
+    rank = int(os.environ.get("SLURM_PROCID", 0))
     try:
         caches.use_scratch(everything=True)
-        _run(folder, index)
+        with lock.held(folder.run_dir, f"job-{index:05}") if rank == 0 else contextlib.nullcontext():
+            _run(folder, index)
     except Exception as error:
-        rank = int(os.environ.get("SLURM_PROCID", 0))
-        folder.tell(index, "error", rank=rank, why=f"{type(error).__name__}: {' '.join(str(error).split())}"[:500])
+        folder.tell(index, "error", rank=rank, why=errors.told(error)[:500])
         raise
 
 
@@ -91,6 +93,7 @@ def _run_across(folder: SweepFolder, index: int, job: dict[str, Any]) -> None:
         print(f"{error}; starting again", file=sys.stderr, flush=True)
         os._exit(AGAIN)
     left = across.decided(world, lambda: _begin(folder, index, job))
+    world.watch.give_up = functools.partial(_again, folder, index, left.attempt)
     try:
         if "profile" in job:
             from harness.sweep import profile
@@ -173,13 +176,17 @@ def failures(events: Sequence[dict[str, Any]], cells: Mapping[Task, Sequence[str
         failed = [event for event in attempt if event["did"] == "failed"]
         if not failed or any(event["did"] in ("stop", "killed") for event in attempt):
             continue
-        first = min(failed, key=lambda event: float(event["since"]))
+        first = min(failed, key=lambda event: (errors.is_echo(event["why"]), float(event["since"])))
         task = first["race"], first["launch"]
         if task in cells:
             known = found.setdefault(task, {})
             left = [digest for digest in cells[task] if digest not in known]
-            known |= blamed(left, RankFailure(first["rank"], first["phase"], first["kind"], first["why"], Path()))
+            known |= blamed(left, _failure_of(first))
     return found
+
+
+def _failure_of(event: Mapping[str, Any]) -> RankFailure:
+    return RankFailure(event["rank"], event["phase"], event["kind"], event["why"], Path(event.get("log", "")))
 
 
 def _again(folder: SweepFolder, index: int, attempt: int, failed: RaceFailure) -> NoReturn:
@@ -187,6 +194,7 @@ def _again(folder: SweepFolder, index: int, attempt: int, failed: RaceFailure) -
     time.sleep(GRACE_S)
     failure = failed.failure
     facts = {"phase": failure.phase, "kind": failure.kind, "why": failure.message, "since": failed.at}
+    facts["log"] = str(failure.log_path) if failure.log_path.name else ""
     facts |= {"race": failed.race, "launch": failed.launch, "attempt": attempt}
     folder.tell(index, "failed", rank=failure.rank, **facts)
     sys.stderr.flush()

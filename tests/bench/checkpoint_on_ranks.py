@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from harness.bench import race
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.train import Trainer
 from harness.comm.job import Job
@@ -60,6 +61,29 @@ def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         moving.dist.batch_isend_irecv = transfer
     return {
         "began": began,
+        "notes": checkpoints.newest()[1],
         "losses": losses,
         "owners": [layer.exchange_.placement.owner.tolist() for layer in trainer.layers],
     }
+
+
+def raced(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """A race: losses by system, and what it says of how it went on. It ends in its repetition ``ends_at``."""
+    run = Trainer.run
+
+    def ending(trainer: Trainer, rep: int, watch: Any) -> Any:
+        if rep == payload["ends_at"]:
+            raise InterruptedError
+        return run(trainer, rep, watch)
+
+    Trainer.run = ending  # type: ignore[method-assign]
+    try:
+        answer = race.run_race(job, payload)
+    except InterruptedError:
+        return {}
+    finally:
+        Trainer.run = run  # type: ignore[method-assign]
+    cells = answer["cells"].values()
+    assert {cell["status"] for cell in cells} == {"ok"}, cells
+    losses = [[sample["loss"] for sample in cell["samples"]] for cell in cells]
+    return {"losses": losses, "resumed": {cell["how"]["resumed"] for cell in cells}}

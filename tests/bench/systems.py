@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -86,7 +87,40 @@ class Dies(Flat):
         return super().build(case, job, weights)
 
 
-ALL: tuple[type[System], ...] = (Empty, ForgetsOnce, Raises, Dies)
+class BadDay(Flat):
+    """One rank raises in the third repetition."""
+
+    name = "badday"
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
+        layer = super().build(case, job, weights)
+        if case.identity_experts and job.rank == job.num_ranks - 1:
+            whole, calls = layer.exchange, itertools.count()
+
+            def exchange(x: torch.Tensor, state: Any) -> torch.Tensor:
+                if next(calls) == 3:  # one untimed call came before
+                    raise RuntimeError("bad day")
+                return whole(x, state)
+
+            layer.exchange = exchange  # type: ignore[method-assign]
+        return layer
+
+
+class Narrow(Flat):
+    """One rank alone has no memory left, in the first step at full shape; the others are in a collective by then."""
+
+    name = "narrow"
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
+        layer = super().build(case, job, weights)
+        if case.identity_experts and job.rank == job.num_ranks - 1:
+            layer.exchange = lambda x, state: torch.empty(1 << 50)  # type: ignore[method-assign]
+        return layer
+
+
+ALL: tuple[type[System], ...] = (Empty, ForgetsOnce, Raises, Dies, BadDay, Narrow)
 
 
 def register() -> None:

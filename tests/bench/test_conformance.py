@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from harness.comm.job import Job
 from harness.plan.native import NativeLayer
 from harness.routing import Routing
 from harness.specs import Experiment
+from harness.system import Gradients
 from harness.topology import Topology
 
 
@@ -32,6 +34,11 @@ def sabotage(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
                     layer.experts.w2[-1] *= 1 + 1e-7  # type: ignore[index]
             elif fault == "gradient":
                 layer.experts.w1.register_hook(lambda grad: grad * (1 + 1e-7))  # type: ignore[union-attr]
+            elif fault == "last token" and job.rank == 1:
+                layer.register_forward_hook(lambda *given: given[-1] + 1e-3 * (torch.arange(24) == 23).view(24, 1))
+            elif fault == "no gradient":
+                whole = layer.gradients
+                layer.gradients = lambda: _without(whole(), 3)  # type: ignore[method-assign]
             elif fault == "raises":
                 raise RuntimeError("out of luck")
             return layer
@@ -43,19 +50,38 @@ def sabotage(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         registry.systems()["flat"] = Flat
 
 
+def _without(gradients: Gradients, expert: int) -> Gradients:
+    gradients.experts.pop(expert, None)
+    return gradients
+
+
+NUMBER = r"-?\d\.\d{3,}e-?[+-]?\d\d"
+
+
 @pytest.mark.parametrize(
     ("fault", "status", "where"),
     [
         ("none", "ok", ""),
-        ("weights", "nonconforming", "output"),
-        ("gradient", "nonconforming", "weight_grad"),
-        ("raises", "failed", "RuntimeError: out of luck"),
+        ("weights", "nonconforming", r"output off by .* \(experts (\d+, )?(7|15)[,)]"),
+        (
+            "gradient",
+            "nonconforming",
+            rf"weight_grad off by {NUMBER}, allowed 1.000e-10, at rank [01], w1 of expert \d+ \[\d+, \d+\]: {NUMBER} ",
+        ),
+        ("last token", "nonconforming", rf"output off by {NUMBER}, allowed {NUMBER}, at rank 1, token 23 of 24 \(exp"),
+        ("no gradient", "nonconforming", "weight_grad off by inf, .* at no rank has gradients of experts 3$"),
+        (
+            "raises",
+            "failed",
+            r"rank [01] in '.*': RuntimeError: out of luck, at tests/bench/test_conformance.py:\d+ in",
+        ),
     ],
 )
 def test_a_fault_of_1e_7_is_found(session, fault: str, status: str, where: str) -> None:
     rows = session("local-2").call("tests.bench.test_conformance:sabotage", {"fault": fault}, timeout_s=60)
     assert {row["status"] for row in rows} == {status}
-    assert where in rows[0]["reason"]
+    assert re.search(where, rows[0]["reason"]), rows[0]["reason"]
+    assert rows[0]["reason"] == rows[1]["reason"]
 
 
 def test_experts_that_do_not_divide_are_refused(session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from harness import registry
 from harness.bench import run, suite
 from harness.bench.store import Store
 from harness.errors import UserError
+from harness.launch import session
 from tests.bench import systems
 
 ROOT = Path(__file__).parents[2]
@@ -137,10 +139,10 @@ def test_the_record_says_what_ran_where(killed_and_resumed: Path) -> None:
 
 BAD = """
 name: bad
-defaults: {cluster: local-2, dtype: float32, repeats: 1, launches: 1, model: moe-tiny, phase: exchange}
+defaults: {cluster: local-2, dtype: float32, repeats: 3, launches: 1, model: moe-tiny, phase: exchange}
 experiments:
   - workload: {name: uniform-32, tokens_per_rank: 32, generator: uniform}
-    system: [empty, forgets, raises, dies, flat]
+    system: [empty, forgets, raises, dies, badday, narrow, flat]
 """
 
 
@@ -154,7 +156,10 @@ def bad_systems(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("bad_systems")
-def test_a_bad_system_is_a_row_with_its_reason_and_the_race_goes_on(tmp_path: Path) -> None:
+def test_a_bad_system_is_a_row_with_its_reason_and_the_race_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "LOST_S", 1.0)
     store = Store(tmp_path / "bad")
     store.prepare()
     found = suite.parse(BAD, "bad")
@@ -167,6 +172,8 @@ def test_a_bad_system_is_a_row_with_its_reason_and_the_race_goes_on(tmp_path: Pa
         "forgets": "nonconforming",  # at full shape
         "raises": "oom",
         "dies": "failed",
+        "badday": "failed",
+        "narrow": "oom",
         "flat": "ok",
     }
     assert "output off by" in status["reason"]["empty"]
@@ -174,6 +181,17 @@ def test_a_bad_system_is_a_row_with_its_reason_and_the_race_goes_on(tmp_path: Pa
     assert "no room for this layer" in status["reason"]["raises"]
     assert "rank 1" in status["reason"]["dies"]
     assert "exited with status 7" in status["reason"]["dies"]
+    assert re.match(
+        r"rank 1 in 'badday exchange: timed repetition 2 .*': RuntimeError: bad day, at tests/bench/systems.py:\d+ in ",
+        status["reason"]["badday"],
+    )
+    assert "rank 1 in 'narrow exchange: first step at full shape" in status["reason"]["narrow"]
+    for system in ("badday", "narrow"):
+        log = re.search(r"\(log: (.*)\)$", status["reason"][system])
+        assert log
+        assert {"badday": "bad day", "narrow": "can't allocate memory"}[system] in Path(log[1]).read_text()
+    (told,) = (line for line in run.setbacks(store, found) if line.startswith("badday exchange moe-tiny"))
+    assert "failed: rank 1 in 'badday exchange: timed repetition 2" in told
     assert set(rows[rows["metric"] == "time_s"]["system"]) == {"flat"}
     assert store.finished() == {(e.digest, 0) for e in found.experiments if e.system == "flat"}
 

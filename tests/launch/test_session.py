@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import types
 import uuid
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import pytest
 from harness.errors import UserError, tells_out_of_memory
 from harness.launch import phases
 from harness.launch import session as session_module
+from harness.launch.rank import Raised
 from harness.launch.session import RankFailure, open_session
 from tests.launch.clusters import EMULATED, LOCAL
 
@@ -46,7 +50,7 @@ def test_ranks_serve_many_calls(session, cluster):
     [
         (EMULATED, "raise", "raised", "KeyError: 'no such expert'"),
         (EMULATED, "kill", "died", "was killed by SIGKILL"),
-        (LOCAL, "exit", "died", "exited with status 3"),
+        (LOCAL, "abort", "died", "was killed by SIGABRT: op.nbytes. 8 vs 4, at tests/launch/work.py:"),
         (LOCAL, "memory", "out_of_memory", "can't allocate memory"),
         (LOCAL, "repeated memory", "out_of_memory", "CUDA out of memory"),
     ],
@@ -95,8 +99,49 @@ def test_a_rank_that_hangs_is_named_and_its_stack_logged(tmp_path):
         ranks.call(WORK + "go_wrong", {"rank": 1, "how": "hang"}, timeout_s=2)
     error = failure.value
     assert (error.rank, error.kind, error.phase) == (1, "hung", "doing mischief")
-    assert "rank 0 in 'before the barrier'" in str(error)
+    assert "s in this phase at tests/launch/work.py:" in str(error)
+    assert "rank 0 in 'before the barrier' at tests/launch/work.py:" in str(error)
+    for rank in range(4):
+        assert "go_wrong" in (tmp_path / f"rank-{rank}.log").read_text()
     assert "in go_wrong" in (tmp_path / "rank-1.log").read_text()
+
+
+def test_a_rank_that_cannot_join_says_why_and_all_end(tmp_path):
+    with (
+        pytest.raises(RankFailure) as failure,
+        open_session(LOCAL, log_dir=tmp_path, preload=("tests.launch.unjoinable",)),
+    ):
+        pass
+    assert time.time() - (tmp_path / "rank-2.log").stat().st_mtime < 10
+    assert str(failure.value).startswith(
+        "rank 2 raised in phase 'joining the job': OSError: [Errno 101] Network is unreachable, at tests/launch/unjoi"
+    )
+    assert "Network is unreachable" in (tmp_path / "rank-2.log").read_text()
+
+
+def test_what_a_lane_raises_is_told_though_its_rank_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "LOST_S", 0.5)
+    with open_session(LOCAL, log_dir=tmp_path) as ranks, pytest.raises(RankFailure) as failure:
+        ranks.call(WORK + "lose_a_lane", timeout_s=60)
+    error = failure.value
+    assert (error.rank, error.kind, error.phase) == (2, "raised", "stepping")
+    assert re.match(r"RuntimeError: bad day, at tests/launch/work.py:\d+ in fail_with", error.message)
+    assert "bad day" in error.log_path.read_text()
+
+
+@pytest.mark.parametrize("failures", [*itertools.permutations(range(3))])
+def test_the_failure_that_explains_the_others_is_told(failures):
+    """In whatever order they are heard of."""
+    raised = [
+        Raised(0, "raised", "RuntimeError: [gloo/transport/tcp/pair.cc:5] Connection closed by peer", False, 1.0),
+        Raised(1, "raised", "RuntimeError: bad day", False, 3.0, "stepping"),
+        Raised(1, "died", "exited with status 0", False, 2.0),
+        Raised(3, "raised", "ValueError: a later one", False, 4.0),
+    ]
+    blame = session_module.Session._blame
+    ranks = types.SimpleNamespace(_log_of=lambda rank: Path(f"rank-{rank}.log"))
+    first = blame(ranks, [*(raised[i] for i in failures), raised[3]])
+    assert str(first) == "rank 1 raised in phase 'stepping': RuntimeError: bad day (log: rank-1.log)"
 
 
 def test_a_users_error_stays_one(tmp_path):

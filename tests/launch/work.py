@@ -10,10 +10,13 @@ import time
 import torch
 import torch.distributed as dist
 
+from harness.comm.agree import first_said
 from harness.errors import UserError
 from harness.launch.allocation import report
 from harness.launch.network import address
 from harness.launch.session import open_session
+from harness.plan.graph import COMPUTE, INTER, Plan
+from harness.plan.lanes import executor_of
 
 MIB = 1 << 20
 
@@ -51,8 +54,6 @@ def time_limits(job, payload):
 
 def say(job, payload):
     """What all ranks take for the reason where each says ``payload[rank]``."""
-    from harness.bench.race import first_said  # which imports a lot, and one test needs it
-
     return first_said(job, payload[job.rank])
 
 
@@ -70,14 +71,32 @@ def go_wrong(job, payload):
                 torch.empty(1 << 50, dtype=torch.uint8)
             case "repeated memory":  # what a rank hears of another one
                 raise RuntimeError("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
-            case "exit":
-                os._exit(3)
+            case "abort":  # as C++ does where nobody catches what it throws
+                words = (
+                    "terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  op.nbytes. 8 vs 4"
+                )
+                print(words, flush=True)
+                os.abort()
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
                 time.sleep(1000)
     dist.barrier()
     job.phase("after the barrier")
+
+
+def lose_a_lane(job, payload):
+    """On rank 2 a lane raises, while its own main thread waits for ranks that wait for that lane."""
+    job.phase("stepping")
+    if job.rank == 2:
+        plan = Plan()
+        plan.add("dispatch", INTER, run=lambda: fail_with(RuntimeError("bad day")))
+        plan.add("gate", COMPUTE, run=dist.barrier)
+        executor_of(job).run(plan)
+    else:
+        dist.all_reduce(torch.zeros(1), group=job.inner(0))
+        dist.all_reduce(torch.zeros(1), group=job.rail(0))
+        time.sleep(1000)
 
 
 def send(job, payload):
