@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from harness.bench import train
 from harness.bench.timing import Sample, Stopwatch
+from harness.bench.witness import Verdict
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.errors import UserError, bad
@@ -211,9 +212,10 @@ class Server:
         self._run(self._prepare())
         return self.step.logits.flatten(0, 1)
 
-    def errors(self) -> dict[str, float]:
+    def check(self) -> Verdict:
         """Logits were compared with the oracle's at reduced shape; here they must be finite."""
-        return {"logits": 0.0 if bool(self.step.logits.isfinite().all()) else np.inf}
+        fine = bool(self.step.logits.isfinite().all())
+        return Verdict({"logits": 0.0 if fine else np.inf}, "" if fine else "logits are not finite")
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"pass": self.timeline}

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from harness.bench import memory
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.timing import Sample, Stopwatch
+from harness.bench.witness import Verdict
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.layer import gates
@@ -245,9 +246,10 @@ class Trainer:
         self.last_loss = self._job_loss(self._update(self.training.prepare(self.step)))
         self._keep()
 
-    def errors(self) -> dict[str, float]:
+    def check(self) -> Verdict:
         """Losses were compared with the oracle's at reduced shape; here they must be finite."""
-        return {"loss": 0.0 if np.isfinite(self.last_loss) else np.inf}
+        fine = bool(np.isfinite(self.last_loss))
+        return Verdict({"loss": 0.0 if fine else np.inf}, "" if fine else "the loss is not finite")
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"step": self.timeline}
