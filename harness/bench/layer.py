@@ -192,6 +192,9 @@ class LayerContender:
             identity=self.truth.identity,
         )
 
+    def known_cases(self) -> list[Case]:
+        return [self.case] if self.truth.prescribed else []
+
     def timelines(self) -> dict[str, Timeline]:
         return dict(getattr(self.layer, "timelines", {}))
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from harness import devices, memory, registry
-from harness.bench import conformance, serve, train
+from harness.bench import conformance, conserved, serve, train
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
@@ -51,6 +51,9 @@ class Contender(Protocol):
     def check(self) -> Verdict:
         """Collective, outside the clock: of all runs since the last check, timed or not, what they made against what
         they must have made."""
+
+    def known_cases(self) -> list[Case]:
+        """Of each MoE layer, where its routing is known to have been that of every timed run; else none."""
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed repetition."""
@@ -116,6 +119,10 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         outcome = outcomes[experiment.digest]
         with room.turn(contender):
             settle(outcome, contender.check())
+            cases = contender.known_cases()
+            settle(
+                outcome, conserved.check(job, registry.system(experiment.system), experiment, cases, outcome.samples)
+            )
             outcome.trace = {name: _trace(each) for name, each in contender.timelines().items()}
             outcome.how = {"experts": contender.layers[0].how(), "state": room.how}
             if isinstance(contender, train.Trainer):

@@ -217,6 +217,12 @@ class Server:
         fine = bool(self.step.logits.isfinite().all())
         return Verdict({"logits": 0.0 if fine else np.inf}, "" if fine else "logits are not finite")
 
+    def known_cases(self) -> list[Case]:
+        if self.experiment.workload.generator == "natural":
+            return []
+        topology, device = self.job.topology, str(self.job.device)
+        return [_case(self.experiment, topology, device, layer, at) for layer, at in enumerate(self.placed)]
+
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"pass": self.timeline}
 

@@ -251,6 +251,9 @@ class Trainer:
         fine = bool(np.isfinite(self.last_loss))
         return Verdict({"loss": 0.0 if fine else np.inf}, "" if fine else "the loss is not finite")
 
+    def known_cases(self) -> list[Case]:
+        return []
+
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"step": self.timeline}
 

@@ -26,7 +26,7 @@ from harness.system import Case, Gradients, System
 #: logits nearer than this to another choice, of the largest, may be chosen otherwise in float32
 UNSURE = 2e-5
 _DRAWS = 6
-#: largest of the numbers in a matrix by their root mean square, as errors are relative to the largest: of 1e4 normal ones
+#: the largest of a matrix' numbers, as errors are relative to it, by their root mean square: of 1e4 normal ones
 LARGEST = 4.0
 
 
@@ -321,6 +321,15 @@ def _settle(job: Job, worst: dict[str, tuple[float, str]], tolerance: float) -> 
             reasons.append(f"{kind} off by {error:.3e}, allowed {tolerance:.3e}, {text}")
     verdict.reason = "; ".join(reasons)
     return verdict
+
+
+def settled(job: Job, worst: tuple[float, str]) -> Verdict:
+    """Collective: the worst of the ranks' (how bad, in words); nothing is wrong where all are 0."""
+    every: list[Any] = [worst]
+    if job.num_ranks > 1:
+        every = [None] * job.num_ranks
+        dist.all_gather_object(every, worst)
+    return Verdict({}, max(every, key=lambda each: each[0])[1])
 
 
 def _worst_token(found: torch.Tensor, expected: torch.Tensor, sure: torch.Tensor) -> tuple[float, int]:
