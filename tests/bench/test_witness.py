@@ -40,7 +40,6 @@ def experiments(phase: str, systems: list[str]) -> list[Experiment]:
         "dtype": "float32",
         "backward": phase not in SERVING,
     }
-    known = {"flat", "hiermoe-hd2"}
     return [
         Experiment.model_validate({"model": MODEL, "workload": workload, "system": name, **fields}) for name in systems
     ]
