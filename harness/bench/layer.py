@@ -112,7 +112,7 @@ class LayerContender:
         system: type[System],
         experiment: Experiment,
         case: Case,
-        shared: dict[str, Any] | None = None,
+        shared: dict[Any, Any] | None = None,
     ):
         self.job, self.system, self.experiment, self.case = job, system, experiment, case
         shared = {} if shared is None else shared

@@ -98,7 +98,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
     contenders: list[tuple[Experiment, Contender]] = []
     room = Room(job, len(experiments))
-    shared: dict[str, Any] = {}
+    shared: dict[Any, Any] = {}
     for experiment in experiments:
         room.clear()
         contender = admit(job, experiment, outcomes[experiment.digest], payload, shared)
@@ -145,7 +145,7 @@ def _trace(timeline: Timeline) -> Trace:
 
 
 def admit(
-    job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str, Any], shared: dict[str, Any]
+    job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str, Any], shared: dict[Any, Any]
 ) -> Contender | None:
     """Refusal, conformance at reduced shapes, build, warm-up and its check at full shape; None if it may not race.
     ``shared``: of the race, what its contenders have in common."""
@@ -177,7 +177,7 @@ def admit(
         if experiment.phase == "train_step":
             built: Contender = train.Trainer(job, system, experiment, _checkpoints(job, system, experiment, payload))
         elif experiment.phase in SERVING:
-            built = serve.Server(job, system, experiment)
+            built = serve.Server(job, system, experiment, shared=shared)
         else:
             built = LayerContender(job, system, experiment, case, shared)
         name_phase(job, experiment, "first step at full shape")

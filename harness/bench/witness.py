@@ -332,6 +332,15 @@ def settled(job: Job, worst: tuple[float, str]) -> Verdict:
     return Verdict({}, max(every, key=lambda each: each[0])[1])
 
 
+def first_of(job: Job, reason: str) -> str:
+    """Collective: what the first rank says that has something to say."""
+    every: list[Any] = [reason]
+    if job.num_ranks > 1:
+        every = [None] * job.num_ranks
+        dist.all_gather_object(every, reason)
+    return next(filter(None, every), "")
+
+
 def _worst_token(found: torch.Tensor, expected: torch.Tensor, sure: torch.Tensor) -> tuple[float, int]:
     """Largest difference among the ``sure`` ones of [T, q], and whose it is."""
     difference = (found.double() - expected.double()).abs().amax(1).nan_to_num(nan=torch.inf)

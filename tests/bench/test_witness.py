@@ -25,11 +25,21 @@ EXCHANGE = {
     "repeats": "at call 1 (timed repetition 0)",
     "sends-nothing": "received 0 bytes",
 }
+LATER = {"second-call": "(timed repetition", "stale-routing": "(timed repetition", "repeats": "(timed repetition"}
 FOUND: dict[str, dict[str, str]] = {
     "exchange": {name: words for name, words in EXCHANGE.items() if name != "stale-routing"},
-    "layer": EXCHANGE | {"expert-gradient": "of w1 of expert 0", "stale-routing": "at call 1 (timed repetition 0)",
-                         "sends-nothing": "weight_grad off by inf"},
-}  # fmt: skip
+    "layer": EXCHANGE
+    | {
+        "expert-gradient": "of w1 of expert 0",
+        "stale-routing": "at call 1 (timed repetition 0)",
+        "sends-nothing": "weight_grad off by inf",
+    },
+    "train_step": EXCHANGE
+    | LATER
+    | {"expert-gradient": "of w1 of expert 0", "sends-nothing": "weight_grad off by inf"},
+    "prefill": {name: words for name, words in (EXCHANGE | LATER).items() if name != "equal-backward"},
+    "decode": {name: words for name, words in (EXCHANGE | LATER).items() if name != "equal-backward"},
+}
 
 
 def experiments(phase: str, systems: list[str]) -> list[Experiment]:
