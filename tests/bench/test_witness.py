@@ -60,7 +60,6 @@ def test_a_system_that_is_wrong_at_full_shape_never_gets_a_time(session, phase: 
     wanted = FOUND[phase]
     cells = experiments(phase, [*wanted, "flat"])
     payload: dict[str, Any] = {"experiments": [e.model_dump(mode="json") for e in cells], "repeats": 2, "warmup": 1}
-    planted.register()
     answers = session("local-2").call("tests.bench.planted:run_race", payload, timeout_s=120)
     for experiment in cells:
         outcome = answers[0]["cells"][experiment.digest]
@@ -70,3 +69,12 @@ def test_a_system_that_is_wrong_at_full_shape_never_gets_a_time(session, phase: 
             assert outcome["status"] == "nonconforming", (experiment.system, outcome)
             assert wanted[experiment.system] in outcome["reason"], (experiment.system, outcome["reason"])
             assert answers[1]["cells"][experiment.digest]["reason"] == outcome["reason"]
+
+
+def test_check_goes_beyond_64_tokens_and_256_columns(session) -> None:
+    payload = {"systems": ["buffer-64", "columns-256"], "trials": ["ragged", "long"], "dtypes": ["float64"]}
+    rows = session("local-2").call("tests.bench.planted:check", payload, timeout_s=120)[0]
+    found = {(row["system"], row["trial"]): row["status"] for row in rows}
+    for name in ("buffer-64", "columns-256"):
+        assert found[name, "ragged"] == "ok"
+        assert found[name, "long"] == "nonconforming"
