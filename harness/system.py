@@ -147,6 +147,8 @@ class System(abc.ABC):
     options: ClassVar[dict[str, str]] = {}  # option -> one-line meaning with its default
     #: options beside the defaults with which ``moebench check`` tries it too, layers and a few training steps, by name
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {}
+    #: options beside the defaults that cut its pipelines into several chunks; ``moebench check`` tries long batches so
+    chunked: ClassVar[dict[str, bool | int | float | str]] = {}
     stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
     places: ClassVar[bool] = False  # whether it follows any placement, with unequal numbers of experts too
     stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra

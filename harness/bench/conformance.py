@@ -45,6 +45,7 @@ class Trial:
     dtypes: tuple[Dtype, ...] = ("float64", "float32", "bfloat16")
 
 
+LONG = {"hidden": 320, "ffn": 16}
 TRIALS: dict[str, Trial] = {
     "uniform": Trial(),
     "swiglu": Trial({"ffn_type": "swiglu"}),
@@ -70,9 +71,16 @@ TRIALS: dict[str, Trial] = {
     "noisy-gate": Trial({"gate_noise": True}, tokens=(24, 7, 13, 1), generator="natural"),
     "drops": Trial({"capacity_factor": 1.0}, generator="zipf", params={"target": 3.0}),
     "exchange": Trial({"top_k": 4}, identity_experts=True),
+    # What fits into one buffer of any size below these, or into the first columns, shows itself here.
+    "long": Trial(LONG, (160, 70, 129, 65), generator="zipf", params={"target": 2.0}, dtypes=("float64",)),
+    "long-drops": Trial(
+        LONG | {"capacity_factor": 1.0}, (130,), generator="zipf", params={"target": 2.0}, dtypes=("float64",)
+    ),
+    "long-exchange": Trial(LONG | {"top_k": 4}, (160, 70, 129, 65), identity_experts=True, dtypes=("bfloat16",)),
 }
-#: what ``System.variants`` go through
+#: what ``System.variants`` go through, and what ``System.chunked`` do
 VARIANT_TRIALS, TRAINING = ("uniform", "ragged", "experts-without-tokens", "drops"), "training"
+CHUNKED_TRIALS = ("long", "long-drops")
 
 
 def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,8 +99,11 @@ def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
             for dtype in payload.get("dtypes") or TRIALS[trial].dtypes:
                 job.phase(f"check {name} {trial} {dtype}")
                 keep({"system": name, "trial": trial, "dtype": dtype, **check_one(job, name, trial, dtype)})
-        for variant, options in registry.system(name).variants.items():
-            for trial in (*VARIANT_TRIALS, TRAINING):
+        system = registry.system(name)
+        several = {"several chunks": (system.chunked, CHUNKED_TRIALS)} if system.chunked else {}
+        variants = {variant: (options, (*VARIANT_TRIALS, TRAINING)) for variant, options in system.variants.items()}
+        for variant, (options, trials) in (several | variants).items():
+            for trial in trials:
                 if trial in (payload.get("trials") or [trial]) and "float64" in (payload.get("dtypes") or ["float64"]):
                     job.phase(f"check {name} {trial}, {variant}")
                     found = (

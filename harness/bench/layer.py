@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from harness.bench.timing import Sample, Stopwatch
+from harness.bench.witness import Gates, Given, Seen, Verdict, compare, see
 from harness.comm.job import Job
 from harness.layer import gates
+from harness.layer.grouped import Lens, Pairs, identities, look
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.plan.graph import Timeline
@@ -20,21 +23,106 @@ from harness.specs import Experiment
 from harness.system import Case, MoELayer, System
 
 
-class LayerContender:
-    """Phases ``exchange`` and ``layer``: forward and backward of one MoE layer on inputs drawn in advance."""
+class Truth:
+    """What a layer is given call by call, the same for all systems of a race, and what is known of it.
 
-    def __init__(self, job: Job, system: type[System], experiment: Experiment, case: Case):
+    Every call has the same tokens in another order, behind another gradient: each token's share of it is multiplied by
+    plus or minus a power of two, which rounds nothing. So bytes and loads stay those of the case, no call repeats the
+    last one's routing, output or gradients, and the experts' part of the truth is worked out once a race."""
+
+    def __init__(self, job: Job, experiment: Experiment, case: Case):
+        self.job, self.case, self.model = job, case, case.model
+        self.weights = Weights(case.model, case.dtype, seed=experiment.workload.seed)
+        self.prescribed = experiment.workload.generator != "natural"
+        self.backward = experiment.backward
+        self.identity = (
+            case.identity_experts or case.stand_in_costs is not None
+        )  # stand-ins hand on what they are given
+        directions = self.weights.directions.double() if self.prescribed else None
+        x, dy = draw_inputs(case.routing, self.model.hidden, directions, job.rank, experiment.workload.seed)
+        self.x, self.dy = x.to(case.torch_dtype), dy.to(case.torch_dtype)
+        work = torch.float32 if case.dtype == "bfloat16" else torch.float64
+        gate = self.weights.gate(max(case.routing.tokens))
+        self.lens = Lens.draw(self.model, gate, work, job.device)
+        if self.prescribed:
+            check_routing(case, Oracle(self.weights, identity_experts=True), self.x.double(), job.rank)
+        self._pairs: Pairs | None = None
+
+    def order(self, call: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which token comes where, int64 [T], and the factor of each token's gradient, [T] by token."""
+        count = len(self.x)
+        generator = torch.Generator().manual_seed(1_000_003 * call + self.job.rank)
+        factor = 2.0 ** torch.randint(-1, 2, (count,), generator=generator)
+        factor = factor * (2 * torch.randint(0, 2, (count,), generator=generator) - 1)
+        # A noisy gate's noise belongs to places, so there tokens keep theirs.
+        stays = self.model.gate_noise
+        return torch.arange(count) if stays else torch.randperm(count, generator=generator), factor
+
+    def inputs(self, call: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and a gradient of y, [T, M] each, in the case's dtype on the device."""
+        order, factor = self.order(call)
+        dy = self.dy[order] * factor[order].to(self.dy.dtype)[:, None]
+        return self.x[order].to(self.job.device), dy.to(self.job.device)
+
+    def given(self, call: int) -> Given:
+        """Collective the first time: of one call."""
+        device = self.job.device
+        if self.model.gate == "softmoe":
+            x, dy = self.inputs(call)
+            return Given(x, None, dy if self.backward else None)
+        pairs = self.pairs()
+        order, factor = (each.to(device) for each in self.order(call))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=device)
+        times = factor[pairs.token].to(pairs.y.dtype)
+        return Given(
+            self.x.to(device)[order],
+            dataclasses.replace(
+                pairs,
+                token=place[pairs.token],
+                gate=None if pairs.gate is None else pairs.gate * times,
+                dx=None if pairs.dx is None else pairs.dx * times[:, None],
+                weights={name: part * times[:, None] for name, part in pairs.weights.items()},
+                sizes={name: part * times.square() for name, part in pairs.sizes.items()},
+            ),
+        )
+
+    def pairs(self) -> Pairs:
+        """Collective the first time: of the tokens in the order in which they were drawn."""
+        if self._pairs is None:
+            job, model, dy = self.job, self.model, self.dy.to(self.job.device) if self.backward else None
+            x = self.x.to(job.device)
+            chosen = Gates(job, None, self.case, self.weights).chosen(x.double())
+            token, expert = chosen.nonzero(as_tuple=True)
+            if self.identity:
+                self._pairs = identities(token, expert, x, dy, self.lens)
+            else:
+                owner = self.case.placement.owner
+                self._pairs = look(job, model, token, expert, x, dy, owner, self.weights.expert, self.lens)
+        return self._pairs
+
+
+class LayerContender:
+    """Phases ``exchange`` and ``layer``: forward and backward of one MoE layer on inputs drawn in advance. ``shared``:
+    of the race, where its contenders find the same ``Truth``."""
+
+    def __init__(
+        self,
+        job: Job,
+        system: type[System],
+        experiment: Experiment,
+        case: Case,
+        shared: dict[Any, Any] | None = None,
+    ):
         self.job, self.system, self.experiment, self.case = job, system, experiment, case
-        weights = Weights(case.model, case.dtype, seed=experiment.workload.seed)
-        self.layer = system.build(case, job, weights)
-        prescribed = experiment.workload.generator != "natural"
-        directions = weights.directions.double() if prescribed else None
-        x, dy = draw_inputs(case.routing, case.model.hidden, directions, job.rank, experiment.workload.seed)
-        self.x = x.to(job.device, case.torch_dtype).requires_grad_(experiment.backward)
-        self.oracle = Oracle(weights, identity_experts=True)
-        if prescribed:
-            check_routing(case, self.oracle, self.x.detach().double().cpu(), job.rank)
-        self.dy = dy.to(job.device, case.torch_dtype)
+        shared = {} if shared is None else shared
+        if "truth" not in shared:
+            shared["truth"] = Truth(job, experiment, case)
+        self.truth: Truth = shared["truth"]
+        self.layer = system.build(case, job, Weights(case.model, case.dtype, seed=experiment.workload.seed))
+        self.calls = 0
+        self.seen: list[tuple[int, Seen]] = []  # not compared yet, with the number of the call
+        self.x, self.dy = self.truth.inputs(0)
         self.y: torch.Tensor | None = None
 
     @property
@@ -43,7 +131,7 @@ class LayerContender:
 
     def keep(self) -> list[torch.Tensor]:
         self.layer.zero_grad(set_to_none=True)
-        return [*self.layer.parameters(), *self.layer.buffers(), self.x, self.dy]
+        return [*self.layer.parameters(), *self.layer.buffers()]
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         with torch.set_grad_enabled(self.experiment.backward):
@@ -51,12 +139,22 @@ class LayerContender:
             samples = [watch.measure(rep, "forward", forward)]
             if self.experiment.backward:
                 samples.append(watch.measure(rep, "backward", self._backward))
+        self._see(f"timed repetition {rep}")
         return samples
 
+    def warm_up(self) -> None:
+        with torch.set_grad_enabled(self.experiment.backward):
+            self._forward()()
+            if self.experiment.backward:
+                self._backward()
+        self._see("warm-up")
+
     def _forward(self) -> Callable[[], None]:
-        """Clear what the last step left and prepare; the work that remains is to be timed."""
-        self.y = self.x.grad = None
+        """Clear what the last call left, take this one's inputs and prepare; the work that remains is to be timed."""
+        self.y = None
         self.layer.zero_grad(set_to_none=True)
+        self.x, self.dy = self.truth.inputs(self.calls)
+        self.x.requires_grad_(self.experiment.backward)
         exchange = self.experiment.phase == "exchange"
         state = self.layer.prepare(self.x) if exchange else None
 
@@ -69,47 +167,39 @@ class LayerContender:
         assert self.y is not None
         self.y.backward(self.dy)
 
-    def warm_up(self) -> None:
-        with torch.set_grad_enabled(self.experiment.backward):
-            self._forward()()
-            if self.experiment.backward:
-                self._backward()
-
-    def errors(self) -> dict[str, float]:
-        """With identity experts every token must have come home as the sum of its gate weights times itself, and its
-        gradient likewise: no token lost, none taken twice. Else the result must be finite."""
+    def _see(self, name: str) -> None:
+        """Outside the clock: keep what the call made, as far as it is to be compared."""
         assert self.y is not None
-        if self.experiment.phase == "layer":
-            parts = [self.y.detach()] + ([] if self.x.grad is None else [self.x.grad])
-            finite = all(bool(part.isfinite().all()) for part in parts)
-            return worst_of(self.job, {"output": 0.0 if finite else torch.inf})
-        return worst_of(self.job, self._exchange_errors())
+        dx, gradients = None, None
+        if self.experiment.backward:
+            dx = torch.zeros_like(self.x) if self.x.grad is None else self.x.grad
+            gradients = self.layer.gradients()
+        self.seen.append((self.calls, see(self.truth.lens, f"call {self.calls} ({name})", self.y, dx, gradients)))
+        self.calls += 1
+        self.y = None
+
+    def check(self) -> Verdict:
+        """Collective: of all calls since the last check."""
+        calls = [(seen, functools.partial(self.truth.given, call)) for call, seen in self.seen]
+        self.seen = []
+        return compare(
+            Gates(self.job, self.system, self.case, self.truth.weights),
+            self.truth.lens,
+            calls,
+            self.system.tolerance(self.experiment.dtype),
+            constant_gate=self.experiment.phase == "exchange" and not self.layer.gate_in_exchange,
+            natural=not self.truth.prescribed,
+            identity=self.truth.identity,
+        )
+
+    def known_cases(self) -> list[Case]:
+        return [self.case] if self.truth.prescribed else []
 
     def timelines(self) -> dict[str, Timeline]:
         return dict(getattr(self.layer, "timelines", {}))
 
     def close(self) -> None:
         """It keeps nothing."""
-
-    def _exchange_errors(self) -> dict[str, float]:
-        assert self.y is not None
-        x = self.x.detach().double().cpu().requires_grad_()
-        expected = self.oracle(x, self._kept(x.detach()), constant_gate=not self.layer.gate_in_exchange)
-        errors = {"output": relative_error(self.y, expected)}
-        if self.experiment.backward:
-            (dx,) = torch.autograd.grad(expected, x, self.dy.double().cpu())
-            found = torch.zeros_like(self.x) if self.x.grad is None else self.x.grad
-            errors["input_grad"] = relative_error(found, dx)
-        return errors
-
-    def _kept(self, x: torch.Tensor) -> torch.Tensor | None:
-        """bool [T, E] where the system drops by capacity, by its documented rule over all ranks' tokens."""
-        if self.case.model.capacity_factor is None:
-            return None
-        gathered: list[Any] = [None] * self.job.num_ranks
-        dist.all_gather_object(gathered, self.oracle.logits(x).detach().softmax(-1))
-        kept = self.system.kept(self.case, gathered)
-        return None if kept is None else kept[self.job.rank]
 
 
 def draw_inputs(
@@ -131,19 +221,3 @@ def check_routing(case: Case, oracle: Oracle, x: torch.Tensor, rank: int) -> Non
     different = int((chosen.sort(-1).values != wanted.sort(-1).values).any(-1).sum())
     if different:
         raise ValueError(f"the gate routes {different} of {len(x)} tokens otherwise than the workload prescribes")
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |found - expected| over max |expected|; 0 for nothing."""
-    if not expected.numel():
-        return 0.0
-    difference = (found.detach().double().cpu() - expected.detach()).abs().max()
-    return float(difference / expected.detach().abs().max())
-
-
-def worst_of(job: Job, errors: dict[str, float]) -> dict[str, float]:
-    """The largest over all ranks; NaN counts as infinite."""
-    worst = torch.tensor(list(errors.values()), dtype=torch.float64, device=job.device).nan_to_num(nan=torch.inf)
-    if job.num_ranks > 1:
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return dict(zip(errors, worst.tolist(), strict=True))

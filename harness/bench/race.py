@@ -13,11 +13,12 @@ from typing import Any, Protocol
 import torch
 
 from harness import devices, memory, registry
-from harness.bench import conformance, serve, train
+from harness.bench import conformance, conserved, serve, train
 from harness.bench.checkpoint import Checkpoints, resumed
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
+from harness.bench.witness import Verdict
 from harness.comm.agree import attempt, failed, first_said, status_of
 from harness.comm.job import Job
 from harness.layer import standin
@@ -39,8 +40,12 @@ class Contender(Protocol):
     def warm_up(self) -> None:
         """Run once, untimed."""
 
-    def errors(self) -> dict[str, float]:
-        """Of the last run, timed or not, against what must come out; the largest over ranks."""
+    def check(self) -> Verdict:
+        """Collective, outside the clock: of all runs since the last check, timed or not, what they made against what
+        they must have made."""
+
+    def known_cases(self) -> list[Case]:
+        """Of each MoE layer, where its routing is known to have been that of every timed run; else none."""
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed repetition."""
@@ -86,9 +91,10 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     payload = payload | _resumed(job, experiments, payload)
     contenders: list[tuple[Experiment, Contender]] = []
     room = Room(job, len(experiments))
+    shared: dict[Any, Any] = {}
     for experiment in experiments:
         room.clear()
-        contender = admit(job, experiment, outcomes[experiment.digest], payload)
+        contender = admit(job, experiment, outcomes[experiment.digest], payload, shared)
         room.take(contender)
         if contender is not None:
             contenders.append((experiment, contender))
@@ -102,10 +108,14 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
                 outcomes[experiment.digest].samples += contender.run(rep, watch)
             tell(job, {"did": "time", "system": experiment.system})
     for experiment, contender in contenders:
-        name_phase(job, experiment, "checking the last repetition")
+        name_phase(job, experiment, "checking what was timed")
         outcome = outcomes[experiment.digest]
         with room.turn(contender):
-            settle(experiment, outcome, contender.errors())
+            settle(outcome, contender.check())
+            cases = contender.known_cases()
+            settle(
+                outcome, conserved.check(job, registry.system(experiment.system), experiment, cases, outcome.samples)
+            )
             outcome.trace = {name: _trace(each) for name, each in contender.timelines().items()}
             outcome.how = {"experts": contender.layers[0].how(), "state": room.how}
             if experiment.phase == "train_step":
@@ -129,8 +139,11 @@ def _trace(timeline: Timeline) -> Trace:
     return Trace(tasks, timeline.start_s.tolist(), timeline.end_s.tolist())
 
 
-def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str, Any]) -> Contender | None:
-    """Refusal, conformance at reduced shapes, build, check at full shape and warm-up; None if it may not race."""
+def admit(
+    job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str, Any], shared: dict[Any, Any]
+) -> Contender | None:
+    """Refusal, conformance at reduced shapes, build, warm-up and its check at full shape; None if it may not race.
+    ``shared``: of the race, what its contenders have in common."""
     system = registry.system(experiment.system)
     case = make_case(experiment, job.topology, str(job.device))
     name_phase(job, experiment, "asking whether it can run")
@@ -155,13 +168,13 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
         if experiment.phase == "train_step":
             built: Contender = _trainer(job, system, experiment, payload)
         elif experiment.phase in SERVING:
-            built = serve.Server(job, system, experiment)
+            built = serve.Server(job, system, experiment, shared=shared)
         else:
-            built = LayerContender(job, system, experiment, case)
+            built = LayerContender(job, system, experiment, case, shared)
         name_phase(job, experiment, "first step at full shape")
         for _ in range(max(1, payload["warmup"])):  # once at least, for the check
             built.warm_up()
-        settle(experiment, outcome, built.errors())
+        settle(outcome, built.check())
         return built
 
     contender, error = attempt(job, build)
@@ -225,15 +238,11 @@ def conforms(job: Job, system: type[System], experiment: Experiment) -> dict[str
 _conforming: dict[str, dict[str, Any]] = {}
 
 
-def settle(experiment: Experiment, outcome: Outcome, errors: dict[str, float]) -> None:
-    """Fold the errors of a check at full shape into the outcome; the worst of all checks is kept."""
-    tolerance = registry.system(experiment.system).tolerance(experiment.dtype)
-    wrong = {name: value for name, value in errors.items() if not value <= tolerance}
-    if wrong and outcome.status == "ok":
-        outcome.status = "nonconforming"
-        text = ", ".join(f"{name} off by {value:.1e}" for name, value in wrong.items())
-        outcome.reason = f"at full shape: {text}, allowed {tolerance:.0e}"
-    for name, value in errors.items():
+def settle(outcome: Outcome, verdict: Verdict) -> None:
+    """Fold a check at full shape into the outcome; the worst of all checks is kept."""
+    if verdict.reason and outcome.status == "ok":
+        outcome.status, outcome.reason = "nonconforming", f"at full shape: {verdict.reason}"
+    for name, value in verdict.errors.items():
         outcome.errors[name] = max(value, outcome.errors.get(name, 0.0))
 
 

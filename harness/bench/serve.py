@@ -3,7 +3,7 @@
 Each rank has sequences of its own; attention is replicated, or (``model_parallel``) its heads are shared out over the
 ranks of a node, whose sequences they then see. ``prefill``: a rank's tokens are whole sequences of
 ``model.seq``. ``decode``: each of a rank's tokens is the next one of a sequence of its own whose other
-``model.seq - 1`` tokens are in the cache. One repetition is one pass through all layers, and the same in every one.
+``model.seq - 1`` tokens are in the cache. One repetition is one pass through all layers, on other tokens every time.
 
 Text is what is held out of the corpus. A natural workload is routed by the model itself (with ``params.weights`` one
 that ``moebench record`` trained, so that its choices are real), a prescribed one by steering what enters each MoE
@@ -27,7 +27,9 @@ import torch
 import torch.distributed as dist
 
 from harness.bench import train
+from harness.bench.inside import Known, LayerWitness, watched_layers
 from harness.bench.timing import Sample, Stopwatch
+from harness.bench.witness import Verdict, first_of
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.errors import UserError, bad
@@ -131,11 +133,21 @@ def agreed(job: Job, work: Callable[[], Any]) -> Any:
 
 
 class Server:
-    """A system that serves on this rank, as a contender of a race. ``placed``: of every layer; None: as it plans."""
+    """A system that serves on this rank, as a contender of a race. ``placed``: of every layer; None: as it plans.
+    ``shared``: of the race, where its contenders find what is the same for all."""
 
     def __init__(
-        self, job: Job, system: type[System], experiment: Experiment, placed: tuple[Placement, ...] | None = None
+        self,
+        job: Job,
+        system: type[System],
+        experiment: Experiment,
+        placed: tuple[Placement, ...] | None = None,
+        shared: dict[Any, Any] | None = None,
     ):
+        self.shared = {} if shared is None else shared
+        self.calls, self.verdict = 0, Verdict({"logits": 0.0})
+        self.witnesses: dict[int, LayerWitness] = {}
+        self.stands_in = experiment.compute == "stand-in"
         self.job, self.system, self.experiment = job, system, experiment
         self.dtype, self.model = TORCH_DTYPE[experiment.dtype], experiment.model
         self.timeline: Timeline | None = None
@@ -170,11 +182,14 @@ class Server:
             self.gpt.requires_grad_(False)
         self.steered: list[train.Steered] = [m for m in self.gpt.modules() if isinstance(m, train.Steered)]
         self.layers: list[MoELayer] = [steered.layer for steered in self.steered]  # type: ignore[misc]
+        self.prescribed: list[torch.Tensor] | None = None  # routing of this rank's tokens, by layer
         if experiment.workload.generator != "natural":
-            for layer, steered in enumerate(self.steered):
+            self.prescribed = []
+            for layer in range(len(self.layers)):
                 routing = make_routing(experiment.workload, self.model, job.topology, layer=layer)
                 assert routing is not None
-                steered.ids = torch.as_tensor(routing.of_rank(job.rank).astype(np.int64), device=job.device)
+                ids = torch.as_tensor(routing.of_rank(job.rank).astype(np.int64), device=job.device)
+                self.prescribed.append(ids)
 
     @torch.no_grad()
     def _profile(self) -> list[Routing]:
@@ -196,24 +211,66 @@ class Server:
         """One timed pass; ``total``, as it is one piece."""
         with torch.no_grad():
             ready = self._prepare()
-            sample = watch.measure(rep, "total", lambda: self._run(ready))
+            sample = watch.measure(rep, "total", lambda: self._pass(*ready, watched=self._watched))
+            self._see(f"timed repetition {rep}")
         assert self.timeline is not None
         sample.parts_s = parts_s(self.timeline, self.model.num_layers)
         return [sample]
 
+    @torch.no_grad()
     def warm_up(self) -> None:
-        with torch.no_grad():
-            self._run(self._prepare())
+        self._pass(*self._prepare(), watched=self._watched)
+        self._see("warm-up")
 
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
-        """Of this rank's new tokens, [T, vocab]."""
-        self._run(self._prepare())
+        """Of this rank's new tokens in the first pass, [T, vocab]."""
+        self._pass(*self._prepare())
         return self.step.logits.flatten(0, 1)
 
-    def errors(self) -> dict[str, float]:
-        """Logits were compared with the oracle's at reduced shape; here they must be finite."""
-        return {"logits": 0.0 if bool(self.step.logits.isfinite().all()) else np.inf}
+    @property
+    def _watched(self) -> int:
+        """The layer whose turn it is to be seen."""
+        layers = watched_layers(len(self.layers))
+        return layers[self.calls % len(layers)]
+
+    def _see(self, name: str) -> None:
+        """Collective, outside the clock: what the pass made."""
+        layer, name = self._watched, f"pass {self.calls} ({name})"
+        key = "weights", layer
+        if key not in self.shared:  # those that every system must have loaded, of this rank's part of the experts
+            weights = self._weights(layer)
+            every = Placement.contiguous(self.model.num_experts, self.job.num_ranks)
+            own = {e: weights.expert(e) for e in map(int, every.local(self.job.rank))} if not self.stands_in else {}
+            self.shared[key] = Known({}, own.__getitem__, every.owner)
+        if layer not in self.witnesses:
+            case = _case(self.experiment, self.job.topology, str(self.job.device), layer, self.placed[layer])
+            natural = self.experiment.workload.generator == "natural"
+            self.witnesses[layer] = LayerWitness(
+                self.job, self.system, case, self._weights(layer), natural=natural, layer=layer
+            )
+        self.verdict += self.witnesses[layer].check(name, 0, self.shared[key], self.step.seen)
+        if not bool(self.step.logits.isfinite().all()):
+            self.verdict += Verdict({"logits": np.inf}, f"logits of {name} are not finite")
+        self.calls += 1
+
+    def _weights(self, layer: int) -> Weights:
+        model, dtype = self.model, self.experiment.dtype
+        if self.arrays is not None:
+            return stored.StoredWeights(model, dtype, layer=layer, arrays=self.arrays)
+        return Weights(model, dtype, seed=self.experiment.workload.seed, layer=layer)
+
+    def check(self) -> Verdict:
+        """Collective, as what is not finite may be one rank's alone."""
+        reason = first_of(self.job, self.verdict.reason)
+        verdict, self.verdict = Verdict(self.verdict.errors, reason), Verdict({"logits": 0.0})
+        return verdict
+
+    def known_cases(self) -> list[Case]:
+        if self.experiment.workload.generator == "natural":
+            return []
+        topology, device = self.job.topology, str(self.job.device)
+        return [_case(self.experiment, topology, device, layer, at) for layer, at in enumerate(self.placed)]
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"pass": self.timeline}
@@ -226,14 +283,22 @@ class Server:
         """Nothing outlives a server."""
 
     def _prepare(self) -> tuple[torch.Tensor, list[Cache] | None]:
-        """Untimed: the tokens of a pass, and the caches in front of them."""
+        """Untimed: the tokens of a pass, and the caches in front of them.
+
+        No pass is like the one before it: a prompt is turned by one more token, the decoded one is another of its
+        sequence's, and a prescribed routing takes the tokens in another order, so that loads stay what they are."""
+        if self.prescribed is not None:
+            for steered, ids in zip(self.steered, self.prescribed, strict=True):
+                generator = torch.Generator().manual_seed(1_000_003 * self.calls + self.job.rank)
+                order = torch.randperm(len(ids), generator=generator) if self.calls else torch.arange(len(ids))
+                steered.ids = ids[order.to(ids.device)]
         if self.experiment.phase == "prefill":
-            return self.tokens, None
+            return self.tokens.roll(self.calls % self.model.seq, 1), None
         context = self.tokens[:, :-1]
         if not hasattr(self, "caches"):
             sequences = self.sharing * len(context)
             self.caches = [Cache(self.model, sequences, self.dtype, self.job.device, self.sharing) for _ in self.layers]
-            if self.experiment.workload.generator == "natural":
+            if self.prescribed is None:
                 self._pass(context, self.caches)
             else:
                 generator = torch.Generator().manual_seed(self.job.rank)
@@ -242,15 +307,13 @@ class Server:
                         part.copy_(torch.randn(part.shape, generator=generator))
         for cache in self.caches:
             cache.length = context.shape[1]
-        return self.tokens[:, -1:], self.caches
+        at = self.model.seq - 1 - self.calls % self.model.seq
+        return self.tokens[:, at : at + 1], self.caches
 
-    def _run(self, ready: tuple[torch.Tensor, list[Cache] | None]) -> None:
-        self._pass(*ready)
-
-    def _pass(self, tokens: torch.Tensor, caches: list[Cache] | None) -> None:
+    def _pass(self, tokens: torch.Tensor, caches: list[Cache] | None, watched: int | None = None) -> None:
         steers = [steered.steer for steered in self.steered]
         passages = [passage(layer) for layer in self.layers]
-        self.step = ServingStep(self.gpt, passages, steers, caches, self.attention_s, self.group)
+        self.step = ServingStep(self.gpt, passages, steers, caches, self.attention_s, self.group, watched)
         self.timeline = self.lanes.run(self.step.plan(tokens))
 
 

@@ -22,6 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from harness.comm import arrivals
 from harness.comm.job import Job
 
 #: how far ahead the common start lies: more than an all-reduce of one number takes to reach the last rank
@@ -43,6 +44,7 @@ class Sample:
     window_cpu_s: float  # ... CPU of this process
     window_busy_s: float  # ... CPUs of this machine busy with anything
     num_bytes: list[int] | None  # sent over each link level by the whole job; rank 0 only, where countable
+    received_bytes: int = 0  # by this rank, as torch's process groups count
     loss: float | None = None  # train_step
     parts_s: dict[str, list[float]] | None = None  # serving: of each layer, by part, where the system has tasks
 
@@ -51,6 +53,7 @@ class Stopwatch:
     """Times callables on all ranks together. Collective: every rank makes the same calls."""
 
     def __init__(self, job: Job):
+        arrivals.install()
         self.job = job
         self.cuda = job.device.type == "cuda"
         self._barrier_bytes = [0] * len(self._count() or [])
@@ -64,6 +67,7 @@ class Stopwatch:
         window, window_cpu, busy = time.perf_counter(), time.process_time(), _busy_cpu_s()
         begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if self.cuda else (None, None)
         self._wait_for_start()
+        arrived = arrivals.received_bytes()
         cpu = time.process_time()
         start = time.perf_counter()
         if begin is not None and finish is not None:
@@ -75,6 +79,7 @@ class Stopwatch:
             work()
         end = time.perf_counter()
         own = time.process_time() - cpu
+        arrived = arrivals.received_bytes() - arrived
         self._barrier()
         window, window_cpu = time.perf_counter() - window, time.process_time() - window_cpu
         busy = _busy_cpu_s() - busy
@@ -83,7 +88,7 @@ class Stopwatch:
             counted = [max(0, b - a - c) for a, b, c in zip(counted, after, self._barrier_bytes, strict=True)]
         self._barrier()  # nobody sends before rank 0 has read
         device = begin.elapsed_time(finish) / 1e3 if begin is not None and finish is not None else None
-        return Sample(rep, direction, start, end, device, own, window, window_cpu, busy, counted)
+        return Sample(rep, direction, start, end, device, own, window, window_cpu, busy, counted, arrived)
 
     def _barrier(self) -> None:
         if self.job.num_ranks > 1:

@@ -24,7 +24,10 @@ from torch.nn import functional as F
 
 from harness.bench import memory
 from harness.bench.checkpoint import Checkpoints
+from harness.bench.inside import Known, LayerWitness, watched_layers
 from harness.bench.timing import Sample, Stopwatch
+from harness.bench.witness import Verdict
+from harness.comm.handover import Held
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.layer import gates
@@ -41,7 +44,7 @@ from harness.plan.training import TrainingStep
 from harness.routing import Routing, make_routing, planned_routing
 from harness.routing.corpus import python_corpus
 from harness.specs import EXPERTS_CHOOSE, Dtype, Experiment, Model
-from harness.system import Case, MoELayer, System
+from harness.system import Case, Gradients, MoELayer, System
 from harness.topology import Topology
 
 LEARNING_RATE = 1e-3
@@ -194,7 +197,13 @@ class Trainer:
 
     def __init__(self, job: Job, system: type[System], experiment: Experiment, checkpoints: Checkpoints | None = None):
         self.job, self.experiment, self.step, self.last_loss, self.checkpoints = job, experiment, 0, np.nan, checkpoints
+        self.system = system
         self.timeline: Timeline | None = None  # of the last step
+        self.losses: dict[int, float] = {}  # by step
+        self.witnesses: dict[int, LayerWitness] = {}
+        self.seen = Held()  # of the last step, of the layer that was watched
+        self.gradients: Gradients | None = None  # of that layer, where experts move after the step
+        self._watched_last, self.verdict = 0, Verdict({"loss": 0.0})
         self.model_parallel = experiment.model_parallel and job.inner(0) is not None
         case = training_case(experiment, job.topology, str(job.device), 0)
 
@@ -230,24 +239,59 @@ class Trainer:
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed step; its loss is that of the whole job."""
-        tokens, share = self.training.prepare(self.step), torch.zeros(())
+        tokens, share, known = self.training.prepare(self.step), torch.zeros(()), self._known()
 
         def work() -> None:
             nonlocal share
-            share = self._update(tokens)
+            share = self._update(tokens, watched=self._watched)
 
         sample = watch.measure(rep, "total", work)
-        sample.loss = self.last_loss = self._job_loss(share)
+        sample.loss = self._see(share, known, f"timed repetition {rep}")
         self._keep()
         return [sample]
 
     def warm_up(self) -> None:
-        self.last_loss = self._job_loss(self._update(self.training.prepare(self.step)))
+        tokens, known = self.training.prepare(self.step), self._known()
+        self._see(self._update(tokens, watched=self._watched), known, "warm-up")
         self._keep()
 
-    def errors(self) -> dict[str, float]:
-        """Losses were compared with the oracle's at reduced shape; here they must be finite."""
-        return {"loss": 0.0 if np.isfinite(self.last_loss) else np.inf}
+    @property
+    def _watched(self) -> int:
+        """The layer whose turn it is to be seen."""
+        layers = watched_layers(len(self.layers))
+        return layers[self.step % len(layers)]
+
+    def _known(self) -> Known:
+        """Collective, outside the clock: weights of the watched layer ahead of the step."""
+        layer = self._watched
+        if layer not in self.witnesses:
+            case = training_case(self.experiment, self.job.topology, str(self.job.device), layer)
+            weights = Weights(case.model, case.dtype, seed=self.experiment.workload.seed, layer=layer)
+            self.witnesses[layer] = LayerWitness(
+                self.job, self.system, case, weights, natural=not self.training.prescribed, layer=layer
+            )
+        return self.witnesses[layer].read(self.layers[layer])
+
+    def _see(self, share: torch.Tensor, known: Known, name: str) -> float:
+        """Collective, outside the clock: what the step made -> its loss."""
+        step, layer = self.step - 1, self._watched_last
+        self.losses[step] = self.last_loss = self._job_loss(share)
+        if step == 0:  # nothing has changed them yet: they must be those that were drawn
+            known = dataclasses.replace(known, matrices=self.witnesses[layer].weights.expert, gate={})
+        of_call = f"step {step} ({name})"
+        gradients = self.layers[layer].gradients() if self.gradients is None else self.gradients
+        self.gradients = None
+        self.verdict += self.witnesses[layer].check(of_call, step, known, self.seen, gradients)
+        if not np.isfinite(self.last_loss):
+            self.verdict += Verdict({"loss": np.inf}, f"the loss of {of_call} is {self.last_loss}")
+        return self.last_loss
+
+    def check(self) -> Verdict:
+        verdict, self.verdict = self.verdict, Verdict({"loss": 0.0})
+        return verdict
+
+    def known_cases(self) -> list[Case]:
+        return []
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"step": self.timeline}
@@ -271,7 +315,9 @@ class Trainer:
         if self.checkpoints is not None:
             self.checkpoints.save(self.step, self.training.gpt, self.training.optimizer, self.layers, self.after_step)
 
-    def _update(self, tokens: torch.Tensor, run: Callable[[Plan], Timeline] | None = None) -> torch.Tensor:
+    def _update(
+        self, tokens: torch.Tensor, run: Callable[[Plan], Timeline] | None = None, watched: int | None = None
+    ) -> torch.Tensor:
         training = self.training
         step = TrainingStep(
             training.gpt,
@@ -282,16 +328,24 @@ class Trainer:
             self.slices,
             self.summed,
             model_parallel=self.model_parallel,
+            watched=watched,
         )
         plan = step.plan(tokens[:, :-1], lambda logits: training.loss_of(logits, tokens), training.optimizer.step)
         if (after_step := self.after_step) is not None:
             number = self.step
-            plan.add("after-step", INTER, ["optimizer"], run=lambda: after_step(training.optimizer, number))
+
+            def move() -> None:
+                if watched is not None:  # as views, while experts are where these were made
+                    self.gradients = self.layers[watched].gradients()
+                after_step(training.optimizer, number)
+
+            plan.add("after-step", INTER, ["optimizer"], run=move)
         with contextlib.nullcontext() if self.checkpoints is None else self.checkpoints.noting(self.step):
             self.timeline = (run or self.lanes.run)(plan)
         for layer in self.layers:
             layer.timeline = self.timeline
         self.step += 1
+        self.seen, self._watched_last = step.seen, watched or 0
         return step.loss
 
     def _job_loss(self, share: torch.Tensor) -> float:

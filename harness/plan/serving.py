@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from harness.comm.handover import Handover
+from harness.comm.handover import Handover, Held
 from harness.layer.gpt import GPT, Cache
 from harness.plan.graph import COMPUTE, INTRA, Plan, Timeline, Work
 from harness.plan.passage import Dense, Passage, forward_layer
@@ -26,7 +26,8 @@ ATTENTION = ("norm", "mp-gather", "attention", "mp-scatter", "residual")  # kind
 class ServingStep(Handover):
     """One pass. ``passages``: of the MoE layers; ``steer``: what stands before each; ``attention_s``: wait so long in
     place of each attention (None: compute it); ``group``: ranks over which its heads are shared out, all with as many
-    sequences. ``logits`` [B, L, vocab]: after the plan ran."""
+    sequences. ``logits`` [B, L, vocab]: after the plan ran. ``watched``: the layer of which ``seen`` then holds what
+    went into its MoE part and came out, ``x`` and ``y``."""
 
     def __init__(
         self,
@@ -36,7 +37,9 @@ class ServingStep(Handover):
         caches: Sequence[Cache] | None = None,
         attention_s: float | None = None,
         group: dist.ProcessGroup | None = None,
+        watched: int | None = None,
     ):
+        self.watched, self.seen = watched, Held()
         self.gpt, self.passages, self.steer, self.caches, self.attention_s = gpt, passages, steer, caches, attention_s
         self.group = group
         self.residual: torch.Tensor
@@ -51,6 +54,7 @@ class ServingStep(Handover):
             self.residual = gpt.token(tokens) + gpt.position.weight[begin : begin + tokens.shape[1]]
 
         def head() -> None:
+            self._see(len(self.passages) - 1, "y", self.passages[-1].y)
             self.logits = gpt.head(gpt.norm(self.residual + self.passages[-1].y.view_as(self.residual)))
 
         last = [plan.add("embedding", COMPUTE, run=embed)]
@@ -77,6 +81,7 @@ class ServingStep(Handover):
 
     def _enter(self, layer: int) -> None:
         if layer:
+            self._see(layer - 1, "y", self.passages[layer - 1].y)
             self.residual = self.residual + self.passages[layer - 1].y.view_as(self.residual)
         self.own = self.gpt.blocks[layer].attention_norm(self.residual)  # type: ignore[operator]
 
@@ -102,6 +107,11 @@ class ServingStep(Handover):
         if self.attention_s is None:
             self.residual = self.residual + self.own
         self.passages[layer].x = self.steer[layer](self.gpt.blocks[layer].moe_norm(self.residual).flatten(0, 1))  # type: ignore[operator]
+        self._see(layer, "x", self.passages[layer].x)
+
+    def _see(self, layer: int, name: str, tensor: torch.Tensor) -> None:
+        if layer == self.watched:
+            self.seen[name] = tensor.detach()
 
 
 def parts_s(timeline: Timeline, num_layers: int) -> dict[str, list[float]]:

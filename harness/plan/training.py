@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from harness.comm.handover import Handover, pop
+from harness.comm.handover import Handover, Held, pop
 from harness.comm.job import Job
 from harness.layer.gpt import GPT, Block
 from harness.plan.gradients import Stream, sum_over
@@ -129,7 +129,8 @@ class DensePart(Handover):
 class TrainingStep:
     """One step. ``passages``: of the MoE layers; ``steer``: what stands before each; ``summed``: replicated parameters
     whose gradients are summed over all ranks after backward, beside the attention's, which are ``stream``;
-    ``slices``: of the stream in each layer's backward, last layer first. ``loss``: after the plan ran."""
+    ``slices``: of the stream in each layer's backward, last layer first. ``loss``: after the plan ran. ``watched``: the
+    layer of which ``seen`` then holds what went into its MoE part and came out, ``x``, ``y``, ``dy`` and ``dx``."""
 
     def __init__(
         self,
@@ -142,13 +143,19 @@ class TrainingStep:
         summed: Sequence[nn.Parameter],
         *,
         model_parallel: bool = False,
+        watched: int | None = None,
     ):
+        self.watched, self.seen = watched, Held()
         self.gpt, self.job, self.passages, self.stream, self.slices = gpt, job, passages, stream, slices
         self.summed = summed
         group = job.inner(0) if model_parallel else None
         self.dense = [DensePart(block, each, group) for block, each in zip(gpt.blocks, steer, strict=True)]  # type: ignore[arg-type]
         self.awaited: list[str] = []  # tasks that the optimizer waits for beside the sums of gradients
         self.loss: torch.Tensor
+
+    def _see(self, layer: int, name: str, tensor: torch.Tensor | None) -> None:
+        if layer == self.watched and tensor is not None:
+            self.seen[name] = tensor.detach()
 
     def plan(
         self,
@@ -199,17 +206,21 @@ class TrainingStep:
             dense[0].residual, dense[0].made = self.embed.forward(look_up, tokens), None
 
         def finish() -> None:
+            self._see(len(passages) - 1, "y", passages[-1].y)
             share = self.head.forward(head, pop(dense[-1], "residual"), pop(passages[-1], "y"))
             self.loss = share.detach()
             dense[-1].dresidual, passages[-1].dy = self.head.backward(torch.ones_like(share))  # type: ignore[assignment]
+            self._see(len(passages) - 1, "dy", passages[-1].dy)
 
         last = [plan.add("embedding", COMPUTE, run=embed)]
         for i, (part, way) in enumerate(zip(dense, passages, strict=True)):
 
-            def hand_over(part: DensePart = part, way: Passage = way) -> None:
+            def hand_over(i: int = i, part: DensePart = part, way: Passage = way) -> None:
                 way.x = pop(part, "x")
+                self._see(i, "x", way.x)
 
             def take_over(i: int = i, part: DensePart = part) -> None:
+                self._see(i - 1, "y", passages[i - 1].y)
                 part.residual, part.made = pop(dense[i - 1], "residual"), pop(passages[i - 1], "y")
 
             tasks = part.forward()
@@ -223,11 +234,13 @@ class TrainingStep:
         part, way, back = dense[i], passages[i], len(dense) - 1 - i
 
         def take_over() -> None:
+            self._see(i, "dx", way.dx)
             part.dx = pop(way, "dx")
 
         def hand_over() -> None:
             if i:
                 dense[i - 1].dresidual, passages[i - 1].dy = pop(part, "dresidual"), pop(part, "dmade")
+                self._see(i - 1, "dy", passages[i - 1].dy)
 
         tasks = part.backward(lambda: self.stream.fill(back))
         tasks[0] = _before(take_over, tasks[0])

@@ -33,6 +33,7 @@ class FSMoE(UnifiedSystem):
     title = "FSMoE: links side by side, adaptive degrees, gradients cut to measure"
     source = "arXiv 2501.10714, sections 3 to 5"
     policy: ClassVar[Policy] = POLICIES["fsmoe"]
+    chunked: ClassVar[dict[str, bool | int | float | str]] = {"degree_forward": 4, "degree_backward": 4}
     options: ClassVar[dict[str, str]] = {
         "degree_forward": "chunks of the capacity in forward, 1, 2, 4 or 8 (default: planned from the cluster's costs)",
         "degree_backward": "likewise in backward",

@@ -35,6 +35,7 @@ class HierD(NativeSystem):
     name = "hiermoe-hd"
     title = "HierMoE without expert swap: deduplicated all-to-all of the dimension that pays, pipelined"
     source = "arXiv 2508.09591, section III (HierD-AlltoAll)"
+    chunked: ClassVar[dict[str, bool | int | float | str]] = {"chunks": 3}
     options: ClassVar[dict[str, str]] = {
         "chunks": _CHUNKS,
         "dimension": "d of HDd, 1 (all ranks at once) to the number of link levels "

@@ -1,0 +1,150 @@
+"""A witness inside a whole model: one MoE layer of every step or pass, by what went in and what came out of it there.
+
+References to the layer's tensors are kept while the clock runs, no more; what is wrong is worked out when it stands.
+The first call is compared whole, later ones in a seeded sample: of each rank the first token, the last and others, of
+the job a token of the fullest expert, and the weights of that expert and another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from harness.bench.witness import Gates, Given, Verdict, compare, see
+from harness.comm.handover import Held
+from harness.comm.job import Job
+from harness.layer.grouped import Lens, Matrices, identities, look
+from harness.layer.weights import Weights
+from harness.system import Case, Gradients, MoELayer, System
+
+SAMPLED_TOKENS = 6  # of each rank, beside the first and the last
+SAMPLED_EXPERTS = 1  # beside the fullest
+_WATCHED = 3
+
+
+def watched_layers(num_layers: int) -> list[int]:
+    """Those that take turns: the first, one in the middle, the last."""
+    return sorted({round(i * (num_layers - 1) / (_WATCHED - 1)) for i in range(_WATCHED)})
+
+
+@dataclasses.dataclass
+class Known:
+    """Weights of a layer ahead of a call: of the gate by name, and of the experts that each rank knows."""
+
+    gate: dict[str, torch.Tensor]
+    matrices: Callable[[int], Matrices]
+    owner: np.ndarray  # [E]
+
+
+class LayerWitness:
+    """Of one layer of a model. ``natural``: its gate chooses for itself."""
+
+    def __init__(self, job: Job, system: type[System], case: Case, weights: Weights, *, natural: bool, layer: int):
+        self.job, self.system, self.case, self.layer = job, system, case, layer
+        self.weights, self.natural = weights, natural
+        self.identity = case.stand_in_costs is not None
+        work = torch.float32 if case.dtype == "bfloat16" else torch.float64
+        self.lens = Lens.draw(case.model, weights.gate(max(case.routing.tokens)), work, job.device)
+        self.gates = Gates(job, system, case, weights)
+        self.calls = 0
+
+    def drawn(self, matrices: Callable[[int], Matrices] | None = None) -> Known:
+        """As the model begins. ``matrices``: where the experts' are kept; None: drawn again."""
+        return Known({}, matrices or self.weights.expert, self.case.placement.owner)
+
+    def read(self, layer: MoELayer) -> Known:
+        """Collective: as the system's layer has them now, copied."""
+        now = parameters_of(layer)
+        own = {e: {name: value.detach().clone() for name, value in of.items()} for e, of in now.experts.items()}
+        every: list[Any] = [list(own)]
+        if self.job.num_ranks > 1:
+            every = [None] * self.job.num_ranks
+            dist.all_gather_object(every, list(own))
+        owner = np.zeros(self.case.model.num_experts, dtype=np.int64)
+        for rank, experts in reversed(list(enumerate(every))):
+            owner[experts] = rank
+        return Known({name: value.detach().clone() for name, value in now.gate.items()}, own.__getitem__, owner)
+
+    def check(self, name: str, step: int, known: Known, held: Held, gradients: Gradients | None = None) -> Verdict:
+        """Collective: ``held`` has x and y [T, M], and dy and dx if there was a backward; it is emptied."""
+        x, y, dy, dx = (held.pop(each) if each in held else None for each in ("x", "y", "dy", "dx"))
+        assert x is not None
+        assert y is not None
+        x, first = x.detach(), self.calls == 0
+        self.calls += 1
+        if self.case.model.gate == "softmoe":  # whose truth is known by the drawn weights alone
+            if not first or known.gate:
+                return Verdict()
+            given = Given(x, None, None if dy is None else dy.detach())
+        else:
+            given = self._given(x, dy, known, step, whole=first)
+        if dy is not None and dx is None:
+            dx = torch.zeros_like(x)
+        seen = see(self.lens, name, y, dx, gradients if dy is not None else None)
+        if self.job.num_ranks > 1:  # a training step has summed them over ranks
+            seen.gate = {each: value / self.job.num_ranks for each, value in seen.gate.items()}
+        return compare(
+            self.gates,
+            self.lens,
+            [(seen, lambda: given)],
+            self.system.tolerance(self.case.dtype),
+            natural=self.natural,
+            identity=self.identity,
+            where=f", layer {self.layer}",
+        )
+
+    def _given(self, x: torch.Tensor, dy: torch.Tensor | None, known: Known, step: int, whole: bool) -> Given:
+        gates = self.gates
+        gates.oracle.step = step
+        with torch.no_grad():
+            for name, value in known.gate.items():
+                gates.parameters()[name].copy_(value)
+        chosen = gates.chosen(x.double())
+        tokens = experts = None
+        if not whole:
+            tokens, experts = self._sample(chosen)
+            wanted = torch.zeros_like(chosen)
+            wanted[tokens], wanted[:, experts] = True, True
+            chosen &= wanted
+        token, expert = chosen.nonzero(as_tuple=True)
+        dy = None if dy is None else dy.detach()
+        if self.identity:
+            pairs = identities(token, expert, x, dy, self.lens)
+        else:
+            pairs = look(self.job, self.case.model, token, expert, x, dy, known.owner, known.matrices, self.lens)
+        return Given(x, pairs, tokens=tokens, experts=experts)
+
+    def _sample(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Collective: tokens of this rank, and experts, int64 each."""
+        count = chosen.sum(0)
+        if self.job.num_ranks > 1:
+            dist.all_reduce(count)
+        fullest, num_tokens = int(count.argmax()), len(chosen)
+        rng = np.random.default_rng([self.calls, self.layer])
+        experts = {fullest, *rng.choice(len(count), min(SAMPLED_EXPERTS, len(count)), replace=False).tolist()}
+        rng = np.random.default_rng([self.calls, self.layer, self.job.rank])
+        tokens = set(rng.choice(num_tokens, min(SAMPLED_TOKENS, num_tokens), replace=False).tolist())
+        if num_tokens:
+            tokens |= {0, num_tokens - 1}
+            there = chosen[:, fullest].nonzero()[:, 0].tolist()
+            tokens |= set(there[-1:])
+        device = chosen.device
+        return (torch.tensor(sorted(each), dtype=torch.int64, device=device) for each in (tokens, experts))  # type: ignore[return-value]
+
+
+def parameters_of(layer: MoELayer) -> Gradients:
+    """Weights in the oracle's layout: what ``gradients`` makes of them, as it maps each parameter's gradient there."""
+    parameters = list(layer.parameters())
+    kept = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = parameter.detach()
+        return layer.gradients()
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient

@@ -1,0 +1,366 @@
+"""A witness of every call: what a system made at full shape, warm-up and timed, against what it must have made.
+
+After each call, outside the clock, the witness looks at outputs and gradients through a lens
+(``harness.layer.grouped``) and keeps a few numbers a token and a weight. When the clock has stopped, it works out the
+same numbers from inputs and weights alone. A system that is right must agree in every call, token, expert and weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from harness.comm.handover import used_here
+from harness.comm.job import Job
+from harness.layer.grouped import NUM_DIRECTIONS, Lens, Pairs
+from harness.layer.oracle import Oracle
+from harness.layer.weights import Weights
+from harness.specs import EXPERTS_CHOOSE
+from harness.system import Case, Gradients, System
+
+#: logits nearer than this to another choice, of the largest, may be chosen otherwise in float32
+UNSURE = 2e-5
+_DRAWS = 6
+#: the largest of a matrix' numbers, as errors are relative to it, by their root mean square: of 1e4 normal ones
+LARGEST = 4.0
+
+
+@dataclasses.dataclass
+class Verdict:
+    """Largest relative errors over ranks and calls, by ``output``, ``input_grad``, ...; ``reason``: what is wrong."""
+
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    reason: str = ""
+
+    def __add__(self, other: Verdict) -> Verdict:
+        names = dict.fromkeys((*self.errors, *other.errors))
+        errors = {name: max(self.errors.get(name, 0.0), other.errors.get(name, 0.0)) for name in names}
+        return Verdict(errors, self.reason or other.reason)
+
+
+@dataclasses.dataclass
+class Seen:
+    """One call through the lens, on this rank."""
+
+    name: str  # of the call
+    y: torch.Tensor  # [T, q]
+    dx: torch.Tensor | None = None  # [T, q]
+    experts: dict[int, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # [q] of each matrix
+    gate: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # [q], this rank's own part
+
+
+@dataclasses.dataclass
+class Given:
+    """What one call was given, on this rank, and what is known of its pairs."""
+
+    x: torch.Tensor  # [T, M]
+    pairs: Pairs | None  # None: of a gate that mixes tokens; there ``dy`` is needed
+    dy: torch.Tensor | None = None  # [T, M]
+    tokens: torch.Tensor | None = None  # int64: those whose pairs are all there; None: all
+    experts: torch.Tensor | None = None  # int64: the same of experts, of all ranks' tokens
+
+
+def see(
+    lens: Lens, name: str, y: torch.Tensor, dx: torch.Tensor | None = None, gradients: Gradients | None = None
+) -> Seen:
+    """Of y, dx [T, M] and weight gradients; they may be gone afterwards."""
+    y = used_here(y.detach()).to(lens.y.dtype) @ lens.y
+    dx = None if dx is None else used_here(dx.detach()).to(lens.y.dtype) @ lens.dx
+    if gradients is None:
+        return Seen(name, y, dx)
+    experts = {
+        e: {matrix: lens.of_matrix(matrix, used_here(gradient.detach())) for matrix, gradient in of.items()}
+        for e, of in gradients.experts.items()
+    }
+    gate = {n: lens.of_matrix(n, used_here(gradient.detach())) for n, gradient in gradients.gate.items()}
+    return Seen(name, y, dx, experts, gate)
+
+
+class Gates:
+    """The gate of one layer on this rank's tokens, by the oracle. ``system``: whose rule of dropping holds; None: it is
+    not asked for what is dropped."""
+
+    def __init__(self, job: Job, system: type[System] | None, case: Case, weights: Weights):
+        self.job, self.system, self.case, self.weights = job, system, case, weights
+        self.oracle = Oracle(weights, True, case.routing.tokens).to(job.device)
+        self.oracle.tokens = tuple(count if rank == job.rank else 0 for rank, count in enumerate(case.routing.tokens))
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {name: getattr(self.oracle, name) for name in self.oracle.gate_names}
+
+    def chosen(self, x: torch.Tensor) -> torch.Tensor:
+        """bool [T, E]: which pairs the tokens x float64 [T, M] choose, dropped ones too."""
+        with torch.no_grad():
+            return self.oracle.gates(self.oracle.logits(x)) > 0
+
+    def weigh(self, logits: torch.Tensor) -> torch.Tensor:
+        """Collective: dense gate matrix [T, E], zero where an assignment is dropped."""
+        return self.oracle.gates(logits, self._kept(logits.detach()))
+
+    def unsure(self, logits: torch.Tensor) -> torch.Tensor:
+        """Collective: bool [T, E]: assignments that are there or not by a hair's breadth."""
+        logits = logits.detach()
+        found = torch.zeros_like(logits, dtype=torch.bool)
+        if not logits.numel():
+            width = 0.0
+        else:
+            width = UNSURE * float(logits.abs().max())
+        first = self.weigh(logits) > 0
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(_DRAWS):
+            noise = torch.randn(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
+            found |= (self.weigh(logits + width * noise) > 0) != first
+        return found
+
+    def _kept(self, logits: torch.Tensor) -> torch.Tensor | None:
+        if self.case.model.capacity_factor is None or self.case.model.gate in EXPERTS_CHOOSE:
+            return None
+        own = logits.softmax(-1).cpu()
+        gathered: list[Any] = [own]
+        if self.job.num_ranks > 1:
+            gathered = [None] * self.job.num_ranks
+            dist.all_gather_object(gathered, own)
+        assert self.system is not None
+        kept = self.system.kept(self.case, gathered)
+        return None if kept is None else kept[self.job.rank].to(logits.device)
+
+
+@dataclasses.dataclass
+class _Wanted:
+    """What one call must have made, as ``Seen``; ``sums``, still to be added over ranks: of every expert's matrices and
+    of the gate's the numbers and the squared size."""
+
+    y: torch.Tensor
+    dx: torch.Tensor | None
+    sure: torch.Tensor  # bool [T]
+    experts: torch.Tensor  # [E, matrices, q + 1]
+    doubtful: torch.Tensor  # [E]: not to be compared
+    gate: torch.Tensor  # [parameters, q + 1]
+    names: list[str]  # of the matrices
+    ids: Callable[[int], list[int]]  # experts of a token
+
+
+def _mixed(gates: Gates, given: Given, lens: Lens, identity: bool) -> _Wanted:
+    """Soft MoE, where every token is in every expert's slots: the oracle on this rank's tokens alone."""
+    oracle = Oracle(gates.weights, identity, gates.case.routing.tokens).to(given.x.device)
+    oracle.tokens = gates.oracle.tokens
+    x = given.x.double().requires_grad_(given.dy is not None)
+    with torch.set_grad_enabled(given.dy is not None):
+        y = oracle(x)
+    names = [name for name in ("w1", "w2", "w3") if hasattr(oracle, name) and not identity]
+    num_experts, q = gates.case.model.num_experts, NUM_DIRECTIONS
+    experts = torch.zeros(num_experts, len(names), q + 1, dtype=torch.float64, device=x.device)
+    gate = torch.zeros(len(oracle.gate_names), q + 1, dtype=torch.float64, device=x.device)
+    dx = None
+    if given.dy is not None:
+        y.backward(given.dy.double())
+        dx = torch.zeros_like(x) if x.grad is None else x.grad
+        for i, name in enumerate(names):
+            for e, gradient in enumerate(getattr(oracle, name).grad):
+                experts[e, i, :q], experts[e, i, q] = lens.of_matrix(name, gradient), gradient.square().sum()
+        for i, name in enumerate(oracle.gate_names):
+            gradient = getattr(oracle, name).grad
+            gate[i, :q], gate[i, q] = lens.of_matrix(name, gradient), gradient.square().sum()
+    sure, doubtful = torch.ones(len(x), dtype=torch.bool, device=x.device), torch.zeros(num_experts, device=x.device)
+    return _Wanted(
+        y.detach().to(lens.y.dtype) @ lens.y,
+        None if dx is None else dx.to(lens.dx.dtype) @ lens.dx,
+        sure,
+        experts,
+        doubtful,
+        gate,
+        names,
+        lambda token: [],
+    )
+
+
+def _want(gates: Gates, given: Given, lens: Lens, *, constant_gate: bool, natural: bool) -> _Wanted:
+    """Collective, where a capacity drops."""
+    oracle, pairs = gates.oracle, given.pairs
+    assert pairs is not None
+    num_experts, work = gates.case.model.num_experts, lens.y.dtype
+    x = given.x.double().requires_grad_(pairs.gate is not None and not constant_gate)
+    with torch.set_grad_enabled(x.requires_grad):
+        logits = oracle.logits(x)
+        dense = gates.weigh(logits)
+        g = dense[pairs.token, pairs.expert]
+    sure, doubtful = torch.ones(len(x), dtype=torch.bool, device=x.device), torch.zeros(num_experts, device=x.device)
+    if natural or gates.case.model.capacity_factor is not None:
+        unsure = gates.unsure(logits)
+        sure, doubtful = ~unsure.any(1), unsure.any(0).double()
+    if given.tokens is not None:
+        here = torch.zeros_like(sure)
+        here[given.tokens] = True
+        sure &= here
+    weight = g.detach().to(work)[:, None]
+    y = torch.zeros(len(x), NUM_DIRECTIONS, dtype=work, device=x.device).index_add(0, pairs.token, weight * pairs.y)
+    names = list(pairs.weights)
+    experts = torch.zeros(num_experts, len(names), NUM_DIRECTIONS + 1, dtype=torch.float64, device=x.device)
+    gate = torch.zeros(len(oracle.gate_names), NUM_DIRECTIONS + 1, dtype=torch.float64, device=x.device)
+    known = pairs  # for the names of a token's experts
+
+    def ids(token: int) -> list[int]:
+        return known.expert[known.token == token].tolist()
+
+    if pairs.gate is None or pairs.dx is None:
+        return _Wanted(y, None, sure, experts, doubtful, gate, names, ids)
+    dx = torch.zeros_like(y).index_add(0, pairs.token, weight * pairs.dx)
+    for i, name in enumerate(names):
+        parts = torch.cat([weight * pairs.weights[name], weight.square() * pairs.sizes[name][:, None]], 1)
+        experts[:, i].index_add_(0, pairs.expert, parts.double())
+    if x.requires_grad:
+        parameters = gates.parameters()
+        surrogate = (g * pairs.gate.double()).sum()
+        found = torch.autograd.grad(surrogate, [x, *parameters.values()], allow_unused=True)
+        if found[0] is not None:
+            dx = dx + (found[0] @ lens.dx.double()).to(work)
+        for i, (name, gradient) in enumerate(zip(parameters, found[1:], strict=True)):
+            if gradient is not None:
+                gate[i, :-1], gate[i, -1] = lens.of_matrix(name, gradient), gradient.square().sum()
+    return _Wanted(y, dx, sure, experts, doubtful, gate, names, ids)
+
+
+def compare(
+    gates: Gates,
+    lens: Lens,
+    calls: Iterable[tuple[Seen, Callable[[], Given]]],
+    tolerance: float,
+    *,
+    constant_gate: bool = False,
+    natural: bool = False,
+    identity: bool = False,
+    where: str = "",
+) -> Verdict:
+    """Collective: every call of a layer against what it was given. ``constant_gate``: no gradient goes through it;
+    ``natural``: it chooses for itself, so that choices may be close; ``identity``: experts return their input;
+    ``where``: what the layer is, in words."""
+    job = gates.job
+    worst: dict[str, tuple[float, str]] = {}
+
+    def note(kind: str, error: float, text: str) -> None:
+        error = math.inf if math.isnan(error) else error
+        if kind not in worst or error > worst[kind][0]:
+            worst[kind] = error, text
+
+    for seen, give in calls:
+        given = give()
+        if given.pairs is None:
+            wanted = _mixed(gates, given, lens, identity)
+        else:
+            wanted = _want(gates, given, lens, constant_gate=constant_gate, natural=natural)
+        at = f"at {seen.name}{where}"
+        scales = _agree(job, torch.stack([_scale(wanted.y, wanted.sure), _scale(wanted.dx, wanted.sure)]))
+        for kind, found, expected, scale in (
+            ("output", seen.y, wanted.y, float(scales[0])),
+            ("input_grad", seen.dx, wanted.dx, float(scales[1])),
+        ):
+            if found is not None and expected is not None and bool(wanted.sure.any()):
+                error, token = _worst_token(found, expected, wanted.sure)
+                note(kind, error / scale, f"of token {token}{_of(wanted.ids(token))} on rank {job.rank} {at}")
+        if wanted.dx is not None:
+            for error, text in _weights(job, gates, given, seen, wanted, at):
+                note("weight_grad", error, text)
+    return _settle(job, worst, tolerance)
+
+
+def _weights(job: Job, gates: Gates, given: Given, seen: Seen, wanted: _Wanted, at: str) -> Iterable[tuple[float, str]]:
+    """Collective: errors of this rank's experts and of the gate."""
+    names, gate_names = wanted.names, gates.oracle.gate_names
+    own = torch.zeros(len(gate_names), NUM_DIRECTIONS, dtype=torch.float64, device=job.device)
+    for i, name in enumerate(gate_names):
+        if name in seen.gate:
+            own[i] = seen.gate[name].double()
+    told = torch.zeros(gates.case.model.num_experts, dtype=torch.float64, device=job.device)
+    told[list(seen.experts)] = 1
+    experts, doubtful, gate, own, told = _summed(job, wanted.experts, wanted.doubtful, wanted.gate, own, told)
+    checked = set(range(len(experts)) if given.experts is None else given.experts.tolist())
+    largest = experts[:, :, -1].sqrt().amax(0) if experts.numel() else experts.new_zeros(0)
+    for e, of in seen.experts.items():
+        for i, name in enumerate(names):
+            if name not in of or e not in checked or float(doubtful[e]):
+                continue
+            expected, size = experts[e, i, :-1], float(experts[e, i, -1]) ** 0.5
+            scale = LARGEST * max(size, float(expected.abs().max())) or LARGEST * float(largest[i]) or 1.0
+            error = float((of[name].double().cpu() - expected).abs().max()) / scale
+            yield error, f"of {name} of expert {e} on rank {job.rank} {at}"
+    for e in (told == 0).nonzero()[:, 0].tolist() if names else ():
+        if e in checked and float(experts[e, :, -1].sum()):
+            yield math.inf, f"of expert {e}, of which no rank has a gradient, {at}"
+    if given.tokens is None and not float(doubtful.sum()):
+        for i, name in enumerate(gate_names):
+            size = LARGEST * max(float(gate[i, -1]) ** 0.5, float(gate[i, :-1].abs().max()))
+            scale = size if size > 1e-12 else 1.0
+            yield float((own[i] - gate[i, :-1]).abs().max()) / scale, f"of the gate's {name} {at}"
+
+
+def _summed(job: Job, *parts: torch.Tensor) -> list[torch.Tensor]:
+    """Of all ranks, in one message, on the CPU."""
+    flat = torch.cat([part.double().flatten() for part in parts])
+    if job.num_ranks > 1:
+        dist.all_reduce(flat)
+    found = flat.cpu().split([part.numel() for part in parts])
+    return [each.view(part.shape) for each, part in zip(found, parts, strict=True)]
+
+
+def _settle(job: Job, worst: dict[str, tuple[float, str]], tolerance: float) -> Verdict:
+    """Collective: what is worst on any rank."""
+    every: list[Any] = [worst]
+    if job.num_ranks > 1:
+        every = [None] * job.num_ranks
+        dist.all_gather_object(every, worst)
+    verdict, reasons = Verdict(), []
+    for kind in dict.fromkeys(kind for of in every for kind in of):
+        error, text = max((of[kind] for of in every if kind in of), key=lambda each: each[0])
+        verdict.errors[kind] = error
+        if not error <= tolerance:
+            reasons.append(f"{kind} off by {error:.3e}, allowed {tolerance:.3e}, {text}")
+    verdict.reason = "; ".join(reasons)
+    return verdict
+
+
+def settled(job: Job, worst: tuple[float, str]) -> Verdict:
+    """Collective: the worst of the ranks' (how bad, in words); nothing is wrong where all are 0."""
+    every: list[Any] = [worst]
+    if job.num_ranks > 1:
+        every = [None] * job.num_ranks
+        dist.all_gather_object(every, worst)
+    return Verdict({}, max(every, key=lambda each: each[0])[1])
+
+
+def first_of(job: Job, reason: str) -> str:
+    """Collective: what the first rank says that has something to say."""
+    every: list[Any] = [reason]
+    if job.num_ranks > 1:
+        every = [None] * job.num_ranks
+        dist.all_gather_object(every, reason)
+    return next(filter(None, every), "")
+
+
+def _worst_token(found: torch.Tensor, expected: torch.Tensor, sure: torch.Tensor) -> tuple[float, int]:
+    """Largest difference among the ``sure`` ones of [T, q], and whose it is."""
+    difference = (found.double() - expected.double()).abs().amax(1).nan_to_num(nan=torch.inf)
+    difference = difference.where(sure, torch.full_like(difference, -1))
+    token = int(difference.argmax())
+    return float(difference[token]), token
+
+
+def _of(experts: list[int]) -> str:
+    return f" (experts {', '.join(map(str, experts[:4]))}{', ...' if len(experts) > 4 else ''})" if experts else ""
+
+
+def _scale(rows: torch.Tensor | None, sure: torch.Tensor) -> torch.Tensor:
+    """The largest number; 0 of nothing."""
+    if rows is None or not bool(sure.any()):
+        return torch.zeros((), dtype=torch.float64, device=sure.device)
+    return rows[sure].abs().max().double()
+
+
+def _agree(job: Job, scales: torch.Tensor) -> torch.Tensor:
+    if job.num_ranks > 1:
+        dist.all_reduce(scales, dist.ReduceOp.MAX)
+    return scales.where(scales > 1e-300, torch.ones_like(scales))

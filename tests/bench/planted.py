@@ -1,0 +1,247 @@
+"""Systems with one fault each, that small shapes do not show: flat behind a mask of what is wrong.
+
+They conform where the check before the race looks, with 16 tokens of 32 numbers a rank; a race must still find every
+one of them, in every phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from baselines.flat import Flat
+from harness import registry
+from harness.bench import conformance, race
+from harness.comm.job import Job
+from harness.layer.oracle import Oracle
+from harness.layer.weights import Weights
+from harness.plan.native import NativeLayer
+from harness.specs import Dtype
+from harness.system import Case, Gradients, MoELayer, System
+
+SMALL = 64  # tokens of a rank; checks at reduced shapes have no more
+
+
+class Masked(MoELayer):
+    """``inner``, a black box to the harness; ``fault`` makes of x, its output and the layer what goes out."""
+
+    gate_in_exchange = False
+
+    def __init__(self, inner: NativeLayer, case: Case, job: Job, fault: Callable[..., torch.Tensor]):
+        super().__init__()
+        self.inner, self.case, self.job, self.fault = inner, case, job, fault
+        self.calls = 0
+        self.last: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._out(x, self.inner)
+
+    def prepare(self, x: torch.Tensor) -> Any:
+        return self.inner.prepare(x)
+
+    def exchange(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+        return self._out(x, lambda rows: self.inner.exchange(rows, state))
+
+    def _out(self, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        if len(x) <= SMALL:
+            return run(x)
+        self.calls += 1
+        return self.fault(self, x, run)
+
+    def gradients(self) -> Gradients:
+        return self.inner.gradients()
+
+    def shared_parameters(self) -> list[torch.nn.Parameter]:
+        return self.inner.shared_parameters()
+
+
+def buffer_64(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """Only the first 64 tokens of a rank fit."""
+    return run(x) * (torch.arange(len(x)) < 64).to(x.dtype)[:, None]
+
+
+def columns_256(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """What is above column 256 stays behind."""
+    return run(x) * (torch.arange(x.shape[1]) < 256).to(x.dtype)
+
+
+def last_token(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """The last rank's last token is lost."""
+    kept = torch.ones(len(x), 1, dtype=x.dtype)
+    kept[-1] = float(layer.job.rank < layer.job.num_ranks - 1)
+    return run(x) * kept
+
+
+def expert_gradient(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """One expert's weight gradient is 3 % too large if it gets more than 20 tokens."""
+    if layer.calls == 1 and not layer.case.identity_experts and layer.job.rank == 0:
+
+        def hook(gradient: torch.Tensor) -> torch.Tensor:
+            routed = layer.inner.routed
+            assert routed is not None
+            counts = (routed[0] == 0).sum()
+            return gradient * torch.tensor([1.03 if counts > 20 else 1.0, 1.0])[:, None, None].to(gradient.dtype)
+
+        layer.inner.experts.w1.register_hook(hook)
+    return run(x)
+
+
+class _Uneven(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, layer: Masked) -> torch.Tensor:  # type: ignore[override]
+        ctx.layer = layer
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]
+        ids = ctx.layer.inner.routed[0]
+        counts = torch.bincount(ids.flatten(), minlength=ctx.layer.case.model.num_experts)
+        return dy * (1.0 if len(counts.unique()) == 1 else 0.9), None
+
+
+def equal_backward(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """Backward is right for equal counts only."""
+    return _Uneven.apply(run(x), layer)
+
+
+def second_call(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """Combine is wrong from the second call on."""
+    return run(x) * (1.0 if layer.calls == 1 else 1.05)
+
+
+def stale_routing(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """Tokens go where those of the batch before went."""
+    inner = layer.inner
+    choose = inner.choose
+
+    def stale(rows: torch.Tensor) -> Any:
+        now, before = choose(rows), layer.last
+        layer.last = now._replace(weights=now.weights.detach())
+        return now if before is None else now._replace(ids=before.ids)
+
+    inner.choose = stale  # type: ignore[method-assign]
+    try:
+        return run(x)
+    finally:
+        inner.choose = choose  # type: ignore[method-assign]
+
+
+def stale_state(layer: Masked, x: torch.Tensor, state: Any) -> Any:
+    before, layer.last = layer.last, state
+    return state if before is None else state._replace(ids=before.ids)
+
+
+def repeats(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """What was made once is handed out again, without an exchange; backward finds nothing to send either."""
+    if layer.last is None:
+        layer.last = run(x)
+        return layer.last
+    return x * 0 + layer.last.detach()
+
+
+class Local(MoELayer):
+    """Every rank has all experts and sends nothing, although the plan is flat's; without its gradients' sum."""
+
+    gate_in_exchange = False
+
+    def __init__(self, case: Case, weights: Weights):
+        super().__init__()
+        self.case, self.oracle = case, Oracle(weights, case.identity_experts)
+        self.double = case.torch_dtype == torch.float64
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.oracle(x.double()).to(x.dtype)
+
+    def exchange(self, x: torch.Tensor, state: Any) -> torch.Tensor:
+        return self.oracle(x.double(), constant_gate=True).to(x.dtype)
+
+    def gradients(self) -> Gradients:
+        return Gradients({}, {})
+
+    def shared_parameters(self) -> list[torch.nn.Parameter]:
+        return []
+
+
+FAULTS: dict[str, Callable[..., torch.Tensor]] = {
+    fault.__name__: fault
+    for fault in (
+        buffer_64,
+        columns_256,
+        last_token,
+        expert_gradient,
+        equal_backward,
+        second_call,
+        stale_routing,
+        repeats,
+    )
+}
+
+
+def _system(fault_name: str, fault: Callable[..., torch.Tensor]) -> type[System]:
+    class Planted(Flat):
+        name = fault_name.replace("_", "-")
+        title = fault.__doc__ or ""
+        stands_in = False
+
+        @classmethod
+        def build(cls, case: Case, job: Job, weights: Weights) -> Any:
+            made = Masked(super().build(case, job, weights), case, job, fault)
+            if fault is stale_routing:
+                exchange = made.exchange
+                made.exchange = (  # type: ignore[method-assign]
+                    lambda x, state: exchange(x, stale_state(made, x, state) if len(x) > SMALL else state)
+                )
+            return made
+
+    return Planted
+
+
+class SendsNothing(Flat):
+    name = "sends-nothing"
+    title = "bytes below what the rows need"
+
+    @classmethod
+    def tolerance(cls, dtype: Dtype) -> float:
+        return super().tolerance(dtype)
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> Any:
+        if max(case.routing.tokens) <= SMALL:
+            return super().build(case, job, weights)
+        return Local(case, weights)
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> Any:
+        return None
+
+
+ALL: tuple[type[System], ...] = (*(_system(name, fault) for name, fault in FAULTS.items()), SendsNothing)
+
+
+def register() -> None:
+    """Make them known to this process."""
+    registry.systems().update({system.name: system for system in ALL})
+
+
+def forget() -> None:
+    for system in ALL:
+        registry.systems().pop(system.name, None)
+
+
+def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """``harness.bench.race.run_race`` on a rank that knows these systems too."""
+    register()
+    try:
+        return race.run_race(job, payload)
+    finally:
+        forget()
+
+
+def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
+    """``harness.bench.conformance.check`` likewise."""
+    register()
+    try:
+        return conformance.check(job, payload)
+    finally:
+        forget()

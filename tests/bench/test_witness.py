@@ -1,0 +1,80 @@
+"""What is timed is checked: systems that are right at small shapes and wrong at full shape, in every phase."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from harness import presets
+from harness.specs import SERVING, Experiment
+from tests.bench import planted
+
+MODEL = {
+    "name": "wide", "num_layers": 2, "hidden": 288, "ffn": 16, "num_experts": 4, "top_k": 2, "num_heads": 4, "seq": 24,
+    "vocab": 64,
+}  # fmt: skip
+#: words of the reason, by fault and phase; not named: the fault cannot show there
+EXCHANGE = {
+    "buffer-64": "output off by",
+    "columns-256": "output off by",
+    "last-token": "of token 95",
+    "equal-backward": "input_grad off by",
+    "second-call": "at call 1 (timed repetition 0)",
+    "stale-routing": "input_grad off by",
+    "repeats": "at call 1 (timed repetition 0)",
+    "sends-nothing": "received 0 bytes",
+}
+LATER = {"second-call": "(timed repetition", "stale-routing": "(timed repetition", "repeats": "(timed repetition"}
+FOUND: dict[str, dict[str, str]] = {
+    "exchange": {name: words for name, words in EXCHANGE.items() if name != "stale-routing"},
+    "layer": EXCHANGE
+    | {
+        "expert-gradient": "of w1 of expert 0",
+        "stale-routing": "at call 1 (timed repetition 0)",
+        "sends-nothing": "weight_grad off by inf",
+    },
+    "train_step": EXCHANGE
+    | LATER
+    | {"expert-gradient": "of w1 of expert 0", "sends-nothing": "weight_grad off by inf"},
+    "prefill": {name: words for name, words in (EXCHANGE | LATER).items() if name != "equal-backward"},
+    "decode": {name: words for name, words in (EXCHANGE | LATER).items() if name != "equal-backward"},
+}
+
+
+def experiments(phase: str, systems: list[str]) -> list[Experiment]:
+    workload = {"name": "w", "tokens_per_rank": 96, "generator": "zipf", "params": {"target": 1.5}, "seed": 3}
+    fields = {
+        "cluster": presets.cluster("local-2"),
+        "phase": phase,
+        "dtype": "float32",
+        "backward": phase not in SERVING,
+    }
+    return [
+        Experiment.model_validate({"model": MODEL, "workload": workload, "system": name, **fields}) for name in systems
+    ]
+
+
+@pytest.mark.parametrize("phase", FOUND)
+def test_a_system_that_is_wrong_at_full_shape_never_gets_a_time(session, phase: str) -> None:
+    wanted = FOUND[phase]
+    cells = experiments(phase, [*wanted, "flat"])
+    payload: dict[str, Any] = {"experiments": [e.model_dump(mode="json") for e in cells], "repeats": 2, "warmup": 1}
+    answers = session("local-2").call("tests.bench.planted:run_race", payload, timeout_s=120)
+    for experiment in cells:
+        outcome = answers[0]["cells"][experiment.digest]
+        if experiment.system == "flat":
+            assert outcome["status"] == "ok", outcome["reason"]
+        else:
+            assert outcome["status"] == "nonconforming", (experiment.system, outcome)
+            assert wanted[experiment.system] in outcome["reason"], (experiment.system, outcome["reason"])
+            assert answers[1]["cells"][experiment.digest]["reason"] == outcome["reason"]
+
+
+def test_check_goes_beyond_64_tokens_and_256_columns(session) -> None:
+    payload = {"systems": ["buffer-64", "columns-256"], "trials": ["ragged", "long"], "dtypes": ["float64"]}
+    rows = session("local-2").call("tests.bench.planted:check", payload, timeout_s=120)[0]
+    found = {(row["system"], row["trial"]): row["status"] for row in rows}
+    for name in ("buffer-64", "columns-256"):
+        assert found[name, "ragged"] == "ok"
+        assert found[name, "long"] == "nonconforming"
