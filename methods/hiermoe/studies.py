@@ -51,17 +51,12 @@ def workload(skew: float, tokens: int = TOKENS, seed: int = 0, **params: float) 
 
 
 def resized(cluster: Cluster, num_nodes: int) -> Cluster:
-    """With another number of nodes and the same constants; of one node its inner levels alone, whose stages are
-    Inter-2, Inter-3 and Intra-i of the whole."""
+    """With another number of nodes and the same constants. On one node all ranks at once are Intra-1, so that HD2 is
+    plain deduplication there: stages below the node are those of HD3 and up, as on any number of nodes."""
+    found = cluster.resized(num_nodes)
     if num_nodes > 1:
-        return cluster.resized(num_nodes)
-    given = cluster.collectives
-    costs = {"a2a.flat": given["a2a.intra1"]}
-    for level in range(2, len(cluster.levels)):
-        for what in ("inter", "intra"):
-            costs[f"a2a.{what}{level - 1}"] = given[f"a2a.{what}{level}"]
-    name = f"{cluster.name}-1-node"
-    return cluster.model_copy(update={"levels": cluster.levels[1:], "name": name, "collectives": costs})
+        return found
+    return found.model_copy(update={"collectives": {**found.collectives, "a2a.flat": found.collectives["a2a.intra1"]}})
 
 
 def times(
