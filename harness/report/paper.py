@@ -220,7 +220,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "unit": claim.unit,
         "evidence": verdict.evidence,
         "verdict": verdict.outcome,
-        "basis": f"{how}. {claim.note}" if claim.note else how,
+        "basis": ". ".join(filter(None, [how, *verdict.tested, verdict.lacking, claim.note])),
     }
 
 

@@ -116,7 +116,9 @@ def test_what_is_hidden_does_not_count(timelines):
 def test_what_is_near_comes_beside_what_crosses_between_nodes(timelines):
     timeline = timelines["fsdp-experts"]
     for transfer in ("layer0.forward.gather", "layer1.forward.gather", "layer0.backward.regather"):
-        (begins, crossed), (near, _), (spreads, _) = (timeline.of(f"{transfer}.{part}") for part in (INTER, "near", INTRA))
+        (begins, crossed), (near, _), (spreads, _) = (
+            timeline.of(f"{transfer}.{part}") for part in (INTER, "near", INTRA)
+        )
         assert near < crossed <= spreads
         assert near - begins < 0.1 * (crossed - begins)
 
@@ -156,7 +158,9 @@ def test_transfers_of_copies_stand_in_the_step_as_they_are_executed(name, job, l
     way, executed = passage(layer), Plan()
     forward_layer(executed, way.forward, (), ahead=way.ahead, prefix="layer0.")
     way.ahead_back(executed, "layer0.backward.")
-    backward_layer(executed, way.backward, (), beside=lambda: way.behind(executed, "layer0.backward."), prefix="layer0.")
+    backward_layer(
+        executed, way.backward, (), beside=lambda: way.behind(executed, "layer0.backward."), prefix="layer0."
+    )
     priced = predict.step_plan(given, links)
     assert priced is not None
     assert copies_of(priced) == copies_of(executed)
