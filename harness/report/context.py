@@ -218,10 +218,11 @@ def _clusters(run: Run) -> str:
 def _models(run: Run) -> str:
     fields = {
         "name": "model", "num_layers": "layers", "hidden": "hidden M", "ffn": "FFN H", "num_experts": "experts E",
-        "top_k": "top-k", "ffn_type": "FFN", "gate": "gate",
+        "top_k": "top-k", "num_shared_experts": "shared experts", "ffn_type": "FFN", "gate": "gate",
     }  # fmt: skip
     frame = pd.DataFrame(_specs(run, "model"), columns=list(fields)).drop_duplicates()
-    numbers = ("num_layers", "hidden", "ffn", "num_experts", "top_k")
+    frame["num_shared_experts"] = frame["num_shared_experts"].fillna(0).astype(int)
+    numbers = ("num_layers", "hidden", "ffn", "num_experts", "top_k", "num_shared_experts")
     columns = [Column(key, title, str, "num" if key in numbers else "text") for key, title in fields.items()]
     return page.table(frame, columns, "Models")
 

@@ -18,7 +18,7 @@ import pandas as pd
 from harness import presets
 from harness.placement import Placement
 from harness.specs import Cluster, Model, Workload
-from harness.studies import Findings, Progress, Study, reported
+from harness.studies import Findings, Progress, Study, left_out, reported
 from harness.topology import Topology
 from methods.hiermoe.counts import count, counted_duplication, duplication
 from methods.hiermoe.model import TimeModel
@@ -145,7 +145,8 @@ def exchanges(progress: Progress) -> Findings:
     shown["variant"] = pd.Categorical(shown["variant"], list(VARIANTS))
     shown = shown[columns].sort_values(["model", "variant", "evidence", "skew"], ascending=[True, True, False, True])
     raw = {"exchanges": every.assign(evidence="simulated", axis=f"skew, {AXIS}")}
-    return Findings({"all-to-all": shown.astype({"variant": str})}, (NOTE,), raw)
+    kept = left_out(map(presets.model, MODELS.values()), "they are on every rank and take no part in an all-to-all")
+    return Findings({"all-to-all": shown.astype({"variant": str})}, (NOTE, *kept), raw)
 
 
 def steps(progress: Progress) -> Findings:
@@ -172,7 +173,8 @@ def steps(progress: Progress) -> Findings:
     every["evidence"] = "simulated"
     axis = [f"skew; computation at {efficiency:.0%}" for efficiency in every["efficiency"]]
     tables = {"steps": every, "text": text.reset_index(drop=True)}
-    return Findings(tables, (NOTE, note), {"lines": every.assign(axis=axis)})
+    kept = left_out(map(presets.model, MODELS.values()), "their computation is left out of a step's time")
+    return Findings(tables, (NOTE, note, *kept), {"lines": every.assign(axis=axis)})
 
 
 def compute_s(model: Model, cluster: Cluster, efficiency: float = EFFICIENCY) -> float:
@@ -303,7 +305,7 @@ def search(progress: Progress) -> Findings:
         "Processor time for 58 layers: statistics of one rank's tokens, and the search. all_ms: if one core searched "
         "all layers; rank_ms: as ranks do it, which share the layers out."
     )
-    return Findings({"search": pd.DataFrame(rows)}, (note,))
+    return Findings({"search": pd.DataFrame(rows)}, (note, *left_out([model], "no swap moves them")))
 
 
 def stale(progress: Progress) -> Findings:
