@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness import caches, console
+from harness.cli.look import STATUS_COLOURS
 from harness.cli.options import RUNS, Json, Results
 from harness.errors import bad
 
@@ -78,9 +79,13 @@ def run(
     """Run experiments: every system checked first, then timed, interleaved with the others of its race.
 
     Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
-    experts change places from its last checkpoint. What is refused or fails is a row
-    with its reason; exit status 1 only if no cell at all has a result. --suite auto takes gpu-node where this machine
-    has 2 GPUs or more, gpu where it has one, else quick.
+    experts change places from its last checkpoint. What is refused or fails is a row with its reason, told at the end
+    with the command for the page. --suite auto takes gpu-node where this machine has 2 GPUs or more, gpu where it has
+    one, else quick.
+
+    Exit status: 0, every cell was timed or refused; 1, a cell failed, hung, ran out of memory, did not conform or was
+    unphysical, or none is ok (the others keep their rows, and a second call runs again what failed); 2, bad input,
+    nothing ran; 130, interrupted.
 
     ```
     moebench run --suite quick
@@ -107,12 +112,19 @@ def run(
         return _show_plan(chosen, launches, as_json, here=gpus is None)
     run_dir = results / suites.checked_name("--name", name or chosen.name)
     counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
+    from harness.report import ending
+
+    not_ok = ending.not_ok(run_dir, [experiment.digest for experiment in chosen.experiments])
+    page = ending.page_command(run_dir, RUNS)
     if as_json:
-        console.print_json({"run": str(run_dir), "cells": counts})
+        console.print_json({"run": str(run_dir), "cells": counts, "not_ok": not_ok, "page": page})
     else:
         typer.echo(f"{run_dir}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
-    if not counts.get("ok"):
-        raise typer.Exit(1)
+        if not_ok:
+            console.show(not_ok, "not ok", STATUS_COLOURS)
+        typer.echo(f"the page: {page}")
+    if status := ending.status(counts):
+        raise typer.Exit(status)
 
 
 def fitting() -> str:
@@ -155,6 +167,7 @@ def report(
 ) -> None:
     """Render a run, or a paper's experiments, as one self-contained HTML page, and print its path.
 
+    Ratios refer to a baseline that ran (megatron, else flat, else what has most times) or to -p baseline=SYSTEM.
     The tables lie beside it as CSV and LaTeX, and the executed notebook with them; results/index.html lists all pages.
     A paper's page needs no run: what a run would add to it says which command makes that run. A sweep need not be over.
 

@@ -111,9 +111,9 @@ def _finding(
     sure = all(status in EXPECTED for cell, status in marks.items() if cell in set(cells["cell"]))
     outcomes: dict[tuple[str, tuple[str, ...], bool, str], list[str]] = defaultdict(list)  # -> races
     for race, rows in group.groupby("race", sort=False):
-        fastest, level = _fastest(rows, samples[samples["race"] == race])
-        mark = marks.get(fastest["cell"], "")
-        outcomes[fastest["label"], level, len(rows) == 1, mark].append(str(race))
+        first, level = _fastest(rows, samples[samples["race"] == race])
+        mark = marks.get(first["cell"], "")
+        outcomes[first["label"], level, len(rows) == 1, mark].append(str(race))
         sure = sure and not level and len(rows) > 1 and not mark
 
     sentences = []
@@ -123,8 +123,8 @@ def _finding(
         where = f"on all {len(races)} workloads" if every else "on " + _listed(here["workload"].unique())
         count = _systems(here, cells[cells["race"].isin(races)])
         if alone:
-            marked = f", and it is marked {mark}" if mark else ""
-            sentences.append(f"Only {fastest} has a time {where} ({count}{marked}): nothing to compare.")
+            also = f"; it is not ok there: {mark}" if mark else ""
+            sentences.append(f"Only {fastest} has a time {where} ({count}{also}): nothing to compare.")
             continue
         if level:
             unbeaten = _listed(level, "or")
