@@ -56,8 +56,8 @@ $(STAMP): pyproject.toml $(OTHER)
 	@echo "==> installed; $(VENV)/bin/moebench doctor shows what this machine can do"
 
 reproduce: setup
-	@made=$$($(VENV)/bin/moebench run --suite auto $(if $(RUN),--name $(RUN))) && echo "$$made" && \
-	  $(VENV)/bin/moebench report summary --run "$$(basename "$${made%%:*}")"
+	@made=$$($(VENV)/bin/moebench run --suite auto $(if $(RUN),--name $(RUN))); status=$$?; [ -n "$$made" ] || exit $$status; \
+	  echo "$$made"; $(VENV)/bin/moebench report summary --run "$$(basename "$${made%%:*}")" || exit; exit $$status
 
 # In two processes; what measures time runs before them and alone. One test under a debugger: make test ARGS="-n0 --pdb ..."
 # The last -m counts, so that ARGS may hold another one.

@@ -57,6 +57,7 @@ def _models() -> list[dict[str, Any]]:
             "H": m.ffn,
             "E": m.num_experts,
             "k": m.top_k,
+            "shared": m.num_shared_experts,
             "L": m.seq,
             "ffn": m.ffn_type,
             "gate": m.gate,

@@ -133,6 +133,15 @@ class Model(Spec):
         return self.gate_dim or max(1, self.num_experts // 2)
 
     @property
+    def lacks(self) -> str | None:
+        """What its layers are run without, in words; None if nothing. Exchanges alone lack nothing: every token's
+        shared experts are on its own rank."""
+        if not self.num_shared_experts:
+            return None
+        shared = f"{self.num_shared_experts} shared expert{'s' if self.num_shared_experts > 1 else ''}"
+        return f"{self.name} has {shared}, and layers run without; give it num_shared_experts: 0 and another name"
+
+    @property
     def takes_routing(self) -> bool:
         """Whether inputs exist that make the gate choose any prescribed k experts per token."""
         if self.gate == "xmoe":
@@ -257,6 +266,11 @@ class Experiment(Spec):
         if self.phase in SERVING and self.backward:
             raise ValueError(f"phase {self.phase} has no backward; give backward: false")
         return self
+
+    @property
+    def lacks(self) -> str | None:
+        """What of its model the phase would run without, in words; None if nothing. It is refused for that."""
+        return None if self.phase == "exchange" else self.model.lacks
 
     @property
     def exactly_planned(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pandas as pd
 
 from harness.errors import bad, unknown
 from harness.registry import brought
+from harness.specs import Model
 
 REPORTED = Path(__file__).resolve().parents[1] / "results" / "reported"
 LEVELS = ("measured", "simulated", "reported")
@@ -76,6 +77,15 @@ def study(name: str) -> Study:
     if name not in known:
         raise unknown("study", name, known, "studies")
     return known[name]
+
+
+def left_out(models: Iterable[Model], what: str) -> tuple[str, ...]:
+    """A note for each of ``models`` with shared experts: that the study keeps it, and ``what`` it leaves out."""
+    return tuple(
+        f"Of {model.name}, shared experts ({model.num_shared_experts} in each layer) have no part in this: {what}."
+        for model in models
+        if model.num_shared_experts
+    )
 
 
 def reported(paper: str, item: str = "") -> pd.DataFrame:

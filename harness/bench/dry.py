@@ -52,5 +52,5 @@ def refusal(experiment: Experiment) -> str | None:
     cluster, system = experiment.cluster, registry.system(experiment.system)
     device = "cuda:0" if cluster.kind == "physical" and cluster.device != "cpu" else "cpu"
     case = race.make_case(experiment, Topology(cluster.shape), device)
-    refused = system.missing() or race.no_stand_in(system, case) or system.refuse(case)
+    refused = experiment.lacks or system.missing() or race.no_stand_in(system, case) or system.refuse(case)
     return refused or memory.refusal(experiment, system, case)

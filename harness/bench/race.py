@@ -147,7 +147,7 @@ def admit(
     system = registry.system(experiment.system)
     case = make_case(experiment, job.topology, str(job.device))
     name_phase(job, experiment, "asking whether it can run")
-    refused = system.missing() or no_stand_in(system, case) or system.refuse(case)
+    refused = experiment.lacks or system.missing() or no_stand_in(system, case) or system.refuse(case)
     if reason := first_said(job, refused or memory.refusal(experiment, system, case)):
         outcome.status, outcome.reason = "refused", reason
         return None

@@ -348,18 +348,6 @@ def summary(store: Store, suite: Suite) -> dict[str, int]:
     return {str(status): int(count) for status, count in statuses.value_counts().items()}
 
 
-def setbacks(store: Store, suite: Suite) -> list[str]:
-    """Cells of ``suite`` that have no time for another reason than a refusal: a line each, with the whole reason."""
-    rows = store.read(damaged="skip")
-    names = {experiment.digest: experiment for experiment in suite.experiments}
-    rows = rows[rows["cell"].isin(names) & (rows["metric"] == "status") & (rows["status"] != "refused")]
-    return [
-        f"{row['system']} {row['phase']} {row['model']} {row['workload']} {row['cluster']}, launch {row['launch']}: "
-        f"{row['status']}: {row['reason']}"
-        for row in rows.drop_duplicates(["cell", "launch"]).to_dict("records")
-    ]
-
-
 def stamp(race: Race, launch: int) -> dict[str, Any]:
     """What a message of a sweep's job says besides: when, and which race of which launch."""
     return stamp_of(race.digest, launch)

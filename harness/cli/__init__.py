@@ -1,8 +1,8 @@
 """``moebench``: one command per thing that one does with the instrument, in one room per kind of thing.
 
 Results go to stdout (``--json``: one JSON value and nothing else), progress and errors to stderr. Exit codes: 0 done,
-1 something was checked and found wrong, 2 bad input. Heavy imports happen inside the commands, so that ``--help``
-answers at once.
+1 something was checked or run and went wrong, 2 bad input, 130 interrupted. Heavy imports happen inside the commands,
+so that ``--help`` answers at once.
 """
 
 from __future__ import annotations

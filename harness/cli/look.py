@@ -14,13 +14,9 @@ from harness.errors import bad
 from harness.specs import DTYPE_BYTES
 
 commands = typer.Typer()
-STATUS_COLOURS = {
-    "refused": "yellow",
-    "nonconforming": "bold red",
-    "failed": "bold red",
-    "hung": "bold red",
-    "oom": "bold red",
-}
+STATUS_COLOURS = {"refused": "yellow", "cpu_bound": "yellow"} | dict.fromkeys(
+    ("nonconforming", "failed", "hung", "oom", "unphysical"), "bold red"
+)
 
 
 @commands.command()

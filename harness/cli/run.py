@@ -78,9 +78,13 @@ def run(
     """Run experiments: every system checked first, then timed, interleaved with the others of its race.
 
     Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
-    experts change places from its last checkpoint. What is refused or fails is a row
-    with its reason; exit status 1 only if no cell at all has a result. --suite auto takes gpu-node where this machine
-    has 2 GPUs or more, gpu where it has one, else quick.
+    experts change places from its last checkpoint. What is refused or fails is a row with its reason, told at the end
+    with the command for the page. --suite auto takes gpu-node where this machine has 2 GPUs or more, gpu where it has
+    one, else quick.
+
+    Exit status: 0, every cell was timed or refused; 1, a cell failed, hung, ran out of memory, did not conform or was
+    unphysical, or none is ok (the others keep their rows, and a second call runs again what failed); 2, bad input,
+    nothing ran; 130, interrupted.
 
     ```
     moebench run --suite quick
@@ -93,7 +97,6 @@ def run(
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
     from harness.bench import run as bench
     from harness.bench import suite as suites
-    from harness.bench.store import Store
     from harness.presets import this_machine
 
     if "SLURM_JOB_ID" in os.environ:
@@ -108,14 +111,19 @@ def run(
         return _show_plan(chosen, launches, as_json, here=gpus is None)
     run_dir = results / suites.checked_name("--name", name or chosen.name)
     counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
-    for line in bench.setbacks(Store(run_dir), chosen):
-        typer.echo(line, err=True)
+    from harness.report import ending
+
+    not_ok = ending.not_ok(run_dir, [experiment.digest for experiment in chosen.experiments])
+    page = ending.page_command(run_dir, RUNS)
     if as_json:
-        console.print_json({"run": str(run_dir), "cells": counts})
+        console.print_json({"run": str(run_dir), "cells": counts, "not_ok": not_ok, "page": page})
     else:
         typer.echo(f"{run_dir}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
-    if not counts.get("ok"):
-        raise typer.Exit(1)
+        for row in not_ok:
+            typer.echo("{status}: {systems}, {where}, {workloads}, launch {launches}: {why}".format(**row))
+        typer.echo(f"the page: {page}")
+    if status := ending.status(counts):
+        raise typer.Exit(status)
 
 
 def fitting() -> str:
@@ -158,6 +166,7 @@ def report(
 ) -> None:
     """Render a run, or a paper's experiments, as one self-contained HTML page, and print its path.
 
+    Ratios refer to a baseline that ran (megatron, else flat, else what has most times) or to -p baseline=SYSTEM.
     The tables lie beside it as CSV and LaTeX, and the executed notebook with them; results/index.html lists all pages.
     A paper's page needs no run: what a run would add to it says which command makes that run. A sweep need not be over.
 

@@ -51,11 +51,13 @@ class SparsePlan:
     hosts: np.ndarray
     stages: tuple[Hops, ...]
 
-    def bytes(self, chunk_bytes: float) -> np.ndarray:
-        """What each rank sends each in the gather, float64 [num_ranks, num_ranks]; of the reduction the transpose."""
+    def bytes(self, chunk_bytes: float, near: bool | None = None) -> np.ndarray:
+        """What each rank sends each in the gather, float64 [num_ranks, num_ranks]; of the reduction the transpose.
+        ``near``: of the near hops alone, or of the others."""
         found = np.zeros((self.topology.num_ranks,) * 2)
-        for hops in self.stages:
-            np.add.at(found, (hops.source, hops.target), float(chunk_bytes))
+        for stage, hops in enumerate(self.stages):
+            wanted = slice(None) if near is None else self.near(stage) == near
+            np.add.at(found, (hops.source[wanted], hops.target[wanted]), float(chunk_bytes))
         return found
 
     @property

@@ -10,174 +10,28 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, model_validator
 
 from harness import ledger
 from harness.errors import bad
-from harness.presets import parse_yaml
 from harness.report import compare
+from harness.report.claim import Claim, Experiments, Reported, Value, Where, read
 from harness.report.run import load as load_run
-from harness.specs import Name, Spec
 from harness.studies import Findings, Study, reported, studies
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 LEVELS = ("measured", "emulated", "simulated")
 
 Outcome = Literal["reproduced", "partly", "not", "not attempted"]
-Text = Annotated[str, Field(min_length=1)]
-Where = dict[str, str | int | float | bool | tuple[str, ...]]  # a list: any of them
-
-
-class Reported(Spec):
-    """Names one row of ``results/reported/PAPER.csv``; a key that is not given may have any value there."""
-
-    item: Text
-    quantity: Text
-    testbed: str | None = None
-    model: str | None = None
-    system: str | None = None
-
-
-class Criterion(Spec):
-    """What the values found must satisfy. ``within``: of the reported ones, in their unit. ``below``, ``above``: a
-    number, or the reported value. Where a value has an interval, all of it must lie below or above."""
-
-    within: float | None = Field(default=None, gt=0)
-    below: float | Literal["reported"] | None = None
-    above: float | Literal["reported"] | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Criterion:
-        if self.within is None and self.below is None and self.above is None:
-            raise ValueError("needs within, below or above")
-        return self
-
-    @property
-    def needs_reported(self) -> bool:
-        return self.within is not None or "reported" in (self.below, self.above)
-
-    def met(self, found: Value, reported: float) -> bool:
-        limits = {side: reported if (v := getattr(self, side)) == "reported" else v for side in ("below", "above")}
-        return (
-            (self.within is None or abs(found.point - reported) <= self.within)
-            and (limits["below"] is None or found.largest < limits["below"])
-            and (limits["above"] is None or found.least > limits["above"])
-        )
-
-
-class Experiments(Spec):
-    """The rows that test a claim, and how a value is made of them.
-
-    One of ``study`` (with the name of its ``table``, a raw one or one for reading), ``run`` (a stored run) and
-    ``ledger`` (the fits of every calibration). ``where`` selects rows. With ``over`` a value is a ratio of the column:
-    rows that ``over`` changes ``where`` to, over those of ``where``, paired by the columns ``pair`` (a run pairs by
-    launch and repetition itself). ``per``: the estimator is applied to each group, and the least and the largest of
-    them are the values. ``differ``: a value is 1 where two columns differ, else 0.
-    """
-
-    study: str = ""
-    table: str = ""
-    run: str = ""
-    ledger: bool = False
-    where: Where = {}
-    over: Where = {}
-    pair: tuple[str, ...] = ()
-    per: tuple[str, ...] = ()
-    column: str = "time_s"
-    differ: tuple[str, str] | None = None
-    estimator: Literal["mean", "geometric_mean", "least", "largest", "range", "share", "count"] = "mean"
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Experiments:
-        if (bool(self.study) + bool(self.run) + self.ledger) != 1:
-            raise ValueError("give one of study, run and ledger")
-        if bool(self.study) != bool(self.table):
-            raise ValueError("study and table go together")
-        if self.study and self.over and not self.pair:
-            raise ValueError("a ratio (over) of a study needs pair: the columns that say which rows belong together")
-        if self.estimator == "range" and self.per:
-            raise ValueError("per already gives a range; choose another estimator")
-        if self.run and not ({"label"} == set(self.where) == set(self.over) and self.estimator == "geometric_mean"):
-            raise ValueError("a run is judged by geometric_mean, with where and over of a label")
-        return self
-
-    @property
-    def num_values(self) -> int:
-        return 2 if self.per or self.estimator == "range" else 1
-
-    @property
-    def basis(self) -> str:
-        """In words."""
-        source = f"study {self.study}" if self.study else f"run {self.run}" if self.run else "ledger of calibrations"
-        return ", ".join([source, *(f"{key} {_shown(value)}" for key, value in self.where.items())])
-
-    @property
-    def method(self) -> str:
-        """The estimator in words."""
-        each = f"{' ≠ '.join(self.differ)}" if self.differ else self.column
-        if self.over:
-            each = f"ratio over {', '.join(str(v) for v in self.over.values())}"
-        words = f"{self.estimator.replace('_', ' ')} of {each}"
-        return f"{words}, least and largest per {', '.join(self.per)}" if self.per else words
-
-
-def _shown(value: object) -> str:
-    return " or ".join(value) if isinstance(value, tuple) else str(value)
-
-
-class Claim(Spec):
-    """``statement`` in our words; ``source`` in the paper. ``reproduced`` and ``partly``: criteria, chosen from what
-    the paper prints and never from a result. Without experiments ``not_attempted`` says why."""
-
-    id: Name
-    paper: Name
-    statement: Text
-    source: Text
-    unit: str = "×"
-    reported: tuple[Reported, ...] = ()
-    experiments: tuple[Experiments, ...] = ()
-    reproduced: Criterion | None = None
-    partly: Criterion | None = None
-    not_attempted: str = ""
-    note: str = ""
-
-    @model_validator(mode="after")
-    def _complete(self) -> Claim:
-        if bool(self.experiments) == bool(self.not_attempted):
-            raise ValueError("a claim has experiments, or not_attempted says why; one of them")
-        if self.experiments and self.reproduced is None:
-            raise ValueError("has experiments but no criterion reproduced")
-        for each in self.experiments:
-            needed = any(c.needs_reported for c in (self.reproduced, self.partly) if c is not None)
-            if len(self.reported) != each.num_values and (needed or self.reported):
-                raise ValueError(f"{len(self.reported)} reported values for {each.num_values} found ({each.basis})")
-        return self
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """One number with its 95 % interval (NaN: none, as a model without noise and a single sample have none)."""
-
-    point: float
-    low: float = math.nan
-    high: float = math.nan
-
-    @property
-    def least(self) -> float:
-        return self.point if math.isnan(self.low) else self.low
-
-    @property
-    def largest(self) -> float:
-        return self.point if math.isnan(self.high) else self.high
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Of one binding of a claim. ``evidence`` and ``found`` are empty where nothing was attempted: ``why`` says why."""
+    """Of one binding of a claim. ``evidence`` and ``found`` are empty where nothing was attempted: ``why`` says why.
+    ``tested``: what was found of each condition, in words; ``lacking``: what of a run does not count, and why."""
 
     claim: Claim
     outcome: Outcome
@@ -187,6 +41,8 @@ class Verdict:
     num_rows: int = 0
     experiments: Experiments | None = None
     why: str = ""
+    tested: tuple[str, ...] = ()
+    lacking: str = ""
 
 
 class Sources:
@@ -214,25 +70,6 @@ def _quietly(study: Study) -> Callable[[], Findings]:
     return lambda: study.run(lambda line: None)
 
 
-def read(path: Path | str) -> list[Claim]:
-    """Claims of ``path``, a YAML list; ``UserError`` names the claim and the field."""
-    path = Path(path)
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"), path.name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise bad("claims file", str(path), f"cannot be read ({error}); give a readable YAML file") from None
-    if not isinstance(data, list) or not data:
-        raise bad(path.name, type(data).__name__, "must be a list of at least one claim")
-    found: dict[str, Claim] = {}
-    for place, each in enumerate(data):
-        named = each.get("id") if isinstance(each, Mapping) else None
-        claim: Claim = Claim.parse(each, f"{path.name}: {named or f'claim {place}'}")
-        if claim.id in found:
-            raise bad(f"{path.name}: {claim.id}", claim.id, "is there twice; give every claim an id of its own")
-        found[claim.id] = claim
-    return list(found.values())
-
-
 def look_up(table: pd.DataFrame, keys: Reported, where: str = "reported") -> float:
     """The one value that ``keys`` name; ``UserError`` unless there is exactly one."""
     wanted = {key: value for key, value in keys.model_dump().items() if value is not None}
@@ -257,17 +94,37 @@ def judge(claims: list[Claim], sources: Sources) -> list[Verdict]:
 def _judge(claim: Claim, experiments: Experiments, printed: tuple[float, ...], sources: Sources) -> Verdict:
     try:
         values, evidence, num_rows = _values(claim, experiments, sources)
+        hold, tested = _conditions(claim, evidence, sources)
     except _NotAttempted as missing:
         return Verdict(claim, "not attempted", printed, experiments=experiments, why=str(missing))
     met = {
-        name: criterion is not None
+        name: hold
+        and criterion is not None
         and all(
             criterion.met(value, said) for value, said in zip(values, printed or [math.nan] * len(values), strict=True)
         )
         for name, criterion in (("reproduced", claim.reproduced), ("partly", claim.partly))
     }
     outcome: Outcome = "reproduced" if met["reproduced"] else "partly" if met["partly"] else "not"
-    return Verdict(claim, outcome, printed, values, evidence, num_rows, experiments)
+    lacking = _lacking(experiments, sources.runs) if experiments.run else ""
+    return Verdict(claim, outcome, printed, values, evidence, num_rows, experiments, "", tested, lacking)
+
+
+def _conditions(claim: Claim, evidence: str, sources: Sources) -> tuple[bool, tuple[str, ...]]:
+    """Whether all of them hold, and each in words."""
+    hold, words = True, []
+    for each in claim.conditions:
+        if each.experiments is None or each.met is None:
+            words.append(f"{each.word}: {each.by}")
+            continue
+        values, level, _ = _values(claim, each.experiments, sources)
+        if level != evidence:
+            raise bad(f"claim {claim.id}.conditions", each.word, f"is {level}, and the claim {evidence}; one level")
+        met = all(each.met.met(value, math.nan) for value in values)
+        hold &= met
+        found = " to ".join(f"{value.point:.4g}" for value in values)
+        words.append(f"{each.word}: {each.experiments.method} is {found}, {'' if met else 'not '}{each.met.words}")
+    return hold, tuple(words)
 
 
 class _NotAttempted(Exception):
@@ -355,6 +212,18 @@ def _of_run(experiments: Experiments, runs: Path) -> tuple[tuple[Value, ...], st
         )
     estimate = pooled.estimate
     return (Value(estimate.point, estimate.low, estimate.high),), pooled.evidence[0], pooled.num_races
+
+
+def _lacking(experiments: Experiments, runs: Path) -> str:
+    """Cells of the two labels whose time does not count, or carries a mark: how many, and the first reason."""
+    found = compare.setbacks(load_run(runs / experiments.run))
+    found = found[found["label"].isin([experiments.where["label"], experiments.over["label"]])]
+    if found.empty:
+        return ""
+    first = found.iloc[0]
+    where = f"{first['label']}, {first['phase']} on {first['cluster']}, {first['workload']}"
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"Not ok: {where} ({first['status']}: {first['reason']}){more}"
 
 
 def calibrations(folder: Path) -> pd.DataFrame:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from harness.bench import stats
-from harness.report.run import GROUP, TIMED, Run
+from harness.report.run import GROUP, TIMED, WRONG, Run
 
 DIRECTIONS = ("forward", "backward", "total")
 IDENTITY = [*GROUP, "workload", "race", "cell", "label"]
@@ -25,9 +25,11 @@ SKEWS = ("expert", "rank", "node", "link")
 
 @functools.lru_cache(maxsize=8)
 def samples(run: Run) -> pd.DataFrame:
-    """Whole-job times of one repetition each (rank -1) whose status lets them count."""
+    """Whole-job times of one repetition each (rank -1) whose status lets them count: none of a cell that was wrong in
+    any launch."""
     rows = run.metric("time_s")
-    rows = rows[(rows["rank"] == -1) & rows["status"].isin(TIMED) & (rows["value"] > 0)]
+    wrong = run.rows[run.rows["status"].isin(WRONG)]["cell"]
+    rows = rows[(rows["rank"] == -1) & rows["status"].isin(TIMED) & (rows["value"] > 0) & ~rows["cell"].isin(wrong)]
     return rows.drop_duplicates(["cell", "launch", "rep", "direction"])
 
 
@@ -154,7 +156,8 @@ def bound(value: float) -> str:
 def traffic(run: Run) -> pd.DataFrame:
     """``IDENTITY``, direction, level, planned_bytes, counted_bytes (NaN where not known) and counted over planned.
 
-    Bytes of the whole job in one repetition: the median over launches and repetitions of the sum over ranks.
+    Bytes of the whole job in one repetition: the median over launches and repetitions of the sum over ranks. A timed
+    cell whose bytes nobody knows has its rows beside those of its race all the same.
     """
     rows = run.rows[run.rows["metric"].isin(["bytes_planned", "bytes_counted"])]
     rows = rows[np.isfinite(rows["value"])]
@@ -169,8 +172,12 @@ def traffic(run: Run) -> pd.DataFrame:
     bytes_.columns = pd.Index(["planned_bytes", "counted_bytes"])
     planned = bytes_["planned_bytes"].where(bytes_["planned_bytes"] > 0)
     bytes_["quotient"] = bytes_["counted_bytes"] / planned
-    identity = rows[IDENTITY].drop_duplicates("cell")
-    return _sorted(run, identity.merge(bytes_.reset_index(), on="cell"), ["level"])
+    identity = run.rows[IDENTITY].drop_duplicates("cell")
+    known = identity.merge(bytes_.reset_index(), on="cell")
+    of_race = known[["race", "direction", "level"]].drop_duplicates()
+    without = samples(run)[IDENTITY].drop_duplicates("cell")
+    without = without[~without["cell"].isin(known["cell"])].merge(of_race, on="race")
+    return _sorted(run, pd.concat([known, without], ignore_index=True), ["level"])
 
 
 def _totals(values: pd.Series) -> pd.Series:
@@ -226,10 +233,13 @@ def losses(run: Run) -> pd.DataFrame:
     return _sorted(run, rows[IDENTITY].drop_duplicates("cell").merge(loss, on="cell"), ["launch", "step"])
 
 
+@functools.lru_cache(maxsize=8)
 def setbacks(run: Run) -> pd.DataFrame:
-    """Cells and launches that gave no time that counts without a mark: refused, failed, cpu_bound, ... with why."""
+    """Cells and launches that gave no time that counts without a mark: refused, failed, cpu_bound, not run, ... with
+    why. ``timed``: whether times of the cell count all the same."""
     rows = run.rows[run.rows["status"] != "ok"]
-    keys = [*GROUP, "workload", "label", "status", "reason"]
+    rows = rows.assign(timed=rows["cell"].isin(samples(run)["cell"]))
+    keys = [*GROUP, "workload", "race", "cell", "label", "status", "reason", "timed"]
     found = rows.groupby(keys, dropna=False)["launch"].agg(_distinct).rename("launches").reset_index()
     return found.sort_values(["status", "label", "cluster", "phase", "workload"], ignore_index=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,25 +99,7 @@ def setbacks(run: Run) -> Html:
     if frame.empty:
         parts.append("<p>Every cell of this run ran, agreed with the oracle and was timed without a mark.</p>")
     else:
-        keys = [*GROUP, "label", "status"]
-        merged = frame.groupby(keys, sort=False).agg(
-            workloads=("workload", lambda s: ", ".join(dict.fromkeys(s))),
-            reason=("reason", _few),
-            launches=("launches", lambda s: ", ".join(sorted(set(", ".join(s).split(", ")), key=int))),
-        )
-        merged = merged.reset_index()
-        merged["case"] = [
-            words.group_title({str(k): v for k, v in case.items()}) for case in merged[GROUP].to_dict("records")
-        ]
-        columns = [
-            Column("status", "status", page.badge, merge=True),
-            Column("label", "system", merge=True),
-            Column("case", "case", kind="prose"),
-            Column("workloads", "workloads", kind="prose"),
-            Column("reason", "why", kind="prose"),
-            Column("launches", "launches"),
-        ]
-        parts.append(page.table(merged, columns, "Refused, failed or marked"))
+        parts.append(_setbacks(frame, "Refused, failed, not run or marked"))
         used = [(status, words.STATUS_WORDS.get(status, "")) for status in dict.fromkeys(frame["status"])]
         parts.append(
             page.fill(
@@ -131,6 +114,53 @@ def setbacks(run: Run) -> Html:
             )
         )
     return Html(*parts)
+
+
+def instead(run: Run, wished: str) -> str:
+    """Says that ratios are over another system than ``wished``; empty where they are not."""
+    if run.baseline == wished:
+        return ""
+    return page.fill(
+        '<p class="note">{{ wished }} has no time in this run, so ratios are over {{ found }}.</p>',
+        wished=wished,
+        found=run.baseline,
+    )
+
+
+def beside(run: Run, key: Mapping[str, Any] | None = None) -> str:
+    """A table for beside those of times, of the group ``key`` or of all: who has no time, or lost one in some launch,
+    and why; empty where nobody."""
+    frame = compare.setbacks(run)
+    frame = frame[frame["status"] != "cpu_bound"]  # these stand in the tables themselves, with their mark
+    if key is not None:
+        frame = frame[(frame[list(key)] == pd.Series(dict(key))).all(axis=1)]
+    return _setbacks(frame, "Without a time, or with fewer than the others") if len(frame) else ""
+
+
+def _setbacks(frame: pd.DataFrame, title: str) -> str:
+    """Of ``compare.setbacks``, cells of one status and case in one row."""
+    keys = [*GROUP, "label", "status", "timed"]
+    merged = frame.groupby(keys, sort=False).agg(
+        workloads=("workload", lambda s: ", ".join(dict.fromkeys(s))),
+        reason=("reason", _few),
+        launches=("launches", lambda s: ", ".join(sorted(set(", ".join(s).split(", ")), key=int))),
+    )
+    merged = merged.reset_index()
+    merged["case"] = [
+        words.group_title({str(k): v for k, v in case.items()}) for case in merged[GROUP].to_dict("records")
+    ]
+    merged["time"] = ["in other launches" if timed else "–" for timed in merged["timed"]]
+    merged.loc[merged["status"] == "cpu_bound", "time"] = "marked"
+    columns = [
+        Column("status", "status", page.badge, merge=True),
+        Column("label", "system", merge=True),
+        Column("case", "case", kind="prose"),
+        Column("workloads", "workloads", kind="prose"),
+        Column("time", "time"),
+        Column("reason", "why", kind="prose"),
+        Column("launches", "launches"),
+    ]
+    return page.table(merged, columns, title)
 
 
 def provenance(run: Run) -> Html:
@@ -152,10 +182,21 @@ def sweep(run_dir: Path) -> str:
 
     if not (run_dir / "sweep" / "sweep.json").exists():
         return ""
-    counts = Sweep.attach(run_dir).counts()
+    found = Sweep.attach(run_dir)
+    table = found.cells()
+    counts = found.counts(table)
     part = "so far" if any(state in OPEN for state in counts) else "and nothing is open"
-    rows = pd.DataFrame([{"state": state, "cells": count} for state, count in counts.items()])
-    columns = [Column("state", "state"), Column("cells", "cells", str, "num")]
+    rows = pd.DataFrame(
+        [
+            {
+                "state": state,
+                "cells": count,
+                "why": _few(table[table["state"] == state]["reason"]) if state != "ok" else "",
+            }
+            for state, count in counts.items()
+        ]
+    )
+    columns = [Column("state", "state"), Column("cells", "cells", str, "num"), Column("why", "why", kind="prose")]
     return page.table(rows, columns, "Cells of this sweep", part)
 
 
@@ -218,10 +259,11 @@ def _clusters(run: Run) -> str:
 def _models(run: Run) -> str:
     fields = {
         "name": "model", "num_layers": "layers", "hidden": "hidden M", "ffn": "FFN H", "num_experts": "experts E",
-        "top_k": "top-k", "ffn_type": "FFN", "gate": "gate",
+        "top_k": "top-k", "num_shared_experts": "shared experts", "ffn_type": "FFN", "gate": "gate",
     }  # fmt: skip
     frame = pd.DataFrame(_specs(run, "model"), columns=list(fields)).drop_duplicates()
-    numbers = ("num_layers", "hidden", "ffn", "num_experts", "top_k")
+    frame["num_shared_experts"] = frame["num_shared_experts"].fillna(0).astype(int)
+    numbers = ("num_layers", "hidden", "ffn", "num_experts", "top_k", "num_shared_experts")
     columns = [Column(key, title, str, "num" if key in numbers else "text") for key, title in fields.items()]
     return page.table(frame, columns, "Models")
 
@@ -305,4 +347,4 @@ def _number(digits: int) -> Any:
     return lambda value: f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
-__all__ = ["QUICK", "provenance", "routing", "setbacks", "where"]
+__all__ = ["QUICK", "beside", "provenance", "routing", "setbacks", "where"]

@@ -13,8 +13,8 @@ import pandas as pd
 from harness.bench.store import Store
 from harness.errors import UserError
 from harness.plan.graph import Timeline
-from harness.report import compare, figures, gantt, page, summary
-from harness.report.columns import EVIDENCE, columns_of, kept
+from harness.report import compare, context, figures, gantt, page, summary
+from harness.report.columns import columns_of, kept
 from harness.report.page import Column, Html
 from harness.report.run import Run
 
@@ -47,15 +47,24 @@ class OwnRun:
         except UserError as error:  # the times stand all the same
             predicted, why = pd.DataFrame({"cell": [], "direction": [], "predicted_s": []}), f": {error}"
         frame = compare.beside_predictions(self.run, predicted)
-        parts = [self._pooled(frame)]
+        parts = [self._pooled(frame), context.beside(self.run)]
         if frame.empty:
             parts.append(page.missing(f"There are no predictions to compare with{why}", ""))
         else:
             parts.append(self._agreement(frame))
+            parts.append(self._unpredicted(frame))
             parts.append(self._timelines(frame))
         parts.append(page.folded("every layer", summary.speedups(self.run).html))
-        parts.append(page.folded("what was refused, failed or marked", summary.setbacks(self.run).html))
+        parts.append(page.folded("what was refused, failed, not run or marked", summary.setbacks(self.run).html))
         return Html(*parts)
+
+    def _unpredicted(self, frame: pd.DataFrame) -> str:
+        """Names what has a time and no prediction."""
+        timed = compare.times(self.run)
+        lone = timed[(timed["direction"] == "total") & ~timed["cell"].isin(frame["cell"])].drop_duplicates("cell")
+        said = [f"{label} ({len(rows)} of its races)" for label, rows in lone.groupby("label", sort=False)]
+        what = "Timed, but not predicted, as the simulator does not know them there: {{ said }}."
+        return page.fill(f'<p class="note">{what}</p>', said=", ".join(said)) if said else ""
 
     def _timelines(self, frame: pd.DataFrame) -> str:
         """Backward of one layer under the baseline and the paper's system: executed above simulated. The layer: that of
@@ -88,8 +97,11 @@ class OwnRun:
         run, reference, rows = self.run, self.run.baseline, []
         at = predicted.pivot_table(index="race", columns="label", values="predicted_s")
         for label in run.labels:
+            if label == reference:
+                continue
             pooled = compare.pooled_speedup(run, label, reference)
-            if label == reference or pooled is None:
+            if pooled is None:
+                rows.append({"label": label, "num_races": 0, "scope": "–", "evidence": ""})
                 continue
             said = math.nan
             if {label, reference} <= set(at):
@@ -98,16 +110,17 @@ class OwnRun:
             row = {"label": label, "point": estimate.point, "low": estimate.low, "high": estimate.high}
             facts = {"num_races": pooled.num_races, "scope": estimate.scope, "evidence": " and ".join(pooled.evidence)}
             rows.append({**row, "predicted": said, **facts})
-        if not rows:
-            return page.missing(f"No race of this run has a time of {reference}.", "")
-        frame = pd.DataFrame(rows)
+        if not any(row["num_races"] for row in rows):
+            return page.missing(f"No race of this run has a time of {reference} and of another system.", "")
+        columns_ = ["label", "point", "low", "high", "predicted", "num_races", "scope", "evidence"]
+        frame = pd.DataFrame(rows, columns=columns_)
         self.keep("pooled_speedups", frame)
         ratios = [page.ratio(*ends) for ends in zip(frame["point"], frame["low"], frame["high"], strict=True)]
         frame["ratio"] = pd.Series(ratios, dtype=object)  # as strings they would be escaped
         columns = [
             Column("label", "system"),
             Column("ratio", f"over {reference} [95 % interval]", kept, "num"),
-            EVIDENCE,
+            Column("evidence", "evidence", lambda level: page.badge(level) if level else "–"),
             Column(
                 "predicted", "predicted (simulated)", lambda value: f"{value:.2f}×" if value == value else "–", "num"
             ),

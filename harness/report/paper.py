@@ -185,7 +185,8 @@ class Paper:
         if self.run_dir is None or not any(self.run_dir.glob("rows-*.parquet")):
             command = f"moebench run --suite {suite} && moebench report {self.name}"
             return Html(page.missing("These layers have not been run on this machine, so this part is empty.", command))
-        return OwnRun(load(self.run_dir, baseline=reference, control=label), label, simulator, self.keep).html()
+        run = load(self.run_dir, usual=(reference, label))
+        return Html(context.instead(run, reference), OwnRun(run, label, simulator, self.keep).html().html)
 
     # ------------------------------------------------------------------ plumbing
 
@@ -220,7 +221,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "unit": claim.unit,
         "evidence": verdict.evidence,
         "verdict": verdict.outcome,
-        "basis": f"{how}. {claim.note}" if claim.note else how,
+        "basis": ". ".join(filter(None, [how, *verdict.tested, verdict.lacking, claim.note])),
     }
 
 

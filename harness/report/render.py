@@ -53,7 +53,8 @@ def render(
         raise bad("notebook parameter", sorted(unknown)[0], f"unknown; {name} takes {', '.join(known)}")
     if run_dir is not None:
         run_dir = Path(run_dir).resolve()
-        load(run_dir)  # before a kernel starts: a user's error is one line, not a traceback inside a notebook
+        given = {key: str(value) for key, value in (parameters or {}).items() if key in ("baseline", "control")}
+        load(run_dir, **given)  # type: ignore[arg-type]  # before a kernel starts: a user's error costs no time
     elif suite(name) is None:
         raise bad("run", None, f"{name} reports on a run; make one with moebench run --suite quick")
     if out is None:

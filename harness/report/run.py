@@ -13,18 +13,22 @@ import pandas as pd
 
 from harness.bench.store import Store
 from harness.errors import bad
+from harness.report import untold
 from harness.report.keep import keep
 
 #: What a race, its cluster and its evidence share; one panel or table of the report is one such group.
 GROUP = ["phase", "cluster", "model", "dtype", "wire", "evidence", "network", "compute"]
 TIMED = ("ok", "cpu_bound")  # statuses whose times count; cpu_bound ones carry a mark everywhere
+WRONG = ("nonconforming", "unphysical")  # in one launch: then no time of the cell counts
+USUAL = ("megatron", "flat")  # baseline and control, where they ran
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """One run. ``rows``: the store's columns plus ``label``, the system with the options that set it apart.
+    """One run. ``rows``: the store's columns plus ``label``, the system with the options that set it apart; a cell that
+    was to run and of which nothing is stored has a row that says so.
 
-    ``baseline``, ``control``: labels, or systems, that ratios refer to (the run need not hold them).
+    ``baseline``, ``control``: labels, or systems, that ratios refer to.
     """
 
     path: Path
@@ -50,8 +54,8 @@ class Run:
 
     @functools.cached_property
     def experiments(self) -> dict[str, dict[str, Any]]:
-        """Resolved experiment of every cell, from the records."""
-        return merged(self.records, "experiments")
+        """Resolved experiment of every cell, from the records and the sweep."""
+        return {cell: data for (cell, _), data in untold.swept(self.path).items()} | merged(self.records, "experiments")
 
     @functools.cached_property
     def certificates(self) -> dict[str, dict[str, Any]]:
@@ -67,8 +71,12 @@ class Run:
         keep(self.path / "report" / "tables", name, frame)
 
 
-def load(run_dir: Path | str, *, baseline: str = "megatron", control: str = "flat") -> Run:
-    """Read the run in ``run_dir``; ``UserError`` if there is none, or nothing in it, with the known runs."""
+def load(run_dir: Path | str, *, baseline: str = "", control: str = "", usual: tuple[str, str] = USUAL) -> Run:
+    """Read the run in ``run_dir``; ``UserError`` if there is none, or nothing in it, with the known runs.
+
+    ``baseline``, ``control``: labels, or systems; ``UserError`` that names those of the run if it has no such one. By
+    default those of ``usual`` that have a time; as baseline else the control, or what has times of the most cells.
+    """
     path = Path(run_dir)
     if not path.is_dir():
         raise bad("run", str(run_dir), f"no such folder; {known_runs(path.parent)}")
@@ -82,13 +90,26 @@ def load(run_dir: Path | str, *, baseline: str = "megatron", control: str = "fla
         for file in sorted(path.glob("record-*.json"))
         if file.stem.removeprefix("record-") not in records
     ]
+    if len(more := untold.rows(path, rows, records)):
+        rows = pd.concat([rows, more.astype(rows.dtypes)], ignore_index=True) if len(rows) else more
     if rows.empty and not damaged:
         raise bad(
             "run",
             str(run_dir),
             f"holds no rows; fill it with `moebench run`, or choose another; {known_runs(path.parent)}",
         )
-    rows = rows.assign(label=_labels(rows, merged(records, "experiments")))
+    experiments = {cell: data for (cell, _), data in untold.swept(path).items()} | merged(records, "experiments")
+    rows = rows.assign(label=_labels(rows, experiments))
+    known = list(dict.fromkeys([*sorted(set(rows["label"])), *sorted(set(rows["system"]))]))
+    for field, given in (("baseline", baseline), ("control", control)):
+        if given and given not in known:
+            raise bad(field, given, f"is no system of {path.name}; there are {', '.join(known) or 'none'}")
+    timed = rows[(rows["metric"] == "time_s") & rows["status"].isin(TIMED)]
+    ran = {*timed["label"], *timed["system"]}
+    if not baseline:
+        most = timed.groupby("label")["cell"].nunique().sort_values(ascending=False, kind="stable").index
+        baseline = next((name for name in (*usual, *most) if name in ran), usual[0])
+    control = control or (usual[1] if usual[1] in ran else baseline)
     return Run(path, rows, records, tuple(damaged), baseline, control)
 
 

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from harness.report import compare, page, summary
+from harness.report import compare, context, page, summary
 from harness.report.columns import EVIDENCE, columns_of, kept
 from harness.report.page import Column, Html
 from harness.report.paper import Paper
@@ -54,10 +54,11 @@ def shown(paper: Paper, suite: str, label: str, reference: str) -> Html:
     if paper.run_dir is None or not any(paper.run_dir.glob("rows-*.parquet")):
         command = f"moebench run --suite {suite} && moebench report {paper.name}"
         return Html(page.missing("These models have not been served on this machine, so this part is empty.", command))
-    run = load(paper.run_dir, baseline=reference, control=label)
+    run = load(paper.run_dir, usual=(reference, label))
+    wished, reference = reference, run.baseline
     found, ratios = latencies(run), compare.speedups(run, reference)
     if found.empty:
-        return Html(page.missing("This run has no times.", f"moebench run --suite {suite}"))
+        return Html(page.missing("This run has no times.", f"moebench run --suite {suite}"), context.beside(run))
     found = found.merge(ratios[["cell", "point", "low", "high"]], on="cell", how="left")
     paper.keep("serving_latency", found)
     cells = zip(found["point"], found["low"], found["high"], strict=True)
@@ -80,8 +81,10 @@ def shown(paper: Paper, suite: str, label: str, reference: str) -> Html:
     of_layers = parts(run, by_layer=True).drop(columns=["cell", "max_over_mean_load"])
     paper.keep("serving_layers", of_layers)
     return Html(
+        context.instead(run, wished),
         page.table(found, columns, "Latency and throughput"),
+        context.beside(run),
         page.table(of_parts, columns_of(of_parts, 3), "Parts of a layer", "tail: slowest rank; mean: over ranks"),
         page.folded("layer by layer", page.table(of_layers, columns_of(of_layers, 3), "Parts of each layer")),
-        page.folded("what was refused, failed or marked", summary.setbacks(run).html),
+        page.folded("what was refused, failed, not run or marked", summary.setbacks(run).html),
     )

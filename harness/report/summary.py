@@ -12,7 +12,7 @@ import pandas as pd
 
 from harness.bench.memory import PARTS
 from harness.report import compare, figures, page, words
-from harness.report.context import QUICK, provenance, routing, setbacks, where
+from harness.report.context import QUICK, beside, provenance, routing, setbacks, where
 from harness.report.page import Column, Html
 from harness.report.run import GROUP, Run, in_order, load
 
@@ -25,7 +25,8 @@ def headline(run: Run) -> Html:
     """Which system was fastest for what, by how much, on what evidence."""
     found = words.findings(run)
     if not found:
-        return Html(page.missing("No cell of this run has a time, so nothing can be said about speed.", QUICK))
+        missing = page.missing("No cell of this run has a time, so nothing can be said about speed.", QUICK)
+        return Html(missing, beside(run))
     return Html(
         page.fill(
             """<ul class="headline">{% for f in found %}
@@ -44,7 +45,7 @@ def speedups(run: Run) -> Html:
     times = compare.times(run)
     run.write_table("times", times)
     if times.empty:
-        return Html(page.missing("No cell of this run has a time.", QUICK))
+        return Html(page.missing("No cell of this run has a time.", QUICK), beside(run))
     parts: list[str] = []
     ratios: dict[str, pd.DataFrame] = {}
     for reference in dict.fromkeys((run.baseline, run.control)):
@@ -53,8 +54,11 @@ def speedups(run: Run) -> Html:
             f"speedups_{''.join(c if c.isalnum() or c in '-_' else '_' for c in reference)}", ratios[reference]
         )
         parts.append(_speedup_figure(run, reference, ratios[reference]))
-    for key, group in times.groupby(GROUP, sort=False):
-        parts += _speedup_tables(run, dict(zip(GROUP, key, strict=True)), group, ratios)
+    for key, cells in run.rows.groupby(GROUP, sort=False):
+        named = dict(zip(GROUP, key, strict=True))
+        if len(group := times[times["cell"].isin(cells["cell"])]):
+            parts += _speedup_tables(run, named, group, ratios)
+        parts.append(beside(run, named))
     return Html(*parts)
 
 
@@ -88,19 +92,21 @@ def traffic(run: Run) -> Html:
         Column("quotient", "counted / planned", _quotient, "num"),
         _EVIDENCE,
     ]
-    some = frame[(frame["planned_bytes"] > 0) | (frame["counted_bytes"] > 0)]
-    return Html(first, *_by_group(some, columns, "bytes of one repetition, all ranks"))
+    unknown = frame["planned_bytes"].isna() & frame["counted_bytes"].isna()
+    some = frame[unknown | (frame["planned_bytes"] > 0) | (frame["counted_bytes"] > 0)]
+    note = "bytes of one repetition, all ranks" + ("; –: nobody can plan or count them" if unknown.any() else "")
+    return Html(first, *_by_group(some, columns, note))
 
 
 def light(run: Run) -> Html:
     """Times beside their speed of light."""
     frame = compare.times(run)
-    frame = frame[frame["speed_of_light_s"].notna()]
+    frame = frame[frame["race"].isin(frame[frame["speed_of_light_s"].notna()]["race"])]
     if frame.empty:
         what = "No speed of light is known here: it takes a cluster whose links or devices have a stated rate."
         return Html(page.missing(what, _RUN, "with an emulated cluster in that file"))
     drawn = figures.drawn(
-        lambda: figures.light(run, frame),
+        lambda: figures.light(run, frame[frame["speed_of_light_s"].notna()]),
         alt="Time of every system per workload as a bar with its interval, and its speed of light as a black tick.",
         caption="The speed of light is a bound that no implementation of the same communication can pass: the bytes "
         "that must cross the bottleneck link over its rate, or the operations over the device's peak. "

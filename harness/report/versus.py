@@ -15,7 +15,7 @@ from scipy import stats as scipy_stats
 
 from harness.bench.stats import CONFIDENCE
 from harness.errors import bad
-from harness.report import compare, page
+from harness.report import compare, page, words
 from harness.report.page import Column, Html
 from harness.report.run import GROUP, Run, load
 
@@ -68,8 +68,9 @@ def table(run: Run, other: Run) -> Html:
     if frame.empty:
         return Html(page.missing(f"{run.name} and {other.name} have no timed cell in common.", "moebench run"))
     parts = []
-    for key, group in frame[frame["direction"] == "total"].groupby(GROUP, sort=False):
+    for key, group in frame.groupby(GROUP, sort=False):
         case = dict(zip(GROUP, key, strict=True))
+        group = group[group["direction"] == words.main_direction(group)]
         group = group.assign(shown=[page.ratio(*each) for each in group[["ratio", "low", "high"]].to_numpy()])
         columns = [
             Column("workload", "workload", merge=True),
@@ -84,17 +85,25 @@ def table(run: Run, other: Run) -> Html:
 
 
 def only_one(run: Run, other: Run) -> Html:
-    """Cells that one of them lacks."""
-    mine, theirs = set(compare.samples(run)["cell"]), set(compare.samples(other)["cell"])
-    keys = ["phase", "cluster", "model", "workload", "label"]
-    lone = [
-        frame[frame["cell"].isin(cells)].drop_duplicates("cell")[keys].assign(run=name)
-        for name, frame, cells in ((run.name, run.rows, mine - theirs), (other.name, other.rows, theirs - mine))
-    ]
-    found = pd.concat(lone, ignore_index=True)
-    if found.empty:
+    """Cells that have no time in one of them, or in neither, with what became of them there."""
+    timed = {each.name: set(compare.samples(each)["cell"]) for each in (run, other)}
+    both = pd.concat([each.rows.drop_duplicates("cell") for each in (run, other)]).drop_duplicates("cell")
+    rows = []
+    for cell in both[~both["cell"].isin(set.intersection(*timed.values()))].to_dict("records"):
+        told = {f"in_{i}": _became(each, cell["cell"]) for i, each in enumerate((run, other))}
+        rows.append({**{key: cell[key] for key in ("phase", "cluster", "model", "workload", "label")}, **told})
+    if not rows:
         return Html("<p>Both runs have times of the same cells.</p>")
-    columns = [
-        Column(key, key, merge=key == "run") for key in ("run", "phase", "cluster", "model", "workload", "label")
-    ]
-    return Html(page.table(found, columns, "Timed in one run only"))
+    columns = [Column(key, key) for key in ("phase", "cluster", "model", "workload", "label")]
+    columns += [Column(f"in_{i}", each.name, kind="prose") for i, each in enumerate((run, other))]
+    return Html(page.table(pd.DataFrame(rows), columns, "Without a time in one of them, or in both"))
+
+
+def _became(run: Run, cell: str) -> str:
+    """Of a cell in a run, in words."""
+    back = compare.setbacks(run)
+    back = back[back["cell"] == cell]
+    said = "; ".join(f"{one['status']}: {words.shortened(one['reason'])}" for one in back.to_dict("records"))
+    if cell in set(compare.samples(run)["cell"]):
+        return f"timed ({said})" if said else "timed"
+    return said or "is not in it"

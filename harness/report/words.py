@@ -30,12 +30,22 @@ STATUS_WORDS = {
     "nonconforming": "its numbers differ from the oracle's, so its time does not count",
     "unphysical": "its time is shorter than its speed of light or not finite, so it does not count",
     "cpu_bound": "timed, but the ranks used so much CPU that the cores, not the link, may set the time",
+    "not run": "it was to run, and no row of it is stored",
+    "crashed": "its job ended without a row of it",
+    "timed out": "its job reached its time limit before it",
+    "cancelled": "its job was cancelled before it",
+    "running": "its job is at it",
+    "queued": "its job waits for room",
+    "requeued": "its job will start again",
+    "unsubmitted": "its job has not been submitted",
 }
+EXPECTED = ("refused", "running", "queued", "requeued", "unsubmitted")  # nothing went wrong (yet)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What one group of races shows. ``sure``: a fastest system is shown on every workload, without a mark."""
+    """What one group of races shows. ``sure``: a fastest system is shown on every workload, without a mark, and all
+    others ran or were refused."""
 
     title: str
     evidence: str
@@ -45,15 +55,23 @@ class Finding:
 
 
 def findings(run: Run) -> list[Finding]:
-    """One finding for every group that holds times."""
+    """One finding for every group of which something has a time, and for every other group that was to."""
     times, samples = compare.times(run), compare.samples(run)
     if times.empty:
         return []
-    baseline, control = compare.speedups(run, run.baseline), compare.speedups(run, run.control)
-    return [
-        _finding(run, dict(zip(GROUP, key, strict=True)), group, samples, baseline, control)
-        for key, group in times.groupby(GROUP, sort=False)
-    ]
+    ratios = compare.speedups(run, run.baseline), compare.speedups(run, run.control)
+    found = []
+    for key, rows in run.rows.groupby(GROUP, sort=False):
+        group = dict(zip(GROUP, key, strict=True))
+        cells = rows.drop_duplicates("cell")
+        timed = times[times["cell"].isin(cells["cell"])]
+        found.append(_untimed(run, group) if timed.empty else _finding(run, group, cells, timed, samples, *ratios))
+    return found
+
+
+def _untimed(run: Run, key: dict[str, Any]) -> Finding:
+    sentences = ("No system has a time here.", *_setbacks(run, key))
+    return Finding(group_title(key), key["evidence"], key["network"], sentences, False)
 
 
 def group_title(group: dict[str, Any]) -> str:
@@ -77,30 +95,44 @@ def main_direction(frame: pd.DataFrame) -> str:
 
 
 def _finding(
-    run: Run, key: dict[str, Any], group: pd.DataFrame, samples: pd.DataFrame, *ratios: pd.DataFrame
+    run: Run,
+    key: dict[str, Any],
+    cells: pd.DataFrame,
+    group: pd.DataFrame,
+    samples: pd.DataFrame,
+    *ratios: pd.DataFrame,
 ) -> Finding:
+    """``cells``: all of the group; ``group``: times of those that have some."""
     direction = main_direction(group)
     group = group[group["direction"] == direction]
     samples = samples[samples["direction"] == direction]
-    sure = True
-    outcomes: dict[tuple[str, tuple[str, ...], bool], list[str]] = defaultdict(list)  # -> races
+    back = compare.setbacks(run)
+    marks = back.drop_duplicates("cell").set_index("cell")["status"].to_dict()
+    sure = all(status in EXPECTED for cell, status in marks.items() if cell in set(cells["cell"]))
+    outcomes: dict[tuple[str, tuple[str, ...], bool, str], list[str]] = defaultdict(list)  # -> races
     for race, rows in group.groupby("race", sort=False):
-        fastest, level = _fastest(rows, samples[samples["race"] == race])
-        outcomes[fastest, level, len(rows) == 1].append(str(race))
-        sure = sure and not level and len(rows) > 1
+        first, level = _fastest(rows, samples[samples["race"] == race])
+        mark = marks.get(first["cell"], "")
+        outcomes[first["label"], level, len(rows) == 1, mark].append(str(race))
+        sure = sure and not level and len(rows) > 1 and not mark
 
     sentences = []
-    for (fastest, level, alone), races in outcomes.items():
+    for (fastest, level, alone, mark), races in outcomes.items():
         here = group[group["race"].isin(races)]
         every = len(outcomes) == 1 and len(races) > 3
         where = f"on all {len(races)} workloads" if every else "on " + _listed(here["workload"].unique())
+        count = _systems(here, cells[cells["race"].isin(races)])
         if alone:
-            sentences.append(f"Only {fastest} has a time {where}: nothing to compare.")
+            also = f"; it is not ok there: {mark}" if mark else ""
+            sentences.append(f"Only {fastest} has a time {where} ({count}{also}): nothing to compare.")
             continue
         if level:
-            text = f"{fastest} has the shortest time {where}, but no difference from {_listed(level, 'or')} is shown"
+            unbeaten = _listed(level, "or")
+            text = f"{fastest} has the shortest time of {count} {where}, but no difference from {unbeaten} is shown"
+        elif mark:
+            text = f"{fastest} has the shortest time of {count} {where}, but it is not ok there ({mark})"
         else:
-            text = f"{fastest} is the fastest of {_span(here.groupby('race').size())} systems {where}"
+            text = f"{fastest} is the fastest of {count} {where}"
         mine = [frame[(frame["label"] == fastest) & frame["race"].isin(races)] for frame in ratios]
         clauses = list(filter(None, (_against(rows[~rows["reference"].isin(level)], direction) for rows in mine)))
         joint = "; it is " if level else ": "
@@ -108,17 +140,46 @@ def _finding(
     own = ratios[0][ratios[0]["cell"].isin(compare.references(run, run.control).values())]
     if clause := _against(own[own["race"].isin(group["race"])], direction):
         sentences.append(f"The control {run.control}, native code without any paper's idea, is itself {clause}.")
+    sentences += _setbacks(run, key)
     if not set(compare.references(run, run.baseline).values()) & set(group["cell"]):
-        sentences.append(_absent(run, key))
+        sentences.append(f"There is no ratio to {run.baseline}, which has no time here.")
     if (marked := group[group["status"] == "cpu_bound"]["label"].unique()).size:
         sentences.append(f"Marked cpu_bound, so not a result about the network: {_listed(marked)}.")
-        sure = False
     sentences.append(_scope(group))
     return Finding(group_title(key), key["evidence"], key["network"], tuple(sentences), sure)
 
 
-def _fastest(times: pd.DataFrame, samples: pd.DataFrame) -> tuple[str, tuple[str, ...]]:
-    """The label with the least time in a race, and those that it is not shown to beat."""
+def _systems(timed: pd.DataFrame, cells: pd.DataFrame) -> str:
+    """``4 systems``, or ``3 systems (of 4 that were to run)``, of each race."""
+    ran, all_ = timed.groupby("race").size(), cells.groupby("race").size()
+    noun = "system" if ran.max() == 1 else "systems"
+    return f"{_span(ran)} {noun}" + ("" if (ran == all_).all() else f" (of {_span(all_)} that were to run)")
+
+
+def _setbacks(run: Run, key: dict[str, Any]) -> list[str]:
+    """Who has no time here, or lost one in some launch, and why: a sentence each, reasons of several as one."""
+    back = compare.setbacks(run)
+    back = back[(back[list(key)] == pd.Series(key)).all(axis=1) & (back["status"] != "cpu_bound")]
+    sentences = []
+    for timed, head in ((False, "No time"), (True, "No time in some launches")):
+        said = [
+            f"{_listed(rows['label'].unique())} {status} on {_listed(rows['workload'].unique())}"
+            + (f" (launch {_listed(rows['launches'].unique())})" if timed else "")
+            + f": {shortened(str(reason))}"
+            for (status, reason), rows in back[back["timed"] == timed].groupby(["status", "reason"], sort=False)
+        ]
+        sentences += [f"{head}: {'; '.join(said)}."] if said else []
+    return sentences
+
+
+def shortened(reason: str, most: int = 240) -> str:
+    """The beginning of a long one; the tables have all of it."""
+    reason = " ".join(reason.split()) or "no reason was stored"
+    return reason if len(reason) <= most else f"{reason[: most - 1]}…"
+
+
+def _fastest(times: pd.DataFrame, samples: pd.DataFrame) -> tuple[pd.Series, tuple[str, ...]]:
+    """The cell with the least time in a race, and the labels that it is not shown to beat."""
     fastest = times.sort_values("point").iloc[0]
     best = samples[samples["cell"] == fastest["cell"]]
     level = []
@@ -126,7 +187,7 @@ def _fastest(times: pd.DataFrame, samples: pd.DataFrame) -> tuple[str, tuple[str
         estimate = stats.ratio(samples[samples["cell"] == rival["cell"]], best)
         if compare.verdict(estimate.low, estimate.high) != "faster":
             level.append(rival["label"])
-    return str(fastest["label"]), tuple(level)
+    return fastest, tuple(level)
 
 
 def _against(speedups: pd.DataFrame, direction: str) -> str:
@@ -147,14 +208,6 @@ def _share(part: int, whole: int) -> str:
     if whole == 1:
         return ""
     return " on any of them" if part == whole else f" on {part} of {whole}"
-
-
-def _absent(run: Run, key: dict[str, Any]) -> str:
-    rows = run.rows[(run.rows["system"] == run.baseline) & (run.rows[list(key)] == pd.Series(key)).all(axis=1)]
-    why = rows[rows["status"] != "ok"][["status", "reason"]].drop_duplicates()
-    if why.empty:
-        return f"{run.baseline} was not run here, so there is no ratio to it."
-    return f"{run.baseline} has no time here ({why.iloc[0]['status']}: {why.iloc[0]['reason']})."
 
 
 def _scope(group: pd.DataFrame) -> str:

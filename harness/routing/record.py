@@ -124,6 +124,8 @@ def record(
         raise bad("model.gate", model.gate, "has no k experts per token to record; use a gate in which tokens choose")
     if model.gate_noise:
         raise bad("model.gate_noise", True, "a routing with noise is not the model's; record without it")
+    if model.lacks:
+        raise bad("model.num_shared_experts", model.num_shared_experts, model.lacks)
     if model.vocab < 256:
         raise bad("model.vocab", model.vocab, "must be at least 256: the text is read as bytes")
     if num_tokens < model.seq or num_tokens % model.seq:

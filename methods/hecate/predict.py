@@ -24,6 +24,7 @@ from harness import ledger
 from harness.bench.store import Store
 from harness.bench.train import training_case
 from harness.comm.replicas import nearest
+from harness.comm.sparse import SparsePlan, plan_sparse
 from harness.ledger import Calibration
 from harness.memory import expert_bytes, state_bytes
 from harness.placement import Placement
@@ -86,21 +87,26 @@ def _beta(fit: Any) -> float:
     return float(fit.beta_s_per_byte)
 
 
+#: tasks of a transfer in the order of their lanes: name, lane, seconds
+Tasks = tuple[tuple[str, str, float], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerCosts:
-    """Seconds of one layer's tasks. ``sent``, ``computed``: of each part of the exchange; ``shadows_s``: of what is
-    computed last; transfers between nodes and inside: ``gather`` before the experts, ``late`` behind the dispatch,
-    ``regather``, and ``reduce``, which goes inside first."""
+    """Seconds of one layer's tasks. ``sent``: by part of ``System.planned_bytes``, of each piece of the exchange;
+    ``computed``: of each piece; ``shadows_s``: of what is computed last; transfers: ``gather`` before the experts,
+    ``late`` behind the dispatch, ``regather``, and ``reduce``, which goes inside first (and to copies again)."""
 
     attention_s: float
     metadata_s: float
-    sent: tuple[float, ...]
+    metadata_grad_s: float
+    sent: Mapping[str, tuple[float, ...]]
     computed: tuple[float, ...]
     shadows_s: float
-    gather: tuple[float, float]
-    late: tuple[float, float]
-    regather: tuple[float, float]
-    reduce: tuple[float, float]
+    gather: Tasks = ()
+    late: Tasks = ()
+    regather: Tasks = ()
+    reduce: Tasks = ()
 
 
 def cases_of(known: type[System], experiment: Experiment, topology: Topology) -> list[Case]:
@@ -142,37 +148,64 @@ def layer_costs(known: type[System], case: Case, links: Links) -> LayerCosts | N
     parts = known.planned_bytes(case)
     if parts is None:
         return None
-    nothing = (0.0, 0.0)
-    moved = {name: links.seconds(parts[name]) for name in ("gather", "regather", "reduce") if name in parts}
-    rows = nearest(hosts_of(known, case), links.topology).rows(expert_counts(case.routing))  # [source, E, rank]
+    hosts = hosts_of(known, case)
+    rows = nearest(hosts, links.topology).rows(expert_counts(case.routing))  # [source, E, rank]
     masks = [np.ones(rows.shape[::2], dtype=bool)]
     shadows = np.zeros(rows.shape[2])
-    late = issubclass(known, FasterMoE)  # on the critical path, as shadows follow the gate
     if issubclass(known, FasterMoE) and (groups := num_groups(case)) > 1:
         distance = apart(links.topology.num_ranks, groups)
         masks = [distance == j for j in range(groups)]
         home = np.arange(rows.shape[2])
-        copied = hosts_of(known, case) & ~case.placement.hosts
+        copied = hosts & ~case.placement.hosts
         stays = np.where(copied.T, rows[home, :, home], 0)  # [rank, E]
         shadows = stays.sum(1)
         rows = rows.copy()
         rows[home, :, home] -= stays
     row_macs = GEMMS[model.ffn_type] * model.hidden * model.ffn
-    start_s, row_bytes = GEMMS[model.ffn_type] * gemm.alpha_s, model.hidden * DTYPE_BYTES[case.dtype]
-    travelling = rows.sum(1) * (1 - np.eye(len(rows)))
+    start_s = GEMMS[model.ffn_type] * gemm.alpha_s
     busiest = [float((rows.sum(1) * mask).sum(0).max()) for mask in masks]
     shadows_s = start_s + float(shadows.max()) * row_macs * gemm.beta_s_per_mac if shadows.any() else 0.0
     return LayerCosts(
         attention_s(case),
         links.both(parts["metadata"]),
-        tuple(links.both(travelling * mask * row_bytes) for mask in masks),
+        links.both(parts["metadata_grad"]) if "metadata_grad" in parts else 0.0,
+        {
+            name: tuple(links.both(parts[name] * (mask if out else mask.T)) for mask in masks)
+            for name, out in (("dispatch", True), ("combine", False), ("combine_grad", True), ("dispatch_grad", False))
+        },
         tuple(start_s + most * row_macs * gemm.beta_s_per_mac for most in busiest),
         shadows_s,
-        nothing if late else moved.get("gather", nothing),
-        moved.get("gather", nothing) if late else nothing,
-        moved.get("regather", nothing),
-        moved.get("reduce", nothing),
+        **transfers(known, case, links),
     )
+
+
+def transfers(known: type[System], case: Case, links: Links) -> dict[str, Tasks]:
+    """Of copies, as ``harness.plan.replicated`` and ``harness.plan.copied`` lay them out."""
+    owner, own, each = case.placement.owner, case.placement.hosts, expert_bytes(case.model, case.dtype)
+
+    def gather(name: str, hosts: Array) -> Tasks:
+        """What comes from inside the node goes beside what crosses between nodes, and before what does so after it."""
+        sparse = plan_sparse(owner, hosts, links.topology)
+        near, far = (links.seconds(sparse.bytes(each, near)) for near in (True, False))
+        return (f"{name}.{INTER}", INTER, far[0]), (f"{name}.near", INTRA, near[1]), (f"{name}.{INTRA}", INTRA, far[1])
+
+    def home(name: str, sparse: SparsePlan) -> Tasks:
+        between, inside = links.seconds(sparse.bytes(each).T)
+        return (f"{name}.{INTRA}", INTRA, inside), (f"{name}.{INTER}", INTER, between)
+
+    if issubclass(known, CopiedSystem):
+        first = known.first(case)
+        sparse = plan_sparse(first.owner, first.hosts, links.topology)
+        between, inside = links.seconds(sparse.bytes(each))
+        spread: Tasks = (f"spread.{INTER}", INTER, between), (f"spread.{INTRA}", INTRA, inside)
+        return {"reduce": (*home("reduce", sparse), *spread)}
+    if not issubclass(known, ReplicatedSystem):
+        return {}
+    policy = known.policy(case, None)
+    early, hosts = known.planned_hosts(case, policy, case.routing)
+    found = {"gather": gather("gather", early), "late": gather("late", (hosts & ~early) | own)}
+    found["reduce"] = home("reduce", plan_sparse(owner, hosts, links.topology))
+    return found | ({"regather": gather("regather", hosts)} if policy.rematerialises else {})
 
 
 def hosts_of(known: type[System], case: Case) -> Array:
@@ -199,22 +232,28 @@ def step_plan(experiment: Experiment, links: Links, processor_s: Seconds | None 
     def add(name: str, lane: str, seconds: float, after: list[str]) -> str:
         return plan.add(name, lane, after, Cost("wait", amount=seconds))
 
-    def transfer(name: str, seconds: tuple[float, float], after: list[str], *, inside_first: bool = False) -> list[str]:
-        stages = [(INTER, seconds[0]), (INTRA, seconds[1])]
-        for lane, each in reversed(stages) if inside_first else stages:
-            if each:
-                after = [add(f"{name}.{lane}", lane, each, after)]
-        return after
+    def transfer(prefix: str, tasks: Tasks, after: list[str]) -> list[str]:
+        """One task behind another, but ``near``, which waits for none of them."""
+        last, ends = after, []
+        for name, lane, seconds in tasks:
+            if seconds and name.endswith(".near"):
+                ends = [add(f"{prefix}{name}", lane, seconds, after)]
+            elif seconds:
+                last = [add(f"{prefix}{name}", lane, seconds, last)]
+        return [*ends, *last]
 
     def exchange(prefix: str, each: LayerCosts, there: str, back: str, factor: int, needed: list[str]) -> list[str]:
-        sent = [add(f"{prefix}{there}[{j}]", INTER, s, []) for j, s in enumerate(each.sent)]
-        late = transfer(f"{prefix}late", each.late, []) if there == "dispatch" else []
+        out, home_s = (each.sent[name if factor == 1 else f"{name}_grad"] for name in (there, back))
+        sent = [add(f"{prefix}{there}[{j}]", INTER, s, []) for j, s in enumerate(out)]
+        late = transfer(prefix, each.late, [f"{prefix}metadata"]) if factor == 1 else []
         made = [
             add(f"{prefix}experts[{j}]", COMPUTE, factor * s, [arrived, *needed])
             for j, (s, arrived) in enumerate(zip(each.computed, sent, strict=True))
         ]
         last = [add(f"{prefix}experts", COMPUTE, factor * each.shadows_s, [made[-1], *late])]
-        home = [add(f"{prefix}{back}[{j}]", INTER, s, [made[j]]) for j, s in enumerate(each.sent)]
+        home = [add(f"{prefix}{back}[{j}]", INTER, s, [made[j]]) for j, s in enumerate(home_s)]
+        if factor == 2 and each.metadata_grad_s:
+            home = [add(f"{prefix}metadata", INTER, each.metadata_grad_s, [])]
         return [*last, home[-1]]
 
     def processor(name: str, after: list[str], seconds: float = 0.0) -> list[str]:
@@ -224,7 +263,7 @@ def step_plan(experiment: Experiment, links: Links, processor_s: Seconds | None 
     last = processor("embedding", [])
     for i, each in enumerate(layers):
         prefix = f"layer{i}.forward."
-        ready = transfer(f"{prefix}gather", each.gather, [])
+        ready = transfer(prefix, each.gather, [])
         last = processor(f"{prefix}attention", last, each.attention_s)
         last = processor(f"{prefix}gate", last)
         add(f"{prefix}metadata", INTER, each.metadata_s + extra.get("forward.metadata", 0.0), last)
@@ -237,9 +276,9 @@ def step_plan(experiment: Experiment, links: Links, processor_s: Seconds | None 
         each, prefix = layers[i], f"layer{i}.backward."
         add(f"{prefix}start", INTER, 0.0, processor(f"{prefix}restore", last))
         last = processor(f"{prefix}gate", exchange(prefix, each, "combine", "dispatch", 2, again))
-        awaited += transfer(f"{prefix}reduce", each.reduce, [f"{prefix}experts"], inside_first=True)
+        awaited += transfer(prefix, each.reduce, [f"{prefix}experts"])
         if i:
-            again = transfer(f"layer{i - 1}.backward.regather", layers[i - 1].regather, [])
+            again = transfer(f"layer{i - 1}.backward.", layers[i - 1].regather, [])
         last = processor(f"{prefix}attention", last, 2 * each.attention_s)
     last = processor("embedding.backward", last)
     alpha, beta = links.all_reduce

@@ -216,6 +216,7 @@ def memory(progress: Progress) -> Findings:
                 "parameters_over_ep": each.experts_parameters / found["ep"].experts_parameters,
                 "state_over_ep": each.state / found["ep"].state,
                 "state_over_hecate": each.state / found["hecate"].state,
+                "state_over_lowest": each.state / min(other.state for other in found.values()),
             }
             copied = each.experts_parameters - found["ep"].experts_parameters
             of_hecate = found["hecate"].experts_parameters - found["ep"].experts_parameters
@@ -260,11 +261,13 @@ def batches(progress: Progress) -> Findings:
     raw["slower_than_hecate"] = raw["step_s"] / hecate["step_s"].to_numpy() - 1
     raw = raw.assign(evidence="simulated")
     fitting = raw[raw["fits"]].groupby("system", sort=False)["samples"].max().rename("largest_batch").reset_index()
+    of_others = [fitting["largest_batch"].drop(i).max() for i in fitting.index]
+    fitting["beyond_others"] = fitting["largest_batch"] - of_others
     text = reported("hecate", "remat")[["system", "quantity", "value", "evidence"]]
     notes = (
         NOTE,
         "Here Hecate materialises t experts whatever the memory; a system whose peak is beyond the device's has no "
-        "time.",
+        "time. beyond_others: largest batch less the largest that another system reaches.",
     )
     tables = {"batches": raw, "largest": fitting.assign(evidence="simulated"), "text": text.reset_index(drop=True)}
     return Findings(tables, notes, {"both": raw[raw["slower_than_hecate"].notna()]})

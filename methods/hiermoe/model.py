@@ -58,6 +58,9 @@ class TimeModel:
         return len(self.cluster.shape)
 
     def cost(self, stage: Stage) -> Collective:
+        """Of its all-to-all; among one unit (nodes, where there is one) nothing travels."""
+        if self.size(stage) == 1:
+            return Collective(alpha_s=0.0, beta_s_per_byte=0.0)
         found = self.cluster.collectives.get(key := stage.key(self.num_levels))
         if found is None:
             known = ", ".join(sorted(self.cluster.collectives)) or "none"

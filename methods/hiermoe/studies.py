@@ -18,7 +18,7 @@ import pandas as pd
 from harness import presets
 from harness.placement import Placement
 from harness.specs import Cluster, Model, Workload
-from harness.studies import Findings, Progress, Study, reported
+from harness.studies import Findings, Progress, Study, left_out, reported
 from harness.topology import Topology
 from methods.hiermoe.counts import count, counted_duplication, duplication
 from methods.hiermoe.model import TimeModel
@@ -51,17 +51,12 @@ def workload(skew: float, tokens: int = TOKENS, seed: int = 0, **params: float) 
 
 
 def resized(cluster: Cluster, num_nodes: int) -> Cluster:
-    """With another number of nodes and the same constants; of one node its inner levels alone, whose stages are
-    Inter-2, Inter-3 and Intra-i of the whole."""
+    """With another number of nodes and the same constants. On one node all ranks at once are Intra-1, so that HD2 is
+    plain deduplication there: stages below the node are those of HD3 and up, as on any number of nodes."""
+    found = cluster.resized(num_nodes)
     if num_nodes > 1:
-        return cluster.resized(num_nodes)
-    given = cluster.collectives
-    costs = {"a2a.flat": given["a2a.intra1"]}
-    for level in range(2, len(cluster.levels)):
-        for what in ("inter", "intra"):
-            costs[f"a2a.{what}{level - 1}"] = given[f"a2a.{what}{level}"]
-    name = f"{cluster.name}-1-node"
-    return cluster.model_copy(update={"levels": cluster.levels[1:], "name": name, "collectives": costs})
+        return found
+    return found.model_copy(update={"collectives": {**found.collectives, "a2a.flat": found.collectives["a2a.intra1"]}})
 
 
 def times(
@@ -150,7 +145,8 @@ def exchanges(progress: Progress) -> Findings:
     shown["variant"] = pd.Categorical(shown["variant"], list(VARIANTS))
     shown = shown[columns].sort_values(["model", "variant", "evidence", "skew"], ascending=[True, True, False, True])
     raw = {"exchanges": every.assign(evidence="simulated", axis=f"skew, {AXIS}")}
-    return Findings({"all-to-all": shown.astype({"variant": str})}, (NOTE,), raw)
+    kept = left_out(map(presets.model, MODELS.values()), "they are on every rank and take no part in an all-to-all")
+    return Findings({"all-to-all": shown.astype({"variant": str})}, (NOTE, *kept), raw)
 
 
 def steps(progress: Progress) -> Findings:
@@ -177,7 +173,8 @@ def steps(progress: Progress) -> Findings:
     every["evidence"] = "simulated"
     axis = [f"skew; computation at {efficiency:.0%}" for efficiency in every["efficiency"]]
     tables = {"steps": every, "text": text.reset_index(drop=True)}
-    return Findings(tables, (NOTE, note), {"lines": every.assign(axis=axis)})
+    kept = left_out(map(presets.model, MODELS.values()), "their computation is left out of a step's time")
+    return Findings(tables, (NOTE, note, *kept), {"lines": every.assign(axis=axis)})
 
 
 def compute_s(model: Model, cluster: Cluster, efficiency: float = EFFICIENCY) -> float:
@@ -308,7 +305,7 @@ def search(progress: Progress) -> Findings:
         "Processor time for 58 layers: statistics of one rank's tokens, and the search. all_ms: if one core searched "
         "all layers; rank_ms: as ranks do it, which share the layers out."
     )
-    return Findings({"search": pd.DataFrame(rows)}, (note,))
+    return Findings({"search": pd.DataFrame(rows)}, (note, *left_out([model], "no swap moves them")))
 
 
 def stale(progress: Progress) -> Findings:

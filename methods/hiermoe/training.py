@@ -139,7 +139,9 @@ class Swapper(AfterStep):
         parameters = list(self.layers[0].experts.parameters())
         of_expert = sum(p[0].numel() * p.element_size() for p in parameters)
         num_states = max(sum(getattr(v, "ndim", 0) > 0 for v in optimizer.state[p].values()) for p in parameters)
-        cost = self.model.cost(Stage(0, 1) if self.model.num_levels > 1 else Stage(0, self.model.num_levels))
+        shape = self.model.cluster.shape
+        outermost = next((level for level, size in enumerate(shape) if size > 1), len(shape) - 1)
+        cost = self.model.cost(Stage(outermost, outermost + 1))
         return cost.alpha_s + 2 * num_swaps * of_expert * (1 + num_states) * cost.beta_s_per_byte
 
     def _serves(self, cost_s: float, step_s: float) -> int:

@@ -19,6 +19,7 @@ from harness.bench import run, suite
 from harness.bench.store import Store
 from harness.errors import UserError
 from harness.launch import session
+from harness.report import ending
 from tests.bench import systems
 
 ROOT = Path(__file__).parents[2]
@@ -190,8 +191,9 @@ def test_a_bad_system_is_a_row_with_its_reason_and_the_race_goes_on(
         log = re.search(r"\(log: (.*)\)$", status["reason"][system])
         assert log
         assert {"badday": "bad day", "narrow": "can't allocate memory"}[system] in Path(log[1]).read_text()
-    (told,) = (line for line in run.setbacks(store, found) if line.startswith("badday exchange moe-tiny"))
-    assert "failed: rank 1 in 'badday exchange: timed repetition 2" in told
+    told = ending.not_ok(store.path, [experiment.digest for experiment in found.experiments])
+    (why,) = (row["why"] for row in told if row["systems"] == "badday")
+    assert "rank 1 in 'badday exchange: timed repetition 2" in why
     assert set(rows[rows["metric"] == "time_s"]["system"]) == {"flat"}
     assert store.finished() == {(e.digest, 0) for e in found.experiments if e.system == "flat"}
 

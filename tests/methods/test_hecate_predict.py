@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from harness import ledger, presets
-from harness.plan.graph import COMPUTE, INTER, Plan, Timeline
+from harness.comm.job import Job
+from harness.layer.weights import Weights
+from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Timeline
+from harness.plan.passage import backward_layer, forward_layer, passage
 from harness.plan.prices import Prices
 from harness.plan.simulate import simulate
+from harness.registry import system as named
 from harness.specs import Experiment
 from harness.topology import Topology
+from harness.traffic import port_load
 from methods.hecate import predict
 from methods.hecate.host import beside, merged
 
@@ -102,6 +111,70 @@ def test_what_is_hidden_does_not_count(timelines):
     dispatch, _ = timeline.of("layer1.forward.dispatch[0]")
     assert start <= begin + 1e-9
     assert end <= dispatch + 1e-9
+
+
+def test_what_is_near_comes_beside_what_crosses_between_nodes(timelines):
+    timeline = timelines["fsdp-experts"]
+    for transfer in ("layer0.forward.gather", "layer1.forward.gather", "layer0.backward.regather"):
+        (begins, crossed), (near, _), (spreads, _) = (
+            timeline.of(f"{transfer}.{part}") for part in (INTER, "near", INTRA)
+        )
+        assert near < crossed <= spreads
+        assert near - begins < 0.1 * (crossed - begins)
+
+
+@pytest.mark.parametrize("name", ["flat", "hiermoe-hd2", "hiermoe", "fsdp-experts", "hecate"])
+def test_bytes_that_are_priced_are_those_that_the_system_plans(name):
+    """A port of one byte a second, everything else at once: what the tasks of links take is what passes that port."""
+    load = {"name": "w", "tokens_per_rank": 512, "generator": "zipf", "params": {"target": 3.0}, "seed": 3}
+    topology, given = Topology((2, 4)), experiment(name, workload=load)
+    plan = predict.step_plan(given, predict.Links(topology, 1.0, np.inf, (0.0, 0.0)))
+    assert plan is not None
+    priced = sum(float(np.asarray(task.cost.amount)) for task in plan.tasks if task.lane == INTER and task.cost)
+    planned = 0.0
+    for layer, case in enumerate(predict.cases_of(named(name), given, topology)):
+        for part, matrix in named(name).planned_bytes(case).items():
+            last = layer == MODEL["num_layers"] - 1
+            if not (part == "regather" and last):  # those stay from forward to backward
+                planned += port_load(np.where(topology.level_between == 0, matrix, 0), topology, 0).max()
+    assert planned > 0
+    assert priced == pytest.approx(planned, rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def job() -> Iterator[Job]:
+    """Rank 0 of 8, whose collectives do nothing: enough to lay a layer out."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    yield Job(Topology((2, 4)))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["flat", "fsdp-experts", "hecate-rm", "eplb"])
+def test_transfers_of_copies_stand_in_the_step_as_they_are_executed(name, job, links):
+    """The same tasks, lanes and waits, of the layer that is not the last."""
+    given = experiment(name, options={"t": 3} if name.startswith("hecate") else {})
+    case = predict.cases_of(named(name), given, job.topology)[0]
+    layer = named(name).build(case, job, Weights(given.model, given.dtype, seed=0))
+    way, executed = passage(layer), Plan()
+    forward_layer(executed, way.forward, (), ahead=way.ahead, prefix="layer0.")
+    way.ahead_back(executed, "layer0.backward.")
+    backward_layer(
+        executed, way.backward, (), beside=lambda: way.behind(executed, "layer0.backward."), prefix="layer0."
+    )
+    priced = predict.step_plan(given, links)
+    assert priced is not None
+    assert copies_of(priced) == copies_of(executed)
+    assert bool(copies_of(priced)) == (name != "flat")
+
+
+def copies_of(plan: Plan) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Lane and waits of the tasks that move copies of layer 0, by name."""
+    kinds = ("gather", "late", "regather", "reduce", "spread")
+    return {
+        task.name: (task.lane, tuple(task.after))
+        for task in plan.tasks
+        if task.name.startswith("layer0.") and task.name.split(".")[2] in kinds
+    }
 
 
 def test_only_what_is_known_is_predicted():

@@ -51,6 +51,15 @@ def test_every_claim_finds_its_rows(found):
     assert {verdict.evidence for verdict in verdicts} == {"simulated", "measured"}
 
 
+def test_what_others_reach_and_hold_stands_beside(found):
+    largest = found["hecate-batches"].tables["largest"].set_index("system")
+    for system, row in largest.iterrows():
+        assert row["beyond_others"] == row["largest_batch"] - largest["largest_batch"].drop(system).max()
+    of_model = found["hecate-memory"].raw["models"].groupby(["testbed", "model"])
+    assert (of_model["state_over_lowest"].min() == 1).all()
+    assert np.allclose(of_model["state_over_lowest"].max(), of_model["state_GB"].max() / of_model["state_GB"].min())
+
+
 def test_ablation_has_what_the_parts_do(found):
     table = found["hecate-ablation"].tables["ablation"].set_index(["testbed", "routing", "variant"])["moe_over_ep"]
     for where in {key[:2] for key in table.index}:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 
 from harness import presets
+from harness.placement import Placement
+from harness.registry import system
 from harness.specs import Model
+from harness.system import Case
+from harness.topology import Topology
 from methods.hiermoe import studies
+from methods.hiermoe.counts import count
 from methods.hiermoe.model import TimeModel
-from methods.hiermoe.variants import VARIANTS, Swapping, replay, routings
+from methods.hiermoe.variants import NINE, VARIANTS, Swapping, replay, routings
 
 SMALL = Model(name="s", num_layers=1, hidden=16384, ffn=64, num_experts=64, top_k=4)
 
@@ -42,14 +47,29 @@ def test_a_placement_is_for_the_next_step_only():
     assert first["hd2-smart"] == first["hd2"]
 
 
-def test_one_node_has_the_inner_levels_and_their_costs():
+def test_on_one_node_hd2_is_plain_deduplication():
+    """The node's level joins one unit: nothing travels there, and what is left is one all-to-all of all ranks."""
     whole = presets.cluster("hiermoe")
     one = studies.resized(whole, 1)
-    assert one.shape == (2, 2, 2)
+    assert one.shape == (1, 2, 2, 2)
     assert one.collectives["a2a.flat"] == whole.collectives["a2a.intra1"]
-    assert one.collectives["a2a.inter1"] == whole.collectives["a2a.inter2"]
-    assert one.collectives["a2a.intra2"] == whole.collectives["a2a.intra3"]
     assert studies.resized(whole, 2).shape == (2, 2, 2, 2)
-    assert studies.compute_s(presets.model("deepseek-v3-half"), whole, 0.5) == pytest.approx(
-        2 * studies.compute_s(presets.model("deepseek-v3-half"), whole, 1.0)
-    )
+    model, topology = TimeModel(one), Topology(one.shape)
+    placement = Placement.contiguous(SMALL.num_experts, one.num_ranks)
+    (routing,) = routings(studies.workload(4.0, tokens=64), SMALL, one, 1)
+    for deduplicated in (True, False):
+        times = model.times(count(routing, placement.owner, topology), 4096.0, deduplicated=deduplicated)
+        assert times[1] == times[0]
+        assert (times[2:] != times[0]).all()
+    # as executed, whatever levels there are below the node
+    case = Case(SMALL, "bfloat16", topology, placement, routing, options={"dimension": 1})
+    plain, hd2 = (system(name).planned_bytes(case)["dispatch"] for name in ("hiermoe-hd", "hiermoe-hd2"))
+    assert (plain == hd2).all()
+    frame = studies.times(one, SMALL, studies.workload(4.0, tokens=64), {"hd1": NINE["hd1"], **VARIANTS}, 2, 0)
+    at = frame.set_index("variant")["one_way_s"]
+    assert at["hd2"] == at["hd1"] > at["hd"]
+
+
+def test_computation_is_at_a_share_of_the_devices_rate():
+    whole, model = presets.cluster("hiermoe"), presets.model("deepseek-v3-half")
+    assert studies.compute_s(model, whole, 0.5) == pytest.approx(2 * studies.compute_s(model, whole, 1.0))

@@ -88,6 +88,10 @@ def test_gains_stand_beside_the_reported_ones_and_add_up(few: None) -> None:
     assert raw["a2a_percent"].between(0, 100).all()
     of_layers = found.raw["layers"].query("placement == 'two-stage' and traffic == 'dispatcher'")
     assert len(of_layers) == 32
+    for part in ("end_to_end", "experts_tail", "experts_mean", "a2a_tail", "a2a_mean"):
+        new_over_old = 1 / (1 + tuned[f"{part}_gain"] / 100)
+        assert np.allclose(tuned[f"{part}_reduction"], 100 * (1 - new_over_old))
+        assert {f"{part}_gain", f"{part}_reduction"} <= set(gains)
     half = tuned[tuned["efficiency"] == 0.5].iloc[0]
     assert of_layers["experts_tail_s"].mean() == pytest.approx(half["experts_tail_s"])
     sources = studies.sources(quietly).tables["sources"].query("traffic == 'dispatcher' and placement == 'two-stage'")

@@ -145,6 +145,10 @@ def test_what_is_not_there_is_not_attempted_and_says_why(tmp_path):
         ("- id: faster\n", "- id: faster\n  id: slower\n", r"claims.yaml line 2: .*written twice"),
         ("- id: faster", "- &a {}\n- id: faster", r"claims.yaml: claim 0.id"),
         ("- id", "x: y\n- id", r"claims.yaml line"),
+        ("statement: Faster", "statement: Alone it is faster", r"faster: .*says 'alone', which no condition tests"),
+        ("statement: Faster", "statement: Always faster", r"says 'always', which no condition tests"),
+        ("  partly:", "  conditions: [{word: only, by: x}]\n  partly:", r"'only', which its statement does not say"),
+        ("within: 0.02", "above: 1", r"reproduced does not compare with them: it would pass by sign"),
     ],
 )
 def test_bad_claims_are_one_line_that_names_the_field(tmp_path, old, new, message):
@@ -160,6 +164,59 @@ def test_claim_without_experiments_says_why(tmp_path):
         verdicts(tmp_path, head)
     (verdict,) = verdicts(tmp_path, head + "  not_attempted: it needs 48 GPUs\n")
     assert (verdict.outcome, verdict.why, verdict.reported) == ("not attempted", "it needs 48 GPUs", (1.18,))
+
+
+def of(table: pd.DataFrame, claim: str, paper: str, study: str, name: str) -> list[Verdict]:
+    """Verdicts of a committed claim, if its study found ``table``."""
+    (found,) = (each for each in read(RESULTS / "claims" / f"{paper}.yaml") if each.id == claim)
+    return judge([found], Sources(known={study: lambda: Findings({}, raw={name: table.assign(evidence="simulated")})}))
+
+
+@pytest.mark.parametrize(("largest", "outcome"), [((6, 6, 6), "not"), ((5, 5, 6), "reproduced"), ((7, 5, 6), "not")])
+def test_who_reaches_it_alone_is_the_only_one_that_does(largest, outcome):
+    table = pd.DataFrame({"system": ["ep", "hecate", "hecate-rm"], "largest_batch": largest})
+    table["beyond_others"] = [a - max(b for b in largest[:i] + largest[i + 1 :]) for i, a in enumerate(largest)]
+    (verdict,) = of(table, "rm-largest-batch", "hecate", "hecate-batches", "largest")
+    assert verdict.found[0].point == 6
+    assert verdict.outcome == outcome
+    assert verdict.tested == (
+        f"alone: mean of beyond_others is {6 - max(largest[:2])}, {'' if outcome == 'reproduced' else 'not '}above 0",
+    )
+
+
+@pytest.mark.parametrize(("over_lowest", "outcome"), [(1.0, "reproduced"), (1.2, "not")])
+def test_what_is_the_lowest_is_below_the_others(over_lowest, outcome):
+    table = pd.DataFrame({"system": ["smartmoe"], "state_over_ep": 1.0, "state_over_lowest": over_lowest})
+    (verdict,) = of(table, "memory-smartmoe", "hecate", "hecate-memory", "models")
+    assert verdict.outcome == outcome
+
+
+def test_tails_are_shown_as_reductions_and_as_gains_and_their_sign_alone_reproduces_nothing():
+    where = {"routing": "recorded", "traffic": "dispatcher", "efficiency": 0.5, "placement": "two-stage"}
+    columns = {
+        f"{part}_tail_{what}": value
+        for part in ("experts", "a2a")
+        for what, value in (("reduction", 20.0), ("gain", 25.0))
+    }
+    table = pd.DataFrame([{**where, "testbed": testbed, **columns} for testbed in ("single-node", "multi-node")])
+    for claim in ("computation-tail", "all-to-all-tail"):
+        found = of(table, claim, "moetuner", "moetuner-latency", "latency")
+        assert [verdict.found[0].point for verdict in found] == [20, 25, 20, 25]
+        assert {verdict.outcome for verdict in found} == {"partly"}
+        found = of(table.assign(**dict.fromkeys(columns, -1.0)), claim, "moetuner", "moetuner-latency", "latency")
+        assert {verdict.outcome for verdict in found} == {"not"}
+
+
+def test_verdict_on_a_run_says_what_of_it_does_not_count(tmp_path):
+    maker = RunMaker(tmp_path / "runs" / "mine")
+    for workload in ("balanced-2048", "zipf-2"):
+        maker.timed(experiment("flat", workload), 1.0)
+    maker.timed(experiment("hiermoe-hd2"), 0.5)
+    maker.without_time(experiment("hiermoe-hd2", "zipf-2"), "failed", "RuntimeError: bad day")
+    bound = "{run: mine, where: {label: hiermoe-hd2}, over: {label: flat}, estimator: geometric_mean}"
+    text = CLAIM[: CLAIM.index("  reported")] + f"  experiments: [{bound}]\n  reproduced: {{above: 1}}\n"
+    (verdict,) = verdicts(tmp_path, text, runs=tmp_path / "runs")
+    assert verdict.lacking == "Not ok: hiermoe-hd2, exchange on emulated-2x4, zipf-2 (failed: RuntimeError: bad day)"
 
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "claims").glob("*.yaml")), ids=lambda path: path.stem)

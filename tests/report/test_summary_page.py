@@ -92,10 +92,14 @@ def test_baseline_that_was_refused_is_explained(maker, make_experiment):
     maker.without_time(make_experiment("megatron"), "refused", "no CPU kernels")
     maker.timed(make_experiment("flat"), 1.0)
     maker.timed(make_experiment("hiermoe-hd2"), 0.5)
-    (finding,) = words.findings(load(maker.path))
-    assert "megatron has no time here (refused: no CPU kernels)." in finding.sentences
+    run = load(maker.path)
+    assert run.baseline == "flat"  # one that ran
+    (finding,) = words.findings(run)
+    assert "No time: megatron refused on balanced-2048: no CPU kernels." in finding.sentences
     assert "2.0" in finding.sentences[0]
     assert "as fast as flat" in finding.sentences[0]
+    (finding,) = words.findings(load(maker.path, baseline="megatron"))
+    assert "There is no ratio to megatron, which has no time here." in finding.sentences
 
 
 def test_times_that_do_not_count_are_left_out(maker, make_experiment):
@@ -237,6 +241,10 @@ def test_unknown_run_and_notebook_name_the_known_ones(maker, make_experiment, tm
         render("sumary", maker.path)
     with pytest.raises(UserError, match="'basline': unknown; summary takes run_dir, baseline, control"):
         render("summary", maker.path, parameters={"basline": "flat"})
+    with pytest.raises(UserError, match=r"^baseline: 'nope': is no system of demo; there are flat$") as error:
+        render("summary", maker.path, parameters={"baseline": "nope"})
+    with pytest.raises(UserError, match=r"^control: 'nope': is no system of demo; there are flat$"):
+        render("summary", maker.path, parameters={"control": "nope"})
     with pytest.raises(UserError, match="no run is stored"):
         render("summary", tmp_path / "nowhere" / "demo")
 
