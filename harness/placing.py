@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from harness import __version__
-from harness.errors import UserError, bad, unknown
+from harness import __version__, outputs, sealed
+from harness.errors import UserError, bad, unknown, unreadable
 from harness.placement import Placement
 from harness.registry import brought
 from harness.specs import DTYPE_BYTES, GEMMS, Cluster, Count, Dtype, Model, Spec
@@ -123,21 +123,22 @@ def slots_of(owner: np.ndarray, num_ranks: int) -> tuple[tuple[tuple[int, ...], 
 
 def write(path: Path, made: PlacementFile) -> None:
     """As JSON; ``UserError`` for a file that cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_finite(made.model_dump(mode="json")), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise bad("--out", str(path), f"cannot be written ({error.strerror}); choose another file") from None
+    outputs.write(path, sealed.seal(_finite(made.model_dump(mode="json")), indent=1) + "\n")
+
+
+def check_out(path: Path) -> None:
+    """``UserError`` if ``write`` could not write, or would replace what is no placement."""
+    outputs.check(path, is_ours=outputs.starts_with(b'"tensor_parallel"'))
 
 
 def read(path: Path) -> PlacementFile:
     """``UserError`` names the file and the field."""
     again = "make it again with moebench place"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = sealed.unseal(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise bad("placement", str(path), f"cannot be read ({str(error).splitlines()[0]}); {again}") from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
+        raise unreadable("placement", str(path), f"cannot be read ({str(error).splitlines()[0]}); {again}") from None
+    version = data.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         remedy = f"schema_version {version} is newer than this moebench reads ({SCHEMA_VERSION}); upgrade moebench"
         raise bad("placement", str(path), remedy)
@@ -146,7 +147,7 @@ def read(path: Path) -> PlacementFile:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "contents"
-        raise bad(f"placement {path.name}: {field}", first["msg"].removeprefix("Value error, "), again) from None
+        raise unreadable(f"placement {path.name}: {field}", first["msg"].removeprefix("Value error, "), again) from None
 
 
 def _finite(value: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness import caches, console
+from harness import caches, console, outputs
 from harness.cli.options import RUNS, Json, Results
-from harness.errors import bad
+from harness.errors import UserError, bad
 
 if TYPE_CHECKING:
     from harness.bench.suite import Suite
@@ -43,6 +43,7 @@ def simulate(
         rows = [{"name": name, "title": study.title} for name, study in studies.studies().items()]
         return console.print_json(rows) if as_json else console.show(rows, "studies")
     study = studies.study(name)
+    outputs.check_folder(out / name, (".csv", ".parquet"))
     with console.progress(f"simulating {name}") as bar:
         found = study.run(lambda text: console.say(bar, text))
     paths = found.write(out / name)
@@ -175,7 +176,10 @@ def report(
     from harness.report import index
 
     typer.echo(page)
-    typer.echo(f"all reports: {index.write(results.parent)}", err=True)
+    try:
+        typer.echo(f"all reports: {index.write(results.parent)}", err=True)
+    except UserError as error:  # the page is there all the same
+        typer.echo(f"not listed: {error}", err=True)
 
 
 def _notebook_and_run(name: str, run: str, results: Path) -> tuple[str, Path | None]:

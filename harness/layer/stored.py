@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from harness.dtypes import TORCH_DTYPE
+from harness import outputs
 from harness.errors import bad
 from harness.layer.gpt import GPT
 from harness.layer.weights import Weights
@@ -21,12 +22,13 @@ Arrays = dict[str, np.ndarray]
 
 def save(path: Path, gpt: nn.Module) -> None:
     """Every parameter and buffer by name, float32; ``UserError`` for a file that cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            np.savez_compressed(file, **{name: value.numpy() for name, value in gpt.state_dict().items()})  # type: ignore[arg-type]
-    except OSError as error:
-        raise bad("--weights", str(path), f"cannot be written ({error.strerror}); choose another file") from None
+    with outputs.whole(path, "--weights") as file:
+        np.savez_compressed(file, **{name: value.numpy() for name, value in gpt.state_dict().items()})  # type: ignore[arg-type]
+
+
+def check_out(path: Path) -> None:
+    """``UserError`` if ``save`` could not write, or would replace what are no weights of a model."""
+    outputs.check(path, "--weights", outputs.starts_with(b"token.weight.npy"))
 
 
 def load(path: Path, model: Model) -> Arrays:

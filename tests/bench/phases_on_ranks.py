@@ -15,9 +15,9 @@ def run(job: Job, payload: dict[str, Any]) -> list[dict[str, list[dict[str, Any]
     """Each of ``races`` without the trials before it; what is checked at full shape stays. -> of each, by system."""
     found = []
     with (
-        mock.patch.object(race, "conforms", lambda *_: dict(CHECKED)),
-        mock.patch.object(train, "gate_case", lambda *_: dict(CHECKED)),
-        mock.patch.object(serve, "gate_case", lambda *_: dict(CHECKED)),
+        mock.patch.object(race, "conforms", return_value=CHECKED),
+        mock.patch.object(train, "gate_case", return_value=CHECKED),
+        mock.patch.object(serve, "gate_case", return_value=CHECKED),
     ):
         for experiments in payload["races"]:
             cells = race.run_race(job, {"experiments": experiments, "repeats": 1, "warmup": 1})["cells"]
