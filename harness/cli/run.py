@@ -80,7 +80,8 @@ def run(
 
     Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
     experts change places from its last checkpoint. What is refused or fails is a row
-    with its reason; exit status 1 only if no cell at all has a result. --suite auto takes gpu-node where this machine
+    with its reason. Inputs are read before anything starts: a cell with a bad one is a row too, and the others run.
+    Exit status 1 if there was such a cell, or if no cell at all has a result. --suite auto takes gpu-node where this machine
     has 2 GPUs or more, gpu where it has one, else quick.
 
     ```
@@ -92,6 +93,7 @@ def run(
     """
     if (experiments is None) == (not suite):
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
+    from harness.bench import inputs
     from harness.bench import run as bench
     from harness.bench import suite as suites
     from harness.presets import this_machine
@@ -103,16 +105,19 @@ def run(
     with contextlib.nullcontext() if gpus is None else this_machine.assuming(gpus):
         if suite == "auto":
             suite = fitting()
-        chosen = suites.load(suite or str(experiments))
+        chosen = suites.load(suite or str(experiments), strict=False)
     if dry_run:
         return _show_plan(chosen, launches, as_json, here=gpus is None)
     run_dir = results / suites.checked_name("--name", name or chosen.name)
+    chosen = inputs.sift(chosen)
+    for each in chosen.bad:
+        typer.echo(f"cannot run: {each.reason}", err=True)
     counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
     if as_json:
         console.print_json({"run": str(run_dir), "cells": counts})
     else:
         typer.echo(f"{run_dir}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
-    if not counts.get("ok"):
+    if chosen.bad or not counts.get("ok"):
         raise typer.Exit(1)
 
 

@@ -187,7 +187,7 @@ def read_trace(path: Path) -> Trace:
 def _read(path: Path, mtime_ns: int, size: int) -> Trace:
     again = "record it again with `moebench record`"
     try:
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
+        table = pq.read_table(pa.BufferReader(path.read_bytes()), page_checksum_verification=True)
         metadata = dict(table.schema.metadata or {})
     except Exception as error:  # a damaged file makes Parquet's reader raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
