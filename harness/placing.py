@@ -123,7 +123,7 @@ def slots_of(owner: np.ndarray, num_ranks: int) -> tuple[tuple[tuple[int, ...], 
 
 def write(path: Path, made: PlacementFile) -> None:
     """As JSON; ``UserError`` for a file that cannot be written."""
-    outputs.write(path, sealed.seal(_finite(made.model_dump(mode="json")), indent=1) + "\n")
+    outputs.write(path, sealed.seal(_finite(made.model_dump(mode="json")), "placement", indent=1) + "\n")
 
 
 def check_out(path: Path) -> None:
@@ -135,7 +135,7 @@ def read(path: Path) -> PlacementFile:
     """``UserError`` names the file and the field."""
     again = "make it again with moebench place"
     try:
-        data = sealed.unseal(path.read_text(encoding="utf-8"))
+        data = sealed.unseal(path.read_text(encoding="utf-8"), "placement")
     except (OSError, ValueError) as error:
         raise unreadable("placement", str(path), f"cannot be read ({str(error).splitlines()[0]}); {again}") from None
     version = data.get("schema_version")
@@ -201,7 +201,7 @@ def place(wanted: Wanted, say: Say, command: str) -> PlacementFile:
     check_profile(model, header.num_layers, header.num_experts, header.top_k, recorded.path.name)
     bandwidth, topology = bandwidths(cluster, wanted.tensor_parallel)
     if wanted.bandwidths is not None:
-        bandwidth = read_bandwidths(wanted.bandwidths)
+        bandwidth = read_bandwidths(wanted.bandwidths, topology.num_ranks)
     check_memory(model, cluster, wanted.tensor_parallel, topology.num_ranks)
     ids = traces.all_layers(recorded, wanted.step)[:, :, : model.top_k]
     profile, held = traces.split(ids, wanted.held_out, traces.window_of(recorded))
@@ -285,13 +285,24 @@ def check_profile(model: Model, num_layers: int, num_experts: int, top_k: int, n
         raise bad(f"model {model.name}.top_k", model.top_k, f"the trace {name} has only k = {top_k} experts per token")
 
 
-def read_bandwidths(path: Path) -> np.ndarray:
-    """Rows of numbers divided by commas (inf: free); ``UserError`` names the file."""
+def read_bandwidths(path: Path, num_ranks: int) -> np.ndarray:
+    """Rows of numbers divided by commas (inf: free), float64 [G, G] for ``num_ranks`` = G; ``UserError`` names the file,
+    and the rate that is none."""
     try:
-        return np.loadtxt(path, delimiter=",", ndmin=2)
+        found = np.loadtxt(path, delimiter=",", ndmin=2)
     except (OSError, ValueError) as error:
         remedy = f"cannot be read ({str(error).splitlines()[0]}); give rows of numbers divided by commas"
-        raise bad("--bandwidths", str(path), remedy) from None
+        raise unreadable("--bandwidths", str(path), remedy) from None
+    if found.shape != (num_ranks, num_ranks):
+        raise bad(
+            f"--bandwidths {path}", list(found.shape), f"must be [{num_ranks}, {num_ranks}], a rate between any two"
+        )
+    wrong = np.argwhere(~(found > 0) & ~np.eye(num_ranks, dtype=bool))
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        where = f"--bandwidths {path}: row {row + 1}, column {column + 1}"
+        raise bad(where, found[row, column].item(), "must be a rate above 0, or inf")
+    return found
 
 
 __all__ = ["Placed", "PlacementFile", "Placer", "Request", "UserError", "placer", "placers", "read", "write"]

@@ -53,7 +53,9 @@ def load(path: Path, model: Model) -> Arrays:
             raise bad(f"weights {path.name}: {name}", wrong, f"must hold finite numbers; {again}")
     if more := sorted(arrays.keys() - expected.keys()):
         what = "more layers" if more[0].startswith("blocks.") else more[0]
-        raise bad(f"weights {path.name}", what, f"the model {model.name} has {model.num_layers} layers and no {more[0]}")
+        raise bad(
+            f"weights {path.name}", what, f"the model {model.name} has {model.num_layers} layers and no {more[0]}"
+        )
     return arrays
 
 

@@ -173,7 +173,7 @@ def write_reference(pairs: pd.DataFrame, name: str) -> Path:
     path = REFERENCE / f"{name}.json"
     times = pairs[[*TIMES]].to_dict("records")
     kept = {"machine": machine(), "git": provenance.git_state(), "times": times}
-    outputs.write(path, sealed.seal(kept, indent=1), "reference")
+    outputs.write(path, sealed.seal(kept, "reference", indent=1), "reference")
     return path
 
 
@@ -183,7 +183,7 @@ def read_reference(name: str) -> pd.DataFrame:
     if not path.exists():
         raise bad("reference", str(path), f"there is none; {again}")
     try:
-        stored = sealed.unseal(path.read_text(encoding="utf-8"))
+        stored = sealed.unseal(path.read_text(encoding="utf-8"), "reference")
         made_on, times = stored["machine"], pd.DataFrame(stored["times"], columns=[*TIMES])
         times["head_s"] = times["head_s"].astype(float)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
