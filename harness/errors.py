@@ -54,6 +54,15 @@ def bad(field: str, value: object, remedy: str) -> UserError:
     return UserError(f"{field}: {shown if len(shown) <= 200 else shown[:197] + '...'}: {remedy}")
 
 
+class Unreadable(UserError):
+    """A whole input file cannot be read, so that nothing that needs it has a meaning."""
+
+
+def unreadable(field: str, value: object, remedy: str) -> Unreadable:
+    """``bad``, for a whole input file."""
+    return Unreadable(str(bad(field, value, remedy)))
+
+
 def unknown(field: str, name: str, known: Iterable[str], plural: str, *, like: str | None = None) -> UserError:
     """``name`` is none of the ``known``: the nearest one (to ``like``, if that is how they are written), and all."""
     known = list(known)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from harness.comm.fits import Fit, GemmFit, Judged, TokensFit
+from harness import sealed
 from harness.errors import UserError, bad
 from harness.specs import Cluster, Collective, Gemm, Spec
 
@@ -118,7 +119,11 @@ def record(calibration: Calibration, folder: Path = LEDGER) -> Path:
     path = folder / f"{calibration.profiled.name}.json"
     with _locked(folder):
         known = [each.model_dump_json() for each in [*history(calibration.profiled.name, folder), calibration]]
-        text = f'{{"schema_version": {SCHEMA_VERSION}, "calibrations": [\n' + ",\n".join(known) + "\n]}\n"
+        plain: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "calibrations": [json.loads(each) for each in known]}
+        plain |= {sealed.KIND: "calibrations"}
+        head = f'{{"schema_version": {SCHEMA_VERSION}, "{sealed.KIND}": "calibrations",\n '
+        head += f'"{sealed.KEY}": "{sealed.digest(plain)}", "calibrations": [\n'
+        text = head + ",\n".join(known) + "\n]}\n"
         handle, name = tempfile.mkstemp(prefix=".ledger-", dir=folder)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -150,7 +155,9 @@ def history(name: str, folder: Path = LEDGER) -> list[Calibration]:
     """All calibrations of the clusters of this name, oldest first. ``UserError`` for a damaged file or a newer one."""
     path = folder / f"{name}.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = sealed.unseal(path.read_text(encoding="utf-8"), "calibrations")
+        if unknown := data.keys() - {"schema_version", "calibrations"}:
+            raise ValueError(f"holds {min(unknown)}")
         version = data["schema_version"]
         if version > SCHEMA_VERSION:
             raise bad(
@@ -163,7 +170,7 @@ def history(name: str, folder: Path = LEDGER) -> list[Calibration]:
         raise bad("ledger", str(path), f"{error.strerror}; choose a file that can be read") from None
     except UserError:
         raise
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
+    except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
         raise bad("ledger", str(path), f"is damaged ({why}); restore it (git checkout) or move it away") from None
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from harness import __version__
-from harness.errors import UserError, bad, unknown
+from harness import __version__, outputs, sealed
+from harness.errors import UserError, bad, unknown, unreadable
 from harness.placement import Placement
 from harness.registry import brought
 from harness.specs import DTYPE_BYTES, GEMMS, Cluster, Count, Dtype, Model, Spec
@@ -123,21 +123,22 @@ def slots_of(owner: np.ndarray, num_ranks: int) -> tuple[tuple[tuple[int, ...], 
 
 def write(path: Path, made: PlacementFile) -> None:
     """As JSON; ``UserError`` for a file that cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_finite(made.model_dump(mode="json")), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise bad("--out", str(path), f"cannot be written ({error.strerror}); choose another file") from None
+    outputs.write(path, sealed.seal(_finite(made.model_dump(mode="json")), "placement", indent=1) + "\n")
+
+
+def check_out(path: Path) -> None:
+    """``UserError`` if ``write`` could not write, or would replace what is no placement."""
+    outputs.check(path, is_ours=outputs.starts_with(b'"tensor_parallel"'))
 
 
 def read(path: Path) -> PlacementFile:
     """``UserError`` names the file and the field."""
     again = "make it again with moebench place"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = sealed.unseal(path.read_text(encoding="utf-8"), "placement")
     except (OSError, ValueError) as error:
-        raise bad("placement", str(path), f"cannot be read ({str(error).splitlines()[0]}); {again}") from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
+        raise unreadable("placement", str(path), f"cannot be read ({str(error).splitlines()[0]}); {again}") from None
+    version = data.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         remedy = f"schema_version {version} is newer than this moebench reads ({SCHEMA_VERSION}); upgrade moebench"
         raise bad("placement", str(path), remedy)
@@ -146,7 +147,7 @@ def read(path: Path) -> PlacementFile:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "contents"
-        raise bad(f"placement {path.name}: {field}", first["msg"].removeprefix("Value error, "), again) from None
+        raise unreadable(f"placement {path.name}: {field}", first["msg"].removeprefix("Value error, "), again) from None
 
 
 def _finite(value: Any) -> Any:
@@ -200,7 +201,7 @@ def place(wanted: Wanted, say: Say, command: str) -> PlacementFile:
     check_profile(model, header.num_layers, header.num_experts, header.top_k, recorded.path.name)
     bandwidth, topology = bandwidths(cluster, wanted.tensor_parallel)
     if wanted.bandwidths is not None:
-        bandwidth = read_bandwidths(wanted.bandwidths)
+        bandwidth = read_bandwidths(wanted.bandwidths, topology.num_ranks)
     check_memory(model, cluster, wanted.tensor_parallel, topology.num_ranks)
     ids = traces.all_layers(recorded, wanted.step)[:, :, : model.top_k]
     profile, held = traces.split(ids, wanted.held_out, traces.window_of(recorded))
@@ -284,13 +285,24 @@ def check_profile(model: Model, num_layers: int, num_experts: int, top_k: int, n
         raise bad(f"model {model.name}.top_k", model.top_k, f"the trace {name} has only k = {top_k} experts per token")
 
 
-def read_bandwidths(path: Path) -> np.ndarray:
-    """Rows of numbers divided by commas (inf: free); ``UserError`` names the file."""
+def read_bandwidths(path: Path, num_ranks: int) -> np.ndarray:
+    """Rows of numbers divided by commas (inf: free), float64 [G, G] for ``num_ranks`` = G; ``UserError`` names the file,
+    and the rate that is none."""
     try:
-        return np.loadtxt(path, delimiter=",", ndmin=2)
+        found = np.loadtxt(path, delimiter=",", ndmin=2)
     except (OSError, ValueError) as error:
         remedy = f"cannot be read ({str(error).splitlines()[0]}); give rows of numbers divided by commas"
-        raise bad("--bandwidths", str(path), remedy) from None
+        raise unreadable("--bandwidths", str(path), remedy) from None
+    if found.shape != (num_ranks, num_ranks):
+        raise bad(
+            f"--bandwidths {path}", list(found.shape), f"must be [{num_ranks}, {num_ranks}], a rate between any two"
+        )
+    wrong = np.argwhere(~(found > 0) & ~np.eye(num_ranks, dtype=bool))
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        where = f"--bandwidths {path}: row {row + 1}, column {column + 1}"
+        raise bad(where, found[row, column].item(), "must be a rate above 0, or inf")
+    return found
 
 
 __all__ = ["Placed", "PlacementFile", "Placer", "Request", "UserError", "placer", "placers", "read", "write"]

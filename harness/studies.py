@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness import outputs
 from harness.errors import bad, unknown
 from harness.registry import brought
 from harness.specs import Model
@@ -44,16 +45,13 @@ class Findings:
 
     def write(self, folder: Path) -> list[Path]:
         """Tables as CSV, raw ones as Parquet; returns the files."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise bad("--out", str(folder), f"cannot be made: {error.strerror}; name another folder") from None
         paths = [folder / f"{name}.csv" for name in self.tables] + [folder / f"{name}.parquet" for name in self.raw]
         for path, table in zip(paths, [*self.tables.values(), *self.raw.values()], strict=True):
-            if path.suffix == ".csv":
-                table.to_csv(path, index=False)
-            else:
-                table.to_parquet(path, index=False)
+            with outputs.whole(path, list_it=True) as file:
+                if path.suffix == ".csv":
+                    table.to_csv(file, index=False)
+                else:
+                    table.to_parquet(file, index=False)
         return paths
 
 

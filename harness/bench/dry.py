@@ -17,25 +17,35 @@ from harness.topology import Topology
 
 def rows(suite: Suite, launches: int | None = None, here: bool = True) -> Iterator[dict[str, Any]]:
     """A row a cell, in the order of the file. ``launches`` instead of the file's. ``here``: it would run on this
-    machine, with the devices that it has."""
+    machine, with the devices that it has. Cells that cannot run come last."""
     clusters = {each.first.cluster.digest: each.first.cluster for each in suite.races}
     lacks = {digest: lacking(cluster) if here else None for digest, cluster in clusters.items()}
     for each in suite.races:
         for experiment in each.experiments:
             count = launches or each.launches
-            refused = lacks[experiment.cluster.digest] or refusal(experiment)
-            seconds = tidy.estimate_s(experiment, each.repeats, each.warmup) + drawing_s(experiment)
-            yield {
-                "phase": experiment.phase,
-                "model": experiment.model.name,
-                "workload": experiment.workload.name,
-                "cluster": experiment.cluster.name,
-                "ranks": experiment.cluster.num_ranks,
-                "system": experiment.system,
-                "launches": count,
-                "estimate_s": 0.0 if refused else count * seconds,
-                "refused": refused,
-            }
+            seconds = 0.0
+            try:
+                refused = lacks[experiment.cluster.digest] or refusal(experiment)
+                seconds = tidy.estimate_s(experiment, each.repeats, each.warmup) + drawing_s(experiment)
+            except UserError as error:
+                refused = str(error)
+            yield _row(experiment, count, 0.0 if refused else count * seconds, refused)
+    for bad in suite.bad:
+        yield _row(bad.experiment, launches or bad.launches, 0.0, bad.reason)
+
+
+def _row(experiment: Experiment, launches: int, estimate_s: float, refused: str | None) -> dict[str, Any]:
+    return {
+        "phase": experiment.phase,
+        "model": experiment.model.name,
+        "workload": experiment.workload.name,
+        "cluster": experiment.cluster.name,
+        "ranks": experiment.cluster.num_ranks,
+        "system": experiment.system,
+        "launches": launches,
+        "estimate_s": estimate_s,
+        "refused": refused,
+    }
 
 
 def lacking(cluster: Cluster) -> str | None:

@@ -82,15 +82,18 @@ def run_suite(
     ``launches`` instead of the file's; ``resume=False`` puts an older run of that name aside first;
     ``refuse_cpu_bound`` keeps no time of a shaped run that its own CPU use limits. Returns the number of cells (times
     launches) by status. Ctrl-C keeps what was finished. Raises ``UserError`` before any work for anything wrong with
-    the file or the folder, which another process may be filling.
+    the file or the folder, which another process may be filling; what a cell alone cannot run with is a row of status
+    failed, and the others run.
     """
+    from harness.bench import inputs
     from harness.launch.allocation import submit  # the one place where the bench looks up to launch
 
-    suite = suite if isinstance(suite, Suite) else load(suite)
+    suite = suite if isinstance(suite, Suite) else load(suite, strict=False)
     if launches is not None and launches < 1:
         raise bad("launches", launches, "must be at least 1")
     if checkpoint_every < 0:
         raise bad("checkpoint_every", checkpoint_every, "must be a number of training steps; 0 keeps none")
+    suite = inputs.sift(suite)
     settings = Settings(Path(out_dir).resolve(), refuse_cpu_bound, timeout_s, checkpoint_every)
     store = Store(settings.run_dir)
     older = settings.run_dir.exists()
@@ -102,6 +105,7 @@ def run_suite(
             store.prepare()
             stack.enter_context(lock.held(settings.run_dir))
         plans = plan(suite, launches, store.finished())
+        inputs.store_bad(store, suite, launches)
         on_progress = stack.enter_context(shown(plans, show_progress))
         for each in plans:
             submit(
@@ -342,7 +346,8 @@ def describe(race: Race) -> str:
 def summary(store: Store, suite: Suite) -> dict[str, int]:
     """Number of (cell, launch) pairs of ``suite`` by status."""
     rows = store.read(damaged="skip")
-    rows = rows[rows["cell"].isin([experiment.digest for experiment in suite.experiments])]
+    cells = [*suite.experiments, *(each.experiment for each in suite.bad)]
+    rows = rows[rows["cell"].isin([experiment.digest for experiment in cells])]
     rows = rows[rows["metric"].isin(["time_s", "status"])]
     statuses = rows.groupby(["cell", "launch"])["status"].first()
     return {str(status): int(count) for status, count in statuses.value_counts().items()}

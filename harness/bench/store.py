@@ -7,8 +7,12 @@ had finished, and several writers cannot harm each other. Raw samples are kept; 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import hashlib
+import io
 import json
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from harness import sealed
 from harness.errors import UserError, bad
 from harness.plan import perfetto
 from harness.plan.graph import Timeline
@@ -97,15 +102,39 @@ class Store:
             raise ValueError(f"a part holds one launch, not {list(launches)}")
         if unknown := set(rows["status"]) - set(STATUSES):
             raise ValueError(f"unknown status {sorted(unknown)}; known are {', '.join(STATUSES)}")
+        rows = rows.assign(time_utc=self._after_earlier(rows))
         table = pa.Table.from_pandas(rows[list(COLUMNS)], schema=SCHEMA, preserve_index=False)
-        table = table.replace_schema_metadata({**(SCHEMA.metadata or {}), _CELLS_KEY: json.dumps(_told(rows)).encode()})
-        path = self.path / f"rows-{launches[0]}-{uuid.uuid4().hex}.parquet"
-        self._write_whole(path, lambda file: pq.write_table(table, file, write_page_checksum=True))
+        cells = sealed.seal({"cells": _told(rows)}, "cells").encode()
+        table = table.replace_schema_metadata({**(SCHEMA.metadata or {}), _CELLS_KEY: cells})
+        whole = io.BytesIO()
+        pq.write_table(table, whole, write_page_checksum=True)
+        data = whole.getvalue()
+        races = rows["race"].unique()
+        race = f"{races[0]}." if len(races) == 1 and re.fullmatch("[0-9a-f]{16}", races[0]) else ""
+        path = self.path / f"rows-{launches[0]}-{race}{hashlib.sha256(data).hexdigest()}.parquet"
+        self._write_whole(path, lambda file: file.write(data))
         return path
+
+    def _after_earlier(self, rows: pd.DataFrame) -> pd.Series:
+        """``time_utc`` of an attempt, later than that of any earlier attempt at its cells, whatever this machine's
+        clock says."""
+        own = rows["time_utc"]
+        cells = set(zip(rows["cell"].astype(str), rows["launch"].astype(int), strict=True))
+        races = set(rows["race"])
+        earlier = (path for path in self.path.glob("rows-*.parquet") if _named(path)[0] in {"", *races})
+        known = [each[2] for path in earlier for each in _cells_of(path) if (each[0], each[1]) in cells]
+        latest = max(known, default="")
+        if own.empty or latest <= own.max():
+            return own
+        try:
+            moment = datetime.datetime.fromisoformat(latest) + datetime.timedelta(microseconds=1)
+        except ValueError:
+            return own
+        return own.map(lambda _: moment.isoformat(timespec="microseconds"))
 
     def write_record(self, name: str, record: dict[str, Any]) -> None:
         """Store ``record`` as ``record-<name>.json``, replacing an older one of that name."""
-        text = json.dumps(record, indent=1, sort_keys=True, default=str)
+        text = sealed.seal(record, "record", indent=1, sort_keys=True)
         self._write_whole(self.path / f"record-{name}.json", lambda file: file.write(text.encode()))
 
     def write_trace(self, cell: str, timelines: Mapping[str, Timeline]) -> None:
@@ -181,12 +210,7 @@ class Store:
         a damaged part may still be told here, while ``read`` leaves it out."""
         found: dict[tuple[str, int], Told] = {}
         for path in self.path.glob("rows-*.parquet"):
-            try:
-                metadata = pq.read_metadata(path).metadata or {}
-                cells = json.loads(metadata[_CELLS_KEY]) if _CELLS_KEY in metadata else _told_of(path)
-            except (pa.ArrowException, OSError, ValueError):
-                continue
-            for cell, launch, *told in cells:
+            for cell, launch, *told in _cells_of(path):
                 if (cell, launch) not in found or found[cell, launch][0] < told[0]:
                     found[cell, launch] = tuple(told)
         return found
@@ -200,7 +224,7 @@ class Store:
         found: dict[str, dict[str, Any]] = {}
         for path in sorted(self.path.glob("record-*.json")):
             try:
-                found[path.stem.removeprefix("record-")] = json.loads(path.read_text())
+                found[path.stem.removeprefix("record-")] = sealed.unseal(path.read_text(encoding="utf-8"), "record")
             except (OSError, ValueError) as error:
                 warnings.warn(f"{path}: cannot be read ({_one_line(error)}); its launch has no record", stacklevel=2)
         return found
@@ -209,13 +233,18 @@ class Store:
         tables, problems = [], []
         for path in sorted(self.path.glob("rows-*.parquet")):
             try:
-                # one handle for schema and data; the version is judged before any column is decoded
-                with pq.ParquetFile(path, page_checksum_verification=True) as part:
+                data = path.read_bytes()
+                # the version is judged before any column is decoded
+                with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as part:
                     _check_version(path, part.schema_arrow)
-                    tables.append(part.read().cast(SCHEMA))
+                    table = part.read().cast(SCHEMA)
+                checksum = _named(path)[1]
+                if checksum and checksum != hashlib.sha256(data).hexdigest():
+                    raise ValueError("its contents are not those of its name")
+                tables.append(table)
             except UserError:
                 raise
-            except (pa.ArrowException, OSError, ValueError) as error:
+            except Exception as error:  # a damaged file makes Parquet's reader raise many kinds
                 remedy = "delete it; `moebench run` then runs its cells again"
                 problems.append(f"{path}: damaged or not a moebench part ({_one_line(error)}): {remedy}")
         return tables, problems
@@ -233,6 +262,25 @@ def _told(rows: pd.DataFrame) -> list[list[Any]]:
             strict=True,
         )
     ]
+
+
+def _named(path: Path) -> tuple[str, str]:
+    """Race and checksum of a part, as its name says; "" where an older moebench named it."""
+    found = re.fullmatch(r"rows-\d+-(?:([0-9a-f]{16})\.)?([0-9a-f]{64})", path.stem)
+    return (found[1] or "", found[2]) if found else ("", "")
+
+
+def _cells_of(path: Path) -> list[list[Any]]:
+    """[cell, launch, *``Told``] of a part by its footer; none where that cannot be read."""
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+        if _CELLS_KEY not in metadata:
+            return _told_of(path)
+        told = json.loads(metadata[_CELLS_KEY])
+        cells = told if isinstance(told, list) else sealed.unseal(metadata[_CELLS_KEY].decode(), "cells")["cells"]
+        return [each for each in cells if len(each) == 6 and isinstance(each[2], str)]
+    except Exception:  # a damaged file makes Parquet's reader raise many kinds
+        return []
 
 
 def _told_of(path: Path) -> list[list[Any]]:

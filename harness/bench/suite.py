@@ -27,7 +27,7 @@ from typing import Any, get_args
 
 from harness import presets, registry
 from harness.bench import serve
-from harness.errors import UserError, bad
+from harness.errors import Unreadable, UserError, bad
 from harness.presets import this_machine
 from harness.routing import KNOWN_GENERATORS, make_routing
 from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Workload
@@ -71,9 +71,24 @@ class Race:
 
 
 @dataclasses.dataclass(frozen=True)
+class Bad:
+    """A cell that cannot run; ``reason`` names the entry, and the file if one is to blame."""
+
+    experiment: Experiment
+    reason: str
+    launches: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Suite:
+    """``bad``: cells that stand in no race. ``entries``: where each cell was asked for, by its digest. ``sifted``: by
+    ``harness.bench.inputs``."""
+
     name: str
     races: tuple[Race, ...]
+    bad: tuple[Bad, ...] = ()
+    entries: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    sifted: bool = False
 
     @property
     def experiments(self) -> list[Experiment]:
@@ -86,23 +101,24 @@ def names() -> list[str]:
     return sorted(Path(str(file)).stem for file in folder.iterdir() if str(file).endswith(".yaml"))
 
 
-def load(source: Path | str) -> Suite:
-    """The suite called ``source`` or in the YAML file ``source``; a ``UserError`` names the file and the field."""
+def load(source: Path | str, *, strict: bool = True) -> Suite:
+    """The suite called ``source`` or in the YAML file ``source``; a ``UserError`` names the file and the field.
+    ``strict``: also where one cell alone cannot run; else it stands in ``Suite.bad``, unless no good one is left."""
     if str(source) in names():
         text = (importlib.resources.files("harness.presets") / "suites" / f"{source}.yaml").read_text("utf-8")
-        return parse(text, f"suites/{source}.yaml")
+        return parse(text, f"suites/{source}.yaml", strict=strict)
     path = Path(source)
     if not path.exists() and path.suffix not in (".yaml", ".yml"):
         raise bad("suite", str(source), f"unknown{_nearest(str(source), names())}; or give a YAML file")
     try:
-        return parse(path.read_text("utf-8"), str(path))
+        return parse(path.read_text("utf-8"), str(path), strict=strict)
     except (OSError, UnicodeDecodeError) as error:
         raise bad("experiments file", str(path), f"cannot be read ({error}); give a readable YAML file") from None
 
 
-def parse(text: str, where: str) -> Suite:
-    """``text`` of an experiments file; ``where`` is its name in error messages."""
-    return from_data(presets.parse_yaml(text, where), where)
+def parse(text: str, where: str, *, strict: bool = True) -> Suite:
+    """``text`` of an experiments file; ``where`` is its name in error messages; ``strict`` as in ``load``."""
+    return from_data(presets.parse_yaml(text, where), where, strict=strict)
 
 
 def checked_name(field: str, name: Any) -> str:
@@ -112,7 +128,7 @@ def checked_name(field: str, name: Any) -> str:
     return name
 
 
-def from_data(data: Any, where: str, *, distinct: bool = False, physical: bool = False) -> Suite:
+def from_data(data: Any, where: str, *, distinct: bool = False, physical: bool = False, strict: bool = True) -> Suite:
     """The same from what the file holds. ``distinct``: two cells with one identity are an error, and not one cell;
     ``physical``: a physical cluster may run, because an allocation has it."""
     if not isinstance(data, Mapping):
@@ -125,6 +141,8 @@ def from_data(data: Any, where: str, *, distinct: bool = False, physical: bool =
     defaults = data.get("defaults") or {}
     _check_entry(defaults, f"{where}: defaults")
     races: dict[str, Race] = {}
+    bad_cells: dict[str, Bad] = {}
+    places: dict[str, str] = {}
     for index, entry in enumerate(entries):
         here = f"{where}: experiments[{index}]"
         _check_entry(entry, here)
@@ -133,13 +151,25 @@ def from_data(data: Any, where: str, *, distinct: bool = False, physical: bool =
             if key not in fields:
                 raise bad(here, dict(entry), f"has no {key}; give it here or under defaults")
         for choice in _grid(fields):
-            _add(races, choice, here, distinct, physical)
-    return Suite(name, tuple(races.values()))
+            experiment = _experiment(choice, here)
+            places.setdefault(experiment.digest, here)
+            try:
+                _add(races, choice, experiment, here, distinct, physical)
+            except Unreadable:
+                raise
+            except UserError as error:
+                if strict:
+                    raise
+                bad_cells.setdefault(experiment.digest, Bad(experiment, str(error), choice["launches"]))
+    if bad_cells and not races:
+        raise UserError(next(iter(bad_cells.values())).reason)
+    return Suite(name, tuple(races.values()), tuple(bad_cells.values()), places)
 
 
-def _add(races: dict[str, Race], choice: dict[str, Any], here: str, distinct: bool, physical: bool) -> None:
+def _add(
+    races: dict[str, Race], choice: dict[str, Any], experiment: Experiment, here: str, distinct: bool, physical: bool
+) -> None:
     """Put one resolved cell into its race; what several entries ask of one race, the most demanding decides."""
-    experiment = _experiment(choice, here)
     counts = {key: choice[key] for key in _COUNTS}
     known = races.get(experiment.race)
     if known is None:
@@ -241,7 +271,9 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
                     raise bad(
                         "workload.tokens_per_rank", tokens, f"must be a multiple of model.seq = {experiment.model.seq}"
                     )
-        make_routing(workload, experiment.model, topology)
+        of_all = workload.generator == "trace" and experiment.phase in ("train_step", *SERVING)
+        for layer in range(experiment.model.num_layers if of_all else 1):
+            make_routing(workload, experiment.model, topology, layer=layer)
 
 
 def _check_served(experiment: Experiment) -> None:
@@ -262,6 +294,7 @@ def _check_served(experiment: Experiment) -> None:
             raise bad("workload.tokens_per_rank", experiment.workload.tokens_per_rank, remedy)
     if experiment.phase == "decode" and model.seq < 2:
         raise bad("model.seq", model.seq, "leaves no token before the decoded one; at least 2")
+    serve.stored_arrays(experiment)
     serve.placements(experiment)
 
 
@@ -303,4 +336,4 @@ class _at:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UserError):
-            raise UserError(f"{self.here}: {error}") from None
+            raise type(error)(f"{self.here}: {error}") from None

@@ -90,6 +90,7 @@ def place(
     """
     from harness import placing
 
+    placing.check_out(out)
     wanted = placing.Wanted(model, trace, cluster, method, tensor_parallel, step, held_out, bandwidths, gap, time_limit)
     with console.progress(f"place {model} by {method}") as bar:
         made = placing.place(wanted, lambda text: console.say(bar, text), shlex.join(["moebench", *sys.argv[1:]]))

@@ -23,7 +23,9 @@ def regress(
     pairs: Annotated[int, typer.Option(min=4, help="Visits of each side to each race.")] = 16,
     threshold: Annotated[float, typer.Option(min=0, help="Slower by less than this share is no alarm.")] = 0.01,
     save_reference: Annotated[bool, typer.Option("--save-reference", help="Keep the head's times.")] = False,
-    results: Annotated[Path, typer.Option(help="Folder for logs and the table.")] = Path("results"),
+    results: Annotated[Path, typer.Option(help="Each call gets a folder of its own in its folder regress.")] = Path(
+        "results"
+    ),
     as_json: Json = False,
 ) -> None:
     """Time base and head in turns in one job, and say what became slower; exit status 1 if anything did.
@@ -40,28 +42,35 @@ def regress(
     from harness.regress import decide, run
 
     suite_path, name = run.suite_file(suite), Path(suite).stem
-    results = results.resolve()
-    logs = run.log_folder(results)
+    run.check_suite(suite_path)
+    if base and save_reference:
+        raise bad("--save-reference", base, "keeps the times of the head alone; leave --base out")
+    if save_reference:
+        run.check_reference(name)
+    against = not base and not save_reference
+    if against:
+        run.read_reference(name)
     with contextlib.ExitStack() as stack, console.progress("regress") as bar:
 
         def say(text: str) -> None:
             console.say(bar, text)
 
-        head_dir = stack.enter_context(run.checkout(head)) if head else run.ROOT
+        base_dir = head_dir = stack.enter_context(run.checkout(head)) if head else run.ROOT
         if base:
             base_dir = stack.enter_context(run.checkout(base))
-            found, setbacks = run.race_pairs(base_dir, head_dir, suite_path, pairs, logs, say)
-        elif save_reference:
-            found, setbacks = run.race_pairs(head_dir, head_dir, suite_path, pairs, logs, say)
+        folder = run.own_folder(results.resolve())  # all that was asked for is known to be good by now
+        if against:
+            found, setbacks = run.against_reference(head_dir, name, suite_path, pairs, folder, say)
         else:
-            found, setbacks = run.against_reference(head_dir, name, suite_path, pairs, logs, say)
+            found, setbacks = run.race_pairs(base_dir, head_dir, suite_path, pairs, folder, say)
     for line in setbacks:
         typer.echo(f"not compared: {line}", err=True)
     if found.empty:
         raise bad("--suite", suite, "nothing could be compared")
-    found.to_csv(results / "regress" / "pairs.csv", index=False)
+    found.to_csv(folder / "pairs.csv", index=False)
     table = decide.decide(found, threshold=threshold)
-    table.to_csv(results / "regress" / "table.csv", index=False)
+    table.to_csv(folder / "table.csv", index=False)
+    typer.echo(f"tables and logs: {folder}", err=True)
     if save_reference:
         typer.echo(run.write_reference(found, name), err=True)
     rows = [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]

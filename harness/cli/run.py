@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness import caches, console
+from harness import caches, console, outputs
 from harness.cli.options import RUNS, Json, Results
-from harness.errors import bad
+from harness.errors import UserError, bad
 
 if TYPE_CHECKING:
     from harness.bench.suite import Suite
@@ -43,6 +43,7 @@ def simulate(
         rows = [{"name": name, "title": study.title} for name, study in studies.studies().items()]
         return console.print_json(rows) if as_json else console.show(rows, "studies")
     study = studies.study(name)
+    outputs.check_folder(out / name, (".csv", ".parquet"))
     with console.progress(f"simulating {name}") as bar:
         found = study.run(lambda text: console.say(bar, text))
     paths = found.write(out / name)
@@ -78,13 +79,14 @@ def run(
     """Run experiments: every system checked first, then timed, interleaved with the others of its race.
 
     Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
-    experts change places from its last checkpoint. What is refused or fails is a row with its reason, told at the end
-    with the command for the page. --suite auto takes gpu-node where this machine has 2 GPUs or more, gpu where it has
-    one, else quick.
+    experts change places from its last checkpoint. Inputs are read before anything starts: a cell with a bad one is a
+    row with its reason, and the others run. What is refused or fails is a row with its reason, told at the end with the
+    command for the page. --suite auto takes gpu-node where this machine has 2 GPUs or more, gpu where it has one, else
+    quick.
 
-    Exit status: 0, every cell was timed or refused; 1, a cell failed, hung, ran out of memory, did not conform or was
-    unphysical, or none is ok (the others keep their rows, and a second call runs again what failed); 2, bad input,
-    nothing ran; 130, interrupted.
+    Exit status: 0, every cell was timed or refused; 1, a cell failed, hung, ran out of memory, did not conform, was
+    unphysical or had a bad input, or none is ok (the others keep their rows, and a second call runs again what failed);
+    2, bad input, nothing ran; 130, interrupted.
 
     ```
     moebench run --suite quick
@@ -95,6 +97,7 @@ def run(
     """
     if (experiments is None) == (not suite):
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
+    from harness.bench import inputs
     from harness.bench import run as bench
     from harness.bench import suite as suites
     from harness.presets import this_machine
@@ -106,14 +109,18 @@ def run(
     with contextlib.nullcontext() if gpus is None else this_machine.assuming(gpus):
         if suite == "auto":
             suite = fitting()
-        chosen = suites.load(suite or str(experiments))
+        chosen = suites.load(suite or str(experiments), strict=False)
     if dry_run:
         return _show_plan(chosen, launches, as_json, here=gpus is None)
     run_dir = results / suites.checked_name("--name", name or chosen.name)
+    chosen = inputs.sift(chosen)
+    for each in chosen.bad:
+        typer.echo(f"cannot run: {each.reason}", err=True)
     counts = bench.run_suite(chosen, run_dir, launches=launches, resume=not fresh, checkpoint_every=checkpoint_every)
     from harness.report import ending
 
-    not_ok = ending.not_ok(run_dir, [experiment.digest for experiment in chosen.experiments])
+    cells = [*chosen.experiments, *(each.experiment for each in chosen.bad)]
+    not_ok = ending.not_ok(run_dir, [experiment.digest for experiment in cells])
     page = ending.page_command(run_dir, RUNS)
     if as_json:
         console.print_json({"run": str(run_dir), "cells": counts, "not_ok": not_ok, "page": page})
@@ -187,7 +194,10 @@ def report(
     from harness.report import index
 
     typer.echo(page)
-    typer.echo(f"all reports: {index.write(results.parent)}", err=True)
+    try:
+        typer.echo(f"all reports: {index.write(results.parent)}", err=True)
+    except UserError as error:  # the page is there all the same
+        typer.echo(f"not listed: {error}", err=True)
 
 
 def _notebook_and_run(name: str, run: str, results: Path) -> tuple[str, Path | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import zipfile
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from harness.dtypes import TORCH_DTYPE
-from harness.errors import bad
-from harness.layer.gpt import GPT
+from harness import outputs
+from harness.errors import bad, unreadable
+from harness.layer.gpt import GPT, Block
 from harness.layer.weights import Weights
 from harness.specs import Dtype, Model
 
@@ -21,36 +23,70 @@ Arrays = dict[str, np.ndarray]
 
 def save(path: Path, gpt: nn.Module) -> None:
     """Every parameter and buffer by name, float32; ``UserError`` for a file that cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            np.savez_compressed(file, **{name: value.numpy() for name, value in gpt.state_dict().items()})  # type: ignore[arg-type]
-    except OSError as error:
-        raise bad("--weights", str(path), f"cannot be written ({error.strerror}); choose another file") from None
+    with outputs.whole(path, "--weights") as file:
+        np.savez_compressed(file, **{name: value.numpy() for name, value in gpt.state_dict().items()})  # type: ignore[arg-type]
+
+
+def check_out(path: Path) -> None:
+    """``UserError`` if ``save`` could not write, or would replace what are no weights of a model."""
+    outputs.check(path, "--weights", outputs.starts_with(b"token.weight.npy"))
 
 
 def load(path: Path, model: Model) -> Arrays:
-    """``UserError`` names the file if it cannot be read or is of another model. Reading executes nothing of it."""
+    """``UserError`` names the file if it cannot be read, is of another model, or holds what is no finite number.
+    Reading executes nothing of it."""
+    again = "make it with moebench record --weights FILE"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        again = "make it with moebench record --weights FILE"
-        raise bad("weights", str(path), f"cannot be read ({str(error).splitlines()[0]}); {again}") from None
-    last, experts = f"blocks.{model.num_layers - 1}", (model.num_experts, model.hidden, model.ffn)
-    shapes = {
-        "token.weight": (model.vocab, model.hidden),
-        "position.weight": (model.seq, model.hidden),
-        f"{last}.moe.experts.w1": experts,
-        f"{last}.moe.gate.router": (model.hidden, model.num_experts),
-    }
-    for name, shape in shapes.items():
+        arrays = _read(path)
+    except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise unreadable("weights", str(path), f"cannot be read ({reason.replace(str(path), 'it')}); {again}") from None
+    expected = shapes(model)
+    for name, shape in expected.items():
         if name not in arrays or arrays[name].shape != shape:
             own = list(arrays[name].shape) if name in arrays else "missing"
             raise bad(f"weights {path.name}: {name}", own, f"must be {list(shape)} for the model {model.name}")
-    if f"blocks.{model.num_layers}.moe.experts.w1" in arrays:
-        raise bad(f"weights {path.name}", "more layers", f"the model {model.name} has {model.num_layers}")
+        if arrays[name].dtype != np.float32:
+            raise bad(f"weights {path.name}: {name}", str(arrays[name].dtype), f"must be float32; {again}")
+        if not (finite := np.isfinite(arrays[name])).all():
+            wrong = float(arrays[name][~finite][0])
+            raise bad(f"weights {path.name}: {name}", wrong, f"must hold finite numbers; {again}")
+    if more := sorted(arrays.keys() - expected.keys()):
+        what = "more layers" if more[0].startswith("blocks.") else more[0]
+        raise bad(
+            f"weights {path.name}", what, f"the model {model.name} has {model.num_layers} layers and no {more[0]}"
+        )
     return arrays
+
+
+def _read(path: Path) -> Arrays:
+    """Every member read to its end, so that its checksum is looked at."""
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            with io.BytesIO(archive.read(member)) as file:
+                arrays[member.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
+
+def shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Of everything that ``save`` keeps of a model of ``moebench record``, by name."""
+    m, h, num_experts = model.hidden, model.ffn, model.num_experts
+    found = {"token.weight": (model.vocab, m), "position.weight": (model.seq, m)}
+    with torch.device("meta"):
+        block = {name: tuple(value.shape) for name, value in Block(model, nn.Identity()).state_dict().items()}
+    experts = {"w1": (num_experts, m, h), "w2": (num_experts, h, m)}
+    if model.ffn_type == "swiglu":
+        experts["w3"] = (num_experts, m, h)
+    gate = {"router": (m, num_experts)}
+    if model.gate == "xmoe":
+        gate = {"router": (model.projection_dim, num_experts), "proj": (m, model.projection_dim)}
+    moe: dict[str, tuple[int, ...]] = {f"experts.{name}": shape for name, shape in experts.items()}
+    moe |= {f"gate.{name}": shape for name, shape in gate.items()} | {"bias": (num_experts,)}
+    for layer in range(model.num_layers):
+        found |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
+        found |= {f"blocks.{layer}.moe.{name}": shape for name, shape in moe.items()}
+    return {**found, "norm.weight": (m,), "head.weight": (model.vocab, m)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,14 +24,22 @@ def write(path: Path, timelines: Mapping[str, Timeline]) -> Path:
 
 def text(timelines: Mapping[str, Timeline]) -> str:
     """What ``write`` writes."""
-    return json.dumps({"traceEvents": events(timelines), "displayTimeUnit": "ms"})
+    found = json.dumps(events(timelines))
+    return f'{{"traceEvents": {found}, "displayTimeUnit": "ms", "sha256": "{_digest(found)}"}}'
+
+
+def _digest(found: str) -> str:
+    return hashlib.sha256(found.encode()).hexdigest()
 
 
 def read(path: Path) -> dict[str, Timeline]:
     """What ``write`` wrote, each [num_tasks, ranks]; tasks wait for none and cost nothing. ``ValueError`` if it is not
     that."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        found = whole["traceEvents"]
+        if "sha256" in whole and whole["sha256"] != _digest(json.dumps(found)):
+            raise ValueError("its contents are not those of its sha256")
         processes = {event["pid"]: event["args"]["name"] for event in found if event["name"] == "process_name"}
         lanes = {event["tid"]: event["args"]["name"] for event in found if event["name"] == "thread_name"}
         spans: dict[str, list[list[dict[str, Any]]]] = {}
@@ -38,7 +47,7 @@ def read(path: Path) -> dict[str, Timeline]:
             name = label.split(", rank ")[0]
             spans.setdefault(name, []).append([e for e in found if e["ph"] == "X" and e["pid"] == process])
         return {name: _timeline(ranks, lanes) for name, ranks in spans.items()}
-    except (KeyError, TypeError, ValueError, UserError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RecursionError, UserError) as error:
         raise ValueError(f"{path}: not a trace of moebench ({type(error).__name__}: {error})") from None
 
 

@@ -47,10 +47,10 @@ def parse_yaml(text: str, where: str) -> Any:
     """Safe YAML that also refuses a key written twice; ``UserError`` names ``where`` and the line."""
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:  # the latter of its values
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split()) or type(error).__name__
         raise bad(f"{where}{line}", problem, "is not valid YAML; correct that line") from None
 
 

@@ -36,8 +36,11 @@ class Paired:
 
 
 def compare(logs: np.ndarray, random: np.random.Generator) -> Paired:
-    """``logs``: log(head / base) [num_pairs], two pairs at least; p of "the head is not slower"."""
+    """``logs``: log(head / base) [num_pairs]; p of "the head is not slower". Of fewer than two pairs nothing follows:
+    p is 1, and the interval has no ends."""
     n = len(logs)
+    if n < 2:
+        return Paired(float(np.exp(logs.mean())) if n else np.nan, 0.0, np.inf, 1.0, n)
     mean, error = float(logs.mean()), _error(logs[None])[0]
     centred = logs - mean
     drawn = centred[random.integers(0, n, (NUM_RESAMPLES, n))]
@@ -58,10 +61,13 @@ def holm(p: np.ndarray) -> np.ndarray:
 def decide(pairs: pd.DataFrame, *, alpha: float = ALPHA, threshold: float = THRESHOLD, seed: int = 0) -> pd.DataFrame:
     """``pairs``: ``KEYS``, session, pair, base_s, head_s -> one row a cell and direction: ``KEYS``, times, ratio (head
     over base; above 1 is slower) with its interval, ``without_one`` (the ratio nearest to 1, or beyond it, that is left
-    without one session), p, p_holm, verdict (slower | faster | same)."""
+    without one session), p, p_holm, verdict (slower | faster | same | not decided: of fewer than two pairs with a time
+    on both sides)."""
     random = np.random.default_rng(seed)
     rows = []
     for key, here in pairs.groupby(KEYS, sort=False):
+        sides = here[["head_s", "base_s"]].to_numpy(dtype=float)
+        here = here[(np.isfinite(sides) & (sides > 0)).all(axis=1)]
         logs = np.log(here["head_s"].to_numpy() / here["base_s"].to_numpy())
         found, other = compare(logs, random), compare(-logs, random)
         nearest = min if found.ratio > 1 else max
@@ -76,11 +82,14 @@ def decide(pairs: pd.DataFrame, *, alpha: float = ALPHA, threshold: float = THRE
     faster = (holm(table.pop("p_faster").to_numpy()) < alpha) & (both < 1 / (1 + threshold)).all(axis=1)
     slower = (table["p_holm"] < alpha) & (both > 1 + threshold).all(axis=1)
     table["verdict"] = np.where(slower, "slower", np.where(faster, "faster", "same"))
+    table.loc[table["num_pairs"] < 2, "verdict"] = "not decided"
     return table
 
 
 def _without_each(logs: np.ndarray, sessions: np.ndarray) -> list[float]:
     """Mean of ``logs`` without each session in turn; of all where there is but one."""
+    if not len(logs):
+        return [np.nan]
     several = np.unique(sessions)
     return [float(logs[sessions != each].mean()) for each in several] if len(several) > 1 else [float(logs.mean())]
 

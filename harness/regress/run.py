@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
+import itertools
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from harness import outputs, sealed
 from harness.bench import provenance, suite
 from harness.errors import Failure, bad, unknown
 from harness.launch import gpus, last_words, scratch
@@ -26,6 +28,7 @@ from harness.regress import decide, side
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "results" / "reference"
 NUM_SESSIONS = 4
+TIMES = ("race", "system", "direction", "pair", "head_s")  # of a reference
 Say = Callable[[str], None]
 
 
@@ -42,6 +45,14 @@ def suite_file(name: str) -> Path:
     if name not in suites():
         raise unknown("--suite", name, suites(), "suites")
     return suites()[name]
+
+
+def check_suite(path: Path) -> tuple[suite.Race, ...]:
+    """Its races; ``UserError`` for a file that is not one, and for GPUs that are not here."""
+    races = suite.load(path).races
+    for race in races:
+        gpus.suffice(race.first.cluster)
+    return races
 
 
 @contextlib.contextmanager
@@ -106,9 +117,7 @@ def race_pairs(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Visits in the order B H H B -> ``decide.KEYS``, session, pair, base_s, head_s; and what could not be compared,
     and why."""
-    races = suite.load(suite_path).races
-    for race in races:
-        gpus.suffice(race.first.cluster)  # before anything starts
+    races = check_suite(suite_path)
     rows: list[dict[str, Any]] = []
     setbacks: dict[str, None] = {}
     for session, pairs in enumerate(np.array_split(np.arange(num_pairs), NUM_SESSIONS)):
@@ -155,32 +164,58 @@ def machine() -> str:
     return f"{device}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}"
 
 
+def check_reference(name: str) -> None:
+    """``UserError`` if ``write_reference`` could not write, or would replace what is no reference."""
+    outputs.check(REFERENCE / f"{name}.json", "reference", outputs.starts_with(b'"machine"'))
+
+
 def write_reference(pairs: pd.DataFrame, name: str) -> Path:
     """Keep the head's times as the reference of this suite and machine."""
     path = REFERENCE / f"{name}.json"
-    times = pairs[["race", "system", "direction", "pair", "head_s"]].to_dict("records")
-    REFERENCE.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": machine(), "git": provenance.git_state(), "times": times}, indent=1))
+    times = pairs[[*TIMES]].to_dict("records")
+    kept = {"machine": machine(), "git": provenance.git_state(), "times": times}
+    outputs.write(path, sealed.seal(kept, "reference", indent=1), "reference")
     return path
 
 
-def against_reference(head: Path, name: str, suite_path: Path, num_pairs: int, log_dir: Path, say: Say) -> Any:
-    """The head's visits beside the stored ones in order: no common drift is cancelled, so differences are larger."""
-    path = REFERENCE / f"{name}.json"
+def read_reference(name: str) -> pd.DataFrame:
+    """Times of the stored reference, ``TIMES``; ``UserError`` if there is none, or none of this machine."""
+    path, again = REFERENCE / f"{name}.json", "make one with moebench regress --save-reference"
     if not path.exists():
-        raise bad("reference", str(path), "there is none; make one with moebench regress --save-reference")
-    stored = json.loads(path.read_text())
-    if stored["machine"] != machine():
-        raise bad("reference", stored["machine"], f"was made on another machine than this ({machine()}); use --base")
+        raise bad("reference", str(path), f"there is none; {again}")
+    try:
+        stored = sealed.unseal(path.read_text(encoding="utf-8"), "reference")
+        made_on, times = stored["machine"], pd.DataFrame(stored["times"], columns=[*TIMES])
+        times["head_s"] = times["head_s"].astype(float)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise bad("reference", str(path), f"cannot be read ({type(error).__name__}: {error}); {again}") from None
+    if made_on != machine():
+        raise bad("reference", made_on, f"was made on another machine than this ({machine()}); use --base")
+    return times
+
+
+def against_reference(
+    head: Path, name: str, suite_path: Path, num_pairs: int, log_dir: Path, say: Say
+) -> tuple[pd.DataFrame, list[str]]:
+    """The head's visits beside the stored ones in order: no common drift is cancelled, so differences are larger."""
+    then = read_reference(name).rename(columns={"head_s": "then_s"})
     pairs, setbacks = race_pairs(head, head, suite_path, num_pairs, log_dir, say)
-    then = pd.DataFrame(stored["times"]).rename(columns={"head_s": "then_s"})
     joined = pairs.merge(then, on=["race", "system", "direction", "pair"])
     joined["base_s"] = joined.pop("then_s")
     return joined, setbacks
 
 
-def log_folder(results: Path) -> Path:
-    """A fresh one for the logs of both sides."""
-    folder = results / "regress"
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
+def own_folder(results: Path) -> Path:
+    """A new one for the logs of both sides and for the tables; none that is there is touched."""
+    for number in itertools.count():
+        folder = results / "regress" / (time.strftime("%Y%m%d-%H%M%S") + (f"-{number}" if number else ""))
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if not folder.is_dir():
+                raise bad("--results", str(results), f"{folder} is in the way; choose another folder") from None
+            continue
+        except OSError as error:
+            raise outputs.unwritable(folder, error, "--results") from None
+        return folder
+    raise AssertionError

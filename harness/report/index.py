@@ -6,9 +6,11 @@ import json
 import time
 from pathlib import Path
 
+from harness import outputs
 from harness.report import page
+from harness.report.keep import PAGE
 
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>moebench: reports</title>
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="moebench"><title>moebench: reports</title>
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;text-align:left}</style>
 <h1>Reports</h1><table><tr><th>report</th><th>over</th><th>made</th><th>tables</th></tr>
@@ -18,7 +20,10 @@ table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;text-align:left}
 
 
 def write(results: Path) -> Path:
-    """List the pages in ``results``/report and ``results``/runs/*/report, latest first, in ``results``/index.html."""
+    """List the pages in ``results``/report and ``results``/runs/*/report, latest first, in ``results``/index.html;
+    ``UserError`` where that is there and somebody else's."""
+    index = results / "index.html"
+    outputs.check(index, "list of reports", PAGE)
     found = [*results.glob("report/*.html"), *results.glob("runs/*/report/*.html")]
     found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     reports = []
@@ -36,8 +41,7 @@ def write(results: Path) -> Path:
                 "num_tables": f"{counts['csv']} CSV, {counts['tex']} LaTeX",
             }
         )
-    index = results / "index.html"
-    index.write_text(page.fill(_PAGE, reports=reports), encoding="utf-8")
+    outputs.write(index, page.fill(_PAGE, reports=reports), "list of reports")
     return index
 
 

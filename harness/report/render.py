@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from harness import outputs
 from harness.errors import UserError, bad
 from harness.launch import scratch
+from harness.report.keep import PAGE
 from harness.report.run import known_runs, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +64,8 @@ def render(
     out = out.resolve()
     other = Path(str((parameters or {}).get("other", ""))).name
     stem = f"{name}-{other}" if other else name
+    outputs.check(out / f"{stem}.html", "report", PAGE)
+    outputs.check(out / f"{stem}.ipynb", "report", lambda path: b'"papermill"' in path.read_bytes())
     try:
         out.mkdir(exist_ok=True, parents=run_dir is None or out.parent != run_dir)
         executed = out / f"{stem}.ipynb"

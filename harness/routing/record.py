@@ -132,7 +132,9 @@ def record(
         raise bad("record.num_tokens", num_tokens, f"must be a multiple of the model's seq = {model.seq}")
     check_writable(out)
     if weights is not None:
-        check_writable(weights)
+        if weights.absolute() == out.absolute():
+            raise bad("--weights", str(weights), "is the same file as --out; name another one")
+        stored.check_out(weights)
     started = time.perf_counter()
     corpus = corpus or python_corpus()
     held = torch.from_numpy(corpus.held_windows(num_tokens // model.seq, model.seq + 1))

@@ -8,11 +8,9 @@ Columns: ``step``, ``layer``, ``num_tokens``, ``loss`` (held-out, nats per token
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
+import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,13 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from harness.errors import UserError, bad
+from harness import outputs
+from harness.errors import UserError, bad, unreadable
 from harness.specs import Count, Model, Spec, Workload
 from harness.topology import Topology
 
 SCHEMA_VERSION = 1
 WINDOW = 128  # tokens that follow one another in a recording, where its header does not say
 HEADER_KEY = b"moebench.trace"
+DIGEST_KEY = b"moebench.digest"  # in the metadata, beside the header; older traces have none
 SHIPPED = Path(__file__).resolve().parents[2] / "results" / "traces"
 COLUMNS = {
     "step": pa.int64(),
@@ -51,7 +51,7 @@ class Header(Spec):
     corpus: str  # what text the tokens are from
     command: str  # that made the trace
     date: str  # ISO 8601, UTC
-    weight_scale: Annotated[float, Field(gt=0)] = 1.0
+    weight_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     details: dict[str, str | int | float] = {}  # seed, threads, versions, ...
 
     @property
@@ -91,50 +91,81 @@ class Trace:
 
 
 def check_writable(path: Path) -> None:
-    """Fail now and not after minutes of work. Errors: a folder that cannot be written to, a folder as ``path``."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return bad("trace", str(path), f"cannot be written ({error.strerror or error}); choose another --out")
+    """Fail now and not after minutes of work. Errors: a folder that cannot be written to, a folder as ``path``, a file
+    that is there and no trace."""
+    outputs.check(path, is_ours=lambda there: HEADER_KEY in there.read_bytes())
 
 
 def write_trace(path: Path, header: Header, rows: Sequence[Recorded]) -> None:
-    """Write the whole file or nothing. Errors: a folder that cannot be written to."""
+    """Write the whole file or nothing. Errors: a folder that cannot be written to, rows that ``read_trace`` would not
+    take (``check_row``), weights that are no numbers of 0 to ``header.weight_scale``."""
     data: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+    seen: set[tuple[int, int]] = set()
     for row in rows:
-        assert row.ids.shape == row.weights.shape == (len(row.ids), header.top_k)
+        check_row(row, header, seen)
+        if not ((row.weights >= 0) & (row.weights <= header.weight_scale * (1 + 1e-6))).all():  # so is NaN
+            where = f"trace: step {row.step}, layer {row.layer}: weights"
+            wrong = row.weights[~((row.weights >= 0) & (row.weights <= header.weight_scale * (1 + 1e-6)))][0]
+            raise bad(where, float(wrong), f"must lie in 0..{header.weight_scale} (header.weight_scale)")
         quantised = np.rint(row.weights / header.weight_scale * 255).clip(0, 255).astype("u1")
-        fields = (row.step, row.layer, len(row.ids), row.loss)
+        fields = (int(row.step), int(row.layer), len(row.ids), float(row.loss))
         for name, value in zip(
             COLUMNS, (*fields, row.ids.astype(header.ids_dtype).tobytes(), quantised.tobytes()), strict=True
         ):
             data[name].append(value)
-    schema = pa.schema(COLUMNS).with_metadata({HEADER_KEY: header.model_dump_json()})
-    table = pa.table(data, schema=schema)
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            pq.write_table(
-                table, file, compression="zstd", compression_level=19, use_dictionary=False, write_page_checksum=True
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+    text = header.model_dump_json().encode()
+    table = pa.table(data, schema=pa.schema(COLUMNS))
+    table = table.replace_schema_metadata({HEADER_KEY: text, DIGEST_KEY: _digest(text, table).encode()})
+    with outputs.whole(path) as file:
+        pq.write_table(
+            table, file, compression="zstd", compression_level=19, use_dictionary=False, write_page_checksum=True
+        )
+
+
+def check_row(row: Recorded, header: Header, seen: set[tuple[int, int]]) -> None:
+    """``UserError`` naming step and layer for what is no routing of ``header``'s model: ids that are not whole, out of
+    range or twice in a token, wrong shapes, a step and layer that are ``seen`` (which is added to) already."""
+    where = f"trace: step {row.step}, layer {row.layer}"
+    for name, value, least, most in (("step", row.step, 0, None), ("layer", row.layer, 0, header.num_layers - 1)):
+        if value != int(value) or value < least or (most is not None and value > most):
+            of = "" if most is None else f" {value} of {header.num_layers}"
+            raise bad(where, value, f"{name}{of} is none; give whole numbers from {least} on")
+    if (row.step, row.layer) in seen:
+        raise bad(where, "twice", "give each step and layer once")
+    seen.add((row.step, row.layer))
+    if row.ids.ndim != 2 or row.ids.shape[1] != header.top_k or row.weights.shape != row.ids.shape:
+        shapes = f"ids {list(row.ids.shape)}, weights {list(row.weights.shape)}"
+        raise bad(where, shapes, f"must both be [tokens, top_k = {header.top_k}]")
+    check_ids(row.ids, header.num_experts, f"{where}: ids")
+
+
+def check_ids(ids: np.ndarray, num_experts: int, where: str) -> None:
+    """``UserError`` naming ``where`` and the token, if ids [T, k] are not whole numbers of 0 to E - 1, no expert twice
+    in a token."""
+    if not np.issubdtype(ids.dtype, np.integer):
+        broken = np.argwhere(~(ids == np.rint(ids))) if np.issubdtype(ids.dtype, np.floating) else [None]
+        if len(broken):
+            token, value = (0, str(ids.dtype)) if broken[0] is None else (int(broken[0][0]), float(ids[*broken[0]]))
+            raise bad(f"{where}: token {token}", value, "expert ids must be whole numbers")
+    outside = np.argwhere((ids < 0) | (ids >= num_experts))
+    if len(outside):
+        token, place = outside[0]
+        wrong = ids[token, place].item()
+        raise bad(f"{where}: token {token}", wrong, f"there is no expert {wrong} of {num_experts}, counted from 0")
+    ordered = np.sort(ids, axis=1)
+    twice = np.argwhere(ordered[:, 1:] == ordered[:, :-1])
+    if len(twice):
+        token, place = twice[0]
+        raise bad(f"{where}: token {token}", ordered[token, place].item(), "is chosen twice; experts must be distinct")
+
+
+def _digest(header: bytes, table: pa.Table) -> str:
+    """Of all that a trace says: Parquet's own checksums leave out the header and the numbers of its footer."""
+    found = hashlib.sha256(header)
+    for row in table.select(list(COLUMNS)).to_pylist():
+        found.update(repr([row[name] for name in COLUMNS if name not in ("ids", "weights")]).encode())
+        found.update(row["ids"] + row["weights"])
+    return found.hexdigest()
 
 
 def read_trace(path: Path) -> Trace:
@@ -146,7 +177,9 @@ def read_trace(path: Path) -> Trace:
     try:
         stat = path.stat()
     except OSError as error:
-        raise bad("trace", str(path), f"cannot be read ({error.strerror}); give an existing trace file") from None
+        raise unreadable(
+            "trace", str(path), f"cannot be read ({error.strerror}); give an existing trace file"
+        ) from None
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
 
@@ -154,41 +187,47 @@ def read_trace(path: Path) -> Trace:
 def _read(path: Path, mtime_ns: int, size: int) -> Trace:
     again = "record it again with `moebench record`"
     try:
-        table = pq.read_table(path, partitioning=None, page_checksum_verification=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
+        table = pq.read_table(pa.BufferReader(path.read_bytes()), page_checksum_verification=True)
+        metadata = dict(table.schema.metadata or {})
+    except Exception as error:  # a damaged file makes Parquet's reader raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise bad("trace", str(path), f"not a readable Parquet file ({reason}); {again}") from None
-    text = (table.schema.metadata or {}).get(HEADER_KEY)
+        raise unreadable("trace", str(path), f"not a readable Parquet file ({reason}); {again}") from None
+    text = metadata.get(HEADER_KEY)
     if text is None:
-        raise bad("trace", str(path), f"has no moebench header, so it is not a trace; {again}")
+        raise unreadable("trace", str(path), f"has no moebench header, so it is not a trace; {again}")
     try:
         fields = json.loads(text)
         version = int(fields["schema_version"])
-    except (ValueError, KeyError, TypeError):
-        raise bad("trace", str(path), f"has a damaged header; {again}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise unreadable("trace", str(path), f"has a damaged header; {again}") from None
     if version > SCHEMA_VERSION:
         remedy = f"schema_version {version} is newer than this moebench reads ({SCHEMA_VERSION}); upgrade moebench"
-        raise bad("trace", str(path), remedy)
+        raise unreadable("trace", str(path), remedy)
     try:
         header = Header.parse(fields, "header")
+        if header.top_k > header.num_experts:
+            raise bad("header.top_k", header.top_k, f"is more than num_experts = {header.num_experts}")
+        table = table.select(list(COLUMNS)).cast(pa.schema(COLUMNS))
         rows = _rows(table, header)
-    except (UserError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise bad("trace", str(path), f"is damaged ({error}); {again}") from None
+        if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != _digest(text, table).encode():
+            raise ValueError("its contents are not those of its digest")
+    except (UserError, pa.ArrowException, KeyError, ValueError, TypeError, OverflowError) as error:
+        raise unreadable("trace", str(path), f"is damaged ({error}); {again}") from None
     return Trace(path, header, rows)
 
 
 def _rows(table: pa.Table, header: Header) -> dict[tuple[int, int], Recorded]:
     rows: dict[tuple[int, int], Recorded] = {}
-    for row in table.select(list(COLUMNS)).cast(pa.schema(COLUMNS)).to_pylist():
-        step, layer, shape = row["step"], row["layer"], (row["num_tokens"], header.top_k)
+    seen: set[tuple[int, int]] = set()
+    for row in table.to_pylist():
+        if row["num_tokens"] < 0:
+            raise ValueError(f"num_tokens {row['num_tokens']}")
+        shape = (row["num_tokens"], header.top_k)
         ids = np.frombuffer(row["ids"], header.ids_dtype).reshape(shape)
         weights = np.frombuffer(row["weights"], "u1").reshape(shape)
-        if ids.size and int(ids.max()) >= header.num_experts:
-            raise ValueError(f"step {step}, layer {layer} has expert {ids.max()} of {header.num_experts}")
-        if not 0 <= layer < header.num_layers:
-            raise ValueError(f"layer {layer} of {header.num_layers}")
-        weights = weights.astype(np.float32) * np.float32(header.weight_scale / 255)
-        rows[step, layer] = Recorded(step, layer, ids, weights, row["loss"])
+        found = Recorded(row["step"], row["layer"], ids, weights * np.float32(header.weight_scale / 255), row["loss"])
+        check_row(found, header, seen)
+        rows[found.step, found.layer] = found
     return rows
 
 

@@ -25,8 +25,11 @@ class Routing:
     def __post_init__(self) -> None:
         if self.ids.ndim != 2 or len(self.ids) != sum(self.tokens):
             raise bad("routing.ids", self.ids.shape, f"must be [T, k] with T = {sum(self.tokens)} tokens")
+        if not np.issubdtype(self.ids.dtype, np.integer):
+            raise bad("routing.ids", str(self.ids.dtype), "expert ids must be whole numbers")
         if self.ids.size and not 0 <= self.ids.min() <= self.ids.max() < self.num_experts:
-            raise bad("routing.ids", int(self.ids.max()), f"expert ids must lie in 0..{self.num_experts - 1}")
+            wrong = self.ids.min() if self.ids.min() < 0 else self.ids.max()
+            raise bad("routing.ids", int(wrong), f"expert ids must lie in 0..{self.num_experts - 1}")
 
     @property
     def top_k(self) -> int:

@@ -22,10 +22,11 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness import sealed
 from harness.errors import bad
 
 Task = tuple[str, int]  # race digest, launch
@@ -61,19 +62,27 @@ class SweepFolder:
             raise bad("sweep", str(self.run_dir), f"there is none; known sweeps are {', '.join(known) or 'none yet'}")
         return self
 
-    def read(self) -> dict[str, Any]:
-        return dict(json.loads((self.path / "sweep.json").read_text()))
+    def read(self, name: str = "sweep.json") -> dict[str, Any]:
+        """What ``write`` wrote; ``UserError`` names a file that is damaged or not there."""
+        path = self.path / name
+        try:
+            return sealed.unseal(path.read_text(encoding="utf-8"), f"sweep/{path.parent.name}")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise bad(
+                "sweep", str(path), f"cannot be read ({reason}); submit the sweep again by another name"
+            ) from None
 
-    def write(self, name: str, value: Any) -> None:
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``value`` to ``name`` whole or not at all."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        partial.write_text(json.dumps(value))
+        partial.write_text(sealed.seal(value, f"sweep/{path.parent.name}"))
         partial.replace(path)
 
     def job(self, index: int) -> dict[str, Any]:
-        return dict(json.loads((self.path / "jobs" / f"{index:05}.json").read_text()))
+        return self.read(f"jobs/{index:05}.json")
 
     def add_job(self, job: dict[str, Any]) -> int:
         """Write down what a job is to do: cluster, wire, across, tasks [launch, race]; returns its index."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -151,9 +150,9 @@ class _Keeper:
     def record(self) -> None:
         """Add to the ledger what there is, unless just that is there already."""
         task = next(each for _, each in self.job["tasks"] if each["part"] == LEDGER)
-        kept = {path.stem: json.loads(path.read_text()) for path in (self.folder.path / "profile").glob("*.json")}
+        kept = {p.stem: self.folder.read(f"profile/{p.name}") for p in (self.folder.path / "profile").glob("*.json")}
         path = self.folder.path / "calibration.json"
-        if path.exists() and json.loads(path.read_text())["parts"] == sorted(kept):
+        if path.exists() and self.folder.read(path.name)["parts"] == sorted(kept):
             return
         self.begin(task["digest"], "adding the calibration to the ledger")
         since = time.monotonic()

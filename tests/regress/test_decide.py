@@ -73,3 +73,19 @@ def test_one_slow_session_among_four():
 def test_holm_by_hand():
     assert decide.holm(np.array([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
     assert decide.holm(np.array([0.5, 0.9])) == pytest.approx([1.0, 1.0])
+
+
+def test_of_fewer_than_two_pairs_nothing_is_decided():
+    one = pairs(np.random.default_rng(5), slower=3.0, num_pairs=1)
+    table = decide.decide(one)
+    assert set(table["verdict"]) == {"not decided"}
+    assert (table["p"] == 1).all()
+    gaps = pairs(np.random.default_rng(6), slower=1.5, num_pairs=8)
+    own = gaps["system"] == "s0"
+    gaps.loc[own & (gaps["pair"] > 0), "head_s"] = np.nan  # one pair has times on both sides
+    gaps.loc[gaps["system"] == "s1", "base_s"] = np.nan
+    gaps.loc[(gaps["system"] == "s2") & (gaps["pair"] == 3), "head_s"] = np.nan
+    found = decide.decide(gaps).set_index("system")
+    assert found["verdict"].to_dict() == {f"s{i}": "not decided" if i < 2 else "same" for i in range(12)}
+    assert found["num_pairs"].to_dict() == {f"s{i}": (1, 0, 7)[i] if i < 3 else 8 for i in range(12)}
+    assert np.isfinite(found.loc["s2", ["ratio", "low", "high", "p"]].astype(float)).all()

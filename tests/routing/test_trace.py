@@ -167,6 +167,52 @@ def test_a_file_that_is_not_a_sound_trace(trace, change, parts):
         assert part in str(error.value)
 
 
+def spoilt(**changed: object) -> Recorded:
+    """A row of which something is wrong."""
+    given = {"step": 0, "layer": 0, "ids": np.array([[0, 1], [2, 3]]), "weights": np.full((2, 2), 0.5), "loss": 1.0}
+    return Recorded(**{**given, **changed})
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (spoilt(ids=np.array([[0, 1], [2, -1]])), "step 0, layer 0: ids: token 1: -1: there is no expert -1 of 4"),
+        (spoilt(ids=np.array([[0, 1], [300, 3]])), "token 1: 300: there is no expert 300 of 4"),
+        (spoilt(ids=np.array([[0, 1], [3, 3]])), "token 1: 3: is chosen twice"),
+        (spoilt(ids=np.array([[0, 1.5], [2, 3]])), "token 0: 1.5: expert ids must be whole numbers"),
+        (spoilt(ids=np.array([[0, np.nan], [2, 3]])), "token 0: nan: expert ids must be whole numbers"),
+        (spoilt(ids=np.array([[True, False], [True, False]])), "'bool': expert ids must be whole numbers"),
+        (spoilt(ids=np.array([[0, 1, 2], [2, 3, 0]])), "must both be"),
+        (spoilt(weights=np.full((2, 3), 0.5)), "must both be"),
+        (spoilt(weights=np.array([[0.5, np.nan], [0.5, 0.5]])), "weights: nan: must lie in 0..1"),
+        (spoilt(weights=np.array([[0.5, -0.5], [0.5, 0.5]])), "weights: -0.5: must lie in 0..1"),
+        (spoilt(weights=np.array([[0.5, 2.0], [0.5, 0.5]])), "weights: 2.0: must lie in 0..1"),
+        (spoilt(layer=2), "layer 2 of 1 is none"),
+        (spoilt(step=-1), "-1: step is none"),
+    ],
+)
+def test_neither_writer_nor_reader_takes_what_is_no_routing(row, said, tmp_path, monkeypatch):
+    header = Header(model="m", num_experts=4, top_k=2, num_layers=1, corpus="", command="", date="")
+    path = tmp_path / "trace.parquet"
+    with pytest.raises(UserError) as refused:
+        write_trace(path, header, [row])
+    assert said in str(refused.value)
+    assert not path.exists()
+    stored_as_bytes = row.ids.shape == (2, 2) and row.weights.shape == (2, 2) and "weights:" not in said
+    if stored_as_bytes and np.issubdtype(row.ids.dtype, np.integer) and row.ids.min() >= 0 and row.ids.max() < 256:
+        monkeypatch.setattr("harness.routing.trace.check_row", lambda *_: None)  # a writer that checks nothing
+        write_trace(path, header, [row])
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="is damaged"):
+            read_trace(path)
+
+
+def test_a_step_and_layer_that_stand_twice(tmp_path):
+    header = Header(model="m", num_experts=4, top_k=2, num_layers=1, corpus="", command="", date="")
+    with pytest.raises(UserError, match="give each step and layer once"):
+        write_trace(tmp_path / "trace.parquet", header, [spoilt(), spoilt()])
+
+
 @pytest.mark.parametrize("content", [b"", b"not parquet at all", None])
 def test_a_corrupt_file(trace, content):
     whole = trace.read_bytes()
