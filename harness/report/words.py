@@ -61,7 +61,7 @@ def findings(run: Run) -> list[Finding]:
         return []
     ratios = compare.speedups(run, run.baseline), compare.speedups(run, run.control)
     found = []
-    for key, rows in run.rows.groupby(GROUP, sort=False):
+    for key, rows in run.rows.groupby(GROUP):
         group = dict(zip(GROUP, key, strict=True))
         cells = rows.drop_duplicates("cell")
         timed = times[times["cell"].isin(cells["cell"])]
