@@ -100,17 +100,30 @@ def load(run_dir: Path | str, *, baseline: str = "", control: str = "", usual: t
         )
     experiments = {cell: data for (cell, _), data in untold.swept(path).items()} | merged(records, "experiments")
     rows = rows.assign(label=_labels(rows, experiments))
-    known = list(dict.fromkeys([*sorted(set(rows["label"])), *sorted(set(rows["system"]))]))
+    cells = rows.drop_duplicates("cell")
     for field, given in (("baseline", baseline), ("control", control)):
-        if given and given not in known:
-            raise bad(field, given, f"is no system of {path.name}; there are {', '.join(known) or 'none'}")
-    timed = rows[(rows["metric"] == "time_s") & rows["status"].isin(TIMED)]
-    ran = {*timed["label"], *timed["system"]}
+        if given and not _refers(cells, given):
+            raise bad(field, given, _no_such(cells, given, path.name))
+    timed = cells[cells["cell"].isin(rows[(rows["metric"] == "time_s") & rows["status"].isin(TIMED)]["cell"])]
     if not baseline:
-        most = timed.groupby("label")["cell"].nunique().sort_values(ascending=False, kind="stable").index
-        baseline = next((name for name in (*usual, *most) if name in ran), usual[0])
-    control = control or (usual[1] if usual[1] in ran else baseline)
+        most = timed["label"].value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable").index
+        baseline = next((name for name in (*usual, *most) if _refers(timed, name)), usual[0])
+    control = control or (usual[1] if _refers(timed, usual[1]) else baseline)
     return Run(path, rows, records, tuple(damaged), baseline, control)
+
+
+def _refers(cells: pd.DataFrame, name: str) -> bool:
+    """Whether ``name`` is one cell of some race: by its label, or as the only one of a system."""
+    counts = cells[cells["system"] == name].groupby("race").size()
+    return name in set(cells["label"]) or bool((counts == 1).any())
+
+
+def _no_such(cells: pd.DataFrame, name: str, run: str) -> str:
+    """Why it does not, and what does."""
+    several = sorted(set(cells[cells["system"] == name]["label"]))
+    if several:
+        return f"is several in {run}; name one of {', '.join(several)}"
+    return f"is no system of {run}; there are {', '.join(sorted(set(cells['label']))) or 'none'}"
 
 
 def known_runs(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,18 @@ def swept(run_dir: Path) -> dict[Launched, dict[str, Any]]:
     folder = SweepFolder(run_dir)
     if not (folder.path / "sweep.json").exists():
         return {}
+    return _of_jobs(run_dir.resolve(), len(folder.tasks()))
+
+
+@functools.lru_cache(maxsize=4)
+def _of_jobs(run_dir: Path, num_jobs: int) -> dict[Launched, dict[str, Any]]:
+    """A job's file never changes."""
+    from harness.sweep.folder import SweepFolder
+
+    folder = SweepFolder(run_dir)
     return {
         (Experiment.model_validate(data).digest, launch): data
-        for index in range(len(folder.tasks()))
+        for index in range(num_jobs)
         for launch, race in folder.job(index)["tasks"]
         for data in race.get("experiments", ())
     }

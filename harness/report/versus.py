@@ -71,7 +71,8 @@ def table(run: Run, other: Run) -> Html:
     for key, group in frame.groupby(GROUP, sort=False):
         case = dict(zip(GROUP, key, strict=True))
         group = group[group["direction"] == words.main_direction(group)]
-        group = group.assign(shown=[page.ratio(*each) for each in group[["ratio", "low", "high"]].to_numpy()])
+        cells = [page.ratio(*each) for each in group[["ratio", "low", "high"]].to_numpy()]
+        group = group.assign(shown=pd.Series(cells, index=group.index, dtype=object))  # strings are escaped
         columns = [
             Column("workload", "workload", merge=True),
             Column("label", "system"),

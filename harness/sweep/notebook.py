@@ -75,5 +75,6 @@ def speedups(sweep: Sweep, reference: str) -> pd.DataFrame:
     from harness.report import compare
     from harness.report.run import load
 
-    found = compare.speedups(load(sweep.folder.run_dir), reference).rename(columns={"point": "speedup"})
+    run = load(sweep.folder.run_dir, baseline=reference)
+    found = compare.speedups(run, reference).rename(columns={"point": "speedup"})
     return found[["label", *SHOWN, "speedup", "low", "high", "num_launches", "status"]]

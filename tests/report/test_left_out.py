@@ -14,6 +14,7 @@ import pytest
 from harness import cli
 from harness.bench.store import STATUSES
 from harness.bench.suite import Race
+from harness.errors import UserError
 from harness.plan.agreement import agreement
 from harness.report import compare, context, ending, summary, versus, words
 from harness.report.claims import Sources
@@ -177,7 +178,9 @@ def test_two_runs_of_forward_alone_are_compared(maker, tmp_path):
     for run, value in ((maker, 1.0), (other := RunMaker(tmp_path / "runs" / "old"), 2.0)):
         line = {"metric": "time_s", "direction": "forward", "unit": "s"}
         run.append([{**run.base(cell, 0), **line, "value": value, "rep": rep} for rep in range(2)])
-    assert "old / demo" in versus.table(load(maker.path), load(other.path)).html
+    html = versus.table(load(maker.path), load(other.path)).html
+    assert "old / demo" in html
+    assert ">2.00×<" in html
 
 
 @pytest.mark.parametrize(
@@ -196,6 +199,25 @@ def test_the_baseline_is_one_that_ran(maker, timed, baseline, control):
         maker.timed(experiment(system), 1.0, launches=1, reps=1)
     run = load(maker.path)
     assert (run.baseline, run.control) == (baseline, control)
+
+
+def test_a_reference_that_is_several_is_one_line_that_names_them(maker):
+    for dimension in (1, 2):
+        maker.timed(experiment("hiermoe-hd", options={"dimension": dimension}), 1.0, launches=1, reps=1)
+    maker.without_time(experiment("megatron"), "failed", WHY)
+    maker.write_records()
+    assert load(maker.path).baseline == "hiermoe-hd (dimension=1)"
+    named = "hiermoe-hd (dimension=1), hiermoe-hd (dimension=2)"
+    for field in ("baseline", "control"):
+        with pytest.raises(
+            UserError, match=f"^{field}: 'hiermoe-hd': is several in demo; name one of {re.escape(named)}$"
+        ):
+            load(maker.path, **{field: "hiermoe-hd"})
+        with pytest.raises(
+            UserError, match=f"^{field}: 'nope': is no system of demo; there are {re.escape(named)}, megatron$"
+        ):
+            load(maker.path, **{field: "nope"})
+    assert load(maker.path, baseline="hiermoe-hd (dimension=2)").labels[0] == "hiermoe-hd (dimension=2)"
 
 
 def test_the_page_of_a_paper_s_suite_is_the_paper_s():
