@@ -177,7 +177,8 @@ def restored(rank: int, folder: str, out: str) -> None:
     if rank == 1:
         own.folder = Path(folder) / "old"
         (own.folder / "step-3").mkdir(parents=True)
-        (own.folder / "step-3" / "rank-1.pt").write_bytes((Path(folder) / "whole/step-3/rank-1.pt").read_bytes())
+        for name in ("rank-1.pt", "rank-1.sum"):
+            (own.folder / "step-3" / name).write_bytes((Path(folder) / "whole/step-3" / name).read_bytes())
     (Path(out) / str(rank)).write_text(str(own.restore(module, optimizer, [], None)))
 
 
