@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from harness.errors import UserError, tells_out_of_memory
-from harness.launch import phases
+from harness.launch import given, phases
 from harness.launch import session as session_module
 from harness.launch.rank import Raised
 from harness.launch.session import RankFailure, open_session
@@ -130,6 +130,14 @@ def test_what_a_lane_raises_is_told_though_its_rank_waits(tmp_path, monkeypatch)
     assert "bad day" in error.log_path.read_text()
 
 
+def test_a_death_explains_what_others_hear_of_it():
+    heard = Raised(0, "raised", "RuntimeError: Connection closed by peer", False, 1.0)
+    death = Raised(2, "died", "was killed by SIGABRT: op.preamble.length <= op.nbytes. 8 vs 4", False, 2.0)
+    assert min(heard, death, key=session_module._order) is death
+    other = Raised(1, "raised", "RuntimeError: bad day", False, 3.0)
+    assert min(heard, death, other, key=session_module._order) is other
+
+
 @pytest.mark.parametrize("failures", [*itertools.permutations(range(3))])
 def test_the_failure_that_explains_the_others_is_told(failures):
     """In whatever order they are heard of."""
@@ -187,7 +195,7 @@ def test_start_has_a_time_limit(tmp_path):
 
 
 def test_the_start_time_limit_can_be_set(tmp_path, monkeypatch):
-    assert session_module._start_timeout_s(use_cuda=True) == 600
+    assert given.start_timeout_s(use_cuda=True) == 600
     for text in ("soon", "-1", "inf"):
         monkeypatch.setenv("MOEBENCH_START_TIMEOUT_S", text)
         wrong = pytest.raises(UserError, match=rf"^MOEBENCH_START_TIMEOUT_S: '{text}': must be a number of seconds")
