@@ -74,12 +74,13 @@ def unknown(field: str, name: str, known: Iterable[str], plural: str, *, like: s
 _OUT_OF_MEMORY = re.compile(r"MemoryError|out of memory|allocate memory|ALLOC_FAILED", re.IGNORECASE)
 #: how a rank puts it that another one has gone, or does not come
 _ECHO = re.compile(
-    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|remote process exited|DistBackendError"
-    r"|DistNetworkError|DistStoreError|wait timeout|socket timeout|gloo/|gloo::|NCCL (error|WARN)|ncclRemoteError",
+    r"connection (was )?(likely )?(closed|reset|refused|aborted)|broken pipe|remote process|ncclRemoteError"
+    r"|pair closure|wait timeout|socket timeout|timed? ?out waiting|EnforceNotMet|op\.(nbytes|preamble)",
     re.IGNORECASE,
 )
 _PACKAGES = tuple(str(Path(__file__).parents[1] / name) + os.sep for name in ("harness", "baselines", "methods"))
 _LIBRARIES = (sysconfig.get_path("stdlib") + os.sep, f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+_AT = "raised at "
 _MAX_WORDS = 1000  # of one exception; those of C++ bring their stacks
 
 
@@ -102,10 +103,19 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' if text else ''}{text}{place and f', at {place}'}"
 
 
+def placed(error: Exception) -> Exception:
+    """``error`` as it may be sent to another process, where its traceback does not come along."""
+    error.add_note(_AT + place_of(error))
+    return error
+
+
 def place_of(error: BaseException) -> str:
     """``file:line in function``, of the cause that was first: the innermost that is of no library, if there is one."""
     while error.__cause__ is not None:
         error = error.__cause__
+    for note in getattr(error, "__notes__", ()):
+        if note.startswith(_AT):
+            return str(note.removeprefix(_AT))
     frames = [(each.filename, each.lineno or 0, each.name) for each in traceback.extract_tb(error.__traceback__)]
     return nearest(frames[::-1])
 

@@ -40,6 +40,7 @@ class Checkpoints:
     def __init__(self, folder: Path | str, every: int, job: Job):
         self.folder, self.every, self.job = Path(folder), every, job
         self._newest: tuple[int, list[str]] | None = None
+        self._placements: list[Any] = []  # of that step
 
     def newest(self) -> tuple[int, list[str]]:
         """The last step that is whole on every rank, 0 for none; and what is wrong with later ones, if anything is but
@@ -49,28 +50,42 @@ class Checkpoints:
         return self._newest
 
     def _find(self) -> tuple[int, list[str]]:
-        # Nodes may see a file system that they share at different ages: rank 0 says what there is.
-        (steps,) = self._said_by_rank_0([sorted(self._steps(), reverse=True)])
         notes: list[str] = []
-        for step in steps:
-            problems = self._gathered(self._problem(step))
-            if not any(problems):
+        for step, facts, problem in self._seen_by_rank_0():
+            if facts is None and not problem:
+                continue  # the ranks ended while they were writing it
+            problems = [problem] if problem else self._gathered(self._problem(step))
+            if facts is not None and not any(problems):
+                self._placements = facts["placements"]
                 return step, notes
-            notes += [each for each in dict.fromkeys(problems) if each and not each.endswith(_UNFINISHED)]
+            notes += [each for each in dict.fromkeys(problems) if each]
         return 0, notes
+
+    def _seen_by_rank_0(self) -> list[tuple[int, dict[str, Any] | None, str]]:
+        """Of each step there is, the last first: what all ranks are to know, None if it has not become whole; and what
+        is wrong with that. Nodes may see a file system that they share at different ages, and ranks that began at
+        different steps would never meet."""
+        seen = [self._whole(step) for step in sorted(self._steps(), reverse=True)] if self.job.rank == 0 else []
+        said: list[Any] = [seen]
+        if self.job.num_ranks > 1:
+            dist.broadcast_object_list(said, device=self.job.device)
+        return list(said[0])
+
+    def _whole(self, step: int) -> tuple[int, dict[str, Any] | None, str]:
+        path = self.folder / f"step-{step}" / "whole.json"
+        try:
+            facts = _read(path)
+            num_ranks = facts["num_ranks"]
+        except FileNotFoundError:
+            return step, None, ""
+        except (OSError, ValueError, KeyError) as error:
+            return step, None, f"{path}: damaged ({error})"
+        here = self.job.num_ranks
+        return step, facts, "" if num_ranks == here else f"{path}: is of {num_ranks} ranks, not {here}"
 
     def _problem(self, step: int) -> str:
         """What is wrong with this rank's part of a checkpoint; empty if nothing is."""
-        here = self.folder / f"step-{step}"
-        whole, part = here / "whole.json", here / f"rank-{self.job.rank}.pt"
-        try:
-            num_ranks = _read(whole)["num_ranks"]
-        except FileNotFoundError:
-            return f"{here}{_UNFINISHED}"
-        except (OSError, ValueError, KeyError) as error:
-            return f"{whole}: damaged ({error})"
-        if num_ranks != self.job.num_ranks:
-            return f"{whole}: is of {num_ranks} ranks, not {self.job.num_ranks}"
+        part = self.folder / f"step-{step}" / f"rank-{self.job.rank}.pt"
         try:
             if part.with_suffix(".sum").read_text() != _sum_of(part):
                 return f"{part}: damaged (its checksum is another)"
@@ -121,9 +136,8 @@ class Checkpoints:
         here = self.folder / f"step-{step}"
         file = here / f"rank-{self.job.rank}.pt"
         try:
-            placements = _read(here / "whole.json")["placements"]
             state = torch.load(file, map_location=self.job.device, weights_only=True)
-            for layer, slots in zip(layers, placements, strict=True):
+            for layer, slots in zip(layers, self._placements, strict=True):
                 if isinstance(layer, NativeLayer) and slots is not None:
                     layer.place(Placement.of_slots(slots))
             module.load_state_dict(state["module"])
@@ -158,11 +172,6 @@ class Checkpoints:
     def _steps(self) -> dict[int, Path]:
         found = ((path.name.removeprefix("step-"), path) for path in self.folder.glob("step-*"))
         return {int(number): path for number, path in found if number.isdecimal()}
-
-    def _said_by_rank_0(self, values: list[Any]) -> list[Any]:
-        if self.job.num_ranks > 1:
-            dist.broadcast_object_list(values, device=self.job.device)
-        return values
 
     def _gathered(self, value: str) -> list[str]:
         if self.job.num_ranks == 1:
@@ -208,9 +217,6 @@ def resumed(job: Job, trainings: Mapping[str, Checkpoints]) -> tuple[int, str]:
     words = [f"all systems go on after step {step}"] if step else []
     words += [note for _, notes in found for note in notes]
     return step, "; ".join(words)
-
-
-_UNFINISHED = ": was being written"
 
 
 def _slots(layer: MoELayer) -> list[list[int]] | None:

@@ -207,9 +207,11 @@ class Sessions:
                 if (failure := error.failure) is None:
                     raise
             assert failure is not None
-            for cell, (status, reason) in blamed([e.digest for e in remaining], failure).items():
+            told = blamed([e.digest for e in remaining], failure)
+            for status, reason in dict.fromkeys(told.values()):
+                report({"did": "setback", "text": f"{status}: {reason}"})
+            for cell, (status, reason) in told.items():
                 failed[cell] = status, reason + self._on_their_way(cell)
-                report({"did": "setback", "text": f"{status}: {failed[cell][1]}"})
             remaining = [experiment for experiment in remaining if experiment.digest not in failed]
             if self._no_start is None:
                 self._start()

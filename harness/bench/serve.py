@@ -32,7 +32,7 @@ from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict, first_of
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
-from harness.errors import UserError, bad
+from harness.errors import UserError, bad, placed
 from harness.layer import stored
 from harness.layer.gpt import GPT, Attention, Cache
 from harness.layer.weights import Weights
@@ -121,7 +121,7 @@ def agreed(job: Job, work: Callable[[], Any]) -> Any:
         try:
             answer[0] = work()
         except Exception as error:
-            answer[1] = error
+            answer[1] = placed(error)
     if job.num_ranks > 1:
         dist.broadcast_object_list(answer, 0)
     if answer[1] is not None:

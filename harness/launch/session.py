@@ -13,7 +13,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import math
 import os
 import pickle
 import re
@@ -30,7 +29,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from harness.errors import Kind, RankFailure, UserError, bad, is_echo
-from harness.launch import gpus, last_words
+from harness.launch import given, gpus, last_words
 from harness.launch.phases import private_board
 from harness.launch.rank import Raised, Setup
 from harness.specs import Cluster
@@ -41,10 +40,6 @@ NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--mou
 #: what the launcher is started through, with /run its own, because named network namespaces live there
 IN_NAMESPACES = [*NAMESPACES, "--kill-child", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "moebench"]
 COLLECTIVE_CODE = ("/torch/distributed/", "/harness/comm/")  # files of a rank that waits for others
-START_TIMEOUT_VARIABLE = "MOEBENCH_START_TIMEOUT_S"
-#: until every rank has joined the job; on GPUs each imports some 5 GB of libraries by itself, maybe from a network file
-#: system that has never seen them
-START_TIMEOUT_S = {"cpu": 120.0, "cuda": 600.0}
 END_S = 10.0  # for the launcher to end all ranks, before this process kills it
 #: a rank on CPU keeps the memory that it freed, as torch's CUDA allocator does; else every tensor of a step is mapped
 #: and zeroed anew, page by page, which costs more CPU than the copies that are to be timed
@@ -84,9 +79,9 @@ def open_session(
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise bad("log_dir", str(log_dir), f"{error.strerror}; choose a folder that can be written") from None
-    _check_rendezvous(cluster, rendezvous)
+    given.check_rendezvous(cluster, rendezvous)
     use_cuda = gpus.suffice(cluster)
-    start_timeout_s = start_timeout_s or _start_timeout_s(use_cuda)
+    start_timeout_s = start_timeout_s or given.start_timeout_s(use_cuda)
     reason = "" if cluster.kind == "emulated" else f"a {cluster.kind} cluster is not shaped"
     for emulate in (True, False) if cluster.kind == "emulated" else (False,):
         try:
@@ -234,7 +229,7 @@ class Session:
             self._launcher.send(self._setup)
         try:
             if not self._launcher.poll(timeout_s):
-                raise self._failure(-1, "hung", f"no start within {timeout_s:g} s", self._launcher_log)
+                raise self._failure(-1, "hung", f"no start within {timeout_s:g} s")
             word, fact = self._launcher.recv()
         except (EOFError, ConnectionResetError):
             last = last_words.line(self._launcher_log) or "no message"
@@ -243,7 +238,7 @@ class Session:
                     f"namespaces are forbidden here ({last}); allow unprivileged user namespaces "
                     "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0)"
                 ) from None
-            raise self._failure(-1, "died", f"the launcher ended: {last}", self._launcher_log) from None
+            raise self._failure(-1, "died", f"the launcher ended: {last}") from None
         if word == "no_network":
             raise _NoNetwork(fact)
         self._started = True
@@ -312,7 +307,7 @@ class Session:
         said itself explains its own end."""
         spoke = {each.rank for each in failures if each.kind != "died"}
         causes = [each for each in failures if each.kind != "died" or each.rank not in spoke]
-        first = min(causes, key=lambda each: (is_echo(each.message), each.rank < 0, each.at_s))
+        first = min(causes, key=_order)
         failure = RankFailure(first.rank, first.phase, first.kind, first.message, self._log_of(first.rank))
         if not first.user_error:
             return failure
@@ -341,7 +336,7 @@ class Session:
         message += f", {phases[culprit].age_s:.1f} s in this phase{at(culprit)}"
         message += "".join(f"; a thread of rank {each.rank} had raised {each.message}" for each in heard)
         message += (f"; also waiting: {others}" if others else "") + f"; their stacks: {self.log_dir}/rank-*.log"
-        return self._failure(culprit, "hung", message, self._log_of(culprit))
+        return self._failure(culprit, "hung", message)
 
     def _dump_stacks(self, ranks: list[int]) -> dict[int, str]:
         """Have every rank write its stacks to its log; returns what they wrote."""
@@ -358,37 +353,13 @@ class Session:
     def _log_of(self, rank: int) -> Path:
         return self._setup.log_path(rank) if rank >= 0 else self._launcher_log
 
-    def _failure(self, rank: int, kind: Kind, message: str, path: Path) -> RankFailure:
-        return RankFailure(rank, self._phase(rank), kind, message, path)
+    def _failure(self, rank: int, kind: Kind, message: str) -> RankFailure:
+        return RankFailure(rank, self._phase(rank), kind, message, self._log_of(rank))
 
 
-def _start_timeout_s(use_cuda: bool) -> float:
-    text = os.environ.get(START_TIMEOUT_VARIABLE)
-    if not text:
-        return START_TIMEOUT_S["cuda" if use_cuda else "cpu"]
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise bad(START_TIMEOUT_VARIABLE, text, "must be a number of seconds above 0; unset it for the default")
-    return seconds
-
-
-def _check_rendezvous(cluster: Cluster, rendezvous: str | None) -> None:
-    if rendezvous is None:
-        return
-    match = re.fullmatch(r"tcp://([^:/]+):(\d+)", rendezvous)
-    if not match:
-        raise bad("rendezvous", rendezvous, "write tcp://host:port, or leave it out to use a file")
-    if cluster.kind == "emulated":
-        raise bad("rendezvous", rendezvous, "an emulated cluster has a network of its own; leave it out")
-    try:
-        with socket.create_server((match[1], int(match[2]))):
-            pass
-    except (OSError, OverflowError) as error:
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else error
-        raise bad("rendezvous", rendezvous, f"{why}; choose another port, or leave it out to use a file") from None
+def _order(failure: Raised) -> tuple[int, bool, float]:
+    echo = is_echo(failure.message) and (1 if failure.kind == "died" else 2)  # of a death, others hear
+    return int(echo), failure.rank < 0, failure.at_s
 
 
 def _leave_slurms_warnings_to_the_job() -> None:

@@ -91,7 +91,7 @@ def test_a_part_that_is_damaged_is_named_and_the_step_before_is_taken(tmp_path, 
         assert found["began"] == 3
         (note,) = found["notes"]
         assert str(tmp_path / "damaged" / said) in note
-    assert damaged("step-6/whole.json", change=Path.unlink) | {"owners": 0} == {
+    assert damaged("step-6/whole.json", "step-6/rank-1.pt", change=Path.unlink) | {"owners": 0} == {
         **{"began": 3, "notes": [], "losses": {}, "owners": 0}  # the ranks died before it was whole: that is no damage
     }
     found = damaged("step-6/rank-2.pt", "step-3/rank-1.pt", change=flip)

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from harness.errors import UserError, tells_out_of_memory
-from harness.launch import phases
+from harness.launch import given, phases
 from harness.launch import session as session_module
 from harness.launch.rank import Raised
 from harness.launch.session import RankFailure, open_session
@@ -99,6 +99,7 @@ def test_a_rank_that_hangs_is_named_and_its_stack_logged(tmp_path):
         ranks.call(WORK + "go_wrong", {"rank": 1, "how": "hang"}, timeout_s=2)
     error = failure.value
     assert (error.rank, error.kind, error.phase) == (1, "hung", "doing mischief")
+    assert "; a thread of rank 1 had raised ValueError: in a thread, at tests/launch/work.py:" in str(error)
     assert "s in this phase at tests/launch/work.py:" in str(error)
     assert "rank 0 in 'before the barrier' at tests/launch/work.py:" in str(error)
     for rank in range(4):
@@ -127,6 +128,14 @@ def test_what_a_lane_raises_is_told_though_its_rank_waits(tmp_path, monkeypatch)
     assert (error.rank, error.kind, error.phase) == (2, "raised", "stepping")
     assert re.match(r"RuntimeError: bad day, at tests/launch/work.py:\d+ in fail_with", error.message)
     assert "bad day" in error.log_path.read_text()
+
+
+def test_a_death_explains_what_others_hear_of_it():
+    heard = Raised(0, "raised", "RuntimeError: Connection closed by peer", False, 1.0)
+    death = Raised(2, "died", "was killed by SIGABRT: op.preamble.length <= op.nbytes. 8 vs 4", False, 2.0)
+    assert min(heard, death, key=session_module._order) is death
+    other = Raised(1, "raised", "RuntimeError: bad day", False, 3.0)
+    assert min(heard, death, other, key=session_module._order) is other
 
 
 @pytest.mark.parametrize("failures", [*itertools.permutations(range(3))])
@@ -186,7 +195,7 @@ def test_start_has_a_time_limit(tmp_path):
 
 
 def test_the_start_time_limit_can_be_set(tmp_path, monkeypatch):
-    assert session_module._start_timeout_s(use_cuda=True) == 600
+    assert given.start_timeout_s(use_cuda=True) == 600
     for text in ("soon", "-1", "inf"):
         monkeypatch.setenv("MOEBENCH_START_TIMEOUT_S", text)
         wrong = pytest.raises(UserError, match=rf"^MOEBENCH_START_TIMEOUT_S: '{text}': must be a number of seconds")

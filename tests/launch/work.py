@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 
 import torch
@@ -80,6 +81,7 @@ def go_wrong(job, payload):
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "hang":
+                threading.Thread(target=fail_with, args=[ValueError("in a thread")]).start()
                 time.sleep(1000)
     dist.barrier()
     job.phase("after the barrier")

@@ -16,6 +16,7 @@ import torch.multiprocessing as processes
 
 from harness.bench.checkpoint import Checkpoints
 from harness.caches import CACHES, use_scratch
+from harness.comm.agree import attempt, failed
 from harness.comm.job import Job
 from harness.errors import UserError
 from harness.launch import tasks
@@ -177,7 +178,8 @@ def restored(rank: int, folder: str, out: str) -> None:
     if rank == 1:
         own.folder = Path(folder) / "old"
         (own.folder / "step-3").mkdir(parents=True)
-        (own.folder / "step-3" / "rank-1.pt").write_bytes((Path(folder) / "whole/step-3/rank-1.pt").read_bytes())
+        for name in ("rank-1.pt", "rank-1.sum"):
+            (own.folder / "step-3" / name).write_bytes((Path(folder) / "whole/step-3" / name).read_bytes())
     (Path(out) / str(rank)).write_text(str(own.restore(module, optimizer, [], None)))
 
 
@@ -185,6 +187,38 @@ def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_sees(tmp_path, monkeypa
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     processes.start_processes(restored, (str(tmp_path), str(tmp_path)), nprocs=2, start_method="fork")
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["3", "3"]
+
+
+def lone(rank: int, folder: str) -> None:
+    """Rank 1 fails where rank 0 waits for it in a collective."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    tasks.LOST_S = 0.5
+    watch = tasks.Watch()
+    job = Job(Topology((1, 2)), failing=watch.failing, recovered=watch.recovered, log_path="its.err")
+    watch.job, watch.task = job, ("race", 0)
+
+    def give_up(end: tasks.RaceFailure) -> None:
+        (Path(folder) / "said").write_text(f"{end.race} {end.failure}")
+        os._exit(75)
+
+    watch.give_up = give_up
+    _, error = attempt(job, lambda: 1 / 0)  # on all alike: they go on
+    assert failed(job, error)
+    job.phase("building")
+    if rank == 0:
+        dist.barrier()
+    _, error = attempt(job, lambda: int("bad day"))
+    failed(job, error)
+
+
+def test_a_task_that_fails_alone_ends_with_its_own_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with pytest.raises(processes.ProcessExitedException, match="process 1 terminated with exit code 75"):
+        processes.start_processes(lone, (str(tmp_path),), nprocs=2, start_method="fork")
+    said = (tmp_path / "said").read_text()
+    words = "race rank 1 raised in phase 'building': ValueError: invalid literal for int() with base 10: 'bad day', at "
+    assert said.startswith(words)
+    assert said.endswith("in <lambda> (log: its.err)")
 
 
 BEGIN = {"did": "begin", "race": "a", "launch": 0}
