@@ -11,13 +11,13 @@ import datetime
 import itertools
 import socket
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from harness import devices, memory, registry
-from harness.bench import conformance, conserved, serve, train
+from harness.bench import conformance, conserved, losses, serve, train
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
@@ -36,6 +36,7 @@ from harness.topology import Topology
 #: for how long a rank that failed waits for the others to say that they failed too
 AGREEMENT_S = 60
 _votes = itertools.count()
+T = TypeVar("T")
 
 
 class Contender(Protocol):
@@ -92,7 +93,8 @@ class Outcome:
 
 def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """Collective. ``payload``: ``experiments`` (of one race, as plain data), ``repeats``, ``warmup``, ``checkpoints``
-    (folder and how often, of trainings whose experts change places) -> ``host``, ``num_cores``, ``shared_clock``,
+    (folder and how often, of trainings whose experts change places), ``launch`` and ``distrusted`` (reasons by cell,
+    found in earlier launches) -> ``host``, ``num_cores``, ``shared_clock``,
     ``launch_settings`` (of CUDA) and ``cells``: an ``Outcome`` as plain data by experiment digest."""
     experiments: list[Experiment] = [Experiment.model_validate(data) for data in payload["experiments"]]
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
@@ -129,6 +131,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
                 name_phase(job, experiment, "counting memory")
                 outcome.memory = dict(zip(("measured", "planned"), contender.memory(), strict=True))
         contender.close()
+    compare_losses(job, contenders, outcomes)
     job.phase("race finished")
     return {
         "host": socket.gethostname(),
@@ -137,6 +140,16 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "launch_settings": devices.launch_settings() if job.device.type == "cuda" else {},
         "cells": {cell: dataclasses.asdict(outcome) for cell, outcome in outcomes.items()},
     }
+
+
+def compare_losses(job: Job, contenders: list[tuple[Experiment, Contender]], outcomes: dict[str, Outcome]) -> None:
+    """Collective: trainings of a race that are right so far, against the oracle and each other."""
+    trainers = [(experiment, each) for experiment, each in contenders if isinstance(each, train.Trainer)]
+    trainers = [(experiment, each) for experiment, each in trainers if outcomes[experiment.digest].status == "ok"]
+    if trainers:
+        name_phase(job, trainers[0][0], "comparing losses")
+        for digest, verdict in losses.check(job, trainers).items():
+            settle(outcomes[digest], verdict)
 
 
 def _trace(timeline: Timeline) -> Trace:
@@ -172,25 +185,60 @@ def admit(
         outcome.status, outcome.reason = found["status"], found["reason"]
         return None
 
+    if case.stand_in:
+        name_phase(job, experiment, "checking it with real computation")
+        verdict, error = attempt(lambda: checked_for_real(job, system, experiment, payload))
+        if reason := first_said(job, error):
+            outcome.status, outcome.reason = _status_of(reason), reason
+            return None
+        settle(outcome, verdict or Verdict())
+
     def build() -> Contender:
         name_phase(job, experiment, "building")
-        if experiment.phase == "train_step":
-            built: Contender = train.Trainer(job, system, experiment, _checkpoints(job, system, experiment, payload))
-        elif experiment.phase in SERVING:
-            built = serve.Server(job, system, experiment, shared=shared)
-        else:
-            built = LayerContender(job, system, experiment, case, shared)
+        built = make(job, system, experiment, case, shared, _checkpoints(job, system, experiment, payload))
         name_phase(job, experiment, "first step at full shape")
         for _ in range(max(1, payload["warmup"])):  # once at least, for the check
             built.warm_up()
         settle(outcome, built.check())
         return built
 
+    if outcome.status != "ok":
+        return None
     contender, error = attempt(build)
     if reason := first_said(job, error):
         outcome.status, outcome.reason = _status_of(reason), reason
         return None
     return contender if outcome.status == "ok" else None
+
+
+def make(
+    job: Job,
+    system: type[System],
+    experiment: Experiment,
+    case: Case,
+    shared: dict[Any, Any],
+    checkpoints: Checkpoints | None = None,
+) -> Contender:
+    """Collective: the contender of the experiment's phase."""
+    if experiment.phase == "train_step":
+        return train.Trainer(job, system, experiment, checkpoints)
+    if experiment.phase in SERVING:
+        return serve.Server(job, system, experiment, shared=shared)
+    return LayerContender(job, system, experiment, case, shared)
+
+
+def checked_for_real(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> Verdict:
+    """Collective: once a run, in its first launch, a call of what will stand in for computation, computed. Later
+    launches are told what was found (``distrusted``)."""
+    if (reason := payload.get("distrusted", {}).get(experiment.digest)) is not None:
+        return Verdict({}, reason.removeprefix("at full shape: "))
+    if payload.get("launch", 0):
+        return Verdict()
+    real = experiment.model_copy(update={"compute": "real"})
+    contender = make(job, system, real, make_case(real, job.topology, str(job.device)), {})
+    contender.warm_up()
+    verdict = contender.check()
+    return dataclasses.replace(verdict, reason=verdict.reason and f"with real computation {verdict.reason}")
 
 
 def _checkpoints(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> Checkpoints | None:
@@ -256,7 +304,7 @@ def make_case(
     )
 
 
-def attempt(work: Callable[[], Contender]) -> tuple[Contender | None, str | None]:
+def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
     """``work()``, or the error in words."""
     try:
         return work(), None
