@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from harness import devices, memory, registry
-from harness.bench import conformance, conserved, serve, train
+from harness.bench import conformance, conserved, losses, serve, train
 from harness.bench.checkpoint import Checkpoints, resumed
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
@@ -84,7 +84,8 @@ class Outcome:
 
 def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """Collective. ``payload``: ``experiments`` (of one race, as plain data), ``repeats``, ``warmup``, ``checkpoints``
-    (folder and how often, of trainings whose experts change places) -> ``host``, ``num_cores``, ``shared_clock``,
+    (folder and how often, of trainings whose experts change places), ``launch`` and ``distrusted`` (reasons by cell,
+    found in earlier launches) -> ``host``, ``num_cores``, ``shared_clock``,
     ``launch_settings`` (of CUDA) and ``cells``: an ``Outcome`` as plain data by experiment digest."""
     experiments: list[Experiment] = [Experiment.model_validate(data) for data in payload["experiments"]]
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
@@ -124,6 +125,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
                 name_phase(job, experiment, "counting memory")
                 outcome.memory = dict(zip(("measured", "planned"), contender.memory(), strict=True))
         contender.close()
+    compare_losses(job, contenders, outcomes)
     job.phase("race finished")
     return {
         "host": socket.gethostname(),
@@ -132,6 +134,16 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "launch_settings": devices.launch_settings() if job.device.type == "cuda" else {},
         "cells": {cell: dataclasses.asdict(outcome) for cell, outcome in outcomes.items()},
     }
+
+
+def compare_losses(job: Job, contenders: list[tuple[Experiment, Contender]], outcomes: dict[str, Outcome]) -> None:
+    """Collective: trainings of a race that are right so far, against the oracle and each other."""
+    trainers = [(experiment, each) for experiment, each in contenders if isinstance(each, train.Trainer)]
+    trainers = [(experiment, each) for experiment, each in trainers if outcomes[experiment.digest].status == "ok"]
+    if trainers:
+        name_phase(job, trainers[0][0], "comparing losses")
+        for digest, verdict in losses.check(job, trainers).items():
+            settle(outcomes[digest], verdict)
 
 
 def _trace(timeline: Timeline) -> Trace:
@@ -163,25 +175,60 @@ def admit(
         outcome.status, outcome.reason = found["status"], found["reason"]
         return None
 
+    if case.stand_in:
+        name_phase(job, experiment, "checking it with real computation")
+        verdict, error = attempt(job, lambda: checked_for_real(job, system, experiment, payload))
+        if reason := failed(job, error):
+            outcome.status, outcome.reason = status_of(reason), reason
+            return None
+        settle(outcome, verdict or Verdict())
+
     def build() -> Contender:
         name_phase(job, experiment, "building")
-        if experiment.phase == "train_step":
-            built: Contender = _trainer(job, system, experiment, payload)
-        elif experiment.phase in SERVING:
-            built = serve.Server(job, system, experiment, shared=shared)
-        else:
-            built = LayerContender(job, system, experiment, case, shared)
+        built = make(job, system, experiment, case, shared, payload)
         name_phase(job, experiment, "first step at full shape")
         for _ in range(max(1, payload["warmup"])):  # once at least, for the check
             built.warm_up()
         settle(outcome, built.check())
         return built
 
+    if outcome.status != "ok":
+        return None
     contender, error = attempt(job, build)
     if reason := failed(job, error):
         outcome.status, outcome.reason = status_of(reason), reason
         return None
     return contender if outcome.status == "ok" else None
+
+
+def make(
+    job: Job,
+    system: type[System],
+    experiment: Experiment,
+    case: Case,
+    shared: dict[Any, Any],
+    payload: dict[str, Any],
+) -> Contender:
+    """Collective: the contender of the experiment's phase."""
+    if experiment.phase == "train_step":
+        return _trainer(job, system, experiment, payload)
+    if experiment.phase in SERVING:
+        return serve.Server(job, system, experiment, shared=shared)
+    return LayerContender(job, system, experiment, case, shared)
+
+
+def checked_for_real(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> Verdict:
+    """Collective: once a run, in its first launch, a call of what will stand in for computation, computed. Later
+    launches are told what was found (``distrusted``)."""
+    if (reason := payload.get("distrusted", {}).get(experiment.digest)) is not None:
+        return Verdict({}, reason.removeprefix("at full shape: "))
+    if payload.get("launch", 0):
+        return Verdict()
+    real = experiment.model_copy(update={"compute": "real"})
+    contender = make(job, system, real, make_case(real, job.topology, str(job.device)), {}, {})
+    contender.warm_up()
+    verdict = contender.check()
+    return dataclasses.replace(verdict, reason=verdict.reason and f"with real computation {verdict.reason}")
 
 
 def _resumed(job: Job, experiments: list[Experiment], payload: dict[str, Any]) -> dict[str, Any]:
@@ -201,8 +248,8 @@ def _resumed(job: Job, experiments: list[Experiment], payload: dict[str, Any]) -
 
 def _trainer(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> train.Trainer:
     """At the step at which the race begins: what has no checkpoint of it does the steps that are missing."""
-    made = train.Trainer(job, system, experiment, payload["trainings"].get(experiment.digest))
-    while made.step < payload["step"]:
+    made = train.Trainer(job, system, experiment, payload.get("trainings", {}).get(experiment.digest))
+    while made.step < payload.get("step", 0):
         name_phase(job, experiment, f"catching up: step {made.step} of {payload['step']}")
         made.warm_up()
     name_phase(job, experiment, "building")

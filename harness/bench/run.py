@@ -292,7 +292,13 @@ def checkpoints_of(settings: Settings, launch: int) -> Path:
 
 def payload_of(race: Race, experiments: Sequence[Experiment], settings: Settings, launch: int) -> dict[str, Any]:
     """What ``run_race`` takes, for those ``experiments`` of ``race``."""
+    distrusted = {}
+    if launch and race.first.compute == "stand-in":  # checked in the first launch
+        told = Store(settings.run_dir).outcomes()
+        distrusted = {cell: reason for (cell, _), (_, status, reason, _) in told.items() if status == "nonconforming"}
     return {
+        "launch": launch,
+        "distrusted": distrusted,
         "experiments": [experiment.model_dump(mode="json") for experiment in experiments],
         "repeats": race.repeats,
         "warmup": race.warmup,

@@ -16,7 +16,6 @@ rest of a trace, another step of a generator, or what the model chooses on other
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +27,12 @@ import torch.distributed as dist
 
 from harness.bench import train
 from harness.bench.inside import Known, LayerWitness, watched_layers
+from harness.bench.places import case_of, cases, placements, planned, profile_of
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict, first_of
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
-from harness.errors import UserError, bad, placed
+from harness.errors import UserError, placed
 from harness.layer import stored
 from harness.layer.gpt import GPT, Attention, Cache
 from harness.layer.weights import Weights
@@ -44,74 +44,11 @@ from harness.plan.serving import ServingStep, parts_s
 from harness.registry import system as system_called
 from harness.routing import Routing, make_routing
 from harness.routing.corpus import python_corpus
-from harness.routing.trace import TraceParams, find_trace, from_trace, read_trace
 from harness.specs import Experiment
 from harness.system import Case, MoELayer, System
 from harness.topology import Topology
 
-PROFILE_STEP = 1_000_000  # of a generator: far from all that is served
 PROFILE_TOKENS = 2048  # of a rank, at least a sequence: what the model routes itself to plan by
-
-
-# ------------------------------------------------------------------------------------------------ where experts go
-
-
-def profile_of(experiment: Experiment, topology: Topology) -> list[Routing] | None:
-    """Routing of every layer to plan by; None where only the model itself can tell. ``UserError`` where all tokens of a
-    trace are served."""
-    workload, model = experiment.workload, experiment.model
-    if workload.generator == "natural":
-        return None
-    layers = range(model.num_layers)
-    if workload.generator != "trace":
-        made = [make_routing(workload, model, topology, step=PROFILE_STEP, layer=layer) for layer in layers]
-        return [routing for routing in made if routing is not None]
-    params = TraceParams.parse(workload.params, f"workload {workload.name}.params")
-    recorded = read_trace(find_trace(params.path))
-    num_tokens = min(len(row.ids) for row in recorded.rows.values())
-    served = sum(workload.tokens(topology.num_ranks))
-    if num_tokens <= served:
-        remedy = f"the trace's {num_tokens} tokens are all served, none is left to plan by; serve fewer of them"
-        raise bad(f"workload {workload.name}.tokens_per_rank", workload.tokens_per_rank, remedy)
-    whole = workload.model_copy(update={"tokens_per_rank": (num_tokens, *[0] * (topology.num_ranks - 1))})
-    rest = [from_trace(whole, model, topology, layer)[served:] for layer in layers]
-    return [Routing(ids, (len(ids), *[0] * (topology.num_ranks - 1)), model.num_experts) for ids in rest]
-
-
-@functools.lru_cache(maxsize=32)
-def placements(experiment: Experiment) -> tuple[Placement, ...]:
-    """Of every layer, as the system plans them; index order where it does not, or where only a running model could
-    tell it what to plan by."""
-    topology = Topology(experiment.cluster.shape)
-    chosen = system_called(experiment.system)
-    profile = profile_of(experiment, topology) if chosen.places else None
-    return _planned(experiment, chosen, topology, profile)
-
-
-def _planned(
-    experiment: Experiment, chosen: type[System], topology: Topology, profile: list[Routing] | None
-) -> tuple[Placement, ...]:
-    model = experiment.model
-    found = None if profile is None else chosen.place(_case(experiment, topology, "cpu", 0), profile)
-    if found is None:
-        found = [Placement.contiguous(model.num_experts, topology.num_ranks)] * model.num_layers
-    assert len(found) == model.num_layers
-    assert all(each.hosts.shape == (model.num_experts, topology.num_ranks) for each in found)
-    return tuple(found)
-
-
-def _case(
-    experiment: Experiment, topology: Topology, device: str, layer: int, placement: Placement | None = None
-) -> Case:
-    case = train.training_case(experiment, topology, device, layer)
-    stand_in = experiment.compute == "stand-in"
-    return dataclasses.replace(case, stand_in=stand_in, placement=placement or case.placement)
-
-
-def cases(experiment: Experiment) -> list[Case]:
-    """Of every layer."""
-    topology = Topology(experiment.cluster.shape)
-    return [_case(experiment, topology, "cpu", layer, at) for layer, at in enumerate(placements(experiment))]
 
 
 def agreed(job: Job, work: Callable[[], Any]) -> Any:
@@ -161,7 +98,7 @@ class Server:
             if system.places and experiment.workload.generator == "natural":
                 self._build(placed)
                 profile = self._profile()
-                placed = agreed(job, lambda: _planned(experiment, system, job.topology, profile))
+                placed = agreed(job, lambda: planned(experiment, system, job.topology, profile))
         self._build(placed)
         self.tokens = text(experiment, [job.rank]).to(job.device)
         self.step: ServingStep
@@ -172,7 +109,7 @@ class Server:
 
         def moe(layer: int, weights: Weights) -> MoELayer:
             return self.system.build(
-                _case(experiment, job.topology, str(job.device), layer, placed[layer]), job, weights
+                case_of(experiment, job.topology, str(job.device), layer, placed[layer]), job, weights
             )
 
         self.gpt = serving_gpt(experiment, moe, self.dtype, job.device, self.arrays)
@@ -244,7 +181,7 @@ class Server:
             own = {e: weights.expert(e) for e in map(int, every.local(self.job.rank))} if not self.stands_in else {}
             self.shared[key] = Known({}, own.__getitem__, every.owner)
         if layer not in self.witnesses:
-            case = _case(self.experiment, self.job.topology, str(self.job.device), layer, self.placed[layer])
+            case = case_of(self.experiment, self.job.topology, str(self.job.device), layer, self.placed[layer])
             natural = self.experiment.workload.generator == "natural"
             self.witnesses[layer] = LayerWitness(
                 self.job, self.system, case, self._weights(layer), natural=natural, layer=layer
@@ -270,7 +207,7 @@ class Server:
         if self.experiment.workload.generator == "natural":
             return []
         topology, device = self.job.topology, str(self.job.device)
-        return [_case(self.experiment, topology, device, layer, at) for layer, at in enumerate(self.placed)]
+        return [case_of(self.experiment, topology, device, layer, at) for layer, at in enumerate(self.placed)]
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"pass": self.timeline}
@@ -375,7 +312,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment, found: dic
     follows one; the logits must be those of the dense oracle in one process. ``found`` is ``conformance.gate_case``'s
     row; returns it with ``logits`` added. The tolerance is a layer's, once for each."""
     small = reduced(experiment)
-    refused = system.refuse(_case(small, job.topology, str(job.device), 0))
+    refused = system.refuse(case_of(small, job.topology, str(job.device), 0))
     if refused is not None:  # of the reduced case: the layer's own check must do
         return found
     placed = unequal(small, job.num_ranks) if system.places else placements(small)
@@ -431,7 +368,7 @@ def oracle_logits(experiment: Experiment, topology: Topology) -> torch.Tensor:
     tokens = tuple(len(text(experiment, [rank])) * experiment.model.seq for rank in ranks)
 
     def moe(layer: int, weights: Weights) -> train.OracleLayer:
-        case = _case(experiment, topology, "cpu", layer)
+        case = case_of(experiment, topology, "cpu", layer)
         every = Routing(np.zeros((sum(tokens), experiment.model.top_k), np.int32), tokens, experiment.model.num_experts)
         return train.OracleLayer(weights, chosen, dataclasses.replace(case, routing=every))
 
@@ -445,4 +382,4 @@ def oracle_logits(experiment: Experiment, topology: Topology) -> torch.Tensor:
     return (logits if experiment.phase == "prefill" else logits[:, -1:]).flatten(0, 1)
 
 
-__all__ = ["Server", "UserError", "cases", "gate_case", "placements"]
+__all__ = ["Server", "UserError", "cases", "gate_case", "placements", "profile_of"]

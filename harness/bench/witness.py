@@ -238,7 +238,10 @@ def compare(
 ) -> Verdict:
     """Collective: every call of a layer against what it was given. ``constant_gate``: no gradient goes through it;
     ``natural``: it chooses for itself, so that choices may be close; ``identity``: experts return their input;
-    ``where``: what the layer is, in words."""
+    ``where``: what the layer is, in words.
+
+    Stand-ins for experts hand on what they get, and where several share an expert, each does: there all may be some
+    whole number of times as large."""
     job = gates.job
     worst: dict[str, tuple[float, str]] = {}
 
@@ -253,6 +256,8 @@ def compare(
             wanted = _mixed(gates, given, lens, identity)
         else:
             wanted = _want(gates, given, lens, constant_gate=constant_gate, natural=natural)
+        if gates.case.stand_in_costs is not None:
+            _multiply(job, seen, wanted)
         at = f"at {seen.name}{where}"
         scales = _agree(job, torch.stack([_scale(wanted.y, wanted.sure), _scale(wanted.dx, wanted.sure)]))
         for kind, found, expected, scale in (
@@ -266,6 +271,19 @@ def compare(
             for error, text in _weights(job, gates, given, seen, wanted, at):
                 note("weight_grad", error, text)
     return _settle(job, worst, tolerance)
+
+
+def _multiply(job: Job, seen: Seen, wanted: _Wanted) -> None:
+    """Collective: by the whole number of times that all is larger than it would be."""
+    found, expected = seen.y[wanted.sure].double().flatten(), wanted.y[wanted.sure].double().flatten()
+    dots = torch.stack([found @ expected, expected @ expected])
+    if job.num_ranks > 1:
+        dist.all_reduce(dots)
+    factor = max(1.0, round(float(dots[0] / dots[1].clamp_min(1e-300)))) if bool(dots.isfinite().all()) else 1.0
+    wanted.y = wanted.y * factor
+    wanted.dx = None if wanted.dx is None else wanted.dx * factor
+    wanted.gate[:, :-1] *= factor
+    wanted.gate[:, -1] *= factor**2
 
 
 def _weights(job: Job, gates: Gates, given: Given, seen: Seen, wanted: _Wanted, at: str) -> Iterable[tuple[float, str]]:

@@ -8,7 +8,6 @@ import pytest
 
 from harness import presets
 from harness.specs import SERVING, Experiment
-from tests.bench import planted
 
 MODEL = {
     "name": "wide", "num_layers": 2, "hidden": 288, "ffn": 16, "num_experts": 4, "top_k": 2, "num_heads": 4, "seq": 24,

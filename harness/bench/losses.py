@@ -1,0 +1,100 @@
+"""Losses of timed training steps: those of the oracle at full shape as far as it is affordable, and those of the other
+systems in the race, which train the same model on the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from harness.bench import train
+from harness.bench.witness import Verdict
+from harness.comm.job import Job
+from harness.registry import system as system_called
+from harness.specs import GEMMS, Experiment
+
+#: multiply-adds that the oracle may take in one race, on one core in float64: about a second. The steps that these
+#: buy are compared, the others with the other systems alone
+AFFORDABLE_MACS = 4e9
+#: steps after which rounding may have grown once more to what a few steps are allowed
+GROWS_EVERY = 8
+#: where the gate chooses for itself, rounding sends a few tokens elsewhere: so many times more is allowed (seen in a
+#: few steps: 1.5e-4 in float32, 2e-3 in bfloat16), and this part of one token's loss
+NATURAL, OF_A_TOKEN = 5, 0.3
+
+
+def affordable_steps(experiment: Experiment, num_steps: int) -> int:
+    """How many of the first ``num_steps`` the oracle may take; none where values mean nothing."""
+    if experiment.compute == "stand-in":
+        return 0
+    model, tokens = experiment.model, sum(experiment.workload.tokens(experiment.cluster.num_ranks))
+    experts = model.num_experts * GEMMS[model.ffn_type] * model.hidden * model.ffn
+    attention = 4 * model.hidden**2 + 2 * model.seq * model.hidden
+    macs = 3 * tokens * (model.num_layers * (experts + attention) + model.vocab * model.hidden)
+    return int(min(num_steps, AFFORDABLE_MACS // macs))
+
+
+def allowed(experiment: Experiment, step: int) -> float:
+    """Relative difference of two right losses of a step: steps build on each other's rounding."""
+    limit = train.LOSS_TOLERANCE[experiment.dtype]
+    if experiment.workload.generator == "natural":
+        limit = NATURAL * limit + OF_A_TOKEN / sum(experiment.workload.tokens(experiment.cluster.num_ranks))
+    return limit * (1 + step / GROWS_EVERY)
+
+
+def check(job: Job, trainers: Sequence[tuple[Experiment, train.Trainer]]) -> dict[str, Verdict]:
+    """Collective, by digest: of those trainings of a race that are right so far."""
+    found: dict[str, Verdict] = {}
+    groups: dict[Any, list[tuple[Experiment, train.Trainer]]] = {}
+    for experiment, trainer in trainers:
+        groups.setdefault(_rule(experiment), []).append((experiment, trainer))
+    for of in groups.values():
+        experiment, trainer = of[0]
+        steps = sorted(trainer.losses)
+        known = _of_oracle(job, experiment, affordable_steps(experiment, steps[-1] + 1)) if steps else {}
+        for each, other in of:
+            found[each.digest] = _against(each, other.losses, known, "the oracle's")
+        peers = [(each, other) for each, other in of if not found[each.digest].reason]
+        for each, other in peers if len(peers) > 1 else ():
+            shared = set.intersection(*(set(peer.losses) for _, peer in peers))
+            middle = {step: float(np.median([peer.losses[step] for _, peer in peers])) for step in shared}
+            words = "the race's median" if len(peers) > 2 else "half way to the other system's"
+            found[each.digest] += _against(each, other.losses, middle, words)
+    return found
+
+
+def _rule(experiment: Experiment) -> Any:
+    """Trainings of one race lose tokens by one rule, or by different ones, and are then not the same."""
+    if experiment.model.capacity_factor is None:
+        return None
+    rule = system_called(experiment.system).kept.__func__  # type: ignore[attr-defined]
+    return experiment.model.capacity_factor, rule, repr(sorted(experiment.options.items()))
+
+
+def _of_oracle(job: Job, experiment: Experiment, num_steps: int) -> dict[int, float]:
+    """Collective: rank 0 works them out."""
+    losses = torch.zeros(num_steps, dtype=torch.float64, device=job.device)
+    if job.rank == 0 and num_steps:
+        found = train.oracle_losses(experiment, system_called(experiment.system), job.topology, num_steps)
+        losses += torch.tensor(found, dtype=torch.float64).to(job.device)
+    if job.num_ranks > 1 and num_steps:
+        dist.broadcast(losses, 0)
+    return dict(enumerate(losses.tolist()))
+
+
+def _against(experiment: Experiment, losses: dict[int, float], wanted: dict[int, float], whose: str) -> Verdict:
+    verdict, worst = Verdict(), 0.0
+    for step in sorted(set(losses) & set(wanted)):
+        error, limit = abs(losses[step] - wanted[step]) / abs(wanted[step]), allowed(experiment, step)
+        error = error if np.isfinite(error) else np.inf
+        verdict.errors["loss"] = max(error, verdict.errors.get("loss", 0.0))
+        if error / limit > max(1.0, worst):
+            worst = error / limit
+            verdict.reason = (
+                f"loss {losses[step]:.7g} of step {step} off by {error:.3e} from {whose} {wanted[step]:.7g}, "
+                f"allowed {limit:.3e}"
+            )
+    return verdict
