@@ -128,12 +128,12 @@ def _caches() -> Finding:
 def _packages() -> list[Finding]:
     """Every real package that a system file wraps."""
     try:
-        from harness.registry import systems
+        from harness.registry import faults, systems
 
         packages = [member for member in systems().values() if member.kind == "package"]
     except Exception as error:
         return [Finding("systems", "broken", f"{type(error).__name__}: {error}", "make setup")]
-    findings = []
+    findings = [Finding("systems", "broken", fault, "mend that file, or move it away") for fault in faults()]
     for package in packages:
         try:
             missing = package.missing()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import presets
+
+if TYPE_CHECKING:
+    from harness.system import System
 
 KINDS = ("systems", "models", "clusters", "workloads")
 
@@ -32,13 +35,20 @@ def _systems() -> list[dict[str, Any]]:
             "name": name,
             "kind": system.kind,
             "title": system.title,
-            "version": system.version(),
-            "missing": system.missing(),
+            **_state(system),
             "options": dict(system.options),
             "source": system.source,
         }
         for name, system in systems().items()
     ]
+
+
+def _state(system: type[System]) -> dict[str, str | None]:
+    """Version, and what is missing; a system that cannot even tell is one that is missing something."""
+    try:
+        return {"version": system.version(), "missing": system.missing()}
+    except Exception as error:  # a half-installed package may raise anything
+        return {"version": None, "missing": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
 
 def _systems_short() -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Finds systems by listing ``baselines`` and ``methods``: a file there is the registration."""
+"""Finds systems by listing ``baselines`` and ``methods``: a file there is the registration.
+
+A file that is at fault costs what it would have brought, and nothing else: ``faults`` names it, and why.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +10,120 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import re
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
-from harness.errors import unknown
+from harness.errors import UserError, bad, unknown
 from harness.system import System
 
 FOLDERS = ("baselines", "methods")
+STATED = ("name", "title", "source", "kind")  # what a system says of itself
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_faults: dict[str, None] = {}  # as a set that keeps its order
+
+
+def faults() -> list[str]:
+    """A line for every file that was left out so far, or of which something was: the file, and why."""
+    return list(_faults)
 
 
 @functools.cache
 def systems() -> dict[str, type[System]]:
     """Every concrete ``System`` class by name, sorted; baselines and methods alike."""
-    found: dict[str, type[System]] = {}
-    for folder in FOLDERS:
-        package = importlib.import_module(folder)
-        for info in pkgutil.iter_modules(package.__path__, prefix=f"{folder}."):
-            module = importlib.import_module(info.name)
-            for member in vars(module).values():
-                if inspect.isclass(member) and issubclass(member, System) and not inspect.isabstract(member):
-                    other = found.setdefault(member.name, member)
-                    if other is not member:
-                        raise RuntimeError(f"two systems are named {member.name}: {other} and {member}")
-    return dict(sorted(found.items()))
+    found: dict[str, list[type[System]]] = {}
+    for module in _modules():
+        for member in vars(module).values():
+            if inspect.isclass(member) and issubclass(member, System) and _whole(member, module):
+                same = found.setdefault(member.name, [])
+                if member not in same:
+                    same.append(member)
+    kept = {name: _one_of(name, same) for name, same in found.items()}
+    return {name: member for name, member in sorted(kept.items()) if member is not None}
 
 
 def system(name: str) -> type[System]:
     """The system called ``name``, or an error with the nearest known names."""
     known = systems()
     if name not in known:
-        raise unknown("system", name, known, "systems")
+        error = unknown("system", name, known, "systems")
+        raise UserError("; ".join([str(error), *(f"left out: {fault}" for fault in faults())]))
     return known[name]
 
 
 def brought(module: str, attribute: str) -> dict[str, Any]:
     """What methods bring beside systems: mappings ``attribute`` of every ``<folder>/<module>.py``, joined, sorted."""
     found: dict[str, Any] = {}
-    for folder in FOLDERS:
-        for info in pkgutil.iter_modules(importlib.import_module(folder).__path__, prefix=f"{folder}."):
-            if info.ispkg and importlib.util.find_spec(f"{info.name}.{module}"):
-                for name, each in getattr(importlib.import_module(f"{info.name}.{module}"), attribute).items():
-                    if name in found:
-                        raise RuntimeError(f"two {attribute.lower()} are named {name}: one of them in {info.name}")
-                    found[name] = each
+    for info in _listed():
+        name = f"{info.name}.{module}"
+        try:
+            if not info.ispkg or importlib.util.find_spec(name) is None:
+                continue
+            own = dict(getattr(importlib.import_module(name), attribute))
+        except Exception as error:  # a method's own affair
+            _left_out(name, error)
+            continue
+        for key, each in own.items():
+            if key in found:
+                _left_out(name, bad(attribute.lower(), key, "there are two of this name; rename one"))
+            found.setdefault(key, each)
     return dict(sorted(found.items()))
+
+
+# -------------------------------------------------------------------------------------------------- what is at fault
+
+
+def _listed() -> Iterator[pkgutil.ModuleInfo]:
+    for folder in FOLDERS:
+        yield from pkgutil.iter_modules(importlib.import_module(folder).__path__, prefix=f"{folder}.")
+
+
+def _modules() -> Iterator[ModuleType]:
+    """Those that can be imported."""
+    for info in _listed():
+        try:
+            yield importlib.import_module(info.name)
+        except (Exception, SystemExit) as error:  # a system's own affair
+            _left_out(info.name, error)
+
+
+def _whole(member: type[System], module: ModuleType) -> bool:
+    """Whether a class that stands in ``module`` is a system: one that says its name has all else that one needs. What
+    says none is a base of others."""
+    here = member.__module__ == module.__name__ or member.__module__.startswith(f"{module.__name__}.")
+    if inspect.isabstract(member) and not (here and "name" in vars(member)):
+        return False
+    missing = [f"method {name}" for name in sorted(member.__abstractmethods__)]
+    missing += [each for each in STATED if not isinstance(getattr(member, each, None), str)]
+    if not missing and not _NAME.fullmatch(member.name):
+        missing = [f"name of letters, digits, '.', '_' and '-' (it is {member.name!r})"]
+    if missing and here:
+        _left_out(module.__name__, f"class {member.__name__} has no {', no '.join(missing)}")
+    return not missing
+
+
+def _one_of(name: str, same: list[type[System]]) -> type[System] | None:
+    """Of classes of one name the one whose file the name begins with; none if that does not tell."""
+    if len(same) == 1:
+        return same[0]
+    homes = [each for each in same if name.startswith(each.__module__.split(".")[1].replace("_", "-"))]
+    kept = homes[0] if len(homes) == 1 else None
+    for each in same:
+        if each is not kept:
+            others = ", ".join(f"{o.__name__} of {_file(o.__module__)}" for o in same if o is not each)
+            _left_out(each.__module__, f"class {each.__name__} has the name {name!r} of {others}; rename one")
+    return kept
+
+
+def _left_out(module: str, why: object) -> None:
+    reason = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else str(why)
+    _faults[f"{_file(module)}: {' '.join(reason.split())}"] = None
+
+
+def _file(module: str) -> str:
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, SyntaxError):
+        spec = None
+    return module if spec is None or spec.origin is None else spec.origin

@@ -111,7 +111,8 @@ class Store:
         data = whole.getvalue()
         races = rows["race"].unique()
         race = f"{races[0]}." if len(races) == 1 and re.fullmatch("[0-9a-f]{16}", races[0]) else ""
-        path = self.path / f"rows-{launches[0]}-{race}{hashlib.sha256(data).hexdigest()}.parquet"
+        name = f"rows-{launches[0]}-{race}{hashlib.sha256(data).hexdigest()}-{uuid.uuid4().hex[:12]}"
+        path = self.path / f"{name}.parquet"
         self._write_whole(path, lambda file: file.write(data))
         return path
 
@@ -266,7 +267,7 @@ def _told(rows: pd.DataFrame) -> list[list[Any]]:
 
 def _named(path: Path) -> tuple[str, str]:
     """Race and checksum of a part, as its name says; "" where an older moebench named it."""
-    found = re.fullmatch(r"rows-\d+-(?:([0-9a-f]{16})\.)?([0-9a-f]{64})", path.stem)
+    found = re.fullmatch(r"rows-\d+-(?:([0-9a-f]{16})\.)?([0-9a-f]{64})-[0-9a-f]{12}", path.stem)
     return (found[1] or "", found[2]) if found else ("", "")
 
 

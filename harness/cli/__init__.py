@@ -45,6 +45,10 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("moebench: interrupted; finished cells are kept\n")
         sys.exit(130)
+    finally:
+        if registry := sys.modules.get("harness.registry"):  # which imports torch
+            for fault in registry.faults():
+                sys.stderr.write(f"moebench: left out: {fault}\n")
 
 
 @app.callback(invoke_without_command=True)

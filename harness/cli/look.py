@@ -77,17 +77,19 @@ def check(
     ] = None,
     cluster: Annotated[str, typer.Option(help="A local or emulated cluster preset, instead of --ranks.")] = "",
     dtype: Annotated[list[str] | None, typer.Option(help="Only these number formats; may be repeated.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 for anything refused, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Conformance: every system against the dense float64 oracle, forward and backward.
 
     Ragged tokens, ranks and experts without tokens, k = 1, k = E, drops, every gate. What a system cannot do is
-    refused with its reason; exit status 1 if anything is wrong, or if nothing at all could be checked.
+    refused with its reason; exit status 1 if anything is wrong, or if nothing at all could be checked, and with
+    --strict if anything was refused.
 
     ```
     moebench check flat hiermoe-hd2 --ranks 4
     moebench check --all --ranks 8 --json
-    moebench check hiermoe-hd2 --cluster emulated-2x4
+    moebench check hiermoe-hd2 --cluster emulated-2x4 --strict
     ```
     """
     from harness import checks, presets, registry
@@ -115,7 +117,7 @@ def check(
         if notes := checks.setbacks(rows):
             console.show(notes, "not ok", STATUS_COLOURS)
     statuses = {row["status"] for row in rows}
-    if "ok" not in statuses or statuses - {"ok", "refused"}:
+    if "ok" not in statuses or statuses - ({"ok"} if strict else {"ok", "refused"}) or (every and registry.faults()):
         raise typer.Exit(1)
 
 

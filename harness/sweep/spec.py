@@ -9,8 +9,6 @@ by the job itself.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,23 +21,11 @@ from harness.bench import suite as suites
 from harness.bench.suite import Suite
 from harness.errors import UserError, bad, unknown
 from harness.specs import Cluster, Count, Spec
+from harness.sweep import asked
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = ROOT / "slurm" / "sweeps"
 CLUSTERS = ROOT / "slurm" / "clusters"
-#: options of sbatch and srun that bind a task to one GPU, as short as these let one write them
-_ONE_GPU_A_TASK = ("gpus_per_t", "tres_p", "ntasks_per_g")
-#: options of theirs that are not the file's to say, and what decides instead
-_FOLLOWS = {
-    "nodes": "write cluster: {nodes: n} in the sweep",
-    "ntasks": "it follows from the interconnect",
-    "ntasks_per_node": "it follows from the interconnect",
-    "array": "it follows from cells_per_job and array_parallelism",
-    "signal": "write signal_delay_s",
-    "kill_on_bad_exit": "one rank that fails ends the others",
-    "output": "logs lie in the run's folder",
-    "error": "logs lie in the run's folder",
-}
 _SWEEP_KEYS = ("name", "slurm", "suite", "cells_per_job", "defaults", "experiments")
 
 
@@ -63,7 +49,7 @@ class SlurmCluster(Spec):
     cpus_per_task: Count | None = None
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     cpus_per_gpu: Count | None = None
-    mem_gb: Annotated[float, Field(gt=0)] | None = None
+    mem_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     mem_per_gpu: str | None = None
     mem_per_cpu: str | None = None
     exclusive: bool | None = None
@@ -123,10 +109,11 @@ def load_cluster(source: Path | str) -> ClusterFile:
     """The cluster file called ``source`` (of slurm/clusters) or at that path."""
     path = _find(source, CLUSTERS, "slurm cluster")
     data = _read(path)
-    _check_options(data, path)
+    asked.check(data, path)
     _check_keys(data, SlurmCluster.model_fields, str(path), path)
     found = ClusterFile(path, SlurmCluster.parse(data, str(path)))
     _check_gpus(found)
+    _check_sizes(found)
     return found
 
 
@@ -210,36 +197,20 @@ def _check_keys(data: Mapping[str, Any], known: Iterable[str], here: str, path: 
             raise unknown(f"{here}: key", str(key), known, "keys")
 
 
-def _check_options(data: Mapping[str, Any], path: Path) -> None:
-    """Refuse what would quietly spoil the times, or what follows from the cells, wherever the file may say it."""
-    asked = {key: (key, value) for key, value in data.items()}
-    if isinstance(more := data.get("additional_parameters"), Mapping):
-        asked |= {str(key): (f"additional_parameters.{key}", value) for key, value in more.items()}
-    if isinstance(words := data.get("srun_args"), list):
-        for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-            if str(word).startswith("--"):
-                key, equals, value = str(word).removeprefix("--").partition("=")
-                asked[f"srun {key}"] = (f"srun_args: --{key}", value if equals else following)
-    if isinstance(lines := data.get("setup"), list):  # srun reads its options from variables, too
-        for line in lines:
-            if found := re.search(r"(gpus|tres)[_-]per[_-]task|ntasks[_-]per[_-]gpu", str(line), re.IGNORECASE):
-                asked[f"srun {found[0].lower()}"] = ("setup", line)
-    for key, (field, value) in asked.items():
-        option = key.removeprefix("srun ").replace("-", "_")
-        if option.startswith(_ONE_GPU_A_TASK) or (option.startswith("gpu_b") and value != "none"):
-            remedy = "gives each task a GPU in a cgroup of its own, which hides the others from NCCL: NVLink is lost"
-            raise bad(f"{path}: {field}", value, f"{remedy} without a word; write gpus_per_node")
-        if option in _FOLLOWS:
-            raise bad(f"{path}: {field}", value, f"is moebench's own; {_FOLLOWS[option]}")
+def _check_sizes(file: ClusterFile) -> None:
+    """By Slurm's rules for what is asked, wherever the file says it."""
+    fields = file.cluster.model_dump(exclude={"additional_parameters", "interconnect"})
+    more = {key.replace("-", "_"): value for key, value in file.cluster.additional_parameters.items()}
+    asked.check_sizes({**fields, "mem": fields.pop("mem_gb"), **more}, file.path)
 
 
 def _check_gpus(file: ClusterFile) -> None:
     """Refuse to have GPUs paid for that no rank would use."""
-    asked: dict[str, Any] = {key.replace("-", "_"): value for key, value in file.cluster.additional_parameters.items()}
-    asked |= {"gpus_per_node": file.cluster.gpus_per_node or asked.get("gpus_per_node", 0)}
-    asked |= {"gres": file.cluster.gres} if "gpu" in (file.cluster.gres or "") else {}
+    words: dict[str, Any] = {key.replace("-", "_"): value for key, value in file.cluster.additional_parameters.items()}
+    words |= {"gpus_per_node": file.cluster.gpus_per_node or words.get("gpus_per_node", 0)}
+    words |= {"gres": file.cluster.gres} if "gpu" in (file.cluster.gres or "") else {}
     for field in ("gpus_per_node", "gpus", "gpus_per_socket", "gres"):
-        if asked.get(field) and file.cluster.interconnect.device == "cpu":
+        if words.get(field) and file.cluster.interconnect.device == "cpu":
             remedy = f"leaves the GPUs of {field} idle; name the GPU (H100, say), or ask for none"
             raise bad(f"{file.path}: interconnect.device", "cpu", remedy)
 
@@ -248,10 +219,10 @@ def place_of(error: str, slurm: ClusterFile) -> UserError:
     """What Slurm refused, in its own words, with the line that had asked for it."""
     lines = [line.strip() for line in error.splitlines() if "sbatch: error:" in line]
     said = "; ".join(line.partition("sbatch: error:")[2].strip() for line in lines) or " ".join(error.split())[-300:]
-    asked = [
+    named = [
         field for field in ("partition", "account", "qos", "constraint", "gres", "nodelist") if field in said.lower()
     ]
-    stated = [field for field in asked if getattr(slurm.cluster, field, None)]
-    stated = stated or [f for f in ("partition", "account") if asked and getattr(slurm.cluster, f)]
+    stated = [field for field in named if getattr(slurm.cluster, field, None)]
+    stated = stated or [f for f in ("partition", "account") if named and getattr(slurm.cluster, f)]
     where = ", ".join(slurm.line(field) for field in stated) or str(slurm.path)
     return UserError(f"{where}: Slurm refuses the job: {said}")

@@ -154,3 +154,24 @@ def test_no_space_at_write_time_keeps_what_was_there(store: Store) -> None:
     assert "results folder" in done.stdout, done.stderr
     assert set(store.read("raise")["cell"]) == {"a"}
     assert [p.name for p in store.path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_later_attempt_stands_though_its_clock_is_behind(store: Store) -> None:
+    late, early = "2026-01-02T00:00:00.000000+00:00", "2026-01-01T00:00:00.000000+00:00"
+    store.append(rows("a", status="failed", metric="status", time=late, num=1))
+    store.append(rows("a", time=early))
+    assert set(store.read()["status"]) == {"ok"}
+    assert store.finished() == store.told_finished() == {("a", 0)}
+    store.append(rows("a", status="hung", metric="status", time=early, num=1))
+    assert set(store.read()["status"]) == {"hung"}
+    store.append(rows("b", time=early))  # of other cells and launches nothing follows
+    store.append(rows("a", launch=1, time=early))
+    back = store.read()
+    assert set(back[(back["cell"] == "b") | (back["launch"] == 1)]["time_utc"]) == {early}
+
+
+def test_a_part_that_was_changed_is_damaged_though_parquet_reads_it(store: Store) -> None:
+    part = store.append(rows("a"))
+    pq.write_table(pq.read_table(part), part, compression="none")
+    with pytest.raises(UserError, match="its contents are not those of its name"):
+        store.read(damaged="raise")

@@ -165,3 +165,61 @@ def test_results_on_a_read_only_disk(sweep_file, tmp_path):
         pytest.skip(f"no mount here: {done.stderr.strip()}")
     assert done.returncode == 2, done.stderr
     assert "Read-only file system: choose a folder that you may write" in done.stderr
+
+
+GPUS = {"gpus_per_node": 2, "interconnect": {**REAL, "device": "H100"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mem_gb": 4, "mem_per_cpu": "2GB"}, r"mem_gb and mem_per_cpu: .*Slurm takes one of them"),
+        ({"mem_gb": 4, "additional_parameters": {"mem-per-cpu": "2G"}}, "Slurm takes one of them"),
+        ({"mem_per_cpu": "2.5GB"}, r"mem_per_cpu: '2.5GB': Slurm takes whole numbers"),
+        ({"mem_per_cpu": "1K"}, "at least 1M"),
+        ({"mem_per_cpu": "0"}, "mem_per_cpu: '0'"),
+        ({"additional_parameters": {"mem": "lots"}}, "mem: 'lots': Slurm takes whole numbers"),
+        ({"mem_gb": 1e-6}, "mem_gb: 1e-06: is less than 1 MB, and 0 MB would be the whole node"),
+        ({"mem_gb": float("nan")}, "mem_gb"),
+        ({"additional_parameters": {"array": "0-3"}}, "array: '0-3': is moebench's own; it follows"),
+        ({"additional_parameters": {"arr": "0-3"}}, "'arr': unknown; did you mean 'array'"),
+        ({"additional_parameters": {"time": 3}}, "time: 3: is moebench's own; write timeout_min"),
+        ({"additional_parameters": {"no-requeue": True}}, "write max_restarts"),
+        ({"additional_parameters": {"nope": 1}}, "'nope': unknown; "),
+        ({"additional_parameters": {"partition": "b"}}, "partition: 'b': is also said by partition"),
+        ({"additional_parameters": {"mail_user": "a@b", "mail-user": "c@d"}}, "is also said by additional_parameters.mail"),
+        ({"additional_parameters": {"hold": "x"}}, "hold: 'x': is a switch"),
+        ({"additional_parameters": {"contiguous": False}}, "write true, or leave it out"),
+        ({"additional_parameters": {"reservation": True}}, "reservation: True: needs a value"),
+        ({"additional_parameters": {"nice": False}}, "leave it out"),
+        ({"additional_parameters": {"reservation": "a\n#SBATCH --array=1"}}, "must be one line of text"),
+        ({"comment": "a\nb"}, "comment: .*must be one line of text"),
+        ({"account": " "}, "account: ' ': must be one line of text"),
+        ({"srun_args": ["--nod=3"]}, "srun_args: --nod: '3': is moebench's own"),
+        ({"srun_args": ["-N", "3"]}, "srun_args: -N: '3': is moebench's own"),
+        ({"signal_delay_s": 90, "timeout_min": 1}, "signal_delay_s: 90: must be at most 59"),
+        ({"signal_delay_s": 70000, "timeout_min": 9999}, "must be at most 65535"),
+        ({"cpus_per_gpu": 2}, "cpus_per_gpu: 2: of no GPUs"),
+        ({**GPUS, "cpus_per_gpu": 2, "cpus_per_task": 2}, "Slurm takes it or cpus_per_task"),
+        ({"mem_per_gpu": "2G"}, "mem_per_gpu: '2G': of no GPUs"),
+    ],
+)
+def test_what_slurm_would_refuse_or_take_for_something_else(sweep_file, fields, message):
+    file = sweep_file("asked")
+    change(file, "cluster.yaml", **fields)
+    with pytest.raises(UserError, match=message) as error:
+        spec.load_cluster(file.parent / "cluster.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_asked_for_is_what_sbatch_reads(sweep_file, tmp_path):
+    file = sweep_file("asked", cluster={"nodes": 2})
+    more = {"mail-user": "a b@c", "hold": True, "exclusive": "user", "nice": 5}
+    change(file, "cluster.yaml", exclusive=None, mem_gb=1.5, additional_parameters=more)
+    (text,) = submit.scripts(spec.load(file), tmp_path / "run")
+    asked = {line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")}
+    assert {"mem=1536MB", "mail-user='a b@c'", "hold", "exclusive=user", "nice=5"} <= asked
+    change(file, "cluster.yaml", mem_gb=None, mem_per_cpu="2500M")
+    (text,) = submit.scripts(spec.load(file), tmp_path / "run")
+    assert "#SBATCH --mem-per-cpu=2500M\n" in text
+    assert "--mem=" not in text
