@@ -50,7 +50,7 @@ class Costs:
         """By the cluster's port (a rank has its part of the node's) and its gemm costs; where it has no bandwidth,
         tokens alone count."""
         model, cluster = case.model, case.cluster
-        width = cluster.levels[0].bandwidth_bytes_per_s if cluster is not None else None
+        width = cluster.levels[0].unit_bytes_per_s if cluster is not None else None
         if cluster is None or width is None:
             return cls(1.0, 0.0, 0.0)
         port = width * case.topology.shape[0] / case.topology.num_ranks

@@ -106,7 +106,7 @@ class Latency:
     @classmethod
     def of(cls, case: Case) -> Latency:
         model, cluster = case.model, case.cluster
-        levels = [] if cluster is None else [level.bandwidth_bytes_per_s for level in cluster.levels]
+        levels = [] if cluster is None else [level.unit_bytes_per_s for level in cluster.levels]
         gemm = None if cluster is None else cluster.gemm
         return cls(
             case.topology,

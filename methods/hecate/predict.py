@@ -29,9 +29,11 @@ from harness.memory import expert_bytes, state_bytes
 from harness.placement import Placement
 from harness.plan.agreement import Agreement, agreement
 from harness.plan.copied import CopiedSystem
-from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Plan, Timeline
+from harness.plan.cost import Hold
+from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Timeline
+from harness.plan.links import Line, Ports
+from harness.plan.machine import Machine
 from harness.plan.native import NativeSystem
-from harness.plan.prices import Prices
 from harness.plan.replicated import ReplicatedSystem
 from harness.plan.simulate import simulate
 from harness.registry import system
@@ -39,7 +41,6 @@ from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, GEMMS, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
-from harness.traffic import port_load
 from methods.hecate.host import SYSTEM, Seconds, beside, merged, unlayered
 from methods.hecate.shard import shard
 
@@ -71,11 +72,9 @@ class Links:
 
     def seconds(self, matrix: Array) -> tuple[float, float]:
         """Of bytes [num_ranks, num_ranks]: until they have crossed between nodes, and inside them."""
-        level = self.topology.level_between
-        between = port_load(np.where(level == 0, matrix, 0), self.topology, 0).max(initial=0)
-        node = self.topology.unit_of(0)
-        inside = np.bincount(node, np.where(level > 0, matrix, 0).sum(1)).max(initial=0)
-        return float(between) / self.port, float(inside) / self.inside
+        lines = Line(0, self.port), Line(1, self.inside, shared=True)
+        between, inside = (Ports(self.topology, (line,)).of(matrix) for line in lines)
+        return float(between), float(inside)
 
     def both(self, matrix: Array) -> float:
         """Side by side, as in one exchange."""
@@ -109,7 +108,7 @@ def cases_of(known: type[System], experiment: Experiment, topology: Topology) ->
     cases = [training_case(experiment, topology, "cpu", layer) for layer in range(experiment.model.num_layers)]
     options, model = dict(experiment.options), experiment.model
     if "t" in known.options and "t" not in options:
-        bandwidth = experiment.cluster.levels[0].bandwidth_bytes_per_s or 0.0
+        bandwidth = experiment.cluster.levels[0].unit_bytes_per_s or 0.0
         gathered = attention_s(cases[0]) * bandwidth / expert_bytes(model, experiment.dtype)
         options["t"] = min(model.num_experts, int(gathered))
     loads = np.stack([expert_counts(case.routing).sum(0) for case in cases])
@@ -197,7 +196,7 @@ def step_plan(experiment: Experiment, links: Links, processor_s: Seconds | None 
     plan, extra = Plan(), processor_s or {}
 
     def add(name: str, lane: str, seconds: float, after: list[str]) -> str:
-        return plan.add(name, lane, after, Cost("wait", amount=seconds))
+        return plan.add(name, lane, after, Hold(seconds))
 
     def transfer(name: str, seconds: tuple[float, float], after: list[str], *, inside_first: bool = False) -> list[str]:
         stages = [(INTER, seconds[0]), (INTRA, seconds[1])]
@@ -308,8 +307,8 @@ class Simulator:
         cluster = experiment.cluster
         found = ledger.profiled(cluster, self.folder)
         plan = step_plan(experiment, Links.of(found), extra)
-        prices = Prices(cluster, contention=found.slowdown("stand-in"))
-        return {} if plan is None else {"step": simulate(plan, prices)}
+        machine = Machine.profiled(cluster, found, "stand-in")
+        return {} if plan is None else {"step": simulate(plan, machine)}
 
 
 def _shape(experiment: Experiment) -> str:

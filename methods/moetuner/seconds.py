@@ -60,7 +60,7 @@ def prices_of(request: Request) -> Prices:
         for level, link in enumerate(cluster.levels):
             if link.bandwidth_bytes_per_s is not None and topology.num_units(level) > 1:
                 rate = link.bandwidth_bytes_per_s * (request.tensor_parallel if level == last else 1)
-                ports.append((row_bytes / rate, topology.num_ranks // topology.num_units(level)))
+                ports.append((row_bytes / rate, topology.num_ranks // topology.num_units(level) // link.ports))
     if not ports and not row_s:
         if cluster is None:
             remedy = "does not say which ranks share a port, so seconds cannot be predicted"

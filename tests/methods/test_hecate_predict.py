@@ -7,7 +7,7 @@ import pytest
 
 from harness import ledger, presets
 from harness.plan.graph import COMPUTE, INTER, Plan, Timeline
-from harness.plan.prices import Prices
+from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from harness.specs import Experiment
 from harness.topology import Topology
@@ -134,4 +134,4 @@ def test_the_processor_takes_as_much_under_every_system_and_the_optimizer_by_wha
 
 def step_seconds(given: Experiment, links: predict.Links, extra: dict[str, float]) -> float:
     plan = predict.step_plan(given, links, extra)
-    return float(simulate(plan, Prices(given.cluster)).total_s)
+    return float(simulate(plan, Machine.published(given.cluster)).total_s)
