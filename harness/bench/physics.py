@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from harness.layer.gates import capacity
+from harness.layer.work import expert_macs
 from harness.plan.links import Ports, lines_of
 from harness.routing.certificate import expert_counts
-from harness.specs import EXPERTS_CHOOSE, GEMMS, SERVING, Cluster, Experiment
+from harness.specs import EXPERTS_CHOOSE, SERVING, Cluster, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 from harness.traffic import crossing, direction_bytes, port_load
@@ -83,7 +84,7 @@ def expert_flops(system: type[System], case: Case, direction: str) -> float:
     if case.model.gate in EXPERTS_CHOOSE:
         per_expert = np.full_like(per_expert, sum(capacity(case.model, count) for count in case.routing.tokens))
     counts = per_expert @ system.planned_shares(case)
-    per_token = 2 * case.model.hidden * case.model.ffn * GEMMS[case.model.ffn_type]
+    per_token = 2 * expert_macs(case.model)
     return float(counts.max() * per_token * {"forward": 1, "backward": 2, "total": 3}[direction])
 
 

@@ -31,7 +31,8 @@ from harness.bench import provenance, tidy
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
 from harness.errors import bad
-from harness.specs import GEMMS, Cluster, Experiment
+from harness.layer.work import expert_parameters
+from harness.specs import Cluster, Experiment
 
 if TYPE_CHECKING:
     from harness.launch.session import RankFailure
@@ -256,7 +257,7 @@ def drawing_s(experiment: Experiment) -> float:
     """Seconds at most in which a rank draws the weights of its experts, on the CPU; each system draws its own."""
     model = experiment.model
     num_layers = 1 if experiment.phase in ("exchange", "layer") else model.num_layers
-    of_expert = GEMMS[model.ffn_type] * model.hidden * model.ffn
+    of_expert = expert_parameters(model)
     return num_layers * math.ceil(model.num_experts / experiment.cluster.num_ranks) * of_expert / DRAWN_PER_S
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from harness.layer.work import expert_macs
 from harness.plan.cost import Compute, Transfer
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan
 from harness.routing.certificate import expert_counts
@@ -26,7 +27,7 @@ def twin(system: type[System], case: Case) -> dict[str, Plan] | None:
         return None
     rows = expert_counts(case.routing).sum(0) @ system.planned_shares(case)
     gemms = 0 if case.identity_experts else GEMMS[case.model.ffn_type]
-    macs = gemms * rows * case.model.hidden * case.model.ffn  # of every rank
+    macs = rows * expert_macs(case.model)  # of every rank
     plans = {}
     for direction, times in (("forward", 1), ("backward", 2)):
         plan = Plan()

@@ -12,6 +12,7 @@ import pandas as pd
 
 from harness import presets
 from harness.errors import bad
+from harness.layer.work import ATTENTION_GEMMS, attention_macs
 from harness.plan.cost import Compute, Cost, Even, Hold
 from harness.plan.graph import COMPUTE, INTRA, Plan, Work
 from harness.plan.machine import Contention, Machine
@@ -97,12 +98,12 @@ def layers(
     forward = Sizes(slot_bytes, num_mp, macs, num_gemms)
     backward = Sizes(slot_bytes, num_mp, 2 * macs, 2 * np.asarray(num_gemms))
     hidden = np.asarray(hidden, dtype=np.float64)
-    attention = (tokens * hidden**2 * (2 + 2 * np.asarray(kv_fraction)) + 2 * tokens * seq * hidden) / num_mp
+    attention = attention_macs(hidden, tokens, seq, causal=False, kv_fraction=np.asarray(kv_fraction)) / num_mp
     token_bytes = tokens * hidden * ELEMENT_BYTES
 
     def parts(times: int) -> list[Dense]:
         if attention_s is None:
-            cost: Cost = Compute(times * attention, 4 * times)
+            cost: Cost = Compute(times * attention, ATTENTION_GEMMS * times)
         else:
             cost = Hold(times * np.asarray(attention_s))
         return [

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.layer.work import expert_parameters, kv_fraction
 from harness.plan.cost import Compute, Hold
 from harness.plan.graph import COMPUTE, INTER, Plan, Timeline, Work
 from harness.plan.machine import Contention, Machine
@@ -52,7 +53,7 @@ def model_layer(model: Model, cluster: Cluster, *, batch: float = 1, num_ranks: 
         ffn=model.ffn,
         copies=model.top_k * (model.capacity_factor or 1.0),
         num_gemms=GEMMS[model.ffn_type],
-        kv_fraction=(model.num_kv_heads or model.num_heads) / model.num_heads,
+        kv_fraction=kv_fraction(model),
         biased=model.ffn_type == "gpt",
         num_ranks=num_ranks,
     )
@@ -78,7 +79,7 @@ def optimizer_s(model: Model, cluster: Cluster) -> float | None:
     attention = attention_gradient_elements(
         model.hidden, num_mp, biased=model.ffn_type == "gpt", kv_fraction=kv_fraction
     )
-    experts = GEMMS[model.ffn_type] * model.hidden * model.ffn / num_mp
+    experts = expert_parameters(model) / num_mp
     return float((attention + experts) * OPTIMIZER_ACCESSES * ELEMENT_BYTES / cluster.device_bytes_per_s)
 
 

@@ -24,6 +24,7 @@ from harness import ledger
 from harness.bench.store import Store
 from harness.bench.train import training_case
 from harness.comm.replicas import nearest
+from harness.layer.work import ATTENTION_GEMMS, attention_macs, expert_macs, kv_fraction
 from harness.ledger import Calibration
 from harness.memory import expert_bytes, state_bytes
 from harness.placement import Placement
@@ -128,10 +129,10 @@ def attention_s(case: Case) -> float:
     """Forward, as its stand-in waits."""
     gemm, model = case.stand_in_costs, case.model
     assert gemm is not None
-    tokens, head = max(case.routing.tokens), model.hidden // model.num_heads
-    width, narrow = model.num_heads * head, (model.num_kv_heads or model.num_heads) * head
-    macs = tokens * (2 * model.hidden * (width + narrow) + 2 * min(model.seq, tokens) * width)
-    return 4 * gemm.alpha_s + macs * gemm.beta_s_per_mac
+    tokens = max(case.routing.tokens)
+    context = min(model.seq, tokens)
+    macs = attention_macs(model.hidden, tokens, context, causal=False, kv_fraction=kv_fraction(model))
+    return float(ATTENTION_GEMMS * gemm.alpha_s + macs * gemm.beta_s_per_mac)
 
 
 def layer_costs(known: type[System], case: Case, links: Links) -> LayerCosts | None:
@@ -156,7 +157,7 @@ def layer_costs(known: type[System], case: Case, links: Links) -> LayerCosts | N
         shadows = stays.sum(1)
         rows = rows.copy()
         rows[home, :, home] -= stays
-    row_macs = GEMMS[model.ffn_type] * model.hidden * model.ffn
+    row_macs = expert_macs(model)
     start_s, row_bytes = GEMMS[model.ffn_type] * gemm.alpha_s, model.hidden * DTYPE_BYTES[case.dtype]
     travelling = rows.sum(1) * (1 - np.eye(len(rows)))
     busiest = [float((rows.sum(1) * mask).sum(0).max()) for mask in masks]

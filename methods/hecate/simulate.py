@@ -21,12 +21,13 @@ import functools
 
 import numpy as np
 
+from harness.layer.work import attention_macs, expert_macs, expert_parameters, head_macs
 from harness.plan.cost import Compute, Even
 from harness.plan.links import Ports
 from harness.plan.machine import Machine
 from harness.specs import Cluster, Model
 from harness.topology import Topology
-from methods.hecate.memory_model import ACTIVATION, OPTIMIZER, PARAMETER, Copies, dense_parameters, expert_parameters
+from methods.hecate.memory_model import ACTIVATION, OPTIMIZER, PARAMETER, Copies, dense_parameters
 
 Array = np.ndarray
 #: of what a device can do, that computation reaches; no paper states it
@@ -103,18 +104,17 @@ class Setup:
     @property
     def attention_s(self) -> float:
         """T_non-MoE, forward: projections and scores."""
-        macs = self.tokens * (4 * self.model.hidden**2 + 2 * self.model.seq * self.model.hidden)
-        return self.compute_s(macs)
+        return self.compute_s(attention_macs(self.model.hidden, self.tokens, self.model.seq, causal=False))
 
     @property
     def assignment_s(self) -> float:
         """Of one token through one expert, forward."""
-        return self.compute_s(expert_parameters(self.model))
+        return self.compute_s(expert_macs(self.model))
 
     @property
     def rest_s(self) -> float:
         """What a step has beside its layers: the head, and the all-reduce of replicated gradients."""
-        head = self.compute_s(3 * self.tokens * self.model.hidden * self.model.vocab)
+        head = self.compute_s(3 * self.tokens * head_macs(self.model))
         gradients = Even("ar", "flat", PARAMETER * dense_parameters(self.model), messages=0)
         return head + float(self.links.seconds(gradients))
 

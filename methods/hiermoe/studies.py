@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from harness import presets
+from harness.layer.work import attention_macs, expert_macs
 from harness.placement import Placement
 from harness.plan.cost import Compute
 from harness.plan.machine import Machine
@@ -184,9 +185,8 @@ def steps(progress: Progress) -> Findings:
 
 def compute_s(model: Model, cluster: Cluster, efficiency: float = EFFICIENCY) -> float:
     """Seconds of one layer's computation on one rank, forward and backward, balanced experts."""
-    attention = 4 * model.hidden**2 + 2 * model.seq * model.hidden
-    experts = 3 * model.top_k * model.hidden * model.ffn
-    cost = Compute(3 * TOKENS * (attention + experts))
+    attention = attention_macs(model.hidden, TOKENS, model.seq, causal=False)
+    cost = Compute(3 * (attention + TOKENS * model.top_k * expert_macs(model)))
     return float(Machine.data_sheet(cluster, efficiency).seconds(cost))
 
 

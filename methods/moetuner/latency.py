@@ -24,12 +24,13 @@ from typing import Literal
 
 import numpy as np
 
+from harness.layer.work import attention_macs, expert_macs, expert_parameters, kv_fraction
 from harness.plan.cost import Compute, Hold, Transfer
 from harness.plan.graph import COMPUTE, INTER, Plan
 from harness.plan.links import Ports
 from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
-from harness.specs import GEMMS, Cluster, Model
+from harness.specs import Cluster, Model
 from harness.topology import Topology
 from methods.moetuner.objective import crossings
 from methods.moetuner.profile import Profile
@@ -62,8 +63,8 @@ class Served:
 
     def experts(self, rows: np.ndarray) -> Compute:
         """``rows`` [E, ...], with 0 where an expert is elsewhere."""
-        values = GEMMS[self.model.ffn_type] * self.model.hidden * self.model.ffn
-        return Compute(values * rows.sum(0), read_bytes=values * ELEMENT_BYTES * (rows > 0).sum(0))
+        read_bytes = expert_parameters(self.model) * ELEMENT_BYTES * (rows > 0).sum(0)
+        return Compute(expert_macs(self.model) * rows.sum(0), read_bytes=read_bytes)
 
     def experts_s(self, rows: np.ndarray) -> np.ndarray:
         """``rows`` [L, E] with 0 where an expert is elsewhere -> seconds [L]."""
@@ -77,8 +78,7 @@ class Served:
     def attention_s(self, tokens: int) -> float:
         """Of one layer and ``tokens`` of a rank, with the tensor-parallel gather and scatter of their hidden states."""
         model, inner = self.model, self.cluster.levels[-1].bandwidth_bytes_per_s
-        kv = (model.num_kv_heads or model.num_heads) / model.num_heads
-        macs = tokens * (2 * (1 + kv) * model.hidden**2 + model.seq * model.hidden)
+        macs = attention_macs(model.hidden, tokens, model.seq, causal=True, kv_fraction=kv_fraction(model))
         shared = 2 * tokens * model.hidden * ELEMENT_BYTES * (self.tensor_parallel - 1) / self.tensor_parallel
         return float(self.machine.seconds(Compute(macs))) + shared / (inner or math.inf)
 

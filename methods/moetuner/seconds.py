@@ -27,8 +27,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from harness.errors import bad
+from harness.layer.work import expert_macs
 from harness.placing import Request
-from harness.specs import DTYPE_BYTES, GEMMS
+from harness.specs import DTYPE_BYTES
 
 BATCHES = 32
 EFFICIENCY = 0.5  # share of the peak that GEMMs reach, where a cluster states no gemm costs
@@ -48,7 +49,7 @@ class Prices:
 def prices_of(request: Request) -> Prices:
     """``UserError`` where the cluster states no rate at all."""
     cluster, model, topology = request.cluster, request.model, request.topology
-    macs = GEMMS[model.ffn_type] * model.hidden * model.ffn
+    macs = expert_macs(model)
     row_s, ports = 0.0, []
     if cluster is not None:
         if cluster.gemm is not None:
