@@ -240,6 +240,13 @@ class Cluster(Spec):
         levels = (outer.model_copy(update={"size": num_nodes}), *inner)
         return self.model_copy(update={"levels": levels, "name": f"{self.name}-{num_nodes}-nodes"})
 
+    def with_ports(self, ports: int) -> Cluster:
+        """With ``ports`` of an outermost unit that share its present rate."""
+        outer, *inner = self.levels
+        rate = None if outer.unit_bytes_per_s is None else outer.unit_bytes_per_s / ports
+        outer = Level(**{**outer.model_dump(), "bandwidth_bytes_per_s": rate, "ports": ports})
+        return Cluster.model_validate({**self.model_dump(), "levels": (outer, *inner)})
+
     def linear(self, key: str, num_ranks: int | None = None) -> tuple[float, float]:
         """alpha in seconds, beta in seconds per byte of a collective, or per multiply-add of ``gemm``. ``num_ranks``:
         of constants of several sizes (``a2a.inter@16``) those of this one; by default of the cluster's own."""

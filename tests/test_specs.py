@@ -40,6 +40,13 @@ def test_a_field_that_came_later_counts_where_it_is_set_alone():
     assert Experiment.model_validate_json(other.model_dump_json()).cluster.levels[0].ports == 2
 
 
+def test_ports_share_the_rate_of_their_unit():
+    cluster = presets.cluster("hecate-b").with_ports(8)
+    assert cluster.levels[0].bandwidth_bytes_per_s == 50e9 / 8
+    assert cluster.levels[0].unit_bytes_per_s == 50e9
+    assert cluster.with_ports(1) == presets.cluster("hecate-b")
+
+
 def with_ports(given, ports):
     outer, *inner = given["cluster"]["levels"]
     return {**given, "cluster": {**given["cluster"], "levels": [{**outer, "ports": ports}, *inner]}}

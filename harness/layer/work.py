@@ -40,6 +40,11 @@ def expert_macs(model: Model) -> int:
     return expert_parameters(model)
 
 
+def expert_products(model: Model) -> tuple[tuple[int, int], ...]:
+    """[K, N] of an expert's matrix products as they are launched: gate and up together, then down."""
+    return ((model.hidden, (GEMMS[model.ffn_type] - 1) * model.ffn), (model.ffn, model.hidden))
+
+
 def gate_macs(model: Model) -> int:
     """Of one token: its E scores, and GShard's noise; the xmoe gate's projection to d, and cosines there."""
     if model.gate == "xmoe":

@@ -50,12 +50,31 @@ class Transfer(OnLinks):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Experts:
+    """``rows`` [.., W, local experts] that go through ``products`` [K, N], of ``element_bytes`` each number."""
+
+    rows: np.ndarray
+    products: tuple[tuple[int, int], ...]
+    element_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Compute(Cost):
-    """``macs`` multiply-adds in ``launches`` kernels, which read ``read_bytes`` from memory once."""
+    """``macs`` multiply-adds in ``launches`` kernels, which read ``read_bytes`` from memory once. ``experts``: whose
+    they are, for devices that are the faster the more rows each gets."""
 
     macs: Any
     launches: Any = 1.0
     read_bytes: Any = 0.0
+    experts: Experts | None = None
+
+    @classmethod
+    def of(cls, experts: Experts) -> Compute:
+        """Reads the weights of the experts in use."""
+        weights = sum(depth * columns for depth, columns in experts.products)
+        used = (experts.rows > 0).sum(-1)
+        read_bytes = weights * experts.element_bytes * used
+        return cls(weights * experts.rows.sum(-1), len(experts.products), read_bytes, experts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,4 +84,4 @@ class Hold(Cost):
     seconds: Any
 
 
-__all__ = ["Compute", "Cost", "Even", "Hold", "OnLinks", "Operation", "Transfer"]
+__all__ = ["Compute", "Cost", "Even", "Experts", "Hold", "OnLinks", "Operation", "Transfer"]

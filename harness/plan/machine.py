@@ -8,6 +8,7 @@ data_sheet   rates of links and device, of which computation reaches a stated sh
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -15,9 +16,9 @@ import numpy as np
 from harness.errors import bad
 from harness.ledger import Calibration
 from harness.plan.cost import Compute, Cost, Hold, OnLinks
-from harness.plan.device import Device, Fitted, Roofline
+from harness.plan.device import CURVE, Device, Fitted, Roofline, Tiled
 from harness.plan.graph import Plan
-from harness.plan.links import AlphaBeta, LinkModel, Ports, SharedPorts, lines_of
+from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
 from harness.specs import Cluster
 from harness.topology import Topology
 
@@ -53,31 +54,28 @@ class Machine:
     def data_sheet(
         cls,
         cluster: Cluster,
-        efficiency: float,
+        efficiency: float | None = None,
         start_s: float = 0.0,
         *,
         tensor_parallel: int = 1,
         links: Literal["ports", "shared-ports"] = "ports",
     ) -> Machine:
-        """Computation at ``efficiency`` of the device's peak. ``tensor_parallel``: neighbouring devices that make up a
-        rank."""
+        """Computation at ``efficiency`` of the device's peak; None: at what tiles of rows let it reach.
+        ``tensor_parallel``: neighbouring devices that make up a rank."""
         if cluster.device_flops_per_s is None:
             raise bad(f"cluster {cluster.name}.device_flops_per_s", None, "is not stated; state the device's peak")
         *outer, inner = cluster.shape
-        topology, lines = Topology((*outer, inner // tensor_parallel)), lines_of(cluster)
-        lines = tuple(
-            dataclasses.replace(line, bytes_per_s=line.bytes_per_s * tensor_parallel)
-            if line.level == len(outer)
-            else line
-            for line in lines
-        )
+        topology = Topology((*outer, inner // tensor_parallel))
+        lines = tuple(_wider(line, topology, tensor_parallel) for line in lines_of(cluster))
         peak, memory = (
             tensor_parallel * rate if rate is not None else None
             for rate in (cluster.device_flops_per_s, cluster.device_bytes_per_s)
         )
         assert peak is not None
-        basis = f"data sheet of {cluster.name}, {efficiency:.0%} of the peak, {links.replace('-', ' ')}"
-        return cls(BY_NAME[links](topology, lines, start_s), Roofline(peak, memory, efficiency), basis)
+        device: Device = Tiled(peak, memory, CURVE) if efficiency is None else Roofline(peak, memory, efficiency)
+        share = "by rows per expert" if efficiency is None else f"{efficiency:.0%} of the peak"
+        basis = f"data sheet of {cluster.name}, computation {share}, {links.replace('-', ' ')}"
+        return cls(BY_NAME[links](topology, lines, start_s), device, basis)
 
     def seconds(self, cost: Cost | None) -> Any:
         """Of one task, alone on its lane; shaped as the cost's amounts. Nothing to do costs nothing."""
@@ -97,6 +95,14 @@ class Machine:
         each = [np.asarray(self.seconds(task.cost)) for task in plan.tasks]
         shape = np.broadcast_shapes(*(one.shape for one in each)) if each else ()
         return np.array([np.broadcast_to(one, shape) for one in each]).reshape(len(each), *shape)
+
+
+def _wider(line: Line, topology: Topology, tensor_parallel: int) -> Line:
+    """``line`` of single devices as ranks of ``tensor_parallel`` devices have it: those of a rank's ports are one."""
+    ranks = topology.num_ranks // topology.num_units(line.level)  # of a unit
+    ports = math.gcd(line.ports, ranks)
+    width = line.ports // ports * (tensor_parallel if line.level == topology.num_levels - 1 else 1)
+    return dataclasses.replace(line, bytes_per_s=line.bytes_per_s * width, ports=ports)
 
 
 __all__ = ["Contention", "Machine"]

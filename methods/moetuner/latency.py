@@ -24,8 +24,8 @@ from typing import Literal
 
 import numpy as np
 
-from harness.layer.work import attention_macs, expert_macs, expert_parameters, kv_fraction
-from harness.plan.cost import Compute, Hold, Transfer
+from harness.layer.work import attention_macs, expert_products, kv_fraction
+from harness.plan.cost import Compute, Experts, Hold, Transfer
 from harness.plan.graph import COMPUTE, INTER, Plan
 from harness.plan.links import Ports
 from harness.plan.machine import Machine
@@ -47,7 +47,7 @@ class Served:
     model: Model
     cluster: Cluster
     tensor_parallel: int
-    efficiency: float = 0.5
+    efficiency: float | None = 0.5  # None: by the rows of each expert
     links: Literal["ports", "shared-ports"] = "ports"
 
     @property
@@ -62,13 +62,12 @@ class Served:
         return Machine.data_sheet(self.cluster, self.efficiency, tensor_parallel=self.tensor_parallel, links=self.links)
 
     def experts(self, rows: np.ndarray) -> Compute:
-        """``rows`` [E, ...], with 0 where an expert is elsewhere."""
-        read_bytes = expert_parameters(self.model) * ELEMENT_BYTES * (rows > 0).sum(0)
-        return Compute(expert_macs(self.model) * rows.sum(0), read_bytes=read_bytes)
+        """``rows`` [..., E], with 0 where an expert is elsewhere."""
+        return Compute.of(Experts(rows, expert_products(self.model), ELEMENT_BYTES))
 
     def experts_s(self, rows: np.ndarray) -> np.ndarray:
         """``rows`` [L, E] with 0 where an expert is elsewhere -> seconds [L]."""
-        return np.asarray(self.machine.seconds(self.experts(rows.T)))
+        return np.asarray(self.machine.seconds(self.experts(rows)))
 
     def links_s(self, matrix: np.ndarray) -> np.ndarray:
         """Bytes from rank to rank [G, G] -> seconds [G] until each rank has sent and got its own."""
@@ -134,13 +133,14 @@ def serve(served: Served, ids: np.ndarray, owner: np.ndarray, traffic: str = "di
 def simulated_s(served: Served, ids: np.ndarray, owner: np.ndarray) -> float:
     """Seconds of the batch of ``serve`` as a plan. With ``links="ports"`` they are ``end_to_end_s``: all ranks wait for
     the last at every step. With ``shared-ports`` a rank computes as soon as its own rows are there."""
-    plan, last = Plan(), []
+    plan = Plan()
+    last: list[str] = []
     attention = Hold(served.attention_s(ids.shape[1] // served.topology.num_ranks))
     rows = _computed(served, ids, owner)
     for i, matrix in enumerate(_dispatched(served, ids, owner)):
         last = [plan.add(f"layer{i}.attention", COMPUTE, last, attention)]
         last = [plan.add(f"layer{i}.dispatch", INTER, last, Transfer("a2a", "flat", matrix))]
-        last = [plan.add(f"layer{i}.experts", COMPUTE, last, served.experts(rows[i]))]
+        last = [plan.add(f"layer{i}.experts", COMPUTE, last, served.experts(rows[i].T))]
         last = [plan.add(f"layer{i}.combine", INTER, last, Transfer("a2a", "flat", matrix.T))]
     return float(simulate(plan, served.machine, served.topology).total_s.max())
 

@@ -60,8 +60,11 @@ def prices_of(request: Request) -> Prices:
         row_bytes, last = model.hidden * DTYPE_BYTES[request.dtype], len(cluster.levels) - 1
         for level, link in enumerate(cluster.levels):
             if link.bandwidth_bytes_per_s is not None and topology.num_units(level) > 1:
-                rate = link.bandwidth_bytes_per_s * (request.tensor_parallel if level == last else 1)
-                ports.append((row_bytes / rate, topology.num_ranks // topology.num_units(level) // link.ports))
+                size = topology.num_ranks // topology.num_units(level)
+                shared = math.gcd(link.ports, size)  # ports of a unit; those of one rank are one
+                rate = link.bandwidth_bytes_per_s * link.ports / shared
+                rate *= request.tensor_parallel if level == last else 1
+                ports.append((row_bytes / rate, size // shared))
     if not ports and not row_s:
         if cluster is None:
             remedy = "does not say which ranks share a port, so seconds cannot be predicted"
