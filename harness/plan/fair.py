@@ -1,11 +1,13 @@
-"""Ports that ranks share, compiled: when each of the ranks at one port has sent, or got, what it has to.
+"""Ports that several flows share, compiled: when each of them is done.
 
-A port is shared out evenly among the ranks at work, and each begins when it is ready. ``together`` and ``last`` say the
+A port is shared out evenly among the flows at work, and each begins when it is ready. ``together`` and ``last`` say the
 same as ``fair`` with less work, where all begin at once and where only the last end matters; placements are searched by
 them. (Numba knows no more of a loop that calls these than its own file: touch that file too when these change.)
 """
 
 from __future__ import annotations
+
+import heapq
 
 import numpy as np
 
@@ -14,29 +16,25 @@ from harness.compiled import compiled
 
 @compiled()
 def fair(begins, amounts, each_s, done):  # type: ignore[no-untyped-def]
-    """``done`` [n] is filled with when each is done that has ``amounts`` [n] to send from ``begins`` [n] on, at
-    ``each_s`` seconds for one alone. Virtual time: how much each one at work would have got since the start."""
-    waiting, working = 0, 1
-    state, target = np.zeros(len(begins), dtype=np.int64), np.zeros(len(begins))
-    now, got, busy = 0.0, 0.0, 0
-    for _ in range(2 * len(begins)):
-        first, start, next_, least = -1, np.inf, -1, np.inf
-        for i in range(len(begins)):
-            if state[i] == waiting and begins[i] < start:
-                first, start = i, begins[i]
-            elif state[i] == working and target[i] < least:
-                next_, least = i, target[i]
-        end = now + (least - got) * busy * each_s if busy else np.inf
-        if first >= 0 and start <= end:
-            if busy and each_s > 0:
-                got += (start - now) / (busy * each_s)
-            now = start
-            state[first], target[first] = working, got + amounts[first]
-            busy += 1
+    """``done`` [n] is filled with when each flow is done that has ``amounts`` [n] to send from ``begins`` [n] on, at
+    ``each_s`` seconds for one alone. Virtual time: how much a flow at work would have got since the start."""
+    order = np.argsort(begins)
+    at_work = [(0.0, 0)]  # (virtual time when it is done, flow), a heap
+    at_work.pop()
+    now, got, next_ = 0.0, 0.0, 0
+    while next_ < len(begins) or len(at_work) > 0:
+        end = now + (at_work[0][0] - got) * len(at_work) * each_s if len(at_work) > 0 else np.inf
+        if next_ < len(begins) and begins[order[next_]] <= end:
+            flow = order[next_]
+            next_ += 1
+            if len(at_work) > 0 and each_s > 0:
+                got += (begins[flow] - now) / (len(at_work) * each_s)
+            now = begins[flow]
+            heapq.heappush(at_work, (got + amounts[flow], flow))
         else:
-            now, got = end, least
-            state[next_], done[next_] = 2, now
-            busy -= 1
+            got, flow = heapq.heappop(at_work)
+            now = end
+            done[flow] = now
 
 
 @compiled()
@@ -52,7 +50,7 @@ def sort(order, first, num, key):  # type: ignore[no-untyped-def]
 
 @compiled()
 def together(order, first, num, amounts, each_s, done):  # type: ignore[no-untyped-def]
-    """``fair`` of ranks first .. first + num - 1 that begin at 0; ``done`` of each is raised to its end. ``order``:
+    """``fair`` of first .. first + num - 1, which begin at 0; ``done`` of each is raised to its end. ``order``:
     room for ``num`` integers."""
     sort(order, first, num, amounts)
     at, before = 0.0, 0.0
@@ -65,7 +63,7 @@ def together(order, first, num, amounts, each_s, done):  # type: ignore[no-untyp
 
 @compiled()
 def last(order, first, num, begins, amounts, each_s):  # type: ignore[no-untyped-def]
-    """When all of ranks first .. first + num - 1 are done: a port never rests while one that has begun is not."""
+    """When all of first .. first + num - 1 are done: a port never rests while one that has begun is not."""
     sort(order, first, num, begins)
     at = 0.0
     for place in range(num):

@@ -2,7 +2,7 @@
 
     AlphaBeta    alpha + beta n of each collective, as published or profiled; the group meets
     Ports        what the busiest port of any link level carries, over its rate; the group meets
-    SharedPorts  ports shared evenly among the ranks at work, which do not wait for each other
+    SharedPorts  ports shared evenly among the flows at work; ranks wait for their own flows alone
 
 A skewed all-to-all lasts as long as its busiest port. ``AlphaBeta`` prices it as the balanced one that loads every port
 as much, because that is what costs are fitted to.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import itertools
 from typing import Any, ClassVar
 
 import numpy as np
@@ -144,38 +145,43 @@ class Ports(LinkModel):
 
 @dataclasses.dataclass(frozen=True)
 class SharedPorts(Ports):
-    """A rank is done when its own rows are there and gone, whatever the others do; collectives of even buffers still
-    meet. What a rank gets waits for the rank itself and not for those that send it."""
+    """What one rank sends another is a flow, which begins when its sender does; a port is shared evenly among the flows
+    at work. A rank is done when its own flows are, out and in. Collectives of even buffers still meet."""
 
     meets: ClassVar[bool] = False
 
     def finish(self, cost: Transfer, begins: Array) -> Array:
-        begins = begins + cost.messages * self.start_s
-        return np.maximum(self.gone(cost.matrix, begins), self.there(cost.matrix, begins))
+        ends = self.flows(cost.matrix, begins + cost.messages * self.start_s)
+        ends = np.where(cost.matrix > 0, ends, -np.inf)
+        return np.maximum(np.maximum(ends.max(-1), ends.max(-2)), begins)
 
-    def there(self, matrix: Array, begins: Array) -> Array:
-        """When each rank has all that ``matrix`` sends it, [.., W]."""
-        return self.gone(matrix.swapaxes(-1, -2), begins)
-
-    def gone(self, matrix: Array, begins: Array) -> Array:
-        """When each rank has sent all of its own, [.., W]."""
-        from harness.plan.fair import fair  # numba takes its time to import
-
+    def flows(self, matrix: Array, begins: Array, *, out: bool = True, into: bool = True) -> Array:
+        """When each flow is done, [.., W, W]; where there is none, when its sender begins. ``out``, ``into``: whether
+        flows share the ports that they leave by, and come in by."""
         num_ranks = self.topology.num_ranks
-        shape = np.broadcast_shapes(matrix.shape[:-1], begins.shape)
-        ends = np.broadcast_to(begins, shape).astype(np.float64)
-        start, done = ends.copy().reshape(-1, num_ranks), np.empty(num_ranks)
+        shape = np.broadcast_shapes(matrix.shape, (*begins.shape, 1))
+        start = np.broadcast_to(begins[..., None], shape).astype(np.float64).reshape(-1, num_ranks, num_ranks)
+        amounts = np.broadcast_to(matrix, shape).astype(np.float64).reshape(start.shape)
+        ends = start.copy()
         for line in self.lines:
             unit = self.topology.unit_of(line.level)
+            crossing = np.where(unit[:, None] != unit, amounts, 0)
             size = num_ranks // (self.topology.num_units(line.level) * line.ports)  # neighbours at one port
-            leaving = np.where(unit[:, None] != unit, matrix, 0).sum(-1, dtype=np.float64)
-            leaving = np.broadcast_to(leaving, shape).reshape(-1, num_ranks)
-            for row, ended in enumerate(ends.reshape(-1, num_ranks)):
-                for first in range(0, num_ranks, size):
-                    here = slice(first, first + size)
-                    fair(start[row, here], leaving[row, here], 1 / line.bytes_per_s, done[here])
-                np.maximum(ended, done, out=ended)
-        return ends
+            for first, item in itertools.product(range(0, num_ranks, size), range(len(ends))):
+                here = slice(first, first + size)
+                for side in [(item, here)] * out + [(item, slice(None), here)] * into:
+                    _share(ends[side], start[side], crossing[side], 1 / line.bytes_per_s)
+        return ends.reshape(shape)
+
+
+def _share(ends: Array, begins: Array, amounts: Array, each_s: float) -> None:
+    """Raise ``ends`` to when the flows at one port are done; all of one shape."""
+    from harness.plan.fair import fair  # numba takes its time to import
+
+    flows = amounts > 0
+    done = np.empty(int(flows.sum()))
+    fair(begins[flows], amounts[flows], each_s, done)
+    ends[flows] = np.maximum(ends[flows], done)
 
 
 __all__ = ["AlphaBeta", "Line", "LinkModel", "Ports", "SharedPorts", "balanced_bytes", "lines_of"]
