@@ -71,7 +71,7 @@ class LatencyModel:
                 flops = 2 / cluster.gemm.beta_s_per_mac
             elif cluster.device_flops_per_s is not None:
                 flops = cluster.device_flops_per_s
-            if (port := cluster.levels[0].bandwidth_bytes_per_s) is not None:
+            if (port := cluster.levels[0].unit_bytes_per_s) is not None:
                 width = port * case.topology.shape[0] / case.topology.num_ranks
         return cls(model.hidden, model.ffn, flops, width, DTYPE_BYTES[case.dtype], GEMMS[model.ffn_type])
 

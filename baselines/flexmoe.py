@@ -23,12 +23,13 @@ import dataclasses
 import numpy as np
 
 from harness.errors import bad
+from harness.layer.work import expert_macs
 from harness.memory import expert_bytes
 from harness.options import whole
 from harness.placement import Placement
 from harness.plan.copied import CopiedSystem, num_slots
 from harness.plan.rearrange import Planner
-from harness.specs import DTYPE_BYTES, GEMMS
+from harness.specs import DTYPE_BYTES
 from harness.system import Case
 
 EVERY = 25  # steps between adjustments; the paper does not state it
@@ -50,12 +51,11 @@ class Costs:
         """By the cluster's port (a rank has its part of the node's) and its gemm costs; where it has no bandwidth,
         tokens alone count."""
         model, cluster = case.model, case.cluster
-        width = cluster.levels[0].bandwidth_bytes_per_s if cluster is not None else None
+        width = cluster.levels[0].unit_bytes_per_s if cluster is not None else None
         if cluster is None or width is None:
             return cls(1.0, 0.0, 0.0)
         port = width * case.topology.shape[0] / case.topology.num_ranks
-        macs = GEMMS[model.ffn_type] * model.hidden * model.ffn
-        compute_s = 3 * macs * cluster.gemm.beta_s_per_mac if cluster.gemm is not None else 0.0
+        compute_s = 3 * expert_macs(model) * cluster.gemm.beta_s_per_mac if cluster.gemm is not None else 0.0
         travel_s = 4 * model.hidden * DTYPE_BYTES[case.dtype] / port
         once_s = expert_bytes(model, case.dtype) / port
         return cls(compute_s + travel_s, once_s, 3 * once_s)  # AdamW keeps two moments

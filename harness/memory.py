@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from harness.layer.work import expert_parameters
 from harness.routing.certificate import expert_counts
-from harness.specs import DTYPE_BYTES, GEMMS, Dtype, Experiment, Model
+from harness.specs import DTYPE_BYTES, Dtype, Experiment, Model
 from harness.system import Case, System
 from harness.topology import Topology
 
 
 def expert_bytes(model: Model, dtype: Dtype) -> int:
     """Parameters of one expert."""
-    return GEMMS[model.ffn_type] * model.hidden * model.ffn * DTYPE_BYTES[dtype]
+    return expert_parameters(model) * DTYPE_BYTES[dtype]
 
 
 def state_bytes(experiment: Experiment, topology: Topology, num_own: int) -> dict[str, float]:

@@ -22,9 +22,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness import __version__, outputs, sealed
 from harness.errors import UserError, bad, unknown, unreadable
+from harness.layer.work import expert_parameters
 from harness.placement import Placement
 from harness.registry import brought
-from harness.specs import DTYPE_BYTES, GEMMS, Cluster, Count, Dtype, Model, Spec
+from harness.specs import DTYPE_BYTES, Cluster, Count, Dtype, Model, Spec
 from harness.topology import Topology
 
 SCHEMA_VERSION = 1
@@ -264,7 +265,7 @@ def check_memory(model: Model, cluster: Cluster, tensor_parallel: int, num_ranks
     """``UserError`` where a rank's share of the experts does not fit its devices, with the ranks that would do."""
     if cluster.device_memory_bytes is None:
         return
-    each = GEMMS[model.ffn_type] * model.hidden * model.ffn * DTYPE_BYTES[dtype]
+    each = expert_parameters(model) * DTYPE_BYTES[dtype]
     whole, memory = each * model.num_experts * model.num_layers, cluster.device_memory_bytes * tensor_parallel
     if whole / num_ranks > memory:
         text = f"{whole / num_ranks / 1e9:.0f} GB of experts on each, and {memory / 1e9:.0f} GB of memory"

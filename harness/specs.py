@@ -11,9 +11,17 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from harness.errors import UserError, bad
 
@@ -46,6 +54,16 @@ class Spec(BaseModel):
     """Base of all specs: immutable, no unknown fields, hash of the resolved content."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    #: fields that came later: while they have their default they are not written, so that a digest stays what it was
+    LATER: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = written(self)
+        for name in self.LATER:
+            if name in found and getattr(self, name) == type(self).model_fields[name].default:
+                del found[name]
+        return found
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -155,9 +173,17 @@ class Level(Spec):
 
     name: Name  # "node", "socket", "rank", ...
     size: Count
-    bandwidth_bytes_per_s: Annotated[float, Field(gt=0)] | None = None  # of one unit's port, one direction
+    bandwidth_bytes_per_s: Annotated[float, Field(gt=0)] | None = None  # of one port of a unit, one direction
     latency_s: Annotated[float, Field(ge=0)] = 0.0
     burst_bytes: Count | None = None  # token bucket of an emulated link; None: chosen from the rate
+    ports: Count = 1  # of a unit (NICs of a node), each of as many neighbouring ranks, which use no other
+
+    LATER: ClassVar[tuple[str, ...]] = ("ports",)
+
+    @property
+    def unit_bytes_per_s(self) -> float | None:
+        """Of all ports of a unit together."""
+        return None if self.bandwidth_bytes_per_s is None else self.ports * self.bandwidth_bytes_per_s
 
 
 class Collective(Spec):
@@ -198,6 +224,20 @@ class Cluster(Spec):
     source: str = ""
     interpretation: str = ""
 
+    @model_validator(mode="after")
+    def _ports_of_ranks(self) -> Cluster:
+        for level, link in enumerate(self.levels):
+            size = math.prod(self.shape[level + 1 :])
+            if size % link.ports:
+                raise ValueError(
+                    f"level {link.name} has {link.ports} ports for {size} ranks of a unit; share them evenly"
+                )
+            if link.ports > 1 and self.kind != "physical":
+                raise ValueError(
+                    f"level {link.name} has {link.ports} ports, and a unit of this machine has one; leave it out"
+                )
+        return self
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Units per level, outermost first; their product is the number of ranks."""
@@ -208,6 +248,31 @@ class Cluster(Spec):
         outer, *inner = self.levels
         levels = (outer.model_copy(update={"size": num_nodes}), *inner)
         return self.model_copy(update={"levels": levels, "name": f"{self.name}-{num_nodes}-nodes"})
+
+    def with_ports(self, ports: int) -> Cluster:
+        """With ``ports`` of an outermost unit that share its present rate."""
+        outer, *inner = self.levels
+        rate = None if outer.unit_bytes_per_s is None else outer.unit_bytes_per_s / ports
+        outer = Level(**{**outer.model_dump(), "bandwidth_bytes_per_s": rate, "ports": ports})
+        return Cluster.model_validate({**self.model_dump(), "levels": (outer, *inner)})
+
+    def linear(self, key: str, num_ranks: int | None = None) -> tuple[float, float]:
+        """alpha in seconds, beta in seconds per byte of a collective, or per multiply-add of ``gemm``. ``num_ranks``:
+        of constants of several sizes (``a2a.inter@16``) those of this one; by default of the cluster's own."""
+        if key == "gemm":
+            if self.gemm is None:
+                raise bad(f"cluster {self.name}.gemm", None, f"is not known; moebench profile {self.name}")
+            return self.gemm.alpha_s, self.gemm.beta_s_per_mac
+        at_size = f"{key}@{num_ranks or self.num_ranks}"
+        found = self.collectives.get(at_size) or self.collectives.get(key)
+        if found is None:
+            known = ", ".join(sorted(self.collectives)) or "none"
+            raise bad(
+                f"cluster {self.name}.collectives",
+                key,
+                f"has no cost; known are {known}; moebench profile {self.name} measures them",
+            )
+        return found.alpha_s, found.beta_s_per_byte
 
     @property
     def num_ranks(self) -> int:

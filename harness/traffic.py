@@ -25,13 +25,35 @@ def crossing(matrix: np.ndarray, topology: Topology) -> np.ndarray:
     return np.array([matrix[level == i].sum() for i in range(topology.num_levels)])
 
 
-def port_load(matrix: np.ndarray, topology: Topology, level: int) -> np.ndarray:
-    """Bytes through every unit's port at ``level``, the larger of out and in (full duplex), float64 [num_units].
+def port_load(matrix: np.ndarray, topology: Topology, level: int, ports: int = 1) -> np.ndarray:
+    """Bytes through every unit's port at ``level``, the larger of out and in (full duplex), [.., num_units x ports], of
+    ``matrix`` [.., W, W]. ``ports``: of a unit, each of as many neighbouring ranks.
 
     A port carries whatever leaves its unit, so traffic that crosses an outer level passes here too."""
-    unit = topology.unit_of(level)
-    num_units = topology.num_units(level)
-    load = np.zeros((num_units, num_units))
-    np.add.at(load, (unit[:, None].repeat(len(unit), 1), unit[None, :].repeat(len(unit), 0)), matrix)
-    np.fill_diagonal(load, 0)
-    return np.maximum(load.sum(1), load.sum(0))
+    units = topology.num_units(level)
+    between = _between(matrix, units * ports)  # from port to port
+    own = blocks_of(between, units)  # [.., units, ports, ports]
+    out = between.sum(-1) - own.sum(-1).reshape(between.shape[:-1])
+    into = between.sum(-2) - own.sum(-2).reshape(between.shape[:-1])
+    return np.maximum(out, into)
+
+
+def inside_load(matrix: np.ndarray, topology: Topology) -> np.ndarray:
+    """Bytes that the ranks of each node send each other, [.., num_nodes], of ``matrix`` [.., W, W]."""
+    own = blocks_of(matrix, topology.shape[0])
+    return own.sum((-1, -2)) - np.trace(own, axis1=-2, axis2=-1)
+
+
+def blocks_of(matrix: np.ndarray, parts: int) -> np.ndarray:
+    """[.., W, W] -> [.., parts, W / parts, W / parts]: blocks on the diagonal."""
+    size, part = matrix.shape[-1] // parts, np.arange(parts)
+    blocks = matrix.reshape(*matrix.shape[:-2], parts, size, parts, size)
+    return np.moveaxis(blocks[..., part, :, part, :], 0, -3)
+
+
+def _between(matrix: np.ndarray, parts: int) -> np.ndarray:
+    """[.., W, W] -> [.., parts, parts]: neighbouring ranks together."""
+    size = matrix.shape[-1] // parts
+    if not np.issubdtype(matrix.dtype, np.floating):
+        matrix = matrix.astype(np.float64)
+    return matrix.reshape(*matrix.shape[:-2], parts, size, parts, size).sum((-3, -1)) if size > 1 else matrix

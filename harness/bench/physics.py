@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from harness.layer.gates import capacity
+from harness.layer.work import expert_macs
+from harness.plan.links import Ports, lines_of
 from harness.routing.certificate import expert_counts
-from harness.specs import EXPERTS_CHOOSE, GEMMS, SERVING, Cluster, Experiment
+from harness.specs import EXPERTS_CHOOSE, SERVING, Cluster, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
 from harness.traffic import crossing, direction_bytes, port_load
@@ -71,8 +73,8 @@ def _budget(
         matrix = sum((direction_bytes(plan, direction) for plan in known), np.zeros((topology.num_ranks,) * 2))
         by_level = crossing(matrix, topology)
         ports = np.array([port_load(matrix, topology, level).max() for level in levels])
-        bandwidths = bandwidth_of(cluster)
-        limits += [ports[i] / bandwidths[i] for i in levels if math.isfinite(bandwidths[i])]
+        if lines := lines_of(cluster, pooled=True):  # however a unit's ports share its traffic
+            limits.append(float(Ports(topology, lines).of(matrix)))
     return Budget(by_level, ports, flops, max(limits) if limits else None)
 
 
@@ -82,13 +84,13 @@ def expert_flops(system: type[System], case: Case, direction: str) -> float:
     if case.model.gate in EXPERTS_CHOOSE:
         per_expert = np.full_like(per_expert, sum(capacity(case.model, count) for count in case.routing.tokens))
     counts = per_expert @ system.planned_shares(case)
-    per_token = 2 * case.model.hidden * case.model.ffn * GEMMS[case.model.ffn_type]
+    per_token = 2 * expert_macs(case.model)
     return float(counts.max() * per_token * {"forward": 1, "backward": 2, "total": 3}[direction])
 
 
 def bandwidth_of(cluster: Cluster) -> np.ndarray:
-    """Of one port of every level, bytes per second; infinite where not stated."""
-    return np.array([level.bandwidth_bytes_per_s or math.inf for level in cluster.levels])
+    """Of a unit's ports at every level, bytes per second; infinite where not stated."""
+    return np.array([level.unit_bytes_per_s or math.inf for level in cluster.levels])
 
 
 def violations(

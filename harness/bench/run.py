@@ -22,7 +22,8 @@ from harness.bench.progress import shown
 from harness.bench.store import Store
 from harness.bench.suite import Race, Suite, load
 from harness.errors import STATUS_OF_FAILURE, RankFailure, UserError, bad
-from harness.specs import GEMMS, Cluster, Experiment
+from harness.layer.work import expert_parameters
+from harness.specs import Cluster, Experiment
 
 RUN_RACE = "harness.bench.race:run_race"
 SESSION_START_S = 6.0
@@ -271,7 +272,7 @@ def drawing_s(experiment: Experiment) -> float:
     """Seconds at most in which a rank draws the weights of its experts, on the CPU; each system draws its own."""
     model = experiment.model
     num_layers = 1 if experiment.phase in ("exchange", "layer") else model.num_layers
-    of_expert = GEMMS[model.ffn_type] * model.hidden * model.ffn
+    of_expert = expert_parameters(model)
     return num_layers * math.ceil(model.num_experts / experiment.cluster.num_ranks) * of_expert / DRAWN_PER_S
 
 

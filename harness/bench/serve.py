@@ -36,6 +36,7 @@ from harness.errors import UserError, placed
 from harness.layer import stored
 from harness.layer.gpt import GPT, Attention, Cache
 from harness.layer.weights import Weights
+from harness.layer.work import ATTENTION_GEMMS, attention_macs, kv_fraction
 from harness.placement import Placement
 from harness.plan.graph import Timeline
 from harness.plan.lanes import executor_of
@@ -298,10 +299,9 @@ def attention_s(experiment: Experiment, rank: int) -> float | None:
     if experiment.compute != "stand-in" or gemm is None:
         return None
     tokens = experiment.workload.tokens(Topology(experiment.cluster.shape).num_ranks)[rank]
-    seen = model.seq / 2 if experiment.phase == "prefill" else model.seq
-    kv = (model.num_kv_heads or model.num_heads) / model.num_heads
-    macs = tokens * (2 * (1 + kv) * model.hidden**2 + 2 * seen * model.hidden)
-    return 4 * gemm.alpha_s + macs * gemm.beta_s_per_mac
+    causal = experiment.phase == "prefill"
+    macs = attention_macs(model.hidden, tokens, model.seq, causal=causal, kv_fraction=kv_fraction(model))
+    return float(ATTENTION_GEMMS * gemm.alpha_s + macs * gemm.beta_s_per_mac)
 
 
 # ------------------------------------------------------------------------------------------------ before any timing

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from harness.errors import bad
 from harness.layer.standin import wait
+from harness.layer.work import ATTENTION_GEMMS, attention_macs
 from harness.specs import Gemm, Model
 
 INIT_STD = 0.02  # of embeddings and projections, as in GPT-2
@@ -58,9 +59,11 @@ class Attention(nn.Module):
         """x [B, L, M] -> [B, L, M]. With a ``cache`` x are the next tokens: all, or one of each sequence."""
         batch, length, hidden = x.shape
         if self.stand_in is not None:
-            width = self.num_heads * self.head
-            projections = 2 * hidden * (width + self.num_kv_heads * self.head)
-            return wait(x, self.stand_in, 4, batch * length * (projections + 2 * length * width), self.parameters())
+            macs = attention_macs(
+                hidden, batch * length, length, causal=False, kv_fraction=self.num_kv_heads / self.num_heads
+            )
+            part = self.num_heads * self.head / hidden  # of the heads
+            return wait(x, self.stand_in, ATTENTION_GEMMS, float(part * macs), self.parameters())
         of_all = self.num_heads + 2 * self.num_kv_heads
         heads = self.qkv(x).view(batch, length, of_all, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)

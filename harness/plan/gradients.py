@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from harness.errors import bad
-from harness.plan.graph import Cost, Work
+from harness.plan.cost import Even
+from harness.plan.graph import Work
 
 
 class Stream:
@@ -58,7 +59,7 @@ class Stream:
                 for message in part.tensor_split(messages):
                     dist.all_reduce(message, group=self.group)
 
-        return Work(Cost("ar", self.scope, num_bytes, messages), run)
+        return Work(Even("ar", self.scope, num_bytes, messages), run)
 
     def give_back(self) -> None:
         """Sums become the parameters' gradients; all is to be taken anew."""

@@ -11,35 +11,15 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from harness.errors import bad
+from harness.plan.cost import Cost
 
 COMPUTE, INTER, INTRA = "compute", "inter", "intra"
 LANES = (COMPUTE, INTER, INTRA)
-Operation = Literal["a2a", "ag", "rs", "ar", "sr", "gemm", "wait"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Cost:
-    """What a task asks of its lane; ``harness.plan.prices`` turns it into seconds.
-
-    ``amount``: of a collective the bytes of one rank's buffer (counted as in ``harness.comm.profile``), of a ``gemm``
-    its multiply-adds, of ``wait`` seconds. A number, or an array over whatever the plan is simulated for at once
-    (configurations, or ranks on the last axis). ``count``: how often the start-up time is paid.
-    """
-
-    operation: Operation
-    scope: str = ""  # of a collective: inter, intra, flat
-    amount: Any = 0.0
-    count: float = 1.0
-
-    @property
-    def key(self) -> str:
-        """As in ``Cluster.collectives``: operation.scope."""
-        return f"{self.operation}.{self.scope}" if self.scope else self.operation
 
 
 class Work(NamedTuple):

@@ -16,35 +16,41 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from harness.plan.cost import OnLinks, Transfer
 from harness.plan.graph import Plan, Timeline
-from harness.plan.prices import Contention, Prices
+from harness.plan.links import LinkModel
+from harness.plan.machine import Contention, Machine
 from harness.topology import Topology
 
-COLLECTIVES = ("a2a", "ag", "rs", "ar", "sr")
 MAX_ITERATIONS, TOLERANCE = 200, 1e-9
 MAX_LOST = 0.95  # of a lane's rate to all the others together
 
 
-def simulate(plan: Plan, prices: Prices, topology: Topology | None = None) -> Timeline:
+def simulate(plan: Plan, machine: Machine, topology: Topology | None = None) -> Timeline:
     """Price and simulate ``plan``. With ``topology`` the last axis of the costs is that of its ranks."""
-    durations = prices.durations(plan)
+    durations = machine.durations(plan)
     if topology is not None and durations.shape[-1:] != (topology.num_ranks,):
         durations = np.broadcast_to(durations[..., None], (*durations.shape, topology.num_ranks)).copy()
-    return schedule(plan, durations, prices.contention, topology)
+    return schedule(plan, durations, machine.contention, topology, machine.links)
 
 
 def schedule(
-    plan: Plan, durations: np.ndarray, contention: Contention | None = None, topology: Topology | None = None
+    plan: Plan,
+    durations: np.ndarray,
+    contention: Contention | None = None,
+    topology: Topology | None = None,
+    links: LinkModel | None = None,
 ) -> Timeline:
-    """Simulate ``plan`` with ``durations`` in seconds [num_tasks, ...], each as if alone on the machine."""
+    """Simulate ``plan`` with ``durations`` in seconds [num_tasks, ...], each as if alone on the machine. ``links``: say
+    when a transfer ends whose ranks do not meet."""
     lost = {
         (a, b): c / (1 + c)
         for a, row in (contention or {}).items()
         for b, c in row.items()
         if c > 0 and a != b and {a, b} <= set(plan.lanes)
     }
-    meet = _meetings(plan, topology)
-    start, end = _longest_path(plan, durations, meet)
+    ways = _meetings(plan, topology) | _unmet(plan, durations, topology, links)
+    start, end = _longest_path(plan, durations, ways)
     if not lost or not plan.tasks:
         return Timeline(plan, start, end)
     of_lane = {
@@ -59,15 +65,17 @@ def schedule(
             )
         wanted = np.minimum(wanted, durations / (1 - MAX_LOST))
         stretched = wanted if iteration < 10 else (wanted + stretched) / 2  # damped, should it swing
-        before, (start, end) = end, _longest_path(plan, stretched, meet)
+        before, (start, end) = end, _longest_path(plan, stretched, ways)
         if np.abs(end - before).max() <= TOLERANCE * max(end.max(), 1e-300):
             break
     return Timeline(plan, start, end)
 
 
-def _longest_path(
-    plan: Plan, durations: np.ndarray, meet: Mapping[int, Callable[[np.ndarray], np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
+#: of a task that is ready at [..], and takes [..] alone: when it begins and ends
+Way = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def _longest_path(plan: Plan, durations: np.ndarray, ways: Mapping[int, Way]) -> tuple[np.ndarray, np.ndarray]:
     """Start and end of every task, [num_tasks, ...]."""
     start, end = np.zeros_like(durations), np.zeros_like(durations)
     free: dict[str, np.ndarray] = {}
@@ -76,36 +84,58 @@ def _longest_path(
         ready = [end[plan.index[name]] for name in task.after]
         if task.lane in free:
             ready.append(free[task.lane])
-        begins, lasts = np.zeros_like(durations[here]), durations[here]
+        begins = np.zeros_like(durations[here])
         for each in ready:
             begins = np.maximum(begins, each)
-        if here in meet:  # begins with the last of the group and ends for all with the slowest
-            begins, lasts = meet[here](begins), meet[here](lasts)
-        start[here], end[here] = begins, begins + lasts
+        if here in ways:
+            start[here], end[here] = ways[here](begins, durations[here])
+        else:
+            start[here], end[here] = begins, begins + durations[here]
         free[task.lane] = end[here]
     return start, end
 
 
-def _meetings(plan: Plan, topology: Topology | None) -> dict[int, Callable[[np.ndarray], np.ndarray]]:
-    """For every collective the function that replaces each rank's value [..., ranks] by its group's largest."""
+def _meetings(plan: Plan, topology: Topology | None) -> dict[int, Way]:
+    """Of every collective: it begins with the last of its group and ends for all with the slowest. Ranks are the last
+    axis."""
     if topology is None:
         return {}
     shape = topology.shape
     axes = {"inter": (0,), "intra": tuple(range(1, len(shape))), "flat": tuple(range(len(shape)))}
 
-    def largest(scope: str) -> Callable[[np.ndarray], np.ndarray]:
+    def meeting(scope: str) -> Way:
         over = tuple(axis - len(shape) for axis in axes[scope])
 
-        def apply(values: np.ndarray) -> np.ndarray:
+        def largest(values: np.ndarray) -> np.ndarray:
             grid = values.reshape(*values.shape[:-1], *shape)
             return np.broadcast_to(grid.max(axis=over, keepdims=True), grid.shape).reshape(values.shape)
 
-        return apply
+        def way(ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            begins = largest(ready)
+            return begins, begins + largest(lasts)
+
+        return way
 
     return {
-        here: largest(task.cost.scope)
+        here: meeting(task.cost.scope)
         for here, task in enumerate(plan.tasks)
-        if task.cost is not None and task.cost.operation in COLLECTIVES and task.cost.scope in axes
+        if isinstance(task.cost, OnLinks) and task.cost.scope in axes
+    }
+
+
+def _unmet(plan: Plan, durations: np.ndarray, topology: Topology | None, links: LinkModel | None) -> dict[int, Way]:
+    """Of every transfer whose ranks do not wait for each other; what it lasts longer than ``durations``, as other lanes
+    are busy, each of its ranks does."""
+    if topology is None or links is None or links.meets:
+        return {}
+
+    def apart(cost: Transfer, alone: np.ndarray) -> Way:
+        return lambda ready, lasts: (ready, links.finish(cost, ready) + (lasts - alone))
+
+    return {
+        here: apart(task.cost, durations[here])
+        for here, task in enumerate(plan.tasks)
+        if isinstance(task.cost, Transfer)
     }
 
 

@@ -74,7 +74,7 @@ _made: set[str] = set()
 
 def data_sheet(device: str) -> DataSheet:
     """Of the device that CUDA calls so; without any rate where it is not known."""
-    known = (sheet for sheet in _sheets().values() if re.search(sheet.pattern, device) and "MIG" not in device)
+    known = (sheet for sheet in data_sheets().values() if re.search(sheet.pattern, device) and "MIG" not in device)
     return next(known, DataSheet(""))
 
 
@@ -112,6 +112,6 @@ def _asked() -> tuple[devices.Device, ...]:
 
 
 @functools.cache
-def _sheets() -> dict[str, DataSheet]:
+def data_sheets() -> dict[str, DataSheet]:
     text = (importlib.resources.files(__package__) / "devices.yaml").read_text("utf-8")
     return {name: DataSheet(**fields) for name, fields in yaml.safe_load(text).items()}

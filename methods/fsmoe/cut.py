@@ -12,8 +12,8 @@ from harness import ledger
 from harness.comm.fits import Fit
 from harness.errors import bad
 from harness.layer import gates
+from harness.layer.work import ATTENTION_GEMMS, attention_macs
 from harness.ledger import Calibration
-from harness.plan.prices import Prices
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES, GEMMS, Cluster
@@ -74,16 +74,17 @@ def layer_sizes(case: Case, capacity: int) -> LayerSizes:
     if not case.stand_in:
         return LayerSizes(forward, backward, (0.0, 0.0), gradient_bytes)
     assert case.cluster is not None
-    alpha, beta = Prices(case.cluster).linear("gemm")
+    alpha, beta = case.cluster.linear("gemm")
     forward, backward = (
         dataclasses.replace(sizes, wait_s=(sizes.gemms * alpha, sizes.macs * beta)) for sizes in (forward, backward)
     )
     tokens = max(case.routing.tokens) * num_local  # of a node
-    attention = tokens * model.hidden * (4 * model.hidden + 2 * model.seq) / num_local
+    attention = float(attention_macs(model.hidden, tokens, model.seq, causal=False)) / num_local
     if "gradient_bytes" not in case.options:
         elements = int(attention_gradient_elements(model.hidden, num_local))
         gradient_bytes = elements * DTYPE_BYTES[case.dtype]
-    dense_s = (4 * alpha + attention * beta, 8 * alpha + 2 * attention * beta)
+    forward_s = ATTENTION_GEMMS * alpha + attention * beta
+    dense_s = (forward_s, 2 * forward_s)
     return LayerSizes(forward, backward, dense_s, gradient_bytes)
 
 
@@ -149,9 +150,9 @@ def choose_slices(case: Case, policy: Policy, gradient_bytes: Sequence[int], sco
     if costs is None or f"ar.{scope}" not in costs.collectives:
         return None
     sizes = layer_sizes(case, planned_capacity(case, case.routing))
-    tokens, hidden = max(case.routing.tokens), case.model.hidden
-    alpha, beta = Prices(costs).linear("gemm")
-    dense_s = 8 * alpha + 2 * beta * tokens * hidden * (4 * hidden + 2 * case.model.seq)
+    attention = float(attention_macs(case.model.hidden, max(case.routing.tokens), case.model.seq, causal=False))
+    alpha, beta = costs.linear("gemm")
+    dense_s = 2 * (ATTENTION_GEMMS * alpha + beta * attention)
     return place(
         policy,
         linear_costs(sizes.forward, costs),
@@ -167,16 +168,15 @@ def choose_slices(case: Case, policy: Policy, gradient_bytes: Sequence[int], sco
 
 def linear_costs(sizes: Sizes, costs: Cluster) -> LayerCosts:
     """A walk's sizes at a cluster's constants, as the planners take them."""
-    prices = Prices(costs)
 
     def priced(key: str, amount: float) -> Linear:
-        alpha, beta = prices.linear(key)
+        alpha, beta = costs.linear(key)
         return Linear(np.asarray(alpha), np.asarray(beta), np.asarray(float(amount)))
 
     if sizes.wait_s is not None:
         experts = Linear(np.asarray(sizes.wait_s[0]), np.ones(()), np.asarray(sizes.wait_s[1]))
     elif sizes.gemms:
-        alpha, beta = prices.linear("gemm")
+        alpha, beta = costs.linear("gemm")
         experts = Linear(np.asarray(sizes.gemms * alpha), np.asarray(beta), np.asarray(float(sizes.macs)))
     else:
         experts = NOTHING

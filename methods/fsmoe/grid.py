@@ -12,9 +12,11 @@ import pandas as pd
 
 from harness import presets
 from harness.errors import bad
-from harness.plan.graph import COMPUTE, INTRA, Cost, Plan, Work
+from harness.layer.work import ATTENTION_GEMMS, attention_macs
+from harness.plan.cost import Compute, Cost, Even, Hold
+from harness.plan.graph import COMPUTE, INTRA, Plan, Work
+from harness.plan.machine import Contention, Machine
 from harness.plan.passage import Dense
-from harness.plan.prices import Contention, Prices
 from harness.plan.simulate import simulate
 from harness.specs import GEMMS, Cluster
 from methods.fsmoe.costs import LayerCosts, attention_gradient_elements, layer_costs, reduce_costs
@@ -96,18 +98,18 @@ def layers(
     forward = Sizes(slot_bytes, num_mp, macs, num_gemms)
     backward = Sizes(slot_bytes, num_mp, 2 * macs, 2 * np.asarray(num_gemms))
     hidden = np.asarray(hidden, dtype=np.float64)
-    attention = (tokens * hidden**2 * (2 + 2 * np.asarray(kv_fraction)) + 2 * tokens * seq * hidden) / num_mp
+    attention = attention_macs(hidden, tokens, seq, causal=False, kv_fraction=np.asarray(kv_fraction)) / num_mp
     token_bytes = tokens * hidden * ELEMENT_BYTES
 
     def parts(times: int) -> list[Dense]:
         if attention_s is None:
-            cost = Cost("gemm", amount=times * attention, count=4 * times)
+            cost: Cost = Compute(times * attention, ATTENTION_GEMMS * times)
         else:
-            cost = Cost("wait", amount=times * np.asarray(attention_s))
+            cost = Hold(times * np.asarray(attention_s))
         return [
-            Dense("mp-gather", INTRA, Work(Cost("ag", "intra", token_bytes))),
+            Dense("mp-gather", INTRA, Work(Even("ag", "intra", token_bytes))),
             Dense("attention", COMPUTE, Work(cost)),
-            Dense("mp-scatter", INTRA, Work(Cost("rs", "intra", token_bytes))),
+            Dense("mp-scatter", INTRA, Work(Even("rs", "intra", token_bytes))),
         ]
 
     elements = attention_gradient_elements(hidden, num_mp, biased=biased, kv_fraction=kv_fraction)
@@ -140,8 +142,8 @@ def step_s(
     """Forward and backward of each layer with one layer's gradient to reduce, simulated: seconds [N], and what the
     policy decided. Layers that were cut alike are simulated together. The policies decide as if lanes were ideal,
     whatever the ``contention``."""
-    prices = Prices(given.cluster, given.num_ranks, contention or {})
-    dense_s = sum(np.asarray(prices.seconds(part.work.cost)) for part in given.dense_backward)
+    machine = Machine.published(given.cluster, given.num_ranks, contention or {})
+    dense_s = sum(np.asarray(machine.seconds(part.work.cost)) for part in given.dense_backward)
     reduce = reduce_costs(given.cluster, given.num_ranks)
     decided = Decision(
         policy, given.costs, given.costs.backward(), reduce, given.gradient_bytes, dense_s, least_a2a_s=least_a2a_s
@@ -151,7 +153,7 @@ def step_s(
     for pair in sorted(set(zip(decided.forward.tolist(), decided.backward.tolist(), strict=True))):
         chosen = np.flatnonzero((decided.forward == pair[0]) & (decided.backward == pair[1]))
         plan = layer_plan(given, policy, decided, chosen)
-        seconds[chosen] = simulate(plan, prices).total_s
+        seconds[chosen] = simulate(plan, machine).total_s
     return seconds, decided
 
 
@@ -168,11 +170,14 @@ def layer_plan(given: Layers, policy: Policy, decided: Decision, chosen: np.ndar
     def dense(parts: list[Dense]) -> list[Dense]:
         found = []
         for part in parts:
-            cost = part.work.cost
-            assert cost is not None
-            found.append(
-                Dense(part.name, part.lane, Work(Cost(cost.operation, cost.scope, of(cost.amount), cost.count)))
-            )
+            match part.work.cost:
+                case Compute(macs, launches):
+                    cost: Cost = Compute(of(macs), launches)
+                case Hold(seconds):
+                    cost = Hold(of(seconds))
+                case Even(operation, scope, num_bytes):
+                    cost = Even(operation, scope, of(num_bytes))
+            found.append(Dense(part.name, part.lane, Work(cost)))
         return found
 
     plan = Plan()
@@ -282,7 +287,7 @@ def closed_form_gap(testbed: str) -> pd.DataFrame:
     degree, and whether a slice of the whole gradient is between the all-to-alls. Gaps are formula over plan, minus 1.
     """
     _, given = configured_layers(testbed, Assumptions(dense=False))
-    prices = Prices(given.cluster)
+    machine = Machine.published(given.cluster)
     slice_s = reduce_costs(given.cluster).time_s(given.gradient_bytes)
     directions = {"forward": (given.forward, given.costs), "backward": (given.backward, given.costs.backward())}
     rows = []
@@ -291,7 +296,7 @@ def closed_form_gap(testbed: str) -> pd.DataFrame:
             continue
         plan = Plan()
         moe(plan, Priced(sizes, degree), gradients=reduction(given.gradient_bytes) if sliced else None)
-        planned = simulate(plan, prices).total_s
+        planned = simulate(plan, machine).total_s
         gap = np.round(closed_form(costs, degree, slice_s if sliced else 0.0) / planned - 1, 12) + 0.0
         rows.append(
             {

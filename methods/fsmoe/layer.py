@@ -17,7 +17,8 @@ from harness.layer.experts import IdentityExperts
 from harness.layer.gates import Gated
 from harness.layer.order import ORDERS, assign_slots
 from harness.layer.weights import Weights
-from harness.plan.graph import COMPUTE, Cost, Plan, Work
+from harness.plan.cost import Even, Hold
+from harness.plan.graph import COMPUTE, Plan, Work
 from harness.plan.passage import Dense, backward_layer, forward_layer
 from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.system import Case
@@ -87,7 +88,7 @@ class FSMoELayer(PlannedLayer):
 
     def _dense(self, seconds: float) -> list[Dense]:
         """The dense part as a timed wait."""
-        wait = Work(Cost("wait", amount=seconds), lambda: time.sleep(seconds))
+        wait = Work(Hold(seconds), lambda: time.sleep(seconds))
         return [Dense("attention", COMPUTE, wait)] if seconds else []
 
     def _reduction(self, part: int) -> Work | None:
@@ -101,7 +102,7 @@ class FSMoELayer(PlannedLayer):
                 for message in buffer.tensor_split(messages):
                     dist.all_reduce(message, dist.ReduceOp.AVG, group=group)
 
-        return Work(Cost("ar", "inter", buffer.numel() * buffer.element_size(), messages), run)
+        return Work(Even("ar", "inter", buffer.numel() * buffer.element_size(), messages), run)
 
 
 class FSMoEPassage(PlannedPassage):

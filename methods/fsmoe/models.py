@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from harness.plan.graph import COMPUTE, INTER, Cost, Plan, Timeline, Work
+from harness.layer.work import expert_parameters, kv_fraction
+from harness.plan.cost import Compute, Hold
+from harness.plan.graph import COMPUTE, INTER, Plan, Timeline, Work
+from harness.plan.machine import Contention, Machine
 from harness.plan.passage import Dense
-from harness.plan.prices import Contention, Prices
 from harness.plan.simulate import simulate
 from harness.specs import GEMMS, Cluster, Model
 from harness.topology import Topology
@@ -51,7 +53,7 @@ def model_layer(model: Model, cluster: Cluster, *, batch: float = 1, num_ranks: 
         ffn=model.ffn,
         copies=model.top_k * (model.capacity_factor or 1.0),
         num_gemms=GEMMS[model.ffn_type],
-        kv_fraction=(model.num_kv_heads or model.num_heads) / model.num_heads,
+        kv_fraction=kv_fraction(model),
         biased=model.ffn_type == "gpt",
         num_ranks=num_ranks,
     )
@@ -77,14 +79,14 @@ def optimizer_s(model: Model, cluster: Cluster) -> float | None:
     attention = attention_gradient_elements(
         model.hidden, num_mp, biased=model.ffn_type == "gpt", kv_fraction=kv_fraction
     )
-    experts = GEMMS[model.ffn_type] * model.hidden * model.ffn / num_mp
+    experts = expert_parameters(model) / num_mp
     return float((attention + experts) * OPTIMIZER_ACCESSES * ELEMENT_BYTES / cluster.device_bytes_per_s)
 
 
 def place_gradients(policy: Policy, layer: Layers, num_layers: int, *, chunk_bytes: float = LINA_CHUNK_BYTES) -> Slices:
     """What ``policy`` does with ``num_layers`` layers equal to ``layer``, at ideal lanes."""
-    prices = Prices(layer.cluster, layer.num_ranks)
-    dense_s = float(sum(np.asarray(prices.seconds(part.work.cost)) for part in layer.dense_backward))
+    machine = Machine.published(layer.cluster, layer.num_ranks)
+    dense_s = float(sum(np.asarray(machine.seconds(part.work.cost)) for part in layer.dense_backward))
     reduce = reduce_costs(layer.cluster, layer.num_ranks)
     gradient = [int(layer.gradient_bytes)] * num_layers
     costs = layer.costs
@@ -166,7 +168,7 @@ def finish(
     tail = reduction(slices.tail_bytes, slices.tail_chunks)
     done = plan.add(f"{prefix}gradients-tail", INTER, after, tail.cost, kind="gradients")
     if optimizer_s is not None:
-        plan.add(f"{prefix}optimizer", COMPUTE, [done], Cost("wait", amount=optimizer_s * num_layers))
+        plan.add(f"{prefix}optimizer", COMPUTE, [done], Hold(optimizer_s * num_layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +198,7 @@ def step_times(
     """A training step of ``model`` under each schedule: one row each with seconds, what was decided, and busy seconds
     by kind of task. Without a ``gate`` the routing costs nothing."""
     rows = []
-    prices = Prices(cluster, num_ranks, contention or {})
+    machine = Machine.published(cluster, num_ranks, contention or {})
     for name in schedules:
         layer = model_layer(model, cluster, batch=batch, num_ranks=num_ranks)
         layer, slices = prepare(name, layer, model.num_layers)
@@ -206,7 +208,7 @@ def step_times(
         plan = training_step(
             [layer] * model.num_layers, SCHEDULES[name], slices, optimizer_s=optimizer_s(model, cluster)
         )
-        timeline = simulate(plan, prices)
+        timeline = simulate(plan, machine)
         rows.append(
             {
                 "model": model.name,
@@ -227,7 +229,7 @@ def with_gate(layer: Layers, gate: Gate) -> Layers:
     """``layer`` with a gate between attention and dispatch; backward, twice of it between combine and attention."""
 
     def task(times: int) -> Dense:
-        return Dense("gate", COMPUTE, Work(Cost("gemm", amount=times * gate.macs, count=times * gate.num_gemms)))
+        return Dense("gate", COMPUTE, Work(Compute(times * gate.macs, times * gate.num_gemms)))
 
     return dataclasses.replace(
         layer, dense_forward=[*layer.dense_forward, task(1)], dense_backward=[task(2), *layer.dense_backward]
@@ -260,19 +262,19 @@ def many_ranks(model: Model, cluster: Cluster, name: str, loads: Array) -> tuple
     plan = training_step(
         [loaded(layer, each) for each in loads], SCHEDULES[name], slices, optimizer_s=optimizer_s(model, cluster)
     )
-    return simulate(plan, Prices(cluster), Topology(cluster.shape)), time.perf_counter() - began
+    return simulate(plan, Machine.published(cluster), Topology(cluster.shape)), time.perf_counter() - began
 
 
 def busy_by_kind(layer: Layers) -> dict[str, dict[str, float]]:
     """Busy seconds by kind of task in one layer's forward and backward, nothing cut or overlapped."""
     policy = POLICIES["no-overlap"]
-    prices = Prices(layer.cluster, layer.num_ranks)
+    machine = Machine.published(layer.cluster, layer.num_ranks)
     ahead, back = Plan(), Plan()
     forward_layer(ahead, policy, Priced(layer.forward, 1), layer.dense_forward)
     after = reduction(layer.gradient_bytes)
     backward_layer(back, policy, Priced(layer.backward, 1), layer.dense_backward, after_layer=after)
     plans = {"forward": ahead, "backward": back}
     return {
-        phase: {kind: float(seconds) for kind, seconds in simulate(plan, prices).busy_s().items()}
+        phase: {kind: float(seconds) for kind, seconds in simulate(plan, machine).busy_s().items()}
         for phase, plan in plans.items()
     }

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from harness.plan.graph import INTER, LANES, Cost, Plan
-from harness.plan.prices import Prices
+from harness.plan.cost import Cost, Hold
+from harness.plan.graph import INTER, LANES, Plan
+from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from harness.specs import Cluster, Model
 from methods.fsmoe import models
@@ -67,7 +68,7 @@ def gpipe_step(
                 lanes, stack, policy, slices, prefix=f"stage{stage}.micro{micro}.", after=[*before, *done]
             )
             if stage < num_stages - 1:
-                lanes.add(sent(stage, micro, "forward"), INTER, done, Cost("wait", amount=send_s))
+                lanes.add(sent(stage, micro, "forward"), INTER, done, Hold(send_s))
         for micro in reversed(range(num_micro_batches)):
             before = [sent(stage + 1, micro, "backward")] if stage < num_stages - 1 else []
             done = models.backward(
@@ -80,7 +81,7 @@ def gpipe_step(
                 reduce=micro == 0,
             )
             if stage:
-                lanes.add(sent(stage, micro, "backward"), INTER, done, Cost("wait", amount=send_s))
+                lanes.add(sent(stage, micro, "backward"), INTER, done, Hold(send_s))
         models.finish(lanes, slices, layers_per_stage, optimizer_s, prefix=f"stage{stage}.", after=done)
     return whole
 
@@ -98,7 +99,7 @@ def pipeline_times(
 
     ``cluster`` is that of one stage. A rank sends its 1 / N_MP of the activations; the ranks of a node share its port.
     """
-    width = cluster.levels[0].bandwidth_bytes_per_s
+    width = cluster.levels[0].unit_bytes_per_s
     assert width is not None
     layers_per_stage = -(-model.num_layers // num_stages)
     send_s = model.seq * model.hidden * ELEMENT_BYTES / width
@@ -116,6 +117,6 @@ def pipeline_times(
             send_s=send_s,
             optimizer_s=models.optimizer_s(model, cluster),
         )
-        seconds = float(simulate(plan, Prices(cluster, num_ranks)).total_s)
+        seconds = float(simulate(plan, Machine.published(cluster, num_ranks)).total_s)
         rows.append({"model": model.name, "schedule": name, "step_s": seconds})
     return rows

@@ -12,9 +12,10 @@ from harness import ledger
 from harness.bench.race import make_case
 from harness.ledger import Calibration
 from harness.plan.agreement import agreement
-from harness.plan.graph import COMPUTE, Cost, Plan, Timeline, Work
+from harness.plan.cost import Hold
+from harness.plan.graph import COMPUTE, Plan, Timeline, Work
+from harness.plan.machine import Machine
 from harness.plan.passage import Dense
-from harness.plan.prices import Prices
 from harness.plan.simulate import simulate
 from harness.registry import system
 from harness.specs import Experiment
@@ -33,7 +34,7 @@ def timelines(experiment: Experiment, calibration: Calibration) -> dict[str, Tim
     sizes = padded_sizes(case, cut)
 
     def dense(seconds: float) -> list[Dense]:
-        return [Dense("attention", COMPUTE, Work(Cost("wait", amount=seconds)))] if seconds else []
+        return [Dense("attention", COMPUTE, Work(Hold(seconds)))] if seconds else []
 
     forward, backward = Plan(), Plan()
     forward_layer(forward, policy, Priced(sizes.forward, cut.degree_forward), dense(sizes.dense_s[0]))
@@ -51,8 +52,8 @@ def timelines(experiment: Experiment, calibration: Calibration) -> dict[str, Tim
         beside_dense=slices[1],
         after_layer=slices[2],
     )
-    prices = Prices(costs, contention=calibration.slowdown("stand-in" if case.stand_in else "real"))
-    return {"forward": simulate(forward, prices), "backward": simulate(backward, prices)}
+    machine = Machine.profiled(costs, calibration, "stand-in" if case.stand_in else "real")
+    return {"forward": simulate(forward, machine), "backward": simulate(backward, machine)}
 
 
 def predict_s(experiment: Experiment, calibration: Calibration) -> dict[str, float]:

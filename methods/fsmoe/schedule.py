@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Operation, Plan, Work
+from harness.plan.cost import Compute, Even, Hold, Operation
+from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
 
 
 class Walk(Protocol):
@@ -52,15 +53,15 @@ class Priced:
         self.sizes, self.degree = sizes, degree
 
     def dispatch(self, chunk: int) -> Work:
-        return Work(Cost("a2a", self.sizes.scope, self.sizes.slot_bytes / self.degree))
+        return Work(Even("a2a", self.sizes.scope, self.sizes.slot_bytes / self.degree))
 
     def gather(self, chunk: int) -> Work:
         return self._inside("ag")
 
     def experts(self, chunk: int) -> Work:
         if self.sizes.wait_s is not None:
-            return Work(Cost("wait", amount=self.sizes.chunk_wait_s(self.degree)))
-        return Work(Cost("gemm", amount=self.sizes.macs / self.degree, count=self.sizes.gemms))
+            return Work(Hold(self.sizes.chunk_wait_s(self.degree)))
+        return Work(Compute(self.sizes.macs / self.degree, self.sizes.gemms))
 
     def scatter(self, chunk: int) -> Work:
         return self._inside("rs")
@@ -70,7 +71,7 @@ class Priced:
 
     def _inside(self, operation: Operation) -> Work:
         gathered = self.sizes.slot_bytes * self.sizes.num_local / self.degree
-        return Work(Cost(operation, "intra", gathered) if self.sizes.num_local > 1 else None)
+        return Work(Even(operation, "intra", gathered) if self.sizes.num_local > 1 else None)
 
 
 def moe(

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from harness.plan.graph import COMPUTE, INTER, INTRA
-from harness.plan.prices import Contention
+from harness.plan.machine import Contention
 from harness.specs import Cluster
 from methods.fsmoe.grid import HEADS, TESTBEDS, Assumptions, simulate_grid, speedups
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from harness.plan import passage
-from harness.plan.graph import Cost, Plan, Work
+from harness.plan.cost import Even
+from harness.plan.graph import Plan, Work
 from harness.plan.passage import Dense
 from methods.fsmoe.costs import LayerCosts, Reduce
 from methods.fsmoe.degree import DEGREES, overlappable, scan_degree
@@ -131,4 +132,4 @@ def _moe_part(policy: Policy, walk: Walk) -> passage.MoEPart:
 
 def reduction(num_bytes: Any, chunks: Any = 1) -> Work:
     """A slice of the gradient all-reduce between nodes, sent in so many messages; priced only."""
-    return Work(Cost("ar", "inter", num_bytes, chunks))
+    return Work(Even("ar", "inter", num_bytes, chunks))

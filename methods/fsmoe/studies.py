@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from harness import presets
+from harness.layer.work import gate_macs
 from harness.plan.graph import INTER
 from harness.studies import Findings, Progress, Study, reported
 from methods.fsmoe import closeup, models
@@ -204,14 +205,11 @@ def gates(progress: Progress) -> Findings:
     """GPT2-XL on testbed B with four gates, beside Table 6."""
     model, cluster = presets.model("gpt2-xl-moe-fsmoe-b"), presets.cluster("fsmoe-b")
     tokens = model.seq / cluster.shape[-1]  # of a rank
-    logits = tokens * model.hidden * model.num_experts
-    low = model.projection_dim
-    by_gate = {
-        "gshard": Gate(2, 2 * logits),  # logits and noise
-        "xmoe": Gate(2, tokens * low * (model.hidden + model.num_experts)),  # projection, then cosines
-        "sigmoid": Gate(1, logits),
-        "expert_choice": Gate(1, logits),
-    }
+    num_gemms = {"gshard": 2, "xmoe": 2, "sigmoid": 1, "expert_choice": 1}
+    by_gate = {}
+    for name, count in num_gemms.items():
+        gated = model.model_copy(update={"gate": name, "gate_noise": name == "gshard"})
+        by_gate[name] = Gate(count, tokens * gate_macs(gated))
     table6 = _reported_rows("gates")
     rows: list[dict[str, Any]] = []
     for name, gate in by_gate.items():

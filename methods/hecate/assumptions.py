@@ -28,6 +28,7 @@ CHANGES: dict[str, dict[str, float]] = {
     "computation at 60 %": {"efficiency": 0.6},
     "20 us to start a message": {"start_s": 20e-6},
     "bw is one GPU's part of the port": {"bw_ranks": 8},
+    "each GPU has an eighth of the port to itself": {"ports": 8},
     "loads drift four times as fast": {"half_life": 25.0},
     "loads drift four times as slowly": {"half_life": 400.0},
     "other loads (seed)": {"seed": 1},

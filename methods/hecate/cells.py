@@ -49,6 +49,7 @@ class Cell:
     efficiency: float = EFFICIENCY
     start_s: float = 0.0
     bw_ranks: int = 1
+    ports: int = 1  # of a node, which share its rate
     seed: int = 0
 
     @property
@@ -69,7 +70,7 @@ def setup(cell: Cell) -> Setup:
     name = cell.model if cell.gpus == 32 else f"{cell.model}-e32"
     cell = cell.with_samples()
     assert cell.samples is not None
-    on = cluster.resized(cell.gpus // cluster.shape[-1])
+    on = cluster.resized(cell.gpus // cluster.shape[-1]).with_ports(cell.ports)
     return Setup(presets.model(name), on, cell.samples, cell.efficiency, cell.start_s, cell.bw_ranks)
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from harness.specs import GEMMS, Model
+from harness.layer.work import expert_parameters
+from harness.specs import Model
 
 PARAMETER, GRADIENT, OPTIMIZER, ACTIVATION = 2, 2, 12, 2  # bytes of one element
 KINDS = ("parameters", "gradients", "optimizer", "activations")
@@ -47,11 +48,6 @@ class Memory:
     @property
     def peak(self) -> float:
         return self.state + self.dense + self.activations
-
-
-def expert_parameters(model: Model) -> int:
-    """Of one expert."""
-    return GEMMS[model.ffn_type] * model.hidden * model.ffn
 
 
 def dense_parameters(model: Model) -> int:

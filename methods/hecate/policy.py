@@ -11,10 +11,11 @@ import numpy as np
 
 from harness.comm.replicas import nearest
 from harness.comm.sparse import plan_sparse
+from harness.layer.work import expert_macs
 from harness.memory import expert_bytes
 from harness.options import whole, yes
 from harness.plan.replicated import Policy
-from harness.specs import DTYPE_BYTES, GEMMS
+from harness.specs import DTYPE_BYTES
 from harness.system import Case
 from harness.topology import Topology
 from harness.traffic import port_load
@@ -106,13 +107,13 @@ class Latency:
     @classmethod
     def of(cls, case: Case) -> Latency:
         model, cluster = case.model, case.cluster
-        levels = [] if cluster is None else [level.bandwidth_bytes_per_s for level in cluster.levels]
+        levels = [] if cluster is None else [level.unit_bytes_per_s for level in cluster.levels]
         gemm = None if cluster is None else cluster.gemm
         return cls(
             case.topology,
             float(model.hidden * DTYPE_BYTES[case.dtype]),
             float(expert_bytes(model, case.dtype)),
-            float(GEMMS[model.ffn_type] * model.hidden * model.ffn),
+            float(expert_macs(model)),
             gemm.beta_s_per_mac if gemm else 0.0,
             levels,
         )

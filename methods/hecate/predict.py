@@ -25,14 +25,17 @@ from harness.bench.store import Store
 from harness.bench.train import training_case
 from harness.comm.replicas import nearest
 from harness.comm.sparse import SparsePlan, plan_sparse
+from harness.layer.work import ATTENTION_GEMMS, attention_macs, expert_macs, kv_fraction
 from harness.ledger import Calibration
 from harness.memory import expert_bytes, state_bytes
 from harness.placement import Placement
 from harness.plan.agreement import Agreement, agreement
 from harness.plan.copied import CopiedSystem
-from harness.plan.graph import COMPUTE, INTER, INTRA, Cost, Plan, Timeline
+from harness.plan.cost import Hold
+from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Timeline
+from harness.plan.links import Line, Ports
+from harness.plan.machine import Machine
 from harness.plan.native import NativeSystem
-from harness.plan.prices import Prices
 from harness.plan.replicated import ReplicatedSystem
 from harness.plan.simulate import simulate
 from harness.registry import system
@@ -40,7 +43,6 @@ from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, GEMMS, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
-from harness.traffic import port_load
 from methods.hecate.host import SYSTEM, Seconds, beside, merged, unlayered
 from methods.hecate.shard import shard
 
@@ -72,11 +74,9 @@ class Links:
 
     def seconds(self, matrix: Array) -> tuple[float, float]:
         """Of bytes [num_ranks, num_ranks]: until they have crossed between nodes, and inside them."""
-        level = self.topology.level_between
-        between = port_load(np.where(level == 0, matrix, 0), self.topology, 0).max(initial=0)
-        node = self.topology.unit_of(0)
-        inside = np.bincount(node, np.where(level > 0, matrix, 0).sum(1)).max(initial=0)
-        return float(between) / self.port, float(inside) / self.inside
+        lines = Line(0, self.port), Line(1, self.inside, shared=True)
+        between, inside = (Ports(self.topology, (line,)).of(matrix) for line in lines)
+        return float(between), float(inside)
 
     def both(self, matrix: Array) -> float:
         """Side by side, as in one exchange."""
@@ -115,7 +115,7 @@ def cases_of(known: type[System], experiment: Experiment, topology: Topology) ->
     cases = [training_case(experiment, topology, "cpu", layer) for layer in range(experiment.model.num_layers)]
     options, model = dict(experiment.options), experiment.model
     if "t" in known.options and "t" not in options:
-        bandwidth = experiment.cluster.levels[0].bandwidth_bytes_per_s or 0.0
+        bandwidth = experiment.cluster.levels[0].unit_bytes_per_s or 0.0
         gathered = attention_s(cases[0]) * bandwidth / expert_bytes(model, experiment.dtype)
         options["t"] = min(model.num_experts, int(gathered))
     loads = np.stack([expert_counts(case.routing).sum(0) for case in cases])
@@ -135,10 +135,10 @@ def attention_s(case: Case) -> float:
     """Forward, as its stand-in waits."""
     gemm, model = case.stand_in_costs, case.model
     assert gemm is not None
-    tokens, head = max(case.routing.tokens), model.hidden // model.num_heads
-    width, narrow = model.num_heads * head, (model.num_kv_heads or model.num_heads) * head
-    macs = tokens * (2 * model.hidden * (width + narrow) + 2 * min(model.seq, tokens) * width)
-    return 4 * gemm.alpha_s + macs * gemm.beta_s_per_mac
+    tokens = max(case.routing.tokens)
+    context = min(model.seq, tokens)
+    macs = attention_macs(model.hidden, tokens, context, causal=False, kv_fraction=kv_fraction(model))
+    return float(ATTENTION_GEMMS * gemm.alpha_s + macs * gemm.beta_s_per_mac)
 
 
 def layer_costs(known: type[System], case: Case, links: Links) -> LayerCosts | None:
@@ -161,7 +161,7 @@ def layer_costs(known: type[System], case: Case, links: Links) -> LayerCosts | N
         shadows = stays.sum(1)
         rows = rows.copy()
         rows[home, :, home] -= stays
-    row_macs = GEMMS[model.ffn_type] * model.hidden * model.ffn
+    row_macs = expert_macs(model)
     start_s = GEMMS[model.ffn_type] * gemm.alpha_s
     busiest = [float((rows.sum(1) * mask).sum(0).max()) for mask in masks]
     shadows_s = start_s + float(shadows.max()) * row_macs * gemm.beta_s_per_mac if shadows.any() else 0.0
@@ -230,7 +230,7 @@ def step_plan(experiment: Experiment, links: Links, processor_s: Seconds | None 
     plan, extra = Plan(), processor_s or {}
 
     def add(name: str, lane: str, seconds: float, after: list[str]) -> str:
-        return plan.add(name, lane, after, Cost("wait", amount=seconds))
+        return plan.add(name, lane, after, Hold(seconds))
 
     def transfer(prefix: str, tasks: Tasks, after: list[str]) -> list[str]:
         """One task behind another, but ``near``, which waits for none of them."""
@@ -347,8 +347,8 @@ class Simulator:
         cluster = experiment.cluster
         found = ledger.profiled(cluster, self.folder)
         plan = step_plan(experiment, Links.of(found), extra)
-        prices = Prices(cluster, contention=found.slowdown("stand-in"))
-        return {} if plan is None else {"step": simulate(plan, prices)}
+        machine = Machine.profiled(cluster, found, "stand-in")
+        return {} if plan is None else {"step": simulate(plan, machine)}
 
 
 def _shape(experiment: Experiment) -> str:

@@ -17,12 +17,17 @@ the optimizer's own time is left out.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
+from harness.layer.work import attention_macs, expert_macs, expert_parameters, head_macs
+from harness.plan.cost import Compute, Even
+from harness.plan.links import Ports
+from harness.plan.machine import Machine
 from harness.specs import Cluster, Model
 from harness.topology import Topology
-from methods.hecate.memory_model import ACTIVATION, OPTIMIZER, PARAMETER, Copies, dense_parameters, expert_parameters
+from methods.hecate.memory_model import ACTIVATION, OPTIMIZER, PARAMETER, Copies, dense_parameters
 
 Array = np.ndarray
 #: of what a device can do, that computation reaches; no paper states it
@@ -50,13 +55,25 @@ class Setup:
     def topology(self) -> Topology:
         return Topology(self.cluster.shape)
 
+    @functools.cached_property
+    def machine(self) -> Machine:
+        return Machine.data_sheet(self.cluster, self.efficiency, self.start_s)
+
+    @property
+    def links(self) -> Ports:
+        assert isinstance(self.machine.links, Ports)
+        return self.machine.links
+
+    def compute_s(self, macs: float) -> float:
+        return float(self.machine.seconds(Compute(macs)))
+
     @property
     def num_nodes(self) -> int:
         return self.cluster.shape[0]
 
     @property
     def node_bytes_per_s(self) -> float:
-        rate = self.cluster.levels[0].bandwidth_bytes_per_s
+        rate = self.cluster.levels[0].unit_bytes_per_s
         assert rate is not None
         return rate
 
@@ -87,20 +104,19 @@ class Setup:
     @property
     def attention_s(self) -> float:
         """T_non-MoE, forward: projections and scores."""
-        macs = self.tokens * (4 * self.model.hidden**2 + 2 * self.model.seq * self.model.hidden)
-        return 2 * macs / self.flops_per_s
+        return self.compute_s(attention_macs(self.model.hidden, self.tokens, self.model.seq, causal=False))
 
     @property
     def assignment_s(self) -> float:
         """Of one token through one expert, forward."""
-        return 2 * expert_parameters(self.model) / self.flops_per_s
+        return self.compute_s(expert_macs(self.model))
 
     @property
     def rest_s(self) -> float:
         """What a step has beside its layers: the head, and the all-reduce of replicated gradients."""
-        head = 3 * 2 * self.tokens * self.model.hidden * self.model.vocab / self.flops_per_s
-        part = (self.num_nodes - 1) / self.num_nodes
-        return head + 2 * part * PARAMETER * dense_parameters(self.model) / self.node_bytes_per_s
+        head = self.compute_s(3 * self.tokens * head_macs(self.model))
+        gradients = Even("ar", "flat", PARAMETER * dense_parameters(self.model), messages=0)
+        return head + float(self.links.seconds(gradients))
 
     @property
     def overlap_degree(self) -> int:
@@ -131,21 +147,9 @@ def arrivals(loads: Array, hosts: Array, num_nodes: int) -> Array:
     return rows
 
 
-def port_s(setup: Setup, rows: Array, row_bytes: float) -> Array:
-    """Seconds [...] until ``rows`` [..., W, W] have gone from rank to rank, by the busiest port, full duplex."""
-    num_ranks, num_nodes = rows.shape[-1], setup.num_nodes
-    between = rows.reshape(*rows.shape[:-2], num_nodes, num_ranks // num_nodes, num_nodes, -1).sum((-3, -1))
-    node = np.arange(num_nodes)
-    rank = np.arange(num_ranks)
-    own, kept = rows[..., rank, rank], between[..., node, node]
-    busiest = np.maximum(between.sum(-1) - kept, between.sum(-2) - kept).max(-1) / setup.node_bytes_per_s
-    inside = np.maximum(rows.sum(-1) - own, rows.sum(-2) - own).max(-1) / setup.gpu_bytes_per_s
-    return np.maximum(busiest, inside) * row_bytes
-
-
 def exchange_s(setup: Setup, rows: Array) -> Array:
-    """One all-to-all."""
-    return setup.start_s + port_s(setup, rows, setup.row_bytes)
+    """One all-to-all of ``rows`` [..., W, W]."""
+    return setup.start_s + setup.links.of(rows) * setup.row_bytes
 
 
 def experts_s(setup: Setup, rows: Array) -> Array:
@@ -182,7 +186,7 @@ def move_s(setup: Setup, before: Array, after: Array) -> Array:
     num_copies = np.maximum(before.sum(-1, keepdims=True), 1)
     source = (before / num_copies).astype(np.float32)  # any of the holders
     rows = np.swapaxes(source, -1, -2) @ new.astype(np.float32)
-    return port_s(setup, rows, setup.move_bytes) + new.any((-1, -2)) * setup.start_s
+    return setup.links.of(rows) * setup.move_bytes + new.any((-1, -2)) * setup.start_s
 
 
 # ------------------------------------------------------------------------------------------------------- the result

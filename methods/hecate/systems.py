@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 
 from baselines import eplb, fastermoe, flexmoe
-from baselines.fsdp import gathered_bytes
 from baselines.smartmoe import greedy
 from harness.placement import Placement
+from harness.plan.cost import Even
 from methods.hecate.loads import predicted
 from methods.hecate.materialise import materialise
 from methods.hecate.memory_model import Copies
@@ -63,9 +63,7 @@ def ep(setup: Setup, loads: Array, options: Options) -> Result:
 def fsdp(setup: Setup, loads: Array, options: Options) -> Result:
     """All experts gathered in forward and in backward, all gradients reduced; under the attention as far as it goes."""
     num_experts, num_ranks = setup.model.num_experts, setup.cluster.num_ranks
-    between = gathered_bytes(num_experts, setup.expert_bytes, setup.num_nodes) / setup.node_bytes_per_s
-    inside = gathered_bytes(num_experts, setup.expert_bytes, num_ranks) / setup.gpu_bytes_per_s
-    one_s = max(between, inside) + setup.start_s
+    one_s = float(setup.links.seconds(Even("ag", "flat", num_experts * setup.expert_bytes)))
     rows = arrivals(loads[WARM:], np.ones((num_experts, num_ranks), dtype=bool), setup.num_nodes)
     copies = Copies(_owned(setup).owned, resident=num_experts, widest=num_experts)
     gather = np.maximum(0, one_s - setup.attention_s)

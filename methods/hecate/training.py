@@ -32,7 +32,7 @@ class Sharder(AfterStep):
         self.job, self.layers, self.options = job, layers, options
         self.expert_bytes = expert_bytes(case.model, case.dtype)
         outermost = case.cluster.levels[0] if case.cluster is not None else None
-        self.bandwidth = outermost.bandwidth_bytes_per_s if outermost is not None else None
+        self.bandwidth = outermost.unit_bytes_per_s if outermost is not None else None
         self.moved: list[int] = []
         self.calls = 0
         self.profiled = False

@@ -14,7 +14,7 @@ import numpy as np
 
 from harness.errors import bad
 from harness.ledger import Calibration
-from harness.plan.twin import balanced_bytes
+from harness.plan.links import balanced_bytes
 from harness.specs import Cluster, Collective
 from harness.topology import Topology
 from methods.hiermoe.counts import Array, Counts, Stage, stages
@@ -113,7 +113,7 @@ def choose(times: Array) -> int:
 def _balanced(matrix: Array, topology: Topology, stage: Stage, size: int) -> float:
     """Buffer of one rank in the balanced all-to-all among ``size`` ranks that loads the busiest port as much."""
     if stage.a == 0 and topology.shape[0] > 1:  # ranks of a node share its port
-        return balanced_bytes(matrix, topology, "flat" if stage.b == topology.num_levels else "inter")
+        return float(balanced_bytes(matrix, topology, "flat" if stage.b == topology.num_levels else "inter"))
     outward = matrix.astype(np.float64)
     np.fill_diagonal(outward, 0)
     return float(max(outward.sum(0).max(), outward.sum(1).max())) * size / max(1, size - 1)

@@ -16,7 +16,10 @@ import numpy as np
 import pandas as pd
 
 from harness import presets
+from harness.layer.work import attention_macs, expert_macs
 from harness.placement import Placement
+from harness.plan.cost import Compute
+from harness.plan.machine import Machine
 from harness.specs import Cluster, Model, Workload
 from harness.studies import Findings, Progress, Study, left_out, reported
 from harness.topology import Topology
@@ -179,10 +182,9 @@ def steps(progress: Progress) -> Findings:
 
 def compute_s(model: Model, cluster: Cluster, efficiency: float = EFFICIENCY) -> float:
     """Seconds of one layer's computation on one rank, forward and backward, balanced experts."""
-    assert cluster.device_flops_per_s is not None
-    attention = 4 * model.hidden**2 + 2 * model.seq * model.hidden
-    experts = 3 * model.top_k * model.hidden * model.ffn
-    return 3 * 2 * TOKENS * (attention + experts) / (efficiency * cluster.device_flops_per_s)
+    attention = attention_macs(model.hidden, TOKENS, model.seq, causal=False)
+    cost = Compute(3 * (attention + TOKENS * model.top_k * expert_macs(model)))
+    return float(Machine.data_sheet(cluster, efficiency).seconds(cost))
 
 
 # -------------------------------------------------------------------------------------------- sweeps and ablations

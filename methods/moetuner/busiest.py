@@ -8,20 +8,10 @@ from __future__ import annotations
 import numpy as np
 
 from harness.compiled import compiled
+from harness.plan.fair import last, together
 
 PAIRED = 0.2  # of the moves
 SAMPLE = 256  # moves whose size sets the first temperature
-
-
-@compiled()
-def _sort(order, first, num, key):  # type: ignore[no-untyped-def]
-    """``order[:num]``: first .. first + num - 1 by rising ``key``; insertion, as units are small."""
-    for place in range(num):
-        g, at = first + place, place
-        while at > 0 and key[order[at - 1]] > key[g]:
-            order[at] = order[at - 1]
-            at -= 1
-        order[at] = g
 
 
 @compiled()
@@ -32,27 +22,17 @@ def home_s(load, arriving, leaving, size, prices):  # type: ignore[no-untyped-de
     port."""
     num_ranks = len(load)
     done, order = np.zeros(num_ranks), np.zeros(num_ranks, dtype=np.int64)
-    for v in range(len(size)):  # there: ranks share a port evenly until each has its own
+    for v in range(len(size)):
         for first in range(0, num_ranks, size[v]):
-            _sort(order, first, size[v], arriving[v])
-            at, before = 0.0, 0.0
-            for place in range(size[v]):
-                g = order[place]
-                at += (arriving[v, g] - before) * (size[v] - place) * prices[1 + v]
-                before = arriving[v, g]
-                done[g] = max(done[g], at)
+            together(order, first, size[v], arriving[v], prices[1 + v], done)
     longest = 0.0
     for g in range(num_ranks):
         done[g] += prices[0] * load[g]
         longest = max(longest, done[g])
-    for v in range(len(size)):  # home: a port never rests while a rank that is done has rows to send
+    for v in range(len(size)):
         for unit in range(num_ranks // size[v]):
-            _sort(order, unit * size[v], size[v], done)
-            at = 0.0
-            for place in range(size[v]):
-                g = order[place]
-                at = max(at, done[g]) + arriving[v, g] * prices[1 + v]
-            longest = max(longest, at, 2 * leaving[v, unit] * prices[1 + v])
+            home = last(order, unit * size[v], size[v], done, arriving[v], prices[1 + v])
+            longest = max(longest, home, 2 * leaving[v, unit] * prices[1 + v])
     return longest
 
 

@@ -17,13 +17,21 @@ the batch; a token's pair of experts in successive layers carries 1 / k of a row
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
-from harness.specs import GEMMS, Cluster, Model
+from harness.layer.work import attention_macs, expert_products, kv_fraction
+from harness.plan.cost import Compute, Experts, Hold, Transfer
+from harness.plan.graph import COMPUTE, INTER, Plan
+from harness.plan.links import Ports
+from harness.plan.machine import Machine
+from harness.plan.simulate import simulate
+from harness.specs import Cluster, Model
 from harness.topology import Topology
-from harness.traffic import port_load
 from methods.moetuner.objective import crossings
 from methods.moetuner.profile import Profile
 
@@ -33,12 +41,14 @@ TRAFFIC = ("dispatcher", "paper")
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What is served where. ``efficiency``: share of the peak that GEMMs reach."""
+    """What is served where. ``efficiency``: share of the peak that GEMMs reach. ``links``: whether ranks wait for each
+    other (``simulated_s`` alone asks)."""
 
     model: Model
     cluster: Cluster
     tensor_parallel: int
-    efficiency: float = 0.5
+    efficiency: float | None = 0.5  # None: by the rows of each expert
+    links: Literal["ports", "shared-ports"] = "ports"
 
     @property
     def topology(self) -> Topology:
@@ -46,41 +56,30 @@ class Served:
         *outer, inner = self.cluster.shape
         return Topology((*outer, inner // self.tensor_parallel))
 
-    @property
-    def flops_per_s(self) -> float:
-        """Of one expert-parallel rank."""
-        assert self.cluster.device_flops_per_s is not None
-        return self.tensor_parallel * self.efficiency * self.cluster.device_flops_per_s
+    @functools.cached_property
+    def machine(self) -> Machine:
+        """Of expert-parallel ranks."""
+        return Machine.data_sheet(self.cluster, self.efficiency, tensor_parallel=self.tensor_parallel, links=self.links)
+
+    def experts(self, rows: np.ndarray) -> Compute:
+        """``rows`` [..., E], with 0 where an expert is elsewhere."""
+        return Compute.of(Experts(rows, expert_products(self.model), ELEMENT_BYTES))
 
     def experts_s(self, rows: np.ndarray) -> np.ndarray:
         """``rows`` [L, E] with 0 where an expert is elsewhere -> seconds [L]."""
-        assert self.cluster.device_bytes_per_s is not None
-        values = GEMMS[self.model.ffn_type] * self.model.hidden * self.model.ffn
-        compute = 2 * values * rows.sum(1) / self.flops_per_s
-        read = values * ELEMENT_BYTES * (rows > 0).sum(1) / (self.tensor_parallel * self.cluster.device_bytes_per_s)
-        return np.maximum(compute, read)
+        return np.asarray(self.machine.seconds(self.experts(rows)))
 
     def links_s(self, matrix: np.ndarray) -> np.ndarray:
         """Bytes from rank to rank [G, G] -> seconds [G] until each rank has sent and got its own."""
-        topology, found = self.topology, np.zeros(len(matrix))
-        rates = [level.bandwidth_bytes_per_s or math.inf for level in self.cluster.levels]
-        ports = len(rates) - 1
-        for level, rate in enumerate(rates):
-            if level < ports:  # the port of a whole unit, which all its ranks share
-                load = port_load(matrix, topology, level)[topology.unit_of(level)] / rate
-            else:
-                own = matrix - np.diag(np.diag(matrix))
-                load = np.maximum(own.sum(0), own.sum(1)) / (rate * self.tensor_parallel)
-            found = np.maximum(found, load)
-        return found
+        assert isinstance(self.machine.links, Ports)
+        return self.machine.links.by_rank(matrix)
 
     def attention_s(self, tokens: int) -> float:
         """Of one layer and ``tokens`` of a rank, with the tensor-parallel gather and scatter of their hidden states."""
         model, inner = self.model, self.cluster.levels[-1].bandwidth_bytes_per_s
-        kv = (model.num_kv_heads or model.num_heads) / model.num_heads
-        flops = 2 * tokens * (2 * (1 + kv) * model.hidden**2 + model.seq * model.hidden)
+        macs = attention_macs(model.hidden, tokens, model.seq, causal=True, kv_fraction=kv_fraction(model))
         shared = 2 * tokens * model.hidden * ELEMENT_BYTES * (self.tensor_parallel - 1) / self.tensor_parallel
-        return flops / self.flops_per_s + shared / (inner or math.inf)
+        return float(self.machine.seconds(Compute(macs))) + shared / (inner or math.inf)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,19 +116,46 @@ def serve(served: Served, ids: np.ndarray, owner: np.ndarray, traffic: str = "di
     """A batch with routing ``ids`` int [L, T, k] under ``owner`` int [L, E]."""
     num_layers, num_tokens, top_k = ids.shape
     num_ranks, num_experts = served.topology.num_ranks, owner.shape[1]
-    home = np.arange(num_tokens) * num_ranks // num_tokens
     row_bytes = served.model.hidden * ELEMENT_BYTES
-    load = np.stack([np.bincount(layer.ravel(), minlength=num_experts) for layer in ids])
-    on = owner[:, :, None] == np.arange(num_ranks)  # [L, E, G]
-    experts = np.stack([served.experts_s(load * on[:, :, rank]) for rank in range(num_ranks)], axis=1)
+    rows = _computed(served, ids, owner)
+    experts = np.stack([served.experts_s(rows[:, :, rank]) for rank in range(num_ranks)], axis=1)
     dispatch, combine = np.zeros((num_layers, num_ranks)), np.zeros((num_layers, num_ranks))
     if traffic == "paper":
         between = crossings(Profile.of_ids(ids, num_experts), owner, num_ranks) * row_bytes / top_k
         for layer, matrix in enumerate(between, start=1):
             dispatch[layer] = served.links_s(matrix)
     else:
-        for layer in range(num_layers):
-            pairs = home[:, None] * num_ranks + owner[layer][ids[layer]]
-            matrix = np.bincount(pairs.ravel(), minlength=num_ranks**2).reshape(num_ranks, -1) * float(row_bytes)
+        for layer, matrix in enumerate(_dispatched(served, ids, owner)):
             dispatch[layer], combine[layer] = served.links_s(matrix), served.links_s(matrix.T)
     return Layers(served.attention_s(num_tokens // num_ranks), experts, dispatch, combine)
+
+
+def simulated_s(served: Served, ids: np.ndarray, owner: np.ndarray) -> float:
+    """Seconds of the batch of ``serve`` as a plan. With ``links="ports"`` they are ``end_to_end_s``: all ranks wait for
+    the last at every step. With ``shared-ports`` a rank computes as soon as its own rows are there."""
+    plan = Plan()
+    last: list[str] = []
+    attention = Hold(served.attention_s(ids.shape[1] // served.topology.num_ranks))
+    rows = _computed(served, ids, owner)
+    for i, matrix in enumerate(_dispatched(served, ids, owner)):
+        last = [plan.add(f"layer{i}.attention", COMPUTE, last, attention)]
+        last = [plan.add(f"layer{i}.dispatch", INTER, last, Transfer("a2a", "flat", matrix))]
+        last = [plan.add(f"layer{i}.experts", COMPUTE, last, served.experts(rows[i].T))]
+        last = [plan.add(f"layer{i}.combine", INTER, last, Transfer("a2a", "flat", matrix.T))]
+    return float(simulate(plan, served.machine, served.topology).total_s.max())
+
+
+def _computed(served: Served, ids: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """Rows of each expert where it is, int [L, E, G]."""
+    load = np.stack([np.bincount(layer.ravel(), minlength=owner.shape[1]) for layer in ids])
+    return load[:, :, None] * (owner[:, :, None] == np.arange(served.topology.num_ranks))
+
+
+def _dispatched(served: Served, ids: np.ndarray, owner: np.ndarray) -> Iterator[np.ndarray]:
+    """Of each layer the bytes from each token's home to its experts, [G, G]."""
+    num_tokens, num_ranks = ids.shape[1], served.topology.num_ranks
+    home = np.arange(num_tokens) * num_ranks // num_tokens
+    for layer, of in zip(ids, owner, strict=True):
+        pairs = home[:, None] * num_ranks + of[layer]
+        rows = np.bincount(pairs.ravel(), minlength=num_ranks**2).reshape(num_ranks, -1)
+        yield rows * float(served.model.hidden * ELEMENT_BYTES)

@@ -27,8 +27,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from harness.errors import bad
+from harness.layer.work import expert_macs
 from harness.placing import Request
-from harness.specs import DTYPE_BYTES, GEMMS
+from harness.specs import DTYPE_BYTES
 
 BATCHES = 32
 EFFICIENCY = 0.5  # share of the peak that GEMMs reach, where a cluster states no gemm costs
@@ -48,7 +49,7 @@ class Prices:
 def prices_of(request: Request) -> Prices:
     """``UserError`` where the cluster states no rate at all."""
     cluster, model, topology = request.cluster, request.model, request.topology
-    macs = GEMMS[model.ffn_type] * model.hidden * model.ffn
+    macs = expert_macs(model)
     row_s, ports = 0.0, []
     if cluster is not None:
         if cluster.gemm is not None:
@@ -59,8 +60,11 @@ def prices_of(request: Request) -> Prices:
         row_bytes, last = model.hidden * DTYPE_BYTES[request.dtype], len(cluster.levels) - 1
         for level, link in enumerate(cluster.levels):
             if link.bandwidth_bytes_per_s is not None and topology.num_units(level) > 1:
-                rate = link.bandwidth_bytes_per_s * (request.tensor_parallel if level == last else 1)
-                ports.append((row_bytes / rate, topology.num_ranks // topology.num_units(level)))
+                size = topology.num_ranks // topology.num_units(level)
+                shared = math.gcd(link.ports, size)  # ports of a unit; those of one rank are one
+                rate = link.bandwidth_bytes_per_s * link.ports / shared
+                rate *= request.tensor_parallel if level == last else 1
+                ports.append((row_bytes / rate, size // shared))
     if not ports and not row_s:
         if cluster is None:
             remedy = "does not say which ranks share a port, so seconds cannot be predicted"

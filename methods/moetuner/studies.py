@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from harness.studies import Findings, Progress, Study, reported
 from harness.topology import Topology
 from methods.moetuner import balance, joint, mapping
 from methods.moetuner.judge import ratios
-from methods.moetuner.latency import TRAFFIC, Served, serve
+from methods.moetuner.latency import TRAFFIC, Served, serve, simulated_s
 from methods.moetuner.objective import Problem, cost_of, score
 from methods.moetuner.placers import PLACERS, problem_of
 from methods.moetuner.profile import Profile
@@ -131,11 +132,32 @@ def latency(progress: Progress) -> Findings:
     times = every[every["efficiency"] == 0.5][[*head, *TIMES, "a2a_percent", "evidence"]]
     note = (
         "gain, in percent: the time under contiguous over the placement's, less one; reduction, in percent: one less "
-        "the placement's over contiguous's. The paper states a gain end to end and reductions of tails and means."
+        "the placement's over contiguous's. The paper states a gain end to end and reductions of tails and means. "
+        "waiting: by dispatcher, if all ranks wait for the last before and after the experts (ports), and if each goes "
+        "on when its own rows are there, while those of a node share its port evenly (shared-ports); computation by "
+        "rows: as public measurements of such devices have it for as many rows an expert "
+        "(python -m harness.plan.points)."
     )
-    tables = {"gains": table, "times": times}
+    tables = {"gains": table, "times": times, "waiting": waiting(progress)}
     raw = {"latency": every, "layers": pd.DataFrame(layers).assign(evidence="simulated")}
     return Findings(tables, (NOTE, MODEL_NOTE, note), raw)
+
+
+def waiting(progress: Progress) -> pd.DataFrame:
+    """End to end, of ranks that wait for each other and of ranks that do not."""
+    rows = []
+    choices: list[tuple[Literal["ports", "shared-ports"], float | None]]
+    choices = [("ports", 0.5), ("shared-ports", 0.5), ("shared-ports", None)]
+    for testbed, name, (links, efficiency) in itertools.product(TESTBEDS, ROUTINGS, choices):
+        progress(f"{testbed}, {name}, {links}")
+        given = dataclasses.replace(served(testbed), links=links, efficiency=efficiency)
+        held = routing(name)[1]
+        seconds = {method: simulated_s(given, held, owner) for method, owner in owners(testbed, name).items()}
+        where = {"testbed": testbed, "routing": name, "links": links, "basis": given.machine.basis}
+        for method, end_to_end_s in seconds.items():
+            gain = 100 * (seconds["contiguous"] / end_to_end_s - 1)
+            rows.append({**where, "placement": method, "end_to_end_s": end_to_end_s, "end_to_end_gain": gain})
+    return pd.DataFrame(rows).assign(evidence="simulated")
 
 
 def _of_layers(found: Any, where: dict[str, Any]) -> list[dict[str, Any]]:

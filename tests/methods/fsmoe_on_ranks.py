@@ -127,7 +127,7 @@ def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     wanted = train.oracle_losses(experiment, system(experiment.system), job.topology, 10) if job.rank == 0 else losses
     timeline = trainer.timelines()["step"]
     slices = {
-        task.name: int(task.cost.amount)
+        task.name: int(task.cost.num_bytes)
         for task in timeline.plan.tasks
         if task.kind == "gradients" and task.cost is not None
     }

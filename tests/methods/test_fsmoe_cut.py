@@ -13,7 +13,7 @@ from harness.bench.race import make_case
 from harness.errors import UserError
 from harness.plan.agreement import agreement
 from harness.plan.graph import Plan
-from harness.plan.prices import Prices
+from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from harness.registry import system
 from harness.specs import Cluster, Experiment
@@ -85,7 +85,7 @@ def test_the_simulated_walk_is_the_formula_where_gather_and_scatter_take_as_long
     for degree in (1, 2, 4, 8):
         plan = Plan()
         moe(plan, Priced(sizes, degree))
-        found = float(simulate(plan, Prices(costs)).total_s)
+        found = float(simulate(plan, Machine.published(costs)).total_s)
         assert found == pytest.approx(float(pipeline_time(linear_costs(sizes, costs), degree)), rel=1e-9)
 
 

@@ -11,7 +11,7 @@ import pytest
 from harness import presets
 from harness.errors import UserError
 from harness.plan.graph import Plan
-from harness.plan.prices import Prices
+from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from methods.fsmoe.costs import layer_costs, reduce_costs
 from methods.fsmoe.degree import DEGREES, chunk_times, closed_form, pipeline_time
@@ -108,7 +108,7 @@ def test_the_plan_is_the_formula_where_gather_and_scatter_take_as_long(degree, s
     given, num_bytes = random_layers(equal=True)
     plan = Plan()
     moe(plan, Priced(given.backward, degree), gradients=reduction(num_bytes) if sliced else None)
-    found = simulate(plan, Prices(given.cluster)).total_s
+    found = simulate(plan, Machine.published(given.cluster)).total_s
     t_gar = reduce_costs(given.cluster).time_s(num_bytes) if sliced else 0.0
     costs = given.costs.backward()
     np.testing.assert_allclose(found, closed_form(costs, degree, t_gar), rtol=1e-12)
@@ -120,7 +120,7 @@ def test_elsewhere_the_plan_is_longer_for_two_reasons_and_no_third(degree):
     given, _ = random_layers(equal=False)
     plan = Plan()
     moe(plan, Priced(given.forward, degree))
-    found = simulate(plan, Prices(given.cluster)).total_s
+    found = simulate(plan, Machine.published(given.cluster)).total_s
     formula = closed_form(given.costs, degree)
     assert (formula <= found * (1 + 1e-12)).all()
     assert (formula < found * 0.999).any()

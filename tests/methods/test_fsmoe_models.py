@@ -9,7 +9,7 @@ import pytest
 
 from harness import presets
 from harness.plan.graph import INTER, INTRA
-from harness.plan.prices import Prices
+from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from methods.fsmoe import studies
 from methods.fsmoe.models import (
@@ -71,10 +71,10 @@ def test_without_overlap_a_step_is_the_sum_of_its_tasks(setup):
     model, cluster, layer = setup
     _, slices = prepare("no-overlap", layer, NUM_LAYERS)
     plan = training_step([layer] * NUM_LAYERS, SCHEDULES["no-overlap"], slices, optimizer_s=optimizer_s(model, cluster))
-    timeline = simulate(plan, Prices(cluster))
+    timeline = simulate(plan, Machine.published(cluster))
     busy = timeline.busy_s()
     assert timeline.total_s == pytest.approx(sum(busy.values()))
-    one_s = Prices(cluster).seconds(reduction(int(layer.gradient_bytes)).cost)
+    one_s = Machine.published(cluster).seconds(reduction(int(layer.gradient_bytes)).cost)
     assert busy["gradients"] == pytest.approx(NUM_LAYERS * one_s)
     weights = {"gpt": 2, "swiglu": 3}[model.ffn_type] * model.hidden * model.ffn / cluster.shape[-1]
     assert busy["optimizer"] > NUM_LAYERS * weights * 7 * 4 / cluster.device_bytes_per_s
@@ -85,7 +85,7 @@ def test_fsmoe_is_ahead_of_its_rivals_and_no_step_beats_its_busiest_lane(setup):
     took = {}
     for name, policy in SCHEDULES.items():
         as_run, slices = prepare(name, layer, NUM_LAYERS)
-        timeline = simulate(training_step([as_run] * NUM_LAYERS, policy, slices), Prices(cluster))
+        timeline = simulate(training_step([as_run] * NUM_LAYERS, policy, slices), Machine.published(cluster))
         for lane in timeline.plan.lanes:
             here = [i for i, task in enumerate(timeline.plan.tasks) if task.lane == lane]
             assert timeline.total_s >= (timeline.end_s - timeline.start_s)[here].sum() * (1 - 1e-12)
@@ -99,7 +99,7 @@ def test_without_overlap_of_links_the_plan_is_made_for_one_link(setup):
     policy = SCHEDULES["no-iio"]
     own, others = (place_gradients(SCHEDULES[name], layer, NUM_LAYERS) for name in ("no-iio", "fsmoe"))
     mine, theirs = (
-        simulate(training_step([layer] * NUM_LAYERS, policy, slices), Prices(cluster)).total_s
+        simulate(training_step([layer] * NUM_LAYERS, policy, slices), Machine.published(cluster)).total_s
         for slices in (own, dataclasses.replace(others, degree_forward=own.degree_forward))
     )
     assert mine < theirs or (model.name == "gpt2-xl-moe-fsmoe-b" and mine == theirs)
@@ -128,7 +128,7 @@ def test_a_gate_costs_its_products_three_times():
     model, cluster = short("gpt2-xl-moe-fsmoe-b"), presets.cluster("fsmoe-b")
     common = {"schedules": ["no-overlap"]}
     (without,), (with_gate,) = (step_times(model, cluster, gate=gate, **common) for gate in (None, Gate(2, 1e9)))
-    alpha, beta = Prices(cluster).linear("gemm")
+    alpha, beta = cluster.linear("gemm")
     assert with_gate["step_s"] - without["step_s"] == pytest.approx(NUM_LAYERS * 3 * (2 * alpha + 1e9 * beta))
 
 
@@ -141,11 +141,11 @@ def test_gpipe_fills_and_drains(num_micro_batches):
     layer = dataclasses.replace(model_layer(short("mixtral-8x7b-fsmoe-a"), cluster), gradient_bytes=0)
     policy = SCHEDULES["no-overlap"]
     _, slices = prepare("no-overlap", layer, 2)
-    stage = float(simulate(training_step([layer] * 2, policy, slices), Prices(cluster)).total_s)
+    stage = float(simulate(training_step([layer] * 2, policy, slices), Machine.published(cluster)).total_s)
     sizes = {"layers_per_stage": 2, "num_micro_batches": num_micro_batches, "num_stages": 2}
     plan = gpipe_step(layer, policy, slices, send_s=0.0, **sizes)
-    assert simulate(plan, Prices(cluster)).total_s == pytest.approx((num_micro_batches + 1) * stage)
-    slow = simulate(gpipe_step(layer, policy, slices, send_s=0.5, **sizes), Prices(cluster))
+    assert simulate(plan, Machine.published(cluster)).total_s == pytest.approx((num_micro_batches + 1) * stage)
+    slow = simulate(gpipe_step(layer, policy, slices, send_s=0.5, **sizes), Machine.published(cluster))
     assert slow.total_s >= ((num_micro_batches + 1) * stage + 2 * 0.5) * (1 - 1e-12)
     sends = [task for task in plan.tasks if task.kind == "send"]
     assert len(sends) == 2 * num_micro_batches
@@ -165,7 +165,7 @@ def test_pipelined_gradients_are_reduced_in_the_last_micro_batch_alone():
         send_s=1e-3,
     )
     reduced = [task for task in plan.tasks if task.kind == "gradients"]
-    assert sum(task.cost.amount for task in reduced) == pytest.approx(2 * NUM_LAYERS * int(layer.gradient_bytes))
+    assert sum(task.cost.num_bytes for task in reduced) == pytest.approx(2 * NUM_LAYERS * int(layer.gradient_bytes))
     assert {task.name.split(".")[1] for task in reduced} == {"micro0", "gradients-tail"}
     cut = {task.name.split("[")[0] for task in plan.tasks if task.name.endswith(f"experts[{slices.degree_plain - 1}]")}
     assert any(".micro2.layer0.backward" in name for name in cut)

@@ -13,8 +13,8 @@ from harness import ledger, presets
 from harness.comm.job import Job
 from harness.layer.weights import Weights
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Timeline
+from harness.plan.machine import Machine
 from harness.plan.passage import backward_layer, forward_layer, passage
-from harness.plan.prices import Prices
 from harness.plan.simulate import simulate
 from harness.registry import system as named
 from harness.specs import Experiment
@@ -130,7 +130,7 @@ def test_bytes_that_are_priced_are_those_that_the_system_plans(name):
     topology, given = Topology((2, 4)), experiment(name, workload=load)
     plan = predict.step_plan(given, predict.Links(topology, 1.0, np.inf, (0.0, 0.0)))
     assert plan is not None
-    priced = sum(float(np.asarray(task.cost.amount)) for task in plan.tasks if task.lane == INTER and task.cost)
+    priced = sum(float(np.asarray(task.cost.seconds)) for task in plan.tasks if task.lane == INTER and task.cost)
     planned = 0.0
     for layer, case in enumerate(predict.cases_of(named(name), given, topology)):
         for part, matrix in named(name).planned_bytes(case).items():
@@ -207,4 +207,4 @@ def test_the_processor_takes_as_much_under_every_system_and_the_optimizer_by_wha
 
 def step_seconds(given: Experiment, links: predict.Links, extra: dict[str, float]) -> float:
     plan = predict.step_plan(given, links, extra)
-    return float(simulate(plan, Prices(given.cluster)).total_s)
+    return float(simulate(plan, Machine.published(given.cluster)).total_s)

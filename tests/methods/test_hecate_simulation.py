@@ -92,14 +92,14 @@ def test_tokens_go_where_the_exchange_sends_them():
         np.testing.assert_allclose(rows, nearest(hosts, TOPOLOGY).rows(counts).sum(1), rtol=1e-5)
 
 
-def test_ports_are_those_of_the_harness():
+def test_rows_take_as_long_as_the_busiest_port():
     rows = np.random.default_rng(2).integers(0, 100, (16, 16)).astype(float)
     moving = rows - np.diag(np.diag(rows))
     wanted = max(
         port_load(moving, TOPOLOGY, 0).max() / 12.5e9,
         port_load(moving, TOPOLOGY, 1).max() / 150e9,
     )
-    assert simulate.port_s(SETUP, rows, 8.0) == pytest.approx(8 * wanted)
+    assert SETUP.links.of(rows) == pytest.approx(wanted)
 
 
 def test_a_gather_takes_what_the_sparse_plan_sends_between_nodes():

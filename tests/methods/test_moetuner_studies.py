@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from harness.specs import Model, with_levels
 from methods.moetuner import studies
-from methods.moetuner.latency import Served, serve
+from methods.moetuner.latency import Served, serve, simulated_s
 
 MODEL = Model(name="m", num_layers=2, hidden=100, ffn=50, num_experts=4, top_k=1, num_heads=1, seq=10)
 CLUSTER = with_levels(
@@ -44,6 +46,16 @@ def test_times_are_those_of_the_slowest_link_and_rank() -> None:
     assert inside.dispatch_s[1].tolist() == [2 * row / 1e4] * 2 + [0] * 2
     whole = found.end_to_end_s - 2 * found.attention_s
     assert whole == pytest.approx((8 + 2) * flops + 2 * 4 * row / 1e3)
+    assert simulated_s(served, ids, owner) == pytest.approx(found.end_to_end_s)
+    # rank 1 has its own done at once; rank 0 is the last in both layers, whoever waits for it
+    assert simulated_s(dataclasses.replace(served, links="shared-ports"), ids, owner) == pytest.approx(
+        found.end_to_end_s
+    )
+    turned = np.stack([ids[0], ids[0] + 3])  # all to rank 0, then all to rank 3, which has got ahead
+    met, apart = (
+        simulated_s(dataclasses.replace(served, links=links), turned, owner) for links in ("ports", "shared-ports")
+    )
+    assert apart < met
 
 
 def test_few_tokens_take_as_long_as_reading_the_weights() -> None:
@@ -98,6 +110,13 @@ def test_gains_stand_beside_the_reported_ones_and_add_up(few: None) -> None:
     sources = sources.set_index("part")["gain"]
     assert sources["both"] == pytest.approx(half["end_to_end_gain"])
     assert sources["computation"] < sources["both"]
+    waiting = found.tables["waiting"]
+    assert waiting["basis"].nunique() == 3
+    waiting = waiting[waiting["basis"].str.contains("50% of the peak")].set_index(["links", "placement"])
+    assert waiting.loc[("ports", "two-stage"), "end_to_end_gain"] == pytest.approx(half["end_to_end_gain"])
+    for placement in studies.METHODS:
+        seconds = waiting.xs(placement, level="placement")["end_to_end_s"]
+        assert seconds["shared-ports"] <= seconds["ports"]
 
 
 def test_no_rival_has_a_better_objective_on_held_out_routing(few: None, monkeypatch: pytest.MonkeyPatch) -> None:

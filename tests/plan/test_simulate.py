@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from harness.errors import UserError
-from harness.plan.graph import Cost, Plan
-from harness.plan.prices import Prices
+from harness.plan.cost import Compute, Even, Hold
+from harness.plan.graph import Plan
+from harness.plan.machine import Machine
 from harness.plan.simulate import schedule, simulate
 from harness.specs import with_levels
 from harness.topology import Topology
@@ -48,25 +49,23 @@ def test_many_configurations_at_once_equal_the_slow_simulator(seed):
 
 def test_prices_are_linear_and_of_the_right_size():
     plan = Plan()
-    plan.add("a", "inter", cost=Cost("a2a", "inter", np.array([0.0, 4.0])))
-    plan.add("b", "compute", cost=Cost("gemm", amount=8.0, count=2))
-    plan.add("c", "compute", cost=Cost("wait", amount=0.75))
-    np.testing.assert_allclose(Prices(CLUSTER).durations(plan), [[0, 3], [2, 2], [0.75, 0.75]])
-    assert Prices(CLUSTER, num_ranks=16).seconds(Cost("a2a", "inter", 4.0)) == 4.0
+    plan.add("a", "inter", cost=Even("a2a", "inter", np.array([0.0, 4.0])))
+    plan.add("b", "compute", cost=Compute(8.0, 2))
+    plan.add("c", "compute", cost=Hold(0.75))
+    np.testing.assert_allclose(Machine.published(CLUSTER).durations(plan), [[0, 3], [2, 2], [0.75, 0.75]])
+    assert Machine.published(CLUSTER, num_ranks=16).seconds(Even("a2a", "inter", 4.0)) == 4.0
     with pytest.raises(
         UserError, match=r"cluster c.collectives: 'rs.intra': has no cost; known are .*moebench profile c"
     ):
-        Prices(CLUSTER).seconds(Cost("rs", "intra", 1.0))
+        Machine.published(CLUSTER).seconds(Even("rs", "intra", 1.0))
 
 
 def test_a_collective_waits_for_its_group_and_for_no_other():
     plan = Plan()
-    plan.add(
-        "compute", "compute", cost=Cost("wait", amount=np.array([1.0, 2.0, 3.0, 4.0]))
-    )  # ranks (0,0) (0,1) (1,0) (1,1)
-    plan.add("intra", "intra", after=["compute"], cost=Cost("ag", "intra", 4.0))
-    plan.add("inter", "inter", after=["compute"], cost=Cost("a2a", "inter", 2.0))
-    found = simulate(plan, Prices(CLUSTER), Topology((2, 2)))
+    plan.add("compute", "compute", cost=Hold(np.array([1.0, 2.0, 3.0, 4.0])))  # ranks (0,0) (0,1) (1,0) (1,1)
+    plan.add("intra", "intra", after=["compute"], cost=Even("ag", "intra", 4.0))
+    plan.add("inter", "inter", after=["compute"], cost=Even("a2a", "inter", 2.0))
+    found = simulate(plan, Machine.published(CLUSTER), Topology((2, 2)))
     np.testing.assert_allclose(found.of("intra")[0], [2, 2, 4, 4])
     np.testing.assert_allclose(found.of("inter")[0], [3, 4, 3, 4])
     np.testing.assert_allclose(found.of("inter")[1], [5, 6, 5, 6])

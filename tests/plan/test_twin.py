@@ -8,9 +8,11 @@ import pytest
 from baselines.deepspeed import DeepSpeed
 from baselines.megatron import Megatron
 from baselines.tutel import Tutel2DH
-from harness.plan.prices import Prices
+from harness.plan.cost import Transfer
+from harness.plan.links import balanced_bytes
+from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
-from harness.plan.twin import balanced_bytes, twin
+from harness.plan.twin import twin
 from harness.specs import with_levels
 from harness.system import System
 from harness.topology import Topology
@@ -41,7 +43,7 @@ def test_the_twin_loads_the_busiest_port_as_the_package_does(session, package: t
         np.testing.assert_array_equal(recorded, parts[names[0]] + parts[names[1]])
         tasks = {task.name: task.cost for task in plans[direction].tasks}
         for name in names:
-            found = bytes_between_nodes(float(tasks[name].amount), TWO_BY_TWO)
+            found = bytes_between_nodes(balanced_bytes(tasks[name].matrix, TWO_BY_TWO, tasks[name].scope), TWO_BY_TWO)
             assert found == pytest.approx(port_load(parts[name], TWO_BY_TWO, 0).max())
 
 
@@ -53,9 +55,9 @@ def test_a_balanced_twin_moves_exactly_the_planned_bytes() -> None:
         for direction, plan in twin(package, case).items():
             across = direction_bytes(parts, direction) * (node[:, None] != node)
             found = sum(
-                bytes_between_nodes(float(task.cost.amount), TWO_BY_TWO)
+                bytes_between_nodes(balanced_bytes(task.cost.matrix, TWO_BY_TWO, task.cost.scope), TWO_BY_TWO)
                 for task in plan.tasks
-                if task.cost.key in ("a2a.flat", "a2a.inter")
+                if isinstance(task.cost, Transfer) and task.cost.scope in ("flat", "inter")
             )
             assert 2 * found == pytest.approx(across.sum())  # two nodes, a port each
 
@@ -73,7 +75,7 @@ def test_a_twin_of_two_stages_is_simulated_on_ranks_that_compute_unequally() -> 
     names = [task.name for task in plan.tasks]
     assert names.index("dispatch.inter") < names.index("dispatch.intra") < names.index("experts")
     assert names.index("experts") < names.index("combine.intra") < names.index("combine.inter")
-    found = simulate(plan, Prices(cluster), case.topology)
+    found = simulate(plan, Machine.published(cluster), case.topology)
     start, end = found.of("experts")
     assert len(set((end - start).round(9))) > 1  # experts of one rank got more
     combined = found.of("combine.intra")[0].reshape(2, 4)

@@ -1,0 +1,187 @@
+"""Link models: the only code that turns bytes into seconds.
+
+    AlphaBeta    alpha + beta n of each collective, as published or profiled; the group meets
+    Ports        what the busiest port of any link level carries, over its rate; the group meets
+    SharedPorts  ports shared evenly among the flows at work; ranks wait for their own flows alone
+
+A skewed all-to-all lasts as long as its busiest port. ``AlphaBeta`` prices it as the balanced one that loads every port
+as much, because that is what costs are fitted to.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import itertools
+from typing import Any, ClassVar
+
+import numpy as np
+
+from harness.plan.cost import Even, OnLinks, Transfer
+from harness.specs import Cluster
+from harness.topology import Topology
+from harness.traffic import blocks_of, inside_load, port_load
+
+Array = np.ndarray
+
+
+class LinkModel(abc.ABC):
+    """``meets``: a collective begins with the last rank of its group and ends for all with the slowest."""
+
+    meets: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def seconds(self, cost: OnLinks) -> Any:
+        """Of one collective whose ranks begin together: [..], or [.., W] where ranks differ."""
+
+    def finish(self, cost: Transfer, begins: Array) -> Array:
+        """When each rank is done, [.., W], that begins at ``begins`` [.., W]; of a model in which ranks do not meet."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AlphaBeta(LinkModel):
+    """By the costs of ``cluster``; ``num_ranks``: where constants of several sizes are given (``a2a.inter@16``), those
+    of this size, by default the cluster's own."""
+
+    cluster: Cluster
+    num_ranks: int | None = None
+
+    def seconds(self, cost: OnLinks) -> Any:
+        """Nothing to send costs nothing."""
+        alpha, beta = self.cluster.linear(cost.key, self.num_ranks)
+        if isinstance(cost, Transfer):
+            amount = balanced_bytes(cost.matrix, Topology(self.cluster.shape), cost.scope)[..., None]
+        else:
+            assert isinstance(cost, Even)
+            amount = np.asarray(cost.num_bytes, dtype=np.float64)
+        return np.where(amount > 0, cost.messages * alpha + beta * amount, 0.0)
+
+
+def balanced_bytes(matrix: Array, topology: Topology, scope: str) -> Array:
+    """Buffer [..] of one rank in the balanced all-to-all of ``scope`` that loads the busiest port as ``matrix``
+    [.., W, W] does."""
+    nodes, num_ranks = topology.shape[0], topology.num_ranks
+    num_local = num_ranks // nodes
+    if nodes > 1 and scope in ("flat", "inter"):
+        return port_load(matrix, topology, 0).max(-1) / num_local * nodes / (nodes - 1)
+    own = blocks_of(matrix, nodes)  # [.., nodes, local, local]
+    busiest = np.maximum(own.sum(-2), own.sum(-1)).max((-1, -2))
+    size = num_local if scope == "intra" else num_ranks
+    return np.asarray(busiest, dtype=np.float64) * size / max(1, size - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Bytes per second of a port of a unit of link level ``level``, one direction. ``ports``: of a unit, each of as
+    many neighbouring ranks. ``shared``: no port, but what all ranks of a node send each other."""
+
+    level: int
+    bytes_per_s: float
+    ports: int = 1
+    shared: bool = False
+
+
+def lines_of(cluster: Cluster, *, pooled: bool = False) -> tuple[Line, ...]:
+    """By the rates that ``cluster`` states; levels without one are as good as free. ``pooled``: the ports of a unit are
+    one, as fast as all of them."""
+    found = []
+    for level, link in enumerate(cluster.levels):
+        if link.bandwidth_bytes_per_s is not None:
+            ports = 1 if pooled else link.ports
+            found.append(Line(level, link.bandwidth_bytes_per_s * link.ports / ports, ports))
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ports(LinkModel):
+    """``start_s``: of each message."""
+
+    topology: Topology
+    lines: tuple[Line, ...]
+    start_s: float = 0.0
+
+    def seconds(self, cost: OnLinks) -> Any:
+        if isinstance(cost, Transfer):
+            return (cost.messages * self.start_s + self.of(cost.matrix))[..., None]
+        assert isinstance(cost, Even)
+        lasts = (self._even(cost, line) / line.bytes_per_s for line in self.lines)
+        return cost.messages * self.start_s + functools.reduce(np.maximum, lasts, 0.0)
+
+    def of(self, matrix: Array) -> Array:
+        """Seconds [..] until the busiest port has carried its part of ``matrix`` [.., W, W], in what rates are in."""
+        lasts = [self._on(line, matrix).max(-1) for line in self.lines]
+        return functools.reduce(np.maximum, lasts or [np.zeros(matrix.shape[:-2])])
+
+    def by_rank(self, matrix: Array) -> Array:
+        """Seconds [.., W] until the ports of each rank have."""
+        every = self.topology.num_ranks
+        ports = [self._on(line, matrix) for line in self.lines]
+        lasts = [each.repeat(every // each.shape[-1], -1) for each in ports]
+        return functools.reduce(np.maximum, lasts or [np.zeros(matrix.shape[:-1])])
+
+    def _on(self, line: Line, matrix: Array) -> Array:
+        """Seconds of each port of ``line``, [.., units x ports]; of each node, where it is shared."""
+        if line.shared:
+            return inside_load(matrix, self.topology) / line.bytes_per_s
+        return port_load(matrix, self.topology, line.level, line.ports) / line.bytes_per_s
+
+    def _even(self, cost: Even, line: Line) -> Any:
+        """Bytes through one port: of an all-to-all what its ranks send out of the unit; of a ring (two for ``ar``) what
+        the unit's part of each group gets from others, once."""
+        assert not line.shared
+        topology = self.topology
+        nodes, of_unit = topology.shape[0], topology.num_ranks // topology.num_units(line.level)
+        units = {
+            "flat": topology.num_units(line.level),
+            "inter": nodes,  # a rank of each node
+            "intra": topology.num_units(line.level) // nodes,
+        }[cost.scope]
+        rings = of_unit if cost.operation == "a2a" or cost.scope == "inter" else 1
+        times = 2 if cost.operation == "ar" else 1
+        return times * rings / line.ports * (units - 1) / units * np.asarray(cost.num_bytes, dtype=np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedPorts(Ports):
+    """What one rank sends another is a flow, which begins when its sender does; a port is shared evenly among the flows
+    at work. A rank is done when its own flows are, out and in. Collectives of even buffers still meet."""
+
+    meets: ClassVar[bool] = False
+
+    def finish(self, cost: Transfer, begins: Array) -> Array:
+        ends = self.flows(cost.matrix, begins + cost.messages * self.start_s)
+        ends = np.where(cost.matrix > 0, ends, -np.inf)
+        return np.maximum(np.maximum(ends.max(-1), ends.max(-2)), begins)
+
+    def flows(self, matrix: Array, begins: Array, *, out: bool = True, into: bool = True) -> Array:
+        """When each flow is done, [.., W, W]; where there is none, when its sender begins. ``out``, ``into``: whether
+        flows share the ports that they leave by, and come in by."""
+        num_ranks = self.topology.num_ranks
+        shape = np.broadcast_shapes(matrix.shape, (*begins.shape, 1))
+        start = np.broadcast_to(begins[..., None], shape).astype(np.float64).reshape(-1, num_ranks, num_ranks)
+        amounts = np.broadcast_to(matrix, shape).astype(np.float64).reshape(start.shape)
+        ends = start.copy()
+        for line in self.lines:
+            unit = self.topology.unit_of(line.level)
+            crossing = np.where(unit[:, None] != unit, amounts, 0)
+            size = num_ranks // (self.topology.num_units(line.level) * line.ports)  # neighbours at one port
+            for first, item in itertools.product(range(0, num_ranks, size), range(len(ends))):
+                here = slice(first, first + size)
+                for side in [(item, here)] * out + [(item, slice(None), here)] * into:
+                    _share(ends[side], start[side], crossing[side], 1 / line.bytes_per_s)
+        return ends.reshape(shape)
+
+
+def _share(ends: Array, begins: Array, amounts: Array, each_s: float) -> None:
+    """Raise ``ends`` to when the flows at one port are done; all of one shape."""
+    from harness.plan.fair import fair  # numba takes its time to import
+
+    flows = amounts > 0
+    done = np.empty(int(flows.sum()))
+    fair(begins[flows], amounts[flows], each_s, done)
+    ends[flows] = np.maximum(ends[flows], done)
+
+
+__all__ = ["AlphaBeta", "Line", "LinkModel", "Ports", "SharedPorts", "balanced_bytes", "lines_of"]

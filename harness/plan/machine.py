@@ -1,0 +1,108 @@
+"""What turns the tasks of a plan into seconds: links, device, and how much busy lanes slow each other.
+
+published    the costs that come with a cluster's preset
+profiled     those that ``moebench profile`` found on it
+data_sheet   rates of links and device, of which computation reaches a stated share
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+
+from harness.errors import bad
+from harness.ledger import Calibration
+from harness.plan.cost import Compute, Cost, Hold, OnLinks
+from harness.plan.device import CURVE, Device, Fitted, Roofline, Tiled
+from harness.plan.graph import Plan
+from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
+from harness.specs import Cluster
+from harness.topology import Topology
+
+#: how much a busy lane (inner key) slows another (outer key): at rate 1 / (1 + c) while both are busy
+Contention = dict[str, dict[str, float]]
+BY_NAME: dict[str, type[Ports]] = {"ports": Ports, "shared-ports": SharedPorts}
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """``basis``: what its seconds rest on, in words."""
+
+    links: LinkModel
+    device: Device
+    basis: str
+    contention: Contention = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def published(cls, cluster: Cluster, num_ranks: int | None = None, contention: Contention | None = None) -> Machine:
+        """By ``cluster.collectives`` and ``cluster.gemm``. ``num_ranks``: of the costs, where several sizes have their
+        own."""
+        return cls(AlphaBeta(cluster, num_ranks), Fitted(cluster), f"costs of {cluster.name}", contention or {})
+
+    @classmethod
+    def profiled(
+        cls, cluster: Cluster, calibration: Calibration, compute: Literal["real", "stand-in"] = "real"
+    ) -> Machine:
+        """By the costs of ``cluster``, which are those of ``calibration``, and its contention."""
+        basis = f"profile of {calibration.profiled.name}, {calibration.date[:10]}"
+        return cls(AlphaBeta(cluster), Fitted(cluster), basis, calibration.slowdown(compute))
+
+    @classmethod
+    def data_sheet(
+        cls,
+        cluster: Cluster,
+        efficiency: float | None = None,
+        start_s: float = 0.0,
+        *,
+        tensor_parallel: int = 1,
+        links: Literal["ports", "shared-ports"] = "ports",
+    ) -> Machine:
+        """Computation at ``efficiency`` of the device's peak; None: at what tiles of rows let it reach.
+        ``tensor_parallel``: neighbouring devices that make up a rank."""
+        if cluster.device_flops_per_s is None:
+            raise bad(f"cluster {cluster.name}.device_flops_per_s", None, "is not stated; state the device's peak")
+        *outer, inner = cluster.shape
+        topology = Topology((*outer, inner // tensor_parallel))
+        lines = tuple(_wider(line, topology, tensor_parallel) for line in lines_of(cluster))
+        peak, memory = (
+            tensor_parallel * rate if rate is not None else None
+            for rate in (cluster.device_flops_per_s, cluster.device_bytes_per_s)
+        )
+        assert peak is not None
+        device: Device = Tiled(peak, memory, CURVE) if efficiency is None else Roofline(peak, memory, efficiency)
+        share = "by rows per expert" if efficiency is None else f"{efficiency:.0%} of the peak"
+        basis = f"data sheet of {cluster.name}, computation {share}, {links.replace('-', ' ')}"
+        return cls(BY_NAME[links](topology, lines, start_s), device, basis)
+
+    def seconds(self, cost: Cost | None) -> Any:
+        """Of one task, alone on its lane; shaped as the cost's amounts. Nothing to do costs nothing."""
+        match cost:
+            case None:
+                return 0.0
+            case Hold():
+                return np.asarray(cost.seconds, dtype=np.float64)
+            case Compute():
+                return self.device.seconds(cost)
+            case OnLinks():
+                return self.links.seconds(cost)
+        raise AssertionError(cost)
+
+    def durations(self, plan: Plan) -> np.ndarray:
+        """Seconds of every task alone on its lane, float64 [num_tasks, ...] broadcast over all costs."""
+        each = [np.asarray(self.seconds(task.cost)) for task in plan.tasks]
+        shape = np.broadcast_shapes(*(one.shape for one in each)) if each else ()
+        return np.array([np.broadcast_to(one, shape) for one in each]).reshape(len(each), *shape)
+
+
+def _wider(line: Line, topology: Topology, tensor_parallel: int) -> Line:
+    """``line`` of single devices as ranks of ``tensor_parallel`` devices have it: those of a rank's ports are one."""
+    ranks = topology.num_ranks // topology.num_units(line.level)  # of a unit
+    ports = math.gcd(line.ports, ranks)
+    width = line.ports // ports * (tensor_parallel if line.level == topology.num_levels - 1 else 1)
+    return dataclasses.replace(line, bytes_per_s=line.bytes_per_s * width, ports=ports)
+
+
+__all__ = ["Contention", "Machine"]

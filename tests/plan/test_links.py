@@ -1,0 +1,243 @@
+"""Link models: bytes into seconds, beside what the same was computed by before, and beside port by port sums."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from harness.plan.cost import Compute, Even, Hold, Transfer
+from harness.plan.graph import COMPUTE, INTER, Plan
+from harness.plan.links import AlphaBeta, Line, Ports, SharedPorts, balanced_bytes
+from harness.plan.machine import Machine
+from harness.plan.simulate import simulate
+from harness.specs import with_levels
+from harness.topology import Topology
+from harness.traffic import inside_load, port_load
+
+SHAPES = [(1, 4), (2, 2), (2, 4), (4, 1), (2, 2, 2), (2, 3, 2)]
+COSTS = {"a2a.flat": {"alpha_s": 1e-3, "beta_s_per_byte": 2e-6}, "a2a.intra": {"alpha_s": 0.0, "beta_s_per_byte": 1e-6}}
+
+
+@st.composite
+def matrices(draw):
+    """(topology, bytes [W, W] of which a third are 0, the diagonal too)."""
+    topology = Topology(draw(st.sampled_from(SHAPES)))
+    sizes = st.one_of(st.just(0), st.integers(0, 10), st.integers(0, 10**7))
+    matrix = draw(arrays.arrays(np.float64, (topology.num_ranks,) * 2, elements=sizes, fill=st.just(0.0)))
+    np.fill_diagonal(matrix, 0)
+    return topology, matrix
+
+
+def ports_one_by_one(matrix, topology, level, ports=1):
+    """Out of and into each port, the larger."""
+    unit, found = topology.unit_of(level), []
+    for own in np.split(np.arange(topology.num_ranks), topology.num_units(level) * ports):
+        others = np.flatnonzero(unit != unit[own[0]])
+        found.append(max(matrix[np.ix_(own, others)].sum(), matrix[np.ix_(others, own)].sum()))
+    return np.array(found)
+
+
+@given(matrices(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_loads_of_ports_are_sums_over_their_ranks(drawn, data):
+    topology, matrix = drawn
+    for level in range(topology.num_levels):
+        size = topology.num_ranks // topology.num_units(level)
+        ports = data.draw(st.sampled_from([each for each in range(1, size + 1) if size % each == 0]))
+        wanted = ports_one_by_one(matrix, topology, level, ports)
+        np.testing.assert_array_equal(port_load(matrix, topology, level, ports), wanted)
+        many = np.stack([matrix, 2 * matrix])[None]
+        np.testing.assert_array_equal(port_load(many, topology, level, ports)[0, 1], 2 * wanted)
+    node = topology.unit_of(0)
+    inside = np.where(node[:, None] == node, matrix, 0)
+    np.testing.assert_array_equal(inside_load(matrix, topology), np.bincount(node, inside.sum(1)))
+
+
+@given(matrices())
+@settings(max_examples=60, deadline=None)
+def test_alpha_beta_prices_the_balanced_exchange_that_loads_the_busiest_port_as_much(drawn):
+    topology, matrix = drawn
+    nodes, num_ranks = topology.shape[0], topology.num_ranks
+    local = num_ranks // nodes
+    inside = np.where(topology.unit_of(0)[:, None] == topology.unit_of(0), matrix, 0)
+    within = max(inside.sum(0).max(), inside.sum(1).max())
+    outer = ports_one_by_one(matrix, topology, 0).max() / local * nodes / max(1, nodes - 1)
+    wanted = {"flat": outer if nodes > 1 else within * num_ranks / max(1, num_ranks - 1)}
+    wanted["intra"] = within * local / max(1, local - 1)
+    cluster = cluster_of(topology, collectives=COSTS)
+    for scope, amount in wanted.items():
+        assert balanced_bytes(matrix, topology, scope) == pytest.approx(amount)
+        alpha, beta = cluster.linear(f"a2a.{scope}")
+        found = AlphaBeta(cluster).seconds(Transfer("a2a", scope, matrix, messages=3))
+        assert found == pytest.approx(3 * alpha + beta * amount if amount else 0.0)
+
+
+@given(matrices())
+@settings(max_examples=60, deadline=None)
+def test_the_busiest_port_of_any_level_decides(drawn):
+    topology, matrix = drawn
+    rates = [3e6 * 7**level for level in range(topology.num_levels)]
+    links = Ports(topology, tuple(Line(*each) for each in enumerate(rates)), start_s=0.25)
+    loads = [ports_one_by_one(matrix, topology, level) / rate for level, rate in enumerate(rates)]
+    assert links.of(matrix) == pytest.approx(max(each.max() for each in loads))
+    assert links.seconds(Transfer("a2a", "flat", matrix, 2)) == pytest.approx(0.5 + links.of(matrix))
+    by_rank = [each[topology.unit_of(level)] for level, each in enumerate(loads)]
+    np.testing.assert_allclose(links.by_rank(matrix), np.max(by_rank, axis=0))
+
+
+def test_a_port_of_its_own_is_no_faster_than_the_ranks_that_share_it():
+    topology = Topology((2, 4))
+    matrix = np.zeros((8, 8))
+    matrix[0, 4], matrix[1, 5] = 6.0, 2.0
+    times = [Ports(topology, (Line(0, 4.0 / n, n),)).of(matrix) for n in (1, 2, 4)]
+    assert times == [2.0, 4.0, 6.0]  # in all the node sends 4 a second; rank 0 and 1 through one, one, two of them
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2), (2, 2, 2)])
+@pytest.mark.parametrize("scope", ["flat", "intra", "inter"])
+def test_an_even_all_to_all_is_a_transfer_of_equal_parts(shape, scope):
+    topology = Topology(shape)
+    groups = {
+        "flat": [range(topology.num_ranks)],
+        "intra": [topology.inner_group(r, 0) for r in range(topology.num_ranks)],
+    }
+    groups["inter"] = [topology.rail(r) for r in range(topology.num_ranks)]
+    if scope == "inter" and len(shape) > 2:
+        groups["inter"] = [[r, (r + 4) % 8] for r in range(8)]
+    matrix = np.zeros((topology.num_ranks,) * 2)
+    for group in groups[scope]:
+        matrix[np.ix_(group, group)] = 24.0 / len(group)
+    np.fill_diagonal(matrix, 0)
+    links = Ports(topology, tuple(Line(level, 2.0 * (level + 1)) for level in range(len(shape))))
+    assert links.seconds(Even("a2a", scope, 24.0)) == pytest.approx(links.of(matrix))
+
+
+def test_rings_bring_each_unit_what_it_has_not():
+    links = Ports(Topology((2, 4)), (Line(0, 1.0), Line(1, 100.0)))
+    assert links.seconds(Even("ag", "flat", 24.0)) == 12.0
+    assert links.seconds(Even("ar", "flat", 24.0)) == 24.0
+    assert links.seconds(Even("ar", "inter", 24.0)) == 96.0  # four rings through one port
+    assert links.seconds(Even("ar", "intra", 24.0)) == pytest.approx(2 * 24 * 3 / 4 / 100)
+
+
+# ------------------------------------------------------------------------------------------------------ shared ports
+
+
+def fair_by_steps(begins, amounts, each_s):
+    """When each is done at a port shared evenly: event by event."""
+    left, done, now = np.array(amounts, dtype=float), np.zeros(len(begins)), 0.0
+    done[left == 0] = np.asarray(begins)[left == 0]
+    while (left > 0).any():
+        at_work = (left > 0) & (np.asarray(begins) <= now)
+        later = [b for b, rest in zip(begins, left, strict=True) if rest > 0 and b > now]
+        ends = now + left[at_work].min() * at_work.sum() * each_s if at_work.any() else math.inf
+        until = min([ends, *later])
+        if at_work.any():
+            left[at_work] -= (until - now) / (at_work.sum() * each_s)
+            left[left < 1e-9] = 0
+        done[at_work & (left == 0)] = until
+        now = until
+    return done
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=6))
+@settings(max_examples=80, deadline=None)
+def test_a_shared_port_is_shared_evenly(ranks):
+    from harness.plan.fair import fair, last, together
+
+    begins, amounts = (np.array(each, dtype=np.float64) for each in zip(*ranks, strict=True))
+    done, order = np.zeros(len(begins)), np.zeros(len(begins), dtype=np.int64)
+    fair(begins, amounts, 0.5, done)
+    np.testing.assert_allclose(done, fair_by_steps(begins, amounts, 0.5), atol=1e-7)
+    assert last(order, 0, len(begins), begins, amounts, 0.5) == pytest.approx(done.max())
+    fair(np.zeros_like(begins), amounts, 0.5, done)
+    at_once = np.zeros_like(done)
+    together(order, 0, len(begins), amounts, 0.5, at_once)
+    np.testing.assert_array_equal(done, at_once)
+
+
+@given(matrices())
+@settings(max_examples=40, deadline=None)
+def test_who_begins_together_is_done_together_with_the_busiest_port(drawn):
+    topology, matrix = drawn
+    links = SharedPorts(topology, (Line(0, 5e6), Line(topology.num_levels - 1, 2e7)))
+    ends = links.finish(Transfer("a2a", "flat", matrix), np.zeros(topology.num_ranks))
+    assert ends.max() == pytest.approx(float(links.of(matrix)))
+    later = links.finish(Transfer("a2a", "flat", matrix), np.arange(topology.num_ranks) / 10)
+    assert (later >= ends - 1e-9).all()
+    assert (later <= ends.max() + (topology.num_ranks - 1) / 10 + 1e-9).all()
+
+
+@given(st.sampled_from(SHAPES), st.integers(0, 40))
+@settings(max_examples=40, deadline=None)
+def test_placements_are_searched_by_the_same_ports(shape, seed):
+    """A layer there and home as MoETuner's search has it, whose ranks all have as many tokens."""
+    from methods.moetuner.busiest import home_s
+
+    topology, rng = Topology(shape), np.random.default_rng(seed)
+    num_ranks = topology.num_ranks
+    rows = np.tile(rng.integers(0, 50, num_ranks).astype(float), (num_ranks, 1))  # from each as many to each
+    row_s, *port_s = rng.uniform(0.1, 2, 3)
+    lines = tuple(Line(level, 1 / each) for level, each in zip((0, topology.num_levels - 1), port_s, strict=True))
+    links, load = SharedPorts(topology, lines), rows.sum(0)
+    there = links.flows(rows, np.zeros(num_ranks), out=False).max(0)
+    home = links.flows(rows.T, there + row_s * load, into=False)
+    arriving, leaving, sizes = [], [], []
+    for line in lines:
+        unit = topology.unit_of(line.level)
+        crossing = np.where(unit[:, None] != unit, rows, 0)
+        arriving.append(crossing.sum(0))
+        out = np.bincount(unit, crossing.sum(1))
+        leaving.append(np.pad(out, (0, num_ranks - len(out))))
+        sizes.append(num_ranks // topology.num_units(line.level))
+    found = home_s(load, np.array(arriving), np.array(leaving), np.array(sizes), np.array([row_s, *port_s]))
+    least = max(2 * out.max() * price for out, price in zip(leaving, port_s, strict=True))
+    assert found == pytest.approx(max(home.max(), least))
+
+
+def test_a_rank_waits_for_the_rows_that_others_send_it():
+    links = SharedPorts(Topology((2, 2)), (Line(0, 1.0),))
+    matrix = np.zeros((4, 4))
+    matrix[0, 2] = matrix[1, 3] = 1.0
+    ends = links.finish(Transfer("a2a", "flat", matrix), np.array([5.0, 0.0, 0.0, 0.0]))
+    np.testing.assert_allclose(ends, [6, 1, 6, 1])
+
+
+def test_ranks_that_do_not_meet_go_on_when_their_own_rows_are_there():
+    topology = Topology((2, 2))
+    matrix = np.zeros((4, 4))
+    matrix[2, 0], matrix[2, 1] = 1.0, 3.0
+    plan = Plan()
+    plan.add("wait", COMPUTE, (), Hold(np.array([0.0, 0.0, 0.0, 1.0])))
+    plan.add("dispatch", INTER, ["wait"], Transfer("a2a", "flat", matrix))
+    plan.add("experts", COMPUTE, ["dispatch"], Compute(np.array([1.0, 1.0, 0.0, 1.0])))
+    cluster = cluster_of(topology, rate=1.0, device_flops_per_s=4.0)
+    apart, met = (
+        simulate(plan, Machine.data_sheet(cluster, 0.5, links=links), topology) for links in ("shared-ports", "ports")
+    )
+    np.testing.assert_allclose(apart.of("dispatch")[1], [2, 4, 4, 1])
+    np.testing.assert_allclose(apart.of("experts")[1], [3, 5, 4, 2])
+    np.testing.assert_allclose(met.of("dispatch")[1], [5, 5, 5, 5])
+    slowed = simulate(plan, Machine(apart_links(cluster), Held(), "test", {"inter": {"compute": 1.0}}), topology)
+    assert (slowed.of("dispatch")[1] >= apart.of("dispatch")[1] - 1e-9).all()
+
+
+class Held:
+    def seconds(self, cost):
+        return np.asarray(cost.macs, dtype=float)
+
+
+def apart_links(cluster):
+    return Machine.data_sheet(cluster, 0.5, links="shared-ports").links
+
+
+def cluster_of(topology, rate=None, **fields):
+    levels = [{"name": f"l{i}", "size": size} for i, size in enumerate(topology.shape)]
+    if rate is not None:
+        levels[0]["bandwidth_bytes_per_s"] = rate
+    return with_levels("c", levels, kind="physical", **fields)
