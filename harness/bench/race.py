@@ -153,11 +153,12 @@ def admit(job: Job, experiment: Experiment, outcome: Outcome, payload: dict[str,
     def build() -> Contender:
         name_phase(job, experiment, "building")
         if experiment.phase == "train_step":
-            built: Contender = _trainer(job, system, experiment, payload)
+            built: Contender = train.Trainer(job, system, experiment, _checkpoints(experiment, payload))
         elif experiment.phase in SERVING:
             built = serve.Server(job, system, experiment)
         else:
             built = LayerContender(job, system, experiment, case)
+        catch_up(job, experiment, built, payload)
         name_phase(job, experiment, "first step at full shape")
         for _ in range(max(1, payload["warmup"])):  # once at least, for the check
             built.warm_up()
@@ -186,14 +187,15 @@ def _resumed(job: Job, experiments: list[Experiment], payload: dict[str, Any]) -
     return {"trainings": trainings, "step": step, "resumed": words}
 
 
-def _trainer(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> train.Trainer:
-    """At the step at which the race begins: what has no checkpoint of it does the steps that are missing."""
-    made = train.Trainer(job, system, experiment, payload["trainings"].get(experiment.digest))
-    while made.step < payload["step"]:
-        name_phase(job, experiment, f"catching up: step {made.step} of {payload['step']}")
-        made.warm_up()
-    name_phase(job, experiment, "building")
-    return made
+def _checkpoints(experiment: Experiment, payload: dict[str, Any]) -> Checkpoints | None:
+    return payload["trainings"].get(experiment.digest)
+
+
+def catch_up(job: Job, experiment: Experiment, contender: Contender, payload: dict[str, Any]) -> None:
+    """To the step at which the race's trainings go on: what has no checkpoint of it does the steps that are missing."""
+    while isinstance(contender, train.Trainer) and contender.step < payload["step"]:
+        name_phase(job, experiment, f"catching up: step {contender.step} of {payload['step']}")
+        contender.warm_up()
 
 
 def no_stand_in(system: type[System], case: Case) -> str | None:
