@@ -186,6 +186,7 @@ def admit(
     def build() -> Contender:
         name_phase(job, experiment, "building")
         built = make(job, system, experiment, case, shared, payload)
+        catch_up(job, experiment, built, payload)
         name_phase(job, experiment, "first step at full shape")
         for _ in range(max(1, payload["warmup"])):  # once at least, for the check
             built.warm_up()
@@ -211,7 +212,7 @@ def make(
 ) -> Contender:
     """Collective: the contender of the experiment's phase."""
     if experiment.phase == "train_step":
-        return _trainer(job, system, experiment, payload)
+        return train.Trainer(job, system, experiment, payload.get("trainings", {}).get(experiment.digest))
     if experiment.phase in SERVING:
         return serve.Server(job, system, experiment, shared=shared)
     return LayerContender(job, system, experiment, case, shared)
@@ -246,14 +247,11 @@ def _resumed(job: Job, experiments: list[Experiment], payload: dict[str, Any]) -
     return {"trainings": trainings, "step": step, "resumed": words}
 
 
-def _trainer(job: Job, system: type[System], experiment: Experiment, payload: dict[str, Any]) -> train.Trainer:
-    """At the step at which the race begins: what has no checkpoint of it does the steps that are missing."""
-    made = train.Trainer(job, system, experiment, payload.get("trainings", {}).get(experiment.digest))
-    while made.step < payload.get("step", 0):
-        name_phase(job, experiment, f"catching up: step {made.step} of {payload['step']}")
-        made.warm_up()
-    name_phase(job, experiment, "building")
-    return made
+def catch_up(job: Job, experiment: Experiment, contender: Contender, payload: dict[str, Any]) -> None:
+    """To the step at which the race's trainings go on: what has no checkpoint of it does the steps that are missing."""
+    while isinstance(contender, train.Trainer) and contender.step < payload["step"]:
+        name_phase(job, experiment, f"catching up: step {contender.step} of {payload['step']}")
+        contender.warm_up()
 
 
 def no_stand_in(system: type[System], case: Case) -> str | None:
