@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from harness.comm.fits import Fit, GemmFit, Judged, TokensFit
 from harness import sealed
+from harness.comm.fits import Fit, GemmFit, Judged, TokensFit
 from harness.errors import UserError, bad
 from harness.specs import Cluster, Collective, Gemm, Spec
 

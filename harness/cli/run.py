@@ -78,11 +78,11 @@ def run(
 ) -> None:
     """Run experiments: every system checked first, then timed, interleaved with the others of its race.
 
-    Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
-    experts change places from its last checkpoint. What is refused or fails is a row
-    with its reason. Inputs are read before anything starts: a cell with a bad one is a row too, and the others run.
-    Exit status 1 if there was such a cell, or if no cell at all has a result. --suite auto takes gpu-node where this machine
-    has 2 GPUs or more, gpu where it has one, else quick.
+    Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose experts change
+    places from its last checkpoint. What is refused or fails is a row with its reason. Inputs are read before anything
+    starts: a cell with a bad one is a row too, and the others run. Exit status 1 if there was such a cell, or if no
+    cell at all has a result. --suite auto takes gpu-node where this machine has 2 GPUs or more, gpu where it has one,
+    else quick.
 
     ```
     moebench run --suite quick

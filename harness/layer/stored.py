@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from harness.dtypes import TORCH_DTYPE
 from harness import outputs
+from harness.dtypes import TORCH_DTYPE
 from harness.errors import bad, unreadable
 from harness.layer.gpt import GPT, Block
 from harness.layer.weights import Weights
