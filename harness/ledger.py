@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from harness.comm.fits import Fit, GemmFit, Judged, TokensFit
 from harness import sealed
+from harness.comm.fits import Fit, GemmFit, Judged, TokensFit
 from harness.errors import UserError, bad
 from harness.specs import Cluster, Collective, Gemm, Spec
 
@@ -121,7 +121,7 @@ def record(calibration: Calibration, folder: Path = LEDGER) -> Path:
         known = [each.model_dump_json() for each in [*history(calibration.profiled.name, folder), calibration]]
         plain: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "calibrations": [json.loads(each) for each in known]}
         plain |= {sealed.KIND: "calibrations"}
-        head = f'{{"schema_version": {SCHEMA_VERSION}, "{sealed.KIND}": "calibrations",\n '
+        head = f'{{"schema_version": {SCHEMA_VERSION}, "{sealed.KIND}": "calibrations", '
         head += f'"{sealed.KEY}": "{sealed.digest(plain)}", "calibrations": [\n'
         text = head + ",\n".join(known) + "\n]}\n"
         handle, name = tempfile.mkstemp(prefix=".ledger-", dir=folder)

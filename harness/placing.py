@@ -10,7 +10,6 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable
@@ -287,8 +286,8 @@ def check_profile(model: Model, num_layers: int, num_experts: int, top_k: int, n
 
 
 def read_bandwidths(path: Path, num_ranks: int) -> np.ndarray:
-    """Rows of numbers divided by commas (inf: free), float64 [G, G] for ``num_ranks`` = G; ``UserError`` names the file,
-    and the rate that is none."""
+    """Rows of numbers divided by commas (inf: free), float64 [G, G] for ``num_ranks`` = G; ``UserError`` names the
+    file, and the rate that is none."""
     try:
         found = np.loadtxt(path, delimiter=",", ndmin=2)
     except (OSError, ValueError) as error:

@@ -39,8 +39,8 @@ experiments:
 
 
 class Format(NamedTuple):
-    """``path`` holds what moebench wrote. ``read`` gives it back as plain data, or a word of why not. ``users``: whether
-    the text is a user's own, so that another text is another wish and only exceptions are wrong."""
+    """``path`` holds what moebench wrote. ``read`` gives it back as plain data, or a word of why not. ``users``:
+    whether the text is a user's own, so that another text is another wish and only exceptions are wrong."""
 
     path: Path
     read: Callable[[], Any]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from harness.dtypes import TORCH_DTYPE
 from harness import outputs
+from harness.dtypes import TORCH_DTYPE
 from harness.errors import bad, unreadable
 from harness.layer.gpt import GPT, Block
 from harness.layer.weights import Weights
@@ -72,13 +72,13 @@ def _read(path: Path) -> Arrays:
 def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Of everything that ``save`` keeps of a model of ``moebench record``, by name."""
     m, h, num_experts = model.hidden, model.ffn, model.num_experts
-    found = {"token.weight": (model.vocab, m), "position.weight": (model.seq, m)}
+    found: dict[str, tuple[int, ...]] = {"token.weight": (model.vocab, m), "position.weight": (model.seq, m)}
     with torch.device("meta"):
         block = {name: tuple(value.shape) for name, value in Block(model, nn.Identity()).state_dict().items()}
-    experts = {"w1": (num_experts, m, h), "w2": (num_experts, h, m)}
+    experts: dict[str, tuple[int, ...]] = {"w1": (num_experts, m, h), "w2": (num_experts, h, m)}
     if model.ffn_type == "swiglu":
         experts["w3"] = (num_experts, m, h)
-    gate = {"router": (m, num_experts)}
+    gate: dict[str, tuple[int, ...]] = {"router": (m, num_experts)}
     if model.gate == "xmoe":
         gate = {"router": (model.projection_dim, num_experts), "proj": (m, model.projection_dim)}
     moe: dict[str, tuple[int, ...]] = {f"experts.{name}": shape for name, shape in experts.items()}

@@ -10,7 +10,8 @@ from harness import outputs
 from harness.report import page
 from harness.report.keep import PAGE
 
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="moebench"><title>moebench: reports</title>
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="generator" content="moebench"><title>moebench: reports</title>
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;text-align:left}</style>
 <h1>Reports</h1><table><tr><th>report</th><th>over</th><th>made</th><th>tables</th></tr>

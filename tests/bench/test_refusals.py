@@ -1,4 +1,4 @@
-"""What may refuse, and nothing else does: the trials of ``moebench check`` that a system cannot run, system by system."""
+"""What may refuse, and nothing else does: the trials of ``moebench check`` that a system cannot run."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ GPUS = {"gpus_per_node": 2, "interconnect": {**REAL, "device": "H100"}}
         ({"additional_parameters": {"no-requeue": True}}, "write max_restarts"),
         ({"additional_parameters": {"nope": 1}}, "'nope': unknown; "),
         ({"additional_parameters": {"partition": "b"}}, "partition: 'b': is also said by partition"),
-        ({"additional_parameters": {"mail_user": "a@b", "mail-user": "c@d"}}, "is also said by additional_parameters.mail"),
+        ({"additional_parameters": {"mail_user": "a@b", "mail-user": "c@d"}}, "is also said by additional_parameters"),
         ({"additional_parameters": {"hold": "x"}}, "hold: 'x': is a switch"),
         ({"additional_parameters": {"contiguous": False}}, "write true, or leave it out"),
         ({"additional_parameters": {"reservation": True}}, "reservation: True: needs a value"),
