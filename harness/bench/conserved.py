@@ -5,8 +5,10 @@ can do without. A token that is computed elsewhere has to get there, once at lea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 
 from harness.bench.timing import Sample
 from harness.bench.witness import Verdict, settled
@@ -28,12 +30,11 @@ def check(
     told: a package on a GPU may send by a transport of its own."""
     if job.num_ranks == 1 or not cases or (job.device.type == "cuda" and system.kind == "package"):
         return Verdict()
-    directions = {sample.direction for sample in samples}
-    forward_only = not experiment.backward
-    bounds = {direction: _bounds(system, experiment, cases, direction, forward_only) for direction in directions}
+    bounds: list[Any] = [_bounds(system, experiment, cases) if job.rank == 0 else None]
+    dist.broadcast_object_list(bounds, 0)
     worst: tuple[float, str] = (0.0, "")
     for sample in samples:
-        least, planned = (None if of is None else float(of[job.rank]) for of in bounds[sample.direction])
+        least, planned = (None if of is None else float(of[job.rank]) for of in bounds[0][sample.direction])
         found, where = sample.received_bytes, f"rank {job.rank} in {sample.direction} of repetition {sample.rep}"
         for wanted, why, above in (
             (least, "by the routing it needs at least", False),
@@ -50,22 +51,27 @@ def check(
 
 
 def _bounds(
-    system: type[System], experiment: Experiment, cases: Sequence[Case], direction: str, forward_only: bool
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Bytes that each rank receives at least, and those that are planned (None: cannot be told), [num_ranks] each."""
-    ways = 1 if forward_only else _DIRECTIONS[direction]
-    least: np.ndarray | None = np.zeros(cases[0].topology.num_ranks)
-    planned: np.ndarray | None = np.zeros(cases[0].topology.num_ranks)
+    system: type[System], experiment: Experiment, cases: Sequence[Case]
+) -> dict[str, tuple[np.ndarray | None, np.ndarray | None]]:
+    """By direction, bytes that each rank receives at least, and those that are planned (None: cannot be told),
+    [num_ranks] each."""
+    rows: list[Any] = []
+    parts: list[Any] = []
     for case in cases:
-        model = case.model
-        if not model.takes_routing or model.capacity_factor is not None:
-            least = None
-        elif least is not None:
-            rows = least_rows(case.routing, np.asarray(system.planned_shares(case)) > 0).sum(0)
-            least = least + ways * rows * model.hidden * DTYPE_BYTES[case.dtype]
-        parts = system.planned_bytes(case) if experiment.exactly_planned else None
-        if parts is None:
-            planned = None
-        elif planned is not None:
-            planned = planned + direction_bytes(parts, "forward" if forward_only else direction).sum(0)
-    return least, planned
+        told = case.model.takes_routing and case.model.capacity_factor is None
+        rows.append(least_rows(case.routing, np.asarray(system.planned_shares(case)) > 0).sum(0) if told else None)
+        plan = system.planned_bytes(case) if experiment.exactly_planned else None
+        # Gradients of dense parts are all-reduced, and sums are not counted.
+        parts.append(None if plan is None else {name: of for name, of in plan.items() if name != "gradients"})
+    row_bytes = cases[0].model.hidden * DTYPE_BYTES[cases[0].dtype]
+    found: dict[str, tuple[np.ndarray | None, np.ndarray | None]] = {}
+    for direction, ways in _DIRECTIONS.items():
+        forward_only = direction == "total" and not experiment.backward
+        least = planned = None
+        if all(each is not None for each in rows):
+            least = np.sum(rows, axis=0) * row_bytes * (1 if forward_only else ways)
+        if all(each is not None for each in parts):
+            way = "forward" if forward_only else direction
+            planned = np.sum([direction_bytes(each, way).sum(0) for each in parts], axis=0)
+        found[direction] = least, planned
+    return found

@@ -52,23 +52,22 @@ class LayerWitness:
         self.lens = Lens.draw(case.model, weights.gate(max(case.routing.tokens)), work, job.device)
         self.gates = Gates(job, system, case, weights)
         self.calls = 0
+        self.owner: np.ndarray | None = None  # [E]
 
-    def drawn(self, matrices: Callable[[int], Matrices] | None = None) -> Known:
-        """As the model begins. ``matrices``: where the experts' are kept; None: drawn again."""
-        return Known({}, matrices or self.weights.expert, self.case.placement.owner)
-
-    def read(self, layer: MoELayer) -> Known:
-        """Collective: as the system's layer has them now, copied."""
+    def read(self, layer: MoELayer, moves: bool) -> Known:
+        """Collective: as the system's layer has them now, copied. ``moves``: experts may have changed places."""
         now = parameters_of(layer)
         own = {e: {name: value.detach().clone() for name, value in of.items()} for e, of in now.experts.items()}
-        every: list[Any] = [list(own)]
-        if self.job.num_ranks > 1:
-            every = [None] * self.job.num_ranks
-            dist.all_gather_object(every, list(own))
-        owner = np.zeros(self.case.model.num_experts, dtype=np.int64)
-        for rank, experts in reversed(list(enumerate(every))):
-            owner[experts] = rank
-        return Known({name: value.detach().clone() for name, value in now.gate.items()}, own.__getitem__, owner)
+        if self.owner is None or moves:
+            every: list[Any] = [list(own)]
+            if self.job.num_ranks > 1:
+                every = [None] * self.job.num_ranks
+                dist.all_gather_object(every, list(own))
+            self.owner = np.zeros(self.case.model.num_experts, dtype=np.int64)
+            for rank, experts in reversed(list(enumerate(every))):
+                self.owner[experts] = rank
+        gate = {name: value.detach().clone() for name, value in now.gate.items()}
+        return Known(gate, own.__getitem__, self.owner.copy())
 
     def check(self, name: str, step: int, known: Known, held: Held, gradients: Gradients | None = None) -> Verdict:
         """Collective: ``held`` has x and y [T, M], and dy and dx if there was a backward; it is emptied."""

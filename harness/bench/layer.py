@@ -47,6 +47,7 @@ class Truth:
         if self.prescribed:
             check_routing(case, Oracle(self.weights, identity_experts=True), self.x.double(), job.rank)
         self._pairs: Pairs | None = None
+        self.known: dict[Any, Any] = {}  # what calls must have made, until all systems have been compared
 
     def order(self, call: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which token comes where, int64 [T], and the factor of each token's gradient, [T] by token."""
@@ -190,6 +191,7 @@ class LayerContender:
             constant_gate=self.experiment.phase == "exchange" and not self.layer.gate_in_exchange,
             natural=not self.truth.prescribed,
             identity=self.truth.identity,
+            cache=self.truth.known,
         )
 
     def known_cases(self) -> list[Case]:

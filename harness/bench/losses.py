@@ -27,9 +27,7 @@ NATURAL, OF_A_TOKEN = 5, 0.3
 
 
 def affordable_steps(experiment: Experiment, num_steps: int) -> int:
-    """How many of the first ``num_steps`` the oracle may take; none where values mean nothing."""
-    if experiment.compute == "stand-in":
-        return 0
+    """How many of the first ``num_steps`` the oracle may take."""
     model, tokens = experiment.model, sum(experiment.workload.tokens(experiment.cluster.num_ranks))
     experts = model.num_experts * GEMMS[model.ffn_type] * model.hidden * model.ffn
     attention = 4 * model.hidden**2 + 2 * model.seq * model.hidden
@@ -46,8 +44,9 @@ def allowed(experiment: Experiment, step: int) -> float:
 
 
 def check(job: Job, trainers: Sequence[tuple[Experiment, train.Trainer]]) -> dict[str, Verdict]:
-    """Collective, by digest: of those trainings of a race that are right so far."""
+    """Collective, by digest: of those trainings of a race that are right so far. Not where values mean nothing."""
     found: dict[str, Verdict] = {}
+    trainers = [each for each in trainers if each[0].compute == "real"]
     groups: dict[Any, list[tuple[Experiment, train.Trainer]]] = {}
     for experiment, trainer in trainers:
         groups.setdefault(_rule(experiment), []).append((experiment, trainer))

@@ -203,7 +203,7 @@ class Trainer:
             self.witnesses[layer] = LayerWitness(
                 self.job, self.system, case, weights, natural=not self.training.prescribed, layer=layer
             )
-        return self.witnesses[layer].read(self.layers[layer])
+        return self.witnesses[layer].read(self.layers[layer], moves=self.after_step is not None)
 
     def _see(self, share: torch.Tensor, known: Known, name: str) -> float:
         """Collective, outside the clock: what the step made -> its loss."""

@@ -28,6 +28,8 @@ UNSURE = 2e-5
 _DRAWS = 6
 #: the largest of a matrix' numbers, as errors are relative to it, by their root mean square: of 1e4 normal ones
 LARGEST = 4.0
+#: a gradient this much smaller than what it is added up from is nothing, and errors are relative to that
+CANCELS = 1e-3
 
 
 @dataclasses.dataclass
@@ -90,6 +92,14 @@ class Gates:
         self.oracle = Oracle(weights, True, case.routing.tokens).to(job.device)
         self.oracle.tokens = tuple(count if rank == job.rank else 0 for rank, count in enumerate(case.routing.tokens))
 
+    @property
+    def rule(self) -> Any:
+        """By which assignments are dropped; None: none are."""
+        if self.case.model.capacity_factor is None or self.case.model.gate in EXPERTS_CHOOSE or self.system is None:
+            return None
+        kept = self.system.kept.__func__  # type: ignore[attr-defined]
+        return self.case.model.capacity_factor, kept, repr(sorted(self.case.options.items()))
+
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: getattr(self.oracle, name) for name in self.oracle.gate_names}
 
@@ -118,7 +128,7 @@ class Gates:
         return found
 
     def _kept(self, logits: torch.Tensor) -> torch.Tensor | None:
-        if self.case.model.capacity_factor is None or self.case.model.gate in EXPERTS_CHOOSE:
+        if self.rule is None:
             return None
         own = logits.softmax(-1).cpu()
         gathered: list[Any] = [own]
@@ -141,6 +151,7 @@ class _Wanted:
     experts: torch.Tensor  # [E, matrices, q + 1]
     doubtful: torch.Tensor  # [E]: not to be compared
     gate: torch.Tensor  # [parameters, q + 1]
+    gate_terms: torch.Tensor  # squared size of what the gate's gradients are added up from; it may cancel
     names: list[str]  # of the matrices
     ids: Callable[[int], list[int]]  # experts of a token
 
@@ -174,6 +185,7 @@ def _mixed(gates: Gates, given: Given, lens: Lens, identity: bool) -> _Wanted:
         experts,
         doubtful,
         gate,
+        gate.new_zeros(1),
         names,
         lambda token: [],
     )
@@ -202,18 +214,20 @@ def _want(gates: Gates, given: Given, lens: Lens, *, constant_gate: bool, natura
     names = list(pairs.weights)
     experts = torch.zeros(num_experts, len(names), NUM_DIRECTIONS + 1, dtype=torch.float64, device=x.device)
     gate = torch.zeros(len(oracle.gate_names), NUM_DIRECTIONS + 1, dtype=torch.float64, device=x.device)
-    known = pairs  # for the names of a token's experts
+    token, expert = pairs.token, pairs.expert
 
-    def ids(token: int) -> list[int]:
-        return known.expert[known.token == token].tolist()
+    def ids(which: int) -> list[int]:
+        return expert[token == which].tolist()
 
     if pairs.gate is None or pairs.dx is None:
-        return _Wanted(y, None, sure, experts, doubtful, gate, names, ids)
+        return _Wanted(y, None, sure, experts, doubtful, gate, gate.new_zeros(1), names, ids)
     dx = torch.zeros_like(y).index_add(0, pairs.token, weight * pairs.dx)
     for i, name in enumerate(names):
         parts = torch.cat([weight * pairs.weights[name], weight.square() * pairs.sizes[name][:, None]], 1)
         experts[:, i].index_add_(0, pairs.expert, parts.double())
+    terms = gate.new_zeros(1)
     if x.requires_grad:
+        terms += ((weight[:, 0] * pairs.gate).double().square() * x.detach().square().sum(1)[pairs.token]).sum()
         parameters = gates.parameters()
         surrogate = (g * pairs.gate.double()).sum()
         found = torch.autograd.grad(surrogate, [x, *parameters.values()], allow_unused=True)
@@ -222,7 +236,7 @@ def _want(gates: Gates, given: Given, lens: Lens, *, constant_gate: bool, natura
         for i, (name, gradient) in enumerate(zip(parameters, found[1:], strict=True)):
             if gradient is not None:
                 gate[i, :-1], gate[i, -1] = lens.of_matrix(name, gradient), gradient.square().sum()
-    return _Wanted(y, dx, sure, experts, doubtful, gate, names, ids)
+    return _Wanted(y, dx, sure, experts, doubtful, gate, terms, names, ids)
 
 
 def compare(
@@ -235,10 +249,11 @@ def compare(
     natural: bool = False,
     identity: bool = False,
     where: str = "",
+    cache: dict[Any, Any] | None = None,
 ) -> Verdict:
     """Collective: every call of a layer against what it was given. ``constant_gate``: no gradient goes through it;
     ``natural``: it chooses for itself, so that choices may be close; ``identity``: experts return their input;
-    ``where``: what the layer is, in words.
+    ``where``: what the layer is, in words; ``cache``: of what systems have in common that are given the same.
 
     Stand-ins for experts hand on what they get, and where several share an expert, each does: there all may be some
     whole number of times as large."""
@@ -251,13 +266,9 @@ def compare(
             worst[kind] = error, text
 
     for seen, give in calls:
-        given = give()
-        if given.pairs is None:
-            wanted = _mixed(gates, given, lens, identity)
-        else:
-            wanted = _want(gates, given, lens, constant_gate=constant_gate, natural=natural)
+        given, wanted = _known(gates, lens, give, cache, constant_gate, natural, identity)
         if gates.case.stand_in_costs is not None:
-            _multiply(job, seen, wanted)
+            wanted = _multiplied(job, seen, wanted)
         at = f"at {seen.name}{where}"
         scales = _agree(job, torch.stack([_scale(wanted.y, wanted.sure), _scale(wanted.dx, wanted.sure)]))
         for kind, found, expected, scale in (
@@ -273,17 +284,40 @@ def compare(
     return _settle(job, worst, tolerance)
 
 
-def _multiply(job: Job, seen: Seen, wanted: _Wanted) -> None:
+def _known(
+    gates: Gates,
+    lens: Lens,
+    give: Callable[[], Given],
+    cache: dict[Any, Any] | None,
+    constant_gate: bool,
+    natural: bool,
+    identity: bool,
+) -> tuple[Given, _Wanted]:
+    """Collective, the same on all ranks: worked out, or found where another system has had the same call."""
+    key = getattr(give, "args", None), constant_gate, gates.rule
+    if cache is not None and key in cache:
+        found: tuple[Given, _Wanted] = cache[key]
+        return found
+    given = give()
+    if given.pairs is None:
+        wanted = _mixed(gates, given, lens, identity)
+    else:
+        wanted = _want(gates, given, lens, constant_gate=constant_gate, natural=natural)
+    if cache is not None:
+        cache[key] = dataclasses.replace(given, x=given.x[:0], dy=None, pairs=None), wanted
+    return given, wanted
+
+
+def _multiplied(job: Job, seen: Seen, wanted: _Wanted) -> _Wanted:
     """Collective: by the whole number of times that all is larger than it would be."""
     found, expected = seen.y[wanted.sure].double().flatten(), wanted.y[wanted.sure].double().flatten()
     dots = torch.stack([found @ expected, expected @ expected])
     if job.num_ranks > 1:
         dist.all_reduce(dots)
     factor = max(1.0, round(float(dots[0] / dots[1].clamp_min(1e-300)))) if bool(dots.isfinite().all()) else 1.0
-    wanted.y = wanted.y * factor
-    wanted.dx = None if wanted.dx is None else wanted.dx * factor
-    wanted.gate[:, :-1] *= factor
-    wanted.gate[:, -1] *= factor**2
+    gate = torch.cat([wanted.gate[:, :-1] * factor, wanted.gate[:, -1:] * factor**2], 1)
+    dx = None if wanted.dx is None else wanted.dx * factor
+    return dataclasses.replace(wanted, y=wanted.y * factor, dx=dx, gate=gate)
 
 
 def _weights(job: Job, gates: Gates, given: Given, seen: Seen, wanted: _Wanted, at: str) -> Iterable[tuple[float, str]]:
@@ -295,7 +329,9 @@ def _weights(job: Job, gates: Gates, given: Given, seen: Seen, wanted: _Wanted, 
             own[i] = seen.gate[name].double()
     told = torch.zeros(gates.case.model.num_experts, dtype=torch.float64, device=job.device)
     told[list(seen.experts)] = 1
-    experts, doubtful, gate, own, told = _summed(job, wanted.experts, wanted.doubtful, wanted.gate, own, told)
+    experts, doubtful, gate, terms, own, told = _summed(
+        job, wanted.experts, wanted.doubtful, wanted.gate, wanted.gate_terms, own, told
+    )
     checked = set(range(len(experts)) if given.experts is None else given.experts.tolist())
     largest = experts[:, :, -1].sqrt().amax(0) if experts.numel() else experts.new_zeros(0)
     for e, of in seen.experts.items():
@@ -311,8 +347,8 @@ def _weights(job: Job, gates: Gates, given: Given, seen: Seen, wanted: _Wanted, 
             yield math.inf, f"of expert {e}, of which no rank has a gradient, {at}"
     if given.tokens is None and not float(doubtful.sum()):
         for i, name in enumerate(gate_names):
-            size = LARGEST * max(float(gate[i, -1]) ** 0.5, float(gate[i, :-1].abs().max()))
-            scale = size if size > 1e-12 else 1.0
+            size, of_terms = max(float(gate[i, -1]) ** 0.5, float(gate[i, :-1].abs().max())), float(terms) ** 0.5
+            scale = LARGEST * (size if size > CANCELS * of_terms else of_terms) or 1.0
             yield float((own[i] - gate[i, :-1]).abs().max()) / scale, f"of the gate's {name} {at}"
 
 

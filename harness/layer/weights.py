@@ -5,8 +5,11 @@ Every rank can draw any expert by itself, so no rank ever needs to hold or recei
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +84,9 @@ class Weights:
 
     def expert(self, index: int) -> dict[str, torch.Tensor]:
         """w1 [M, H], w2 [H, M]; for swiglu w1 is the gate projection and w3 [M, H] the up projection."""
+        return _DRAWN.get((self, index), lambda: self._expert(index))
+
+    def _expert(self, index: int) -> dict[str, torch.Tensor]:
         m, h = self.model.hidden, self.model.ffn
         weights = {
             "w1": self._draw(3 * index + 2, (m, h), 1 / math.sqrt(m)),
@@ -89,6 +95,34 @@ class Weights:
         if self.model.ffn_type == "swiglu":
             weights["w3"] = self._draw(3 * index + 4, (m, h), 1 / math.sqrt(m))
         return weights
+
+
+class _Drawn:
+    """The experts drawn last, as far as they are small: all systems of a race draw the same ones."""
+
+    MAX_BYTES = 1 << 25
+
+    def __init__(self) -> None:
+        self.kept: collections.OrderedDict[Any, dict[str, torch.Tensor]] = collections.OrderedDict()
+        self.num_bytes = 0
+
+    def get(self, key: Any, draw: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """A copy, for whoever changes it."""
+        if key not in self.kept:
+            drawn = draw()
+            if (size := _bytes(drawn)) > self.MAX_BYTES // 8:
+                return drawn
+            self.kept[key], self.num_bytes = drawn, self.num_bytes + size
+            while self.num_bytes > self.MAX_BYTES:
+                self.num_bytes -= _bytes(self.kept.popitem(last=False)[1])
+        return {name: value.clone() for name, value in self.kept[key].items()}
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in tensors.values())
+
+
+_DRAWN = _Drawn()
 
 
 def capacity(model: Model, num_tokens: int) -> int:
