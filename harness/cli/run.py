@@ -78,22 +78,22 @@ def run(
 ) -> None:
     """Run experiments: every system checked first, then timed, interleaved with the others of its race.
 
-            Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
-        experts change places from its last checkpoint. Inputs are read before anything starts: a cell with a bad one is a
-        row with its reason, and the others run. What is refused or fails is a row with its reason, told at the end with the
-        command for the page. --suite auto takes gpu-node where this machine has 2 GPUs or more, gpu where it has one, else
-        quick.
+    Rows go to results/runs/NAME; a second call resumes after the finished cells, and a training whose
+    experts change places from its last checkpoint. Inputs are read before anything starts: a cell with a bad one is a
+    row with its reason, and the others run. What is refused or fails is a row with its reason, told at the end with the
+    command for the page. --suite auto takes gpu-node where this machine has 2 GPUs or more, gpu where it has one, else
+    quick.
 
-        Exit status: 0, every cell was timed or refused; 1, a cell failed, hung, ran out of memory, did not conform, was
-        unphysical or had a bad input, or none is ok (the others keep their rows, and a second call runs again what failed);
-        2, bad input, nothing ran; 130, interrupted.
-    
-        ```
-        moebench run --suite quick
-        moebench run --suite auto --dry-run
-        moebench run --suite gpu-node --dry-run --gpus 8
-        moebench run my-experiments.yaml --name mine --launches 5
-        ```
+    Exit status: 0, every cell was timed or refused; 1, a cell failed, hung, ran out of memory, did not conform, was
+    unphysical or had a bad input, or none is ok (the others keep their rows, and a second call runs again what failed);
+    2, bad input, nothing ran; 130, interrupted.
+
+    ```
+    moebench run --suite quick
+    moebench run --suite auto --dry-run
+    moebench run --suite gpu-node --dry-run --gpus 8
+    moebench run my-experiments.yaml --name mine --launches 5
+    ```
     """
     if (experiments is None) == (not suite):
         raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
