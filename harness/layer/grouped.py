@@ -3,7 +3,7 @@
 The dense oracle computes every expert on every token. Here each expert sees only the rows that chose it, and what is
 wanted of a tensor is how it looks through a *lens*: a few random directions. Seen so, a row of the output is
 h (w2 v), a row of the input's gradient dh' (w1^T v), and a gradient of a weight a sum of products of two numbers a row.
-So of the nine matrix products of a training step two are left (of the fifteen of swiglu, three), in float32 or float64,
+So of the six matrix products of a training step two are left (of the nine of swiglu, three), in float32 or float64,
 and no row, column, expert or weight is left out: a random direction sees them all.
 
 Rows go to the experts and numbers come back through ``torch.distributed`` alone; nothing here is shared with a system.
