@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from harness.bench.witness import Gates, Given, Verdict, compare, see
+from harness.bench.choices import Gates
+from harness.bench.witness import Given, Verdict, compare, see
 from harness.comm.handover import Held
 from harness.comm.job import Job
 from harness.layer.grouped import Lens, Matrices, identities, look

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness.bench.choices import Gates
 from harness.bench.timing import Sample, Stopwatch
-from harness.bench.witness import Gates, Given, Seen, Verdict, compare, see
+from harness.bench.witness import Given, Seen, Verdict, compare, see
 from harness.comm.job import Job
 from harness.layer import gates
 from harness.layer.grouped import Lens, Pairs, identities, look
