@@ -114,6 +114,7 @@ def test_simulate_prints_json_alone_and_keeps_files(moebench, tmp_path):
     assert "1,458 layers" in err
     assert {row["evidence"] for row in found["tables"]["speedup-over-tutel"]} == {"simulated", "reported"}
     assert [path.name for path in sorted((tmp_path / "fsmoe-grid").iterdir())] == [
+        ".moebench",
         "closed-form.csv",
         "different-degrees.csv",
         "grid.parquet",

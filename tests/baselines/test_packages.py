@@ -42,7 +42,7 @@ REFUSED_BY_ALL = {
 REFUSED = {
     "megatron": {"rank-without-tokens": "without tokens", "mixtral-gate-k1": "not by 1"},
     "deepspeed": {"mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid", "sigmoid-gate-k1": "sigmoid"},
-    "deepspeed-drop": {trial: "the model has none" for trial in TRIALS if trial != "drops"}
+    "deepspeed-drop": {trial: "the model has none" for trial in TRIALS if "drops" not in trial}
     | {"mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid", "sigmoid-gate-k1": "sigmoid"},
     "tutel": {
         "rank-without-tokens": "without tokens",

@@ -19,7 +19,8 @@ TUTEL = {*NO_GATES, *SIGMOID, "rank-without-tokens"}
 #: of real packages alone; native systems run all that there is
 MAY_REFUSE = {
     "deepspeed": {*NO_GATES, *SIGMOID},
-    "deepspeed-drop": TRIALS.keys() - {"drops"},  # it drops by a capacity factor, which the other trials have not
+    "deepspeed-drop": TRIALS.keys()
+    - {"drops", "long-drops"},  # it drops by a capacity factor, which the other trials have not
     "megatron": {*NO_GATES, "sigmoid-gate", "rank-without-tokens"},
     "tutel": TUTEL,
     "tutel-2dh": TUTEL,

@@ -44,7 +44,7 @@ def test_it_is_refused_in_every_phase_that_runs_layers(job):
     for experiment in parsed(PHASES).experiments:
         assert experiment.lacks == WHY
         outcome = race.Outcome()
-        assert race.admit(job, experiment, outcome, {"warmup": 1}) is None
+        assert race.admit(job, experiment, outcome, {"warmup": 1}, {}) is None
         assert (outcome.status, outcome.reason) == ("refused", WHY)
         assert dry.refusal(experiment) == WHY
 

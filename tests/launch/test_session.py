@@ -233,9 +233,11 @@ def test_a_launcher_that_cannot_run_says_why(tmp_path, monkeypatch):
 def test_the_supervisors_end_leaves_nothing(tmp_path, cluster, how):
     mark = uuid.uuid4().hex
     program = f"""
+        import signal
         from pathlib import Path
         from harness.launch.session import open_session
         from tests.launch import clusters
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell turns off in the background
         with open_session(clusters.{cluster}, log_dir=Path({str(tmp_path / "logs")!r})) as ranks:
             print("ready", flush=True)
             ranks.call("tests.launch.work:go_wrong", {{"rank": 1, "how": "hang"}})

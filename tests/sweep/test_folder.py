@@ -124,7 +124,8 @@ def test_status_of_ten_thousand_cells(sweep_file, tmp_path, monkeypatch):
     rows = pd.DataFrame(race).assign(schema_version=1)
     monkeypatch.setattr(os, "fsync", lambda file: None)  # a thousand waits for the disk
     for r in range(num_races):
-        store.append(rows.assign(cell=[f"{r:08x}{s:08x}" for s in range(systems) for _ in range(10)]))
+        cell = [f"{r:08x}{s:08x}" for s in range(systems) for _ in range(10)]
+        store.append(rows.assign(race=f"{r:016x}", cell=cell))
     begin = time.monotonic()
     sweep = Sweep.attach(folder.run_dir)
     table = sweep.cells()
