@@ -20,7 +20,7 @@ TUTEL = {*NO_GATES, *SIGMOID, "rank-without-tokens"}
 MAY_REFUSE = {
     "deepspeed": {*NO_GATES, *SIGMOID},
     "deepspeed-drop": TRIALS.keys()
-    - {"drops", "long-drops"},  # it drops by a capacity factor, which the other trials have not
+    - {"drops", "long-drops"},  # others have no capacity factor, which it needs
     "megatron": {*NO_GATES, "sigmoid-gate", "rank-without-tokens"},
     "tutel": TUTEL,
     "tutel-2dh": TUTEL,
