@@ -69,7 +69,7 @@ def installed(package: type[System]) -> type[System]:
     return package
 
 
-@pytest.mark.parametrize("cluster", [pytest.param("local-2", marks=pytest.mark.long), "local-4"])
+@pytest.mark.parametrize("cluster", ["local-2", pytest.param("local-4", marks=pytest.mark.long)])
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
 def test_agrees_with_the_oracle(session: Ranks, package: type[System], cluster: str) -> None:
     name = installed(package).name

@@ -31,7 +31,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("system", WAYS)
+@pytest.mark.parametrize("system", [pytest.param(n, marks=[pytest.mark.long] * (n == "fastermoe")) for n in WAYS])
 @pytest.mark.parametrize("shape", [pytest.param((2, 4), marks=pytest.mark.long), (2, 2, 2)], ids=str)
 def test_every_way_equals_the_oracle(session, system, shape):
     trials = ["uniform", "swiglu", "experts-without-tokens", "kE", "drops", "softmoe", "exchange"]

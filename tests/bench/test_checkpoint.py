@@ -28,6 +28,7 @@ def run(folder: Path, session: Any, system: str = "hiermoe", **changes: Any) -> 
     return session(cluster(SHAPE)).call(TRAINED, payload | changes, timeout_s=100)
 
 
+@pytest.mark.long
 def test_a_death_in_the_middle_of_a_swap_loses_no_whole_step(tmp_path, session):
     whole = run(tmp_path / "whole", session)[0]
     assert whole["began"] == 0

@@ -19,8 +19,7 @@ TUTEL = {*NO_GATES, *SIGMOID, "rank-without-tokens"}
 #: of real packages alone; native systems run all that there is
 MAY_REFUSE = {
     "deepspeed": {*NO_GATES, *SIGMOID},
-    "deepspeed-drop": TRIALS.keys()
-    - {"drops", "long-drops"},  # others have no capacity factor, which it needs
+    "deepspeed-drop": TRIALS.keys() - {"drops", "long-drops"},  # others have no capacity factor, which it needs
     "megatron": {*NO_GATES, "sigmoid-gate", "rank-without-tokens"},
     "tutel": TUTEL,
     "tutel-2dh": TUTEL,

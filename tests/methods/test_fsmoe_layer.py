@@ -20,7 +20,8 @@ def test_every_schedule_is_a_system():
     assert {registry.system(name).policy for name in SYSTEMS} == set(POLICIES.values())
 
 
-@pytest.mark.parametrize("shape", [pytest.param((2, 4), marks=pytest.mark.long), (4, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2)], ids=str)
+@pytest.mark.long
 def test_every_pair_of_degrees_equals_the_oracle(session, shape):
     payload = {"system": "fsmoe", "degrees": [1, 2, 4, 8]}
     assert session(cluster(shape)).call(ON_RANKS + "every_cut", payload, timeout_s=120)[0] == []

@@ -52,13 +52,10 @@ def run(session, system: str, shape: tuple[int, int], priced: bool = False, **ch
 
 @pytest.mark.parametrize(
     ("shape", "model_parallel"),
-    [
-        ((2, 4), True),
-        ((4, 2), False),
-        *(pytest.param(*each, marks=pytest.mark.long) for each in [((2, 4), False), ((4, 2), True)]),
-    ],
+    [((2, 4), True), ((4, 2), False), ((2, 4), False), ((4, 2), True)],
     ids=str,
 )
+@pytest.mark.long
 def test_ten_steps_have_the_oracles_losses(session, shape, model_parallel):
     options = {"degree_forward": 2, "degree_backward": 4}
     for each in run(session, "fsmoe", shape, model_parallel=model_parallel, options=options):

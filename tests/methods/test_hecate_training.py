@@ -38,7 +38,7 @@ def slow(shape):
 @pytest.mark.parametrize(
     ("system", "options"),
     [
-        ("hecate", {"t": 3, "reshard_every": 7, "window": 3}),
+        pytest.param("hecate", {"t": 3, "reshard_every": 7, "window": 3}, marks=pytest.mark.long),
         ("hecate", {"t": 5, "m": 1, "reshard_every": 10}),
         ("hecate-rm", {"t": 3, "m": 2, "reshard_every": 7, "calibrate": True}),
     ],
@@ -63,7 +63,8 @@ def test_fifty_steps_have_the_oracles_losses(session, system, options):
     assert ("regather" in kinds) == (system == "hecate-rm")
 
 
-@pytest.mark.parametrize("shape", [pytest.param((2, 4), marks=pytest.mark.long), (2, 2, 2)], ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("shape", [(2, 4), (2, 2, 2)], ids=str)
 def test_a_rank_for_each_expert_and_three_levels(session, shape):
     found = train(session, shape, num_steps=10, t=4, m=2, reshard_every=3, rematerialise=shape == (2, 2, 2))
     assert found[0]["moved"]

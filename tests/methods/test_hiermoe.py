@@ -25,9 +25,7 @@ def cluster(shape: tuple[int, ...]) -> Cluster:
 LONG = pytest.mark.long  # what is like another one, at a higher price
 
 
-@pytest.mark.parametrize(
-    "shape", [pytest.param(TOPOLOGIES[n], id=n, marks=[LONG] * (n in ("2", "8"))) for n in TOPOLOGIES]
-)
+@pytest.mark.parametrize("shape", [pytest.param(TOPOLOGIES[n], id=n, marks=[LONG] * (n != "4")) for n in TOPOLOGIES])
 def test_native_systems_equal_the_oracle(session, shape: tuple[int, ...]) -> None:
     payload: dict[str, Any] = {"systems": ["flat", "hiermoe-hd2"]}
     if len(shape) == 3:  # flat knows no levels: (2, 4) is the same to it

@@ -62,7 +62,7 @@ def test_where_costs_are_known_an_update_is_made_only_if_the_steps_that_it_serve
     assert found[0]["swaps"] == []
 
 
-@pytest.mark.parametrize("system", ["smartmoe", "hiermoe-hd2-smart"])
+@pytest.mark.parametrize("system", ["smartmoe", pytest.param("hiermoe-hd2-smart", marks=pytest.mark.long)])
 def test_smart_placement_changes_training_only_where_states_stay_behind(session, system):
     shape, curves = (2, 2), {}
     for states in (True, False):

@@ -170,9 +170,7 @@ def test_who_begins_together_is_done_together_with_the_busiest_port(drawn):
     assert ends.max() == pytest.approx(float(links.of(matrix)))
     begins = np.arange(topology.num_ranks) / 10
     later = links.finish(Transfer("a2a", "flat", matrix), begins)
-    senders = np.where(matrix.T > 0, begins, 0).max(
-        1
-    )  # delays of others may leave it a free port
+    senders = np.where(matrix.T > 0, begins, 0).max(1)  # delays of others may leave it a free port
     assert (later >= np.maximum(begins, senders) - 1e-9).all()
     assert (later <= ends.max() + (topology.num_ranks - 1) / 10 + 1e-9).all()
 

@@ -28,6 +28,7 @@ def part_of(sweep: Sweep) -> dict[str, str]:
     return {digest: part for digest, _, _, part, *_ in sweep.facts["cells"]}
 
 
+@pytest.mark.long
 def test_a_profile_outlives_a_node(one_machine, sweep_file, tmp_path, monkeypatch):
     monkeypatch.setattr(submit, "freeze", frozen_with(QUICK))
     slurm = spec.load_cluster(sweep_file("nodes").parent / "cluster.yaml")
