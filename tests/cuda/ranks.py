@@ -185,19 +185,18 @@ def main(folder: Path, first: bool) -> None:
     importlib.import_module("harness.compiled")
     python_corpus()
     shared.install()
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     gc.collect()
     gc.freeze()
     children = []
     for rank in range(WORLD):
         if (child := os.fork()) == 0:
-            be_rank(folder, rank, list(systems), first, server.port)
+            be_rank(folder, rank, list(systems), first)
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
 
 
-def be_rank(folder: Path, rank: int, systems: list[str], first: bool, port: int) -> None:
+def be_rank(folder: Path, rank: int, systems: list[str], first: bool) -> None:
     """Never returns."""
     log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -210,7 +209,7 @@ def be_rank(folder: Path, rank: int, systems: list[str], first: bool, port: int)
         emulated.install()
         dist.init_process_group(
             "gloo",
-            store=dist.TCPStore("127.0.0.1", port, is_master=False),
+            store=dist.FileStore(str(folder / "rendezvous"), WORLD),  # a server's thread would not survive the forks
             rank=rank,
             world_size=WORLD,
             timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S),
