@@ -19,7 +19,7 @@ TORCH_FROM := $(VENV)/.torch-index
 # set where another index is asked for than the one that the installed torch is from
 OTHER := $(if $(TORCH_INDEX),$(if $(filter $(TORCH_INDEX),$(shell cat $(TORCH_FROM) 2>/dev/null)),,other-index))
 
-.PHONY: setup reproduce test test-long lint clean other-index
+.PHONY: setup reproduce test test-long test-goldens lint clean other-index
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -59,14 +59,18 @@ reproduce: setup
 	@made=$$($(VENV)/bin/moebench run --suite auto $(if $(RUN),--name $(RUN))); status=$$?; [ -n "$$made" ] || exit $$status; \
 	  echo "$$made"; $(VENV)/bin/moebench report summary --run "$$(basename "$${made%%:*}")" || exit; exit $$status
 
-# In two processes; what measures time runs before them and alone. One test under a debugger: make test ARGS="-n0 --pdb ..."
+# In three processes; what measures time runs before them and alone. One test under a debugger: make test ARGS="-n0 --pdb ..."
 # The last -m counts, so that ARGS may hold another one.
 test: setup
 	$(PY) -m pytest -n 3 -m "not long" $(ARGS)
 
 # Proofs that last: a shorter test of `make test` has an eye on the same behaviour.
 test-long: setup
-	$(PY) -m pytest -n 3 -m long $(ARGS)
+	$(PY) -m pytest -n 3 -m "long and not goldens" $(ARGS)
+
+# Numbers of all studies, as they were frozen (python -m tests.goldens).
+test-goldens: setup
+	$(PY) -m pytest -n 2 -m goldens $(ARGS)
 
 lint: setup
 	$(PY) -m ruff format --check .

@@ -8,7 +8,7 @@ import pytest
 from harness.studies import studies
 from tests.goldens import frozen
 
-#: a second or so each; the others are for make test-long
+#: a second or so each; the others take about ten minutes together: make test-goldens
 QUICK = ("fsmoe-breakdown", "fsmoe-gates", "fsmoe-grid", "fsmoe-models")
 MEASURED = {"fsmoe-solver", "hiermoe-search", "moetuner-solvers", "hecate-planners"}  # times of this machine alone
 LASTING = [name for name in studies() if name not in {*QUICK, *MEASURED}]
@@ -25,6 +25,7 @@ def test_studies_say_what_they_said(name):
 
 
 @pytest.mark.long
+@pytest.mark.goldens
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", LASTING)
 def test_every_other_study_says_what_it_said(name):
