@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from harness.comm.agree import of_all
 from harness.comm.job import Job
 from harness.errors import bad
 from harness.placement import Placement
@@ -54,7 +55,7 @@ class Checkpoints:
         for step, facts, problem in self._seen_by_rank_0():
             if facts is None and not problem:
                 continue  # the ranks ended while they were writing it
-            problems = [problem] if problem else self._gathered(self._problem(step))
+            problems = [problem] if problem else of_all(self.job, self._problem(step))
             if facts is not None and not any(problems):
                 self._placements = facts["placements"]
                 return step, notes
@@ -148,7 +149,7 @@ class Checkpoints:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         else:
             why = ""
-        wrong = next(filter(None, self._gathered(why and f"{file}: {why}")), "")
+        wrong = next(filter(None, of_all(self.job, why and f"{file}: {why}")), "")
         if wrong:
             if self.job.rank == 0:
                 for number, each in self._steps().items():
@@ -172,13 +173,6 @@ class Checkpoints:
     def _steps(self) -> dict[int, Path]:
         found = ((path.name.removeprefix("step-"), path) for path in self.folder.glob("step-*"))
         return {int(number): path for number, path in found if number.isdecimal()}
-
-    def _gathered(self, value: str) -> list[str]:
-        if self.job.num_ranks == 1:
-            return [value]
-        found: list[Any] = [None] * self.job.num_ranks
-        dist.all_gather_object(found, value)
-        return found
 
     @contextmanager
     def noting(self, step: int) -> Iterator[None]:

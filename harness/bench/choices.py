@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from harness.comm.agree import of_all
 from harness.comm.job import Job
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
@@ -65,11 +65,6 @@ class Gates:
     def _kept(self, logits: torch.Tensor) -> torch.Tensor | None:
         if self.rule is None:
             return None
-        own = logits.softmax(-1).cpu()
-        gathered: list[Any] = [own]
-        if self.job.num_ranks > 1:
-            gathered = [None] * self.job.num_ranks
-            dist.all_gather_object(gathered, own)
         assert self.system is not None
-        kept = self.system.kept(self.case, gathered)
+        kept = self.system.kept(self.case, of_all(self.job, logits.softmax(-1).cpu()))
         return None if kept is None else kept[self.job.rank].to(logits.device)

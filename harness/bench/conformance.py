@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from harness import registry
 from harness.bench.wording import Worst, reason, worst, worst_of
-from harness.comm.agree import attempt, failed, status_of
+from harness.comm.agree import attempt, failed, of_all, status_of
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.layer.gates import steer
@@ -325,8 +325,7 @@ def _errors(
                 words = functools.partial(_index, f"rank {job.rank}, {name} of expert {e}")
                 weights.append(_worst(gradient, named[name], e, words))
         mine["weight_grad"] = worst(weights)
-    of_ranks: list[Any] = [None] * job.num_ranks
-    dist.all_gather_object(of_ranks, (mine, owned))
+    of_ranks = of_all(job, (mine, owned))
     errors = {name: worst(each[name] for each, _ in of_ranks) for name in mine}
     absent = set(range(len(named["w1"]))) - set().union(*(each for _, each in of_ranks)) if "w1" in named else set()
     if absent:

@@ -53,11 +53,11 @@ def store_bad(store: Store, suite: Suite, launches: int | None) -> None:
     """A row for each bad cell in each launch, unless it is told already; it is tried again when the run goes on."""
     told = store.outcomes()
     for each in suite.bad:
-        experiment, physical = each.experiment, each.experiment.cluster.kind == "physical"
-        evidence, network = ("measured", "physical") if physical else ("emulated", "unshaped")  # it ran nowhere
+        experiment = each.experiment
+        evidence, network = tidy.nowhere(experiment.cluster)
         for launch in range(launches or each.launches):
             known = told.get((experiment.digest, launch))
             if known is None or known[2] != each.reason[:500]:
-                setting = tidy.Setting(store.path.name, launch, evidence, {"network": network})
+                setting = tidy.Setting(store.path.name, launch, evidence, network)
                 race = Race((experiment,), 1, 0, each.launches)
                 store.append(tidy.rows_of_race(race, setting, [], {experiment.digest: ("failed", each.reason)}))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from harness.bench.choices import Gates
 from harness.bench.witness import Given, Verdict, compare, see
+from harness.comm.agree import of_all
 from harness.comm.handover import Held
 from harness.comm.job import Job
 from harness.layer.grouped import Lens, Matrices, identities, look
@@ -60,12 +60,8 @@ class LayerWitness:
         now = parameters_of(layer)
         own = {e: {name: value.detach().clone() for name, value in of.items()} for e, of in now.experts.items()}
         if self.owner is None or moves:
-            every: list[Any] = [list(own)]
-            if self.job.num_ranks > 1:
-                every = [None] * self.job.num_ranks
-                dist.all_gather_object(every, list(own))
             self.owner = np.zeros(self.case.model.num_experts, dtype=np.int64)
-            for rank, experts in reversed(list(enumerate(every))):
+            for rank, experts in reversed(list(enumerate(of_all(self.job, list(own))))):
                 self.owner[experts] = rank
         gate = {name: value.detach().clone() for name, value in now.gate.items()}
         return Known(gate, own.__getitem__, self.owner.copy())

@@ -188,8 +188,7 @@ class Sessions:
         """Evidence and network; of ranks that never ran, what their cluster is."""
         if self._session is not None:
             return self._session.evidence, dict(self._session.network)
-        physical = self.plan.cluster.kind == "physical"
-        return ("measured", {"network": "physical"}) if physical else ("emulated", {"network": "unshaped"})
+        return tidy.nowhere(self.plan.cluster)
 
     def run(self, race: Race, report: Callable[[dict[str, Any]], None]) -> tuple[list[Any], dict[str, tuple[str, str]]]:
         """Ranks' answers, and the cells that ended their session with status and reason."""

@@ -30,6 +30,7 @@ from harness.bench.inside import Known, LayerWitness, watched_layers
 from harness.bench.places import case_of, cases, placements, planned, profile_of
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict, first_of
+from harness.comm.agree import of_all
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.errors import UserError, placed
@@ -136,10 +137,7 @@ class Server:
         windows = python_corpus().sample(np.random.default_rng([7, rank]), max(1, PROFILE_TOKENS // seq), seq)
         self._pass(torch.as_tensor(windows % self.model.vocab, device=self.job.device), None)
         own = [layer.routed[0].cpu().numpy().astype(np.int32) for layer in self.layers]  # type: ignore[index, union-attr]
-        every: list[Any] = [own]
-        if self.job.num_ranks > 1:
-            every = [None] * self.job.num_ranks
-            dist.all_gather_object(every, own)
+        every = of_all(self.job, own)
         tokens = tuple(len(of_rank[0]) for of_rank in every)
         return [
             Routing(np.concatenate(of_layer), tokens, self.model.num_experts) for of_layer in zip(*every, strict=True)

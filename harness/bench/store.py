@@ -26,6 +26,7 @@ from harness import sealed
 from harness.errors import UserError, bad
 from harness.plan import perfetto
 from harness.plan.graph import Timeline
+from harness.specs import Experiment
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,6 +251,21 @@ class Store:
                 remedy = "delete it; `moebench run` then runs its cells again"
                 problems.append(f"{path}: damaged or not a moebench part ({_one_line(error)}): {remedy}")
         return tables, problems
+
+
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """Columns of the store that an experiment decides, but its cell's."""
+    return {
+        "race": experiment.race,
+        "system": experiment.system,
+        "phase": experiment.phase,
+        "model": experiment.model.name + (" (model-parallel)" if experiment.model_parallel else ""),
+        "cluster": experiment.cluster.name,
+        "workload": experiment.workload.name,
+        "dtype": experiment.dtype,
+        "wire": experiment.wire,
+        "compute": experiment.compute,
+    }
 
 
 def _told(rows: pd.DataFrame) -> list[list[Any]]:

@@ -12,13 +12,13 @@ import numpy as np
 from harness import registry
 from harness.bench import physics, serve
 from harness.bench.race import make_case
-from harness.bench.store import SCHEMA_VERSION
+from harness.bench.store import SCHEMA_VERSION, identity
 from harness.bench.suite import Race
 from harness.placement import Placement
 from harness.plan.graph import Plan, Timeline
 from harness.routing import Certificate, certify, make_routing
 from harness.routing.certificate import expert_counts
-from harness.specs import SERVING, Experiment
+from harness.specs import SERVING, Cluster, Experiment
 from harness.system import Case
 from harness.topology import Topology
 
@@ -46,6 +46,12 @@ class Setting:
     evidence: str
     network: Mapping[str, Any]  # the session's facts
     refuse_cpu_bound: bool = False
+
+
+def nowhere(cluster: Cluster) -> tuple[str, dict[str, Any]]:
+    """Evidence and network of rows of ``cluster`` that were never timed on it."""
+    physical = cluster.kind == "physical"
+    return ("measured", {"network": "physical"}) if physical else ("emulated", {"network": "unshaped"})
 
 
 def now_utc() -> str:
@@ -112,18 +118,11 @@ class _Cell:
         self.base = {
             "run": setting.run,
             "launch": setting.launch,
-            "race": experiment.race,
             "cell": experiment.digest,
-            "system": experiment.system,
-            "phase": experiment.phase,
-            "model": experiment.model.name + (" (model-parallel)" if experiment.model_parallel else ""),
-            "cluster": experiment.cluster.name,
-            "workload": experiment.workload.name,
-            "dtype": experiment.dtype,
+            **identity(experiment),
             "wire": str(setting.network.get("wire", experiment.wire)),
             "evidence": setting.evidence,
             "network": str(setting.network["network"]),
-            "compute": self.experiment.compute,
             "time_utc": time_utc,
             "schema_version": SCHEMA_VERSION,
             "status": "ok",

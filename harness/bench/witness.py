@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from harness.bench.choices import Gates
+from harness.comm.agree import of_all
 from harness.comm.handover import used_here
 from harness.comm.job import Job
 from harness.layer.grouped import NUM_DIRECTIONS, Lens, Pairs
@@ -302,10 +303,7 @@ def _summed(job: Job, *parts: torch.Tensor) -> list[torch.Tensor]:
 
 def _settle(job: Job, worst: dict[str, tuple[float, str]], tolerance: float) -> Verdict:
     """Collective: what is worst on any rank."""
-    every: list[Any] = [worst]
-    if job.num_ranks > 1:
-        every = [None] * job.num_ranks
-        dist.all_gather_object(every, worst)
+    every = of_all(job, worst)
     verdict, reasons = Verdict(), []
     for kind in dict.fromkeys(kind for of in every for kind in of):
         error, text = max((of[kind] for of in every if kind in of), key=lambda each: each[0])
@@ -318,20 +316,12 @@ def _settle(job: Job, worst: dict[str, tuple[float, str]], tolerance: float) -> 
 
 def settled(job: Job, worst: tuple[float, str]) -> Verdict:
     """Collective: the worst of the ranks' (how bad, in words); nothing is wrong where all are 0."""
-    every: list[Any] = [worst]
-    if job.num_ranks > 1:
-        every = [None] * job.num_ranks
-        dist.all_gather_object(every, worst)
-    return Verdict({}, max(every, key=lambda each: each[0])[1])
+    return Verdict({}, max(of_all(job, worst), key=lambda each: each[0])[1])
 
 
 def first_of(job: Job, reason: str) -> str:
     """Collective: what the first rank says that has something to say."""
-    every: list[Any] = [reason]
-    if job.num_ranks > 1:
-        every = [None] * job.num_ranks
-        dist.all_gather_object(every, reason)
-    return next(filter(None, every), "")
+    return next(filter(None, of_all(job, reason)), "")
 
 
 def _worst_token(found: torch.Tensor, expected: torch.Tensor, sure: torch.Tensor) -> tuple[float, int]:

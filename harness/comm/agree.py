@@ -16,7 +16,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -24,6 +24,7 @@ from harness.comm.job import Job
 from harness.errors import is_echo, tells_out_of_memory, told
 
 T = TypeVar("T")
+V = TypeVar("V")
 #: for the others' answers: whoever started the ranks is faster, and names the rank that failed
 LIMIT = datetime.timedelta(hours=1)
 END_S = 60.0  # within which a rank that has not failed is ended
@@ -61,6 +62,15 @@ def first_said(job: Job, said: str | None) -> str | None:
     does."""
     answers = [answer for answer in _answers(job, said) if answer]
     return next((answer for answer in answers if tells_out_of_memory(answer)), answers[0] if answers else None)
+
+
+def of_all(job: Job, value: V) -> list[V]:
+    """Collective: the plain ``value`` of every rank."""
+    if job.num_ranks == 1:
+        return [value]
+    found: list[Any] = [None] * job.num_ranks
+    dist.all_gather_object(found, value)
+    return found
 
 
 def status_of(reason: str) -> str:

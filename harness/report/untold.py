@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from harness.bench.store import COLUMNS
+from harness.bench.store import COLUMNS, identity
 from harness.specs import Experiment
 
 NOT_RUN = "not run"
@@ -95,16 +95,4 @@ def _identity(key: Launched, data: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError:  # of another version of moebench
         unknown = dict.fromkeys(("system", "phase", "model", "cluster", "workload", "dtype", "wire"), "unknown")
         return {"cell": cell, "launch": launch, "race": cell, **unknown, "compute": "unknown"}
-    return {
-        "cell": cell,
-        "launch": launch,
-        "race": experiment.race,
-        "system": experiment.system,
-        "phase": experiment.phase,
-        "model": experiment.model.name + (" (model-parallel)" if experiment.model_parallel else ""),
-        "cluster": experiment.cluster.name,
-        "workload": experiment.workload.name,
-        "dtype": experiment.dtype,
-        "wire": experiment.wire,
-        "compute": experiment.compute,
-    }
+    return {"cell": cell, "launch": launch, **identity(experiment)}

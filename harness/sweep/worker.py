@@ -219,9 +219,7 @@ def _give_up(folder: SweepFolder, index: int, job: dict[str, Any], task: Task, e
     status, how = _death(folder, ends)
     reason = f"the job was killed {len(ends)} times while this race ran{how}; log: {folder.submitit}"
     cluster = Cluster.model_validate(job["cluster"])
-    evidence = "measured" if cluster.kind == "physical" else "emulated"
-    network = {"network": "physical" if cluster.kind == "physical" else "unshaped"}  # nothing was timed on it
-    setting = tidy.Setting(folder.name, task[1], evidence, network)
+    setting = tidy.Setting(folder.name, task[1], *tidy.nowhere(cluster))
     if "experiments" in data:
         race = race_of(data)
         rows = tidy.rows_of_race(race, setting, [], {e.digest: (status, reason) for e in race.experiments})
