@@ -36,7 +36,7 @@ from harness.layer.weights import Weights
 from harness.memory import room_bytes
 from harness.placement import Placement
 from harness.plan.gradients import Stream
-from harness.plan.graph import INTER, Plan, Timeline
+from harness.plan.graph import Plan, Timeline
 from harness.plan.lanes import executor_of
 from harness.plan.passage import passage
 from harness.plan.training import TrainingStep
@@ -263,16 +263,20 @@ class Trainer:
             model_parallel=self.model_parallel,
             watched=watched,
         )
-        plan = step.plan(tokens[:, :-1], lambda logits: training.loss_of(logits, tokens), training.optimizer.step)
-        if (after_step := self.after_step) is not None:
-            number = self.step
+        number, after_step = self.step, self.after_step
 
-            def move() -> None:
-                if watched is not None:  # as views, while experts are where these were made
-                    self.gradients = self.layers[watched].gradients()
-                after_step(training.optimizer, number)
+        def move() -> None:
+            assert after_step is not None
+            if watched is not None:  # as views, while experts are where these were made
+                self.gradients = self.layers[watched].gradients()
+            after_step(training.optimizer, number)
 
-            plan.add("after-step", INTER, ["optimizer"], run=move)
+        plan = step.plan(
+            tokens[:, :-1],
+            lambda logits: training.loss_of(logits, tokens),
+            training.optimizer.step,
+            None if after_step is None else move,
+        )
         with contextlib.nullcontext() if self.checkpoints is None else self.checkpoints.noting(self.step):
             self.timeline = (run or self.lanes.run)(plan)
         for layer in self.layers:

@@ -69,6 +69,10 @@ class Plan:
         self.__dict__.pop("serial", None)
         return name
 
+    def put(self, name: str, lane: str, after: Iterable[str], work: Work, kind: str = "") -> str:
+        """``add`` with what it does."""
+        return self.add(name, lane, after, work.cost, work.run, kind)
+
     @functools.cached_property
     def order(self) -> list[int]:
         """Tasks in an order that respects lanes and waits; an error that names the tasks of a cycle or a stranger."""

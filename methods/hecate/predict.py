@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from baselines.fastermoe import FasterMoE, apart, num_groups
+from baselines._smart_schedule import apart
+from baselines.fastermoe import FasterMoE, num_groups
 from baselines.smartmoe import greedy
 from harness import ledger
 from harness.bench.store import Store
