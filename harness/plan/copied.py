@@ -34,6 +34,8 @@ from harness.placement import Placement
 from harness.plan.graph import Work
 from harness.plan.layouts import CopiedTasks, StageWork
 from harness.plan.native import NativeLayer, NativePassage
+from harness.plan.passage import Passage
+from harness.plan.priced import PricedCopied
 from harness.plan.rearrange import Planner, Rearranger
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES
@@ -116,6 +118,15 @@ class CopiedSystem(UnifiedSystem):
         if case.identity_experts:
             return case.placement
         return cls.planner(case)(expert_counts(case.routing).sum(0), case.placement)
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        routing = cls.planned_routing(case)
+        return (
+            None
+            if routing is None
+            else PricedCopied(dataclasses.replace(case, routing=routing, placement=cls.first(case)))
+        )
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> CopiedLayer:

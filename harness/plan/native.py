@@ -16,7 +16,9 @@ from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.layouts import NativeTasks
 from harness.plan.moving import resize
+from harness.plan.passage import Passage
 from harness.plan.planned import PlannedLayer, PlannedPassage
+from harness.plan.priced import native
 from harness.plan.segment import Segment
 from harness.system import Case
 
@@ -119,6 +121,10 @@ class NativeSystem(UnifiedSystem):
     @abc.abstractmethod
     def exchange(cls, case: Case, job: Job) -> Exchange:
         """Collective: the exchange of this rank."""
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        return native(cls, case)
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> NativeLayer:

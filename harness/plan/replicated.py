@@ -28,6 +28,7 @@ may own any number of a layer's experts. Phase ``exchange`` has no experts, so n
 from __future__ import annotations
 
 import abc
+import dataclasses
 import threading
 from functools import partial
 
@@ -48,6 +49,8 @@ from harness.plan.copies import Copies, meter_of
 from harness.plan.graph import Work
 from harness.plan.layouts import ReplicatedTasks, StageWork
 from harness.plan.native import NativeLayer, NativePassage
+from harness.plan.passage import Passage
+from harness.plan.priced import PricedReplicated
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES
@@ -224,6 +227,13 @@ class ReplicatedSystem(UnifiedSystem):
     @abc.abstractmethod
     def policy(cls, case: Case, job: Job | None) -> Policy:
         """Of one layer; ``job`` None: for planning alone. ``UserError`` for options that make no sense."""
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        return PricedReplicated(dataclasses.replace(case, routing=routing), cls.policy(case, None))
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> ReplicatedLayer:
