@@ -142,7 +142,7 @@ def refusal(experiment: Experiment, system: type[System], case: Case) -> str | N
     num_own = -(-model.num_layers * model.num_experts // case.topology.num_ranks)
     found = state_bytes(experiment, case.topology, num_own)
     found["activations"] = _activations(experiment, case)
-    if copies := system.copied_parameters(dataclasses.replace(case, room_bytes=room_bytes(experiment, case))):
+    if copies := system.copied_parameters(case):
         found["copies and their gradients"] = float(copies * each)
     total = sum(found.values())
     if total <= limit:

@@ -9,10 +9,10 @@ from harness import memory, registry
 from harness.bench import race, tidy
 from harness.bench.run import drawing_s
 from harness.bench.suite import Suite
+from harness.case import case_of
 from harness.errors import UserError
 from harness.launch import gpus
 from harness.specs import Cluster, Experiment
-from harness.topology import Topology
 
 
 def rows(suite: Suite, launches: int | None = None, here: bool = True) -> Iterator[dict[str, Any]]:
@@ -61,6 +61,6 @@ def refusal(experiment: Experiment) -> str | None:
     """Why its system will not race, as far as it is known beforehand; None if it may."""
     cluster, system = experiment.cluster, registry.system(experiment.system)
     device = "cuda:0" if cluster.kind == "physical" and cluster.device != "cpu" else "cpu"
-    case = race.make_case(experiment, Topology(cluster.shape), device)
+    case = case_of(experiment, device)
     refused = experiment.lacks or system.missing() or race.no_stand_in(system, case) or system.refuse(case)
     return refused or memory.refusal(experiment, system, case)
