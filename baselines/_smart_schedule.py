@@ -11,13 +11,18 @@ import torch
 
 from harness.comm.exchange import FlatExchange, FlatPlan
 from harness.comm.handover import Handover, pop
+from harness.comm.replicas import travel
 from harness.comm.rows import accumulator
 from harness.layer.experts import Experts
 from harness.layer.gates import Gated
 from harness.plan.graph import COMPUTE, INTER, Plan, Work
 from harness.plan.layouts import ReplicatedTasks
-from harness.plan.replicated import ReplicatedLayer, ReplicatedPassage
+from harness.plan.passage import Direction
+from harness.plan.priced import PARTS, PricedReplicated, all_to_all, expert_work
+from harness.plan.replicated import Policy, ReplicatedLayer, ReplicatedPassage
 from harness.plan.segment import Segment
+from harness.routing.certificate import expert_counts
+from harness.system import Case
 
 
 class SmartTasks(ReplicatedTasks):
@@ -208,6 +213,35 @@ def _sum(parts: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
     if not there:
         return None
     return torch.stack(there).sum(0, dtype=accumulator(there[0].dtype)).to(there[0].dtype)
+
+
+class PricedSmart(SmartTasks, PricedReplicated):
+    """``num_groups``: of the smart schedule."""
+
+    def __init__(self, case: Case, policy: Policy, num_groups: int):
+        super().__init__(case, policy)
+        self.num_groups = 1 if case.identity_experts else num_groups
+        if not self.smart:
+            return
+        num_ranks = case.topology.num_ranks
+        distance = apart(num_ranks, num_groups)
+        self.masks = distance == np.arange(num_groups)[:, None, None]  # [n, source, rank]
+        self.by_group = travel(expert_counts(case.routing), self.hosts, self.topology, self.masks).computed
+        copied = self.hosts & ~case.placement.hosts
+        self.staying = np.where(copied.T, self.travels.stays, 0.0)  # [W, E]
+        self.by_group[0] -= self.staying
+
+    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+        if task == "shadows":
+            return Work(expert_work(self.case, self.staying, direction) if self.staying.any() else None)
+        if part is None:
+            return super().work(direction, task)
+        if task == "compute":
+            return Work(expert_work(self.case, self.by_group[part], direction))
+        away = (task == "send") == (direction == "forward")
+        name = PARTS[direction]["dispatch" if away else "combine"]
+        mask = self.masks[part]
+        return Work(all_to_all(self.parts[name] * (mask if task == "send" else mask.T)))
 
 
 def apart(num_ranks: int, num_groups: int) -> np.ndarray:

@@ -27,11 +27,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines._smart_schedule import FasterLayer
+from baselines._smart_schedule import FasterLayer, PricedSmart
 from harness.comm.job import Job
 from harness.errors import bad
 from harness.layer.weights import Weights
 from harness.options import whole
+from harness.plan.passage import Passage
 from harness.plan.replicated import Policy, ReplicatedSystem
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
@@ -181,6 +182,13 @@ class FasterMoE(ReplicatedSystem):
     def policy(cls, case: Case, job: Job | None) -> Shadowing:
         wanted = whole(case, "shadows", 0, case.model.num_experts, 0) if "shadows" in case.options else None
         return Shadowing(LatencyModel.of(case), wanted)
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        return PricedSmart(dataclasses.replace(case, routing=routing), cls.policy(case, None), num_groups(case))
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> FasterLayer:

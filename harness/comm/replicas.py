@@ -122,33 +122,35 @@ def replica_bytes(routing: Routing, hosts: np.ndarray, topology: Topology, row_b
 
 class Travel(NamedTuple):
     """``rows`` float64 [source, rank]: that go from each rank to each; ``computed`` float64 [W, E]: that each rank
-    computes of each expert; ``stays`` float64 [W, E]: those of its own tokens, of experts that it has no need to send
-    for."""
+    computes of each expert; ``stays`` float64 [W, E]: those of its own tokens among them."""
 
     rows: np.ndarray
     computed: np.ndarray
     stays: np.ndarray
 
 
-def travel(counts: np.ndarray, hosts: np.ndarray, topology: Topology) -> Travel:
-    """Of ``counts`` int [source, E] to the nearest of ``hosts`` bool [E, num_ranks]."""
+def travel(counts: np.ndarray, hosts: np.ndarray, topology: Topology, masks: np.ndarray | None = None) -> Travel:
+    """Of ``counts`` int [source, E] to the nearest of ``hosts`` bool [E, num_ranks]. ``masks`` bool [n, source, rank]:
+    ``computed`` is [n, W, E] then, of the rows between these ranks."""
     num_ranks, num_experts = counts.shape
-    rows, computed, stays = np.zeros((num_ranks, num_ranks)), *np.zeros((2, num_ranks, num_experts))
-    single = hosts.sum(1) == 1
-    if single.any():  # nothing to share out
+    rows, stays = np.zeros((num_ranks, num_ranks)), np.zeros((num_ranks, num_experts))
+    between = np.ones((1, num_ranks, num_ranks)) if masks is None else masks.astype(np.float64)
+    computed = np.zeros((len(between), num_ranks, num_experts))
+    single = np.flatnonzero(hosts.sum(1) == 1)  # nothing to share out
+    if len(single):
         owner = hosts[single].argmax(1)
         np.add.at(rows.T, owner, counts[:, single].T)
-        computed[owner, np.flatnonzero(single)] = counts[:, single].sum(0)
-        stays[owner, np.flatnonzero(single)] = counts[owner, np.flatnonzero(single)]
-    several, home = np.flatnonzero(~single), np.arange(num_ranks)
+        computed[:, owner, single] = np.einsum("se,gse->ge", counts[:, single], between[:, :, owner])
+        stays[owner, single] = counts[owner, single]
+    several, home = np.flatnonzero(hosts.sum(1) > 1), np.arange(num_ranks)
     size = max(1, (1 << 22) // num_ranks**2)  # a few experts at a time: [source, E, rank] may be large
     for first in range(0, len(several), size):
         part = several[first : first + size]
         dealt = nearest(hosts[part], topology).rows(counts[:, part])
         rows += dealt.sum(1)
-        computed[:, part] = dealt.sum(0).T
+        computed[..., part] = np.einsum("ser,gsr->gre", dealt, between)
         stays[:, part] = dealt[home, :, home]
-    return Travel(rows, computed, stays)
+    return Travel(rows, computed[0] if masks is None else computed, stays)
 
 
 def replica_shares(routing: Routing, hosts: np.ndarray, topology: Topology) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 The last axis of every cost is that of the ranks, so skew is never averaged away. Bytes come from the system
 (``planned_bytes``, or the exchange's own hops), rows from the routing and who holds which expert, multiply-adds from
-``harness.layer.work``. What a layer knows when, so do these: what is copied ahead is decided before the routing is seen.
+``harness.layer.work``. What is copied ahead is decided before the routing is seen, as in the executed layer.
 """
 
 from __future__ import annotations
