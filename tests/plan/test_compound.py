@@ -192,6 +192,7 @@ def test_rings_of_a_stage_go_through_the_ports_of_their_units():
     links = Ports(Topology((2, 2, 2)), (Line(0, 1.0), Line(1, 10.0)))
     assert links.seconds(Even("ag", "inter1", 24.0)) == 48.0  # four rings through the port of a node
     assert links.seconds(Even("ag", "inter2", 24.0)) == pytest.approx(2 * 12 / 10)  # two through that of its half
+    assert Ports(links.topology, links.lines[1:]).seconds(Even("ag", "inter1", 24.0)) == pytest.approx(2 * 12 / 10)
     assert links.seconds(Even("ag", "intra2", 24.0)) == 0.0
 
 
