@@ -19,6 +19,7 @@ from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Staged, Time
 from harness.plan.device import CURVE, Device, Fitted, Roofline, Tiled
 from harness.plan.graph import Plan
 from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
+from harness.plan.profiled import Profiled
 from harness.specs import Cluster
 from harness.topology import Topology
 
@@ -46,9 +47,11 @@ class Machine:
     def profiled(
         cls, cluster: Cluster, calibration: Calibration, compute: Literal["real", "stand-in"] = "real"
     ) -> Machine:
-        """By the costs of ``cluster``, which are those of ``calibration``, and its contention."""
+        """By what ``calibration`` found on ``cluster``: links, contention, and products where computation is real;
+        stand-ins take what the cluster's own costs say."""
         basis = f"profile of {calibration.profiled.name}, {calibration.date[:10]}"
-        return cls(AlphaBeta(cluster), Fitted(cluster), basis, calibration.slowdown(compute))
+        costs = cluster if compute == "stand-in" else calibration.cluster(["gemm"])
+        return cls(Profiled(calibration), Fitted(costs), basis, calibration.slowdown(compute))
 
     @classmethod
     def data_sheet(
