@@ -1,4 +1,4 @@
-"""What is priced is what runs: names, lanes and waits of every system's tasks in every phase, one rank of 8 and of 64."""
+"""What is priced is what runs: names, lanes and waits of every system's tasks in every phase, at 8 and 64 ranks."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def decides_nothing(row: dict) -> str:
     """What should have been in the plan of a system that decides something; empty if it was."""
     system = registry.systems()[row["system"]]
     kinds, trains = set(row["kinds"]), row["phase"] == "train_step"
-    if row["phase"] in ("layer", "train_step") and issubclass(system, CopiedSystem | ReplicatedSystem):
-        if not kinds & COPIES:
-            return "copies"
+    copies = row["phase"] in ("layer", "train_step") and issubclass(system, CopiedSystem | ReplicatedSystem)
+    if copies and not kinds & COPIES:
+        return "copies"
     if system.name.startswith("fsmoe") and dict(system.chunked).items() <= row["options"].items():
         return "" if row["chunks"] else "chunks"
     if trains and system.after_step.__func__ is not registry.system("flat").after_step.__func__:  # type: ignore[attr-defined]
