@@ -9,13 +9,17 @@ from harness.specs import Model
 BLOCK = 1 << 16  # tokens at a time: the work arrays are [tokens, E]
 
 
+def limits_groups(model: Model) -> bool:
+    return model.gate == "sigmoid" and model.topk_groups is not None and model.topk_groups < model.num_groups
+
+
 def within_groups(ids: np.ndarray, model: Model, rng: np.random.Generator) -> np.ndarray:
     """The routing nearest to ``ids`` int [T, k] that the model's gate can choose, int32 [T, k].
 
     A token keeps the groups in which most of its experts lie. Each expert outside them is replaced by one inside,
     drawn by how often the whole routing uses it, so that what was hot stays hot.
     """
-    if model.gate != "sigmoid" or model.topk_groups is None or model.topk_groups >= model.num_groups:
+    if not limits_groups(model):
         return ids
     log_use = np.log(np.bincount(ids.ravel(), minlength=model.num_experts) + 1.0)
     parts = [_block(ids[start : start + BLOCK], model, log_use, rng) for start in range(0, len(ids), BLOCK)]
