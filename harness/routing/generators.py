@@ -84,7 +84,7 @@ def _rounded(draw: Draw, use: np.ndarray) -> np.ndarray:
     return rounded(tokens[:, None] * use, tokens * draw.top_k, order, phases)
 
 
-def _top(keys: np.ndarray, top_k: int) -> np.ndarray:
+def largest(keys: np.ndarray, top_k: int) -> np.ndarray:
     """Columns of the k largest keys of each row, largest first."""
     best = _best(keys, top_k)
     order = (-np.take_along_axis(keys, best, 1)).argsort(1)
@@ -131,7 +131,7 @@ def balanced(p: NoParams, draw: Draw) -> np.ndarray:
 
 def uniform(p: NoParams, draw: Draw) -> np.ndarray:
     """Every set of k experts equally likely, token by token: balanced only on average."""
-    parts = [_top(keys, draw.top_k) for _, keys in _uniform_keys(draw)]
+    parts = [largest(keys, draw.top_k) for _, keys in _uniform_keys(draw)]
     return np.concatenate([np.empty((0, draw.top_k), np.int64), *parts])
 
 
@@ -316,7 +316,7 @@ def _successors(p: Markov, draw: Draw, before: np.ndarray) -> np.ndarray:
             keys = rng.random((len(brought), draw.num_experts))
             bonus = np.take_along_axis(keys, brought, 1) + kept  # kept ones beat all others
             np.put_along_axis(keys, brought, bonus, 1)
-            of_rank[part] = _top(keys, draw.top_k)
+            of_rank[part] = largest(keys, draw.top_k)
     return ids
 
 

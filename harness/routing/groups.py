@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from harness.routing.generators import largest
 from harness.specs import Model
 
 BLOCK = 1 << 16  # tokens at a time: the work arrays are [tokens, E]
@@ -38,6 +39,6 @@ def _block(ids: np.ndarray, model: Model, log_use: np.ndarray, rng: np.random.Ge
     key = log_use + rng.gumbel(size=(len(ids), model.num_experts))
     key[~kept[:, group_of_expert]] = -np.inf
     np.put_along_axis(key, ids, -np.inf, axis=1)
-    best = np.argsort(-key, axis=1)[:, : model.top_k]
+    best = largest(key, model.top_k)
     replacement = np.take_along_axis(best, np.maximum(outside.cumsum(1) - 1, 0), axis=1)
     return np.where(outside, replacement, ids)

@@ -59,20 +59,14 @@ def counts_of(
 
     No token is drawn where the generator states loads, and each is drawn without its experts' order where it is
     uniform. Else (``markov``, a gate that limits expert groups) the ids are drawn and counted. ``most_tokens``: of a
-    rank, that are drawn then at most; the counts are in proportion to theirs (``sampled_routing``), rounded, and no
-    longer those of ``planned_routing``, but for a trace's.
+    rank, that are drawn then at most, except of a trace; the counts are estimated from them (``_estimated``).
     """
     _check(workload, model)
     if workload.generator not in ("trace", "markov") and not limits_groups(model):
-        found = generators.loads(_stand_in(workload), model, topology, step, layer)
-        assert found is not None
-        return found
+        return _loads(workload, model, topology, step, layer)
     if most_tokens is None or workload.generator == "trace":
         return expert_counts(_routing(workload, model, topology, step, layer))
-    sample = sampled_routing(workload, model, topology, step=step, layer=layer, most_tokens=most_tokens)
-    tokens = np.array(workload.tokens(topology.num_ranks))
-    wanted = expert_counts(sample) * (tokens / np.maximum(sample.tokens, 1))[:, None]
-    return rounded(wanted, tokens * model.top_k, np.arange(model.num_experts), np.full(len(tokens), 0.5))
+    return _estimated(workload, model, topology, step, layer, most_tokens)
 
 
 def sampled_routing(
@@ -121,6 +115,34 @@ def _routing(
     natural = workload.generator == "natural"
     seed = workload.seed if natural else [zlib.crc32(b"groups"), workload.seed, step, layer]
     return Routing(within_groups(ids, model, np.random.default_rng(seed)), tokens, model.num_experts)
+
+
+def _loads(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray:
+    """int64 [W, E], before a gate limits expert groups."""
+    found = generators.loads(_stand_in(workload), model, topology, step, layer)
+    assert found is not None
+    return found
+
+
+def _estimated(
+    workload: Workload, model: Model, topology: Topology, step: int, layer: int, most_tokens: int
+) -> np.ndarray:
+    """int64 [W, E] from a sample of all ranks together, as a rank's own tokens in it are too few to tell. Stated loads
+    change by as much as the limit on groups changes them in the sample; drawn ones are the same on all ranks."""
+    sample = sampled_routing(workload, model, topology, step=step, layer=layer, most_tokens=most_tokens)
+    tokens, drawn = np.array(workload.tokens(topology.num_ranks)), np.array(sample.tokens)
+    found = np.bincount(sample.ids.ravel(), minlength=model.num_experts)  # [E]
+    wanted = tokens[:, None] * found / max(1, drawn.sum())
+    if workload.generator in generators.STATED:
+        stated = _loads(workload, model, topology, step, layer)
+        before = (stated * (drawn / np.maximum(tokens, 1))[:, None]).sum(0)  # in the sample
+        wanted = np.where(before > 0, stated * found / np.where(before > 0, before, 1.0), wanted)
+    totals = tokens * model.top_k
+    for _ in range(8):  # until all tokens have k experts, and none has one twice
+        wanted *= (totals / np.maximum(wanted.sum(1), 1e-9))[:, None]
+        wanted = np.minimum(wanted, tokens[:, None])
+    golden = np.arange(len(tokens)) * (5**0.5 - 1) / 2 % 1
+    return rounded(wanted, totals, np.arange(model.num_experts), golden)
 
 
 def _stand_in(workload: Workload) -> Workload:
