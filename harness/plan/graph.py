@@ -73,8 +73,8 @@ class Plan:
         self.tasks.append(
             Task(name, lane, tuple(after), self.price(cost), run, kind or name.split("[")[0].split(".")[-1])
         )
-        self.__dict__.pop("order", None)
-        self.__dict__.pop("serial", None)
+        for known in ("order", "walk", "serial"):
+            self.__dict__.pop(known, None)
         return name
 
     @functools.cached_property
@@ -99,6 +99,13 @@ class Plan:
             cycle = self._cycle(set(range(len(before))) - set(found))
             raise bad("plan", " -> ".join(cycle), "tasks wait for each other in a circle")
         return found
+
+    @functools.cached_property
+    def walk(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``order``, and as ``waits[bounds[i] : bounds[i + 1]]`` what comes before task i; int64."""
+        bounds = np.cumsum([0, *map(len, self._before)])
+        waits = np.array(list(itertools.chain.from_iterable(self._before)), dtype=np.int64)
+        return np.array(self.order, dtype=np.int64), waits, bounds
 
     @property
     def _before(self) -> list[list[int]]:
