@@ -118,12 +118,12 @@ def test_a_sweep_takes_files(moebench, folder):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("my-cluster.yaml", CLUSTER.replace("bandwidth_", "bandwith_"), "levels.0.bandwith_bytes_per_s: 100000000.0:"),
+        ("my-cluster.yaml", CLUSTER.replace("bandwidth_", "bandwith_"), "levels.0.bandwith_bytes_per_s: '1.0e8':"),
         ("my-cluster.yaml", CLUSTER.replace("bandwidth_", "bandwith_"), "did you mean 'bandwidth_bytes_per_s'?"),
         ("my-cluster.yaml", CLUSTER.replace("size: 2}", "size: two}"), "my-cluster.yaml.levels.1.size: 'two': Input"),
         ("my-cluster.yaml", "- 1", "my-cluster.yaml: [1]: must be a mapping with the fields of a cluster"),
         ("my-cluster.yaml", "interconnect: 8", "my-cluster.yaml: interconnect: 8: must be a mapping"),
-        ("my-cluster.yaml", "{kind: local", "my-cluster.yaml line 1: "),
+        ("my-cluster.yaml", "{kind: local", "my-cluster.yaml line 2: "),
         ("my-cluster.yaml", "!!python/object/apply:os.system [id]", "is not valid YAML"),
         ("my-workload.yml", "\0", "is not valid YAML"),
         ("shapes/my-model.yaml", MODEL.replace("top_k: 2", "top_k: 9"), "top_k = 9 is larger than num_experts = 8"),
