@@ -20,6 +20,7 @@ from harness.bench.progress import columns
 from harness.bench.store import SIMULATED, Store
 from harness.bench.suite import Race, Suite
 from harness.errors import UserError, bad, told
+from harness.placing import check_memory
 from harness.plan.choice import Wanted, fingerprint
 from harness.plan.graph import Timeline
 from harness.plan.machine import Machine
@@ -108,8 +109,18 @@ def judged(experiment: Experiment, machine: Machine, steps: int, warm: int) -> A
 
 
 def refusal(experiment: Experiment) -> str | None:
-    """Why its system would not run it; a package that is not installed here is planned all the same."""
-    return dry.refusal(experiment, installed=True)
+    """Why its system would not run it, or its ranks not hold it; a package that is not installed here is planned all
+    the same."""
+    if refused := dry.refusal(experiment, installed=True):
+        return refused
+    model = experiment.model
+    try:
+        if experiment.phase != "exchange":
+            whole = model.model_copy(update={"num_layers": 1}) if experiment.phase == "layer" else model
+            check_memory(whole, experiment.cluster, 1, experiment.cluster.num_ranks, experiment.dtype)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def keep(store: Store, experiment: Experiment, outcome: Any) -> None:

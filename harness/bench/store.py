@@ -61,7 +61,7 @@ SCHEMA = pa.schema(
         ("rep", pa.int32()),
         ("rank", pa.int32()),
         ("status", pa.string()),
-        ("reason", pa.string()),  # why a status is not ok; of a row of metric "how", in which way it ran
+        ("reason", pa.string()),  # why a status is not ok; of metric "how", in which way it ran; of "note", the text
         ("time_utc", pa.string()),  # the same for all rows of one attempt at a race
         ("schema_version", pa.int32()),
         ("basis", pa.string()),  # of what is simulated: what its seconds rest on

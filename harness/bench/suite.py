@@ -32,7 +32,7 @@ from harness.errors import Unreadable, UserError, bad
 from harness.presets import this_machine
 from harness.routing import KNOWN_GENERATORS, make_routing
 from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Workload
-from harness.topology import Topology
+from harness.topology import Topology, check_size
 
 _REQUIRED = ("model", "cluster", "workload", "system", "phase")
 _DEFAULTS: dict[str, Any] = {
@@ -254,6 +254,7 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
     """What can be told without a rank: the routing exists, and the experts divide."""
     workload, topology = experiment.workload, Topology(experiment.cluster.shape)
     with _at(here):
+        check_size(experiment.cluster.name, experiment.cluster.shape)
         if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
             raise bad(
                 "cluster",
@@ -273,7 +274,9 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
             )
         for level, link in enumerate(experiment.cluster.levels):
             if experiment.model.num_experts % (num_groups := topology.num_units(level)):
-                found = f"is not divisible by the {num_groups} groups of link level {link.name!r}"
+                found = (
+                    f"is not divisible by the {num_groups} groups of link level {link.name!r}; change one of the two"
+                )
                 raise bad("model.num_experts", experiment.model.num_experts, found)
         if experiment.phase in ("train_step", "prefill"):
             for tokens in set(workload.tokens(topology.num_ranks)):

@@ -196,7 +196,7 @@ class _Cell:
                 if self.experiment.phase in SERVING:
                     self._add("tokens_per_s", num_tokens / value, "tokens/s", direction=direction, rep=rep)
         for note in found.notes:
-            self._add("how", float("nan"), "", level="simulation", reason=note)
+            self._add("note", float("nan"), "", reason=note)
         return self.rows
 
     def _add(self, metric: str, value: float, unit: str, **fields: Any) -> None:
