@@ -23,25 +23,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
-import torch
 
-from harness.comm.exchange import FlatExchange, FlatPlan
-from harness.comm.handover import Handover, pop
+from baselines._smart_schedule import FasterLayer, PricedSmart
 from harness.comm.job import Job
-from harness.comm.rows import accumulator
 from harness.errors import bad
-from harness.layer.experts import Experts
-from harness.layer.gates import Gated
 from harness.layer.weights import Weights
 from harness.options import whole
-from harness.plan.graph import COMPUTE, INTER, Plan, Work
-from harness.plan.replicated import Policy, ReplicatedLayer, ReplicatedPassage, ReplicatedSystem
-from harness.plan.segment import Segment
+from harness.plan.passage import Passage
+from harness.plan.replicated import Policy, ReplicatedSystem
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
 
@@ -176,176 +168,6 @@ class Shadowing(Policy):
         return hosts | chosen[:, None]
 
 
-class FasterLayer(ReplicatedLayer):
-    """``num_groups``: n of the smart schedule."""
-
-    num_groups = 1
-
-    def passage(self, gated: Gated | None = None) -> FasterPassage:
-        return FasterPassage(self, gated)
-
-
-class Part(Handover):
-    """One S, C and R: rows between ranks whose groups lie so far apart, or (``home``) those that stay with a shadow."""
-
-    def __init__(self) -> None:
-        self.dispatch, self.experts, self.combine = Segment(), Segment(), Segment()
-        self.plan: FlatPlan
-        self.arrived: torch.Tensor
-        self.made: torch.Tensor
-        self.home: torch.Tensor | None = None  # None: no row came
-        self.grads: list[torch.Tensor | None] = [None, None]  # of the rows and the weights
-
-
-class AtHome(FlatExchange):
-    """Rows that go nowhere."""
-
-    def _out(self, rows: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
-        return rows.index_select(0, plan.by_expert)
-
-    def _home(self, rows: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
-        return rows.index_select(0, plan.by_source)
-
-
-class FasterPassage(ReplicatedPassage):
-    """The smart schedule: group i of ranks exchanges with group i + j at once, for j = 0, 1, ...; the experts compute
-    on part j while part j + 1 travels, and on shadows' tokens last."""
-
-    layer: FasterLayer
-
-    def __init__(self, layer: FasterLayer, gated: Gated | None):
-        super().__init__(layer, gated)
-        self.parts = [Part() for _ in range(layer.num_groups)]
-        self.shadows = Part()
-        self.stay = AtHome(layer.job, layer.placement)
-        self.smart = len(self.parts) > 1 and isinstance(layer.experts, Experts)
-
-    def _plan(self, held: np.ndarray, weights: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
-        if not self.smart:
-            return super()._plan(held, weights, counts)
-        num_ranks = self.layer.job.num_ranks
-        distance = apart(num_ranks, len(self.parts))
-        copied = self.hosts & ~self.own.hosts  # [E, rank]
-        stays = copied[None] & np.eye(num_ranks, dtype=bool)[:, None]  # [source, E, rank]
-        masks = [(distance == j)[:, None, :] & ~stays for j in range(len(self.parts))]
-        for part, only in zip((*self.parts, self.shadows), (*masks, stays), strict=True):
-            part.plan = self.layer.exchange_.plan_to(
-                self.hosts, held, self.ids, weights, self.kept, counts, np.broadcast_to(only, stays.shape)
-            )
-        return weights
-
-    def _combine_part(self, part: Part, exchange: FlatExchange) -> torch.Tensor:
-        def combine(made: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            part.plan.weights = weights
-            return exchange.combine(made, part.plan)
-
-        return part.combine.forward(combine, pop(part, "made"), self.weights)
-
-    def _compute(self, part: Part) -> None:
-        def experts(arrived: torch.Tensor) -> torch.Tensor:
-            own = len(self.layer.experts.local)
-            if part is self.shadows:
-                return self.layer.experts(arrived, part.plan.counts, [each.tensors for each in self.copies])
-            return self.layer.experts(arrived, part.plan.counts[:own])
-
-        part.made = part.experts.forward(experts, pop(part, "arrived"))
-
-    def there_and_back(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        if not self.smart:
-            return super().there_and_back(plan, prefix=prefix, after=after, gradients=gradients)
-        exchange = self.layer.exchange_
-
-        def metadata() -> None:
-            self._metadata(self.weights)
-
-        def send(part: Part) -> None:
-            part.arrived = part.dispatch.forward(lambda rows: exchange.dispatch(rows, part.plan), self.rows)
-
-        def receive(part: Part) -> None:
-            part.home = self._combine_part(part, exchange)
-
-        def shadows() -> None:
-            part = self.shadows
-            if not int(part.plan.counts.sum()):
-                return
-            part.arrived = part.dispatch.forward(lambda rows: self.stay.dispatch(rows, part.plan), self.rows)
-            self._compute(part)
-            part.home = self._combine_part(part, self.stay)
-
-        plan.add(f"{prefix}metadata", INTER, after, run=metadata)
-        sent = [plan.add(f"{prefix}dispatch[{j}]", INTER, run=partial(send, part)) for j, part in enumerate(self.parts)]
-        ready = self.ready(plan, prefix)
-        if gradients is not None:
-            plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
-        made = [
-            plan.add(f"{prefix}experts[{j}]", COMPUTE, [arrived], run=partial(self._compute, part))
-            for j, (part, arrived) in enumerate(zip(self.parts, sent, strict=True))
-        ]
-        last = [plan.add(f"{prefix}experts", COMPUTE, [*sent, *ready], run=shadows)]
-        for j, (part, computed) in enumerate(zip(self.parts, made, strict=True)):
-            home = plan.add(f"{prefix}combine[{j}]", INTER, [computed], run=partial(receive, part))
-        return [*last, home]
-
-    def arrive(self) -> torch.Tensor:
-        if not self.smart:
-            return super().arrive()
-        homes = [part.home for part in (*self.parts, self.shadows) if part.home is not None]
-        whole = torch.stack([home.detach() for home in homes]).sum(0, dtype=accumulator(homes[0].dtype))
-        return whole.to(homes[0].dtype).requires_grad_(any(home.requires_grad for home in homes))
-
-    def back_and_there(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        if not self.smart:
-            return super().back_and_there(plan, prefix=prefix, after=after, gradients=gradients)
-
-        def send(part: Part) -> None:
-            part.grads = part.combine.backward(self.dhome)
-
-        def compute(part: Part) -> None:
-            part.grads[:1] = part.experts.backward(part.grads[0])
-
-        def receive(part: Part) -> None:
-            part.grads[:1] = part.dispatch.backward(part.grads[0])
-
-        def shadows() -> None:
-            if self.shadows.home is not None:
-                for step in (send, compute, receive):
-                    step(self.shadows)
-
-        sent = [
-            plan.add(f"{prefix}combine[{j}]", INTER, after, run=partial(send, part))
-            for j, part in enumerate(self.parts)
-        ]
-        made = [
-            plan.add(f"{prefix}experts[{j}]", COMPUTE, [arrived], run=partial(compute, part))
-            for j, (part, arrived) in enumerate(zip(self.parts, sent, strict=True))
-        ]
-        last = [plan.add(f"{prefix}experts", COMPUTE, after, run=shadows)]
-        if gradients is not None:
-            plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
-        for j, (part, computed) in enumerate(zip(self.parts, made, strict=True)):
-            home = plan.add(f"{prefix}dispatch[{j}]", INTER, [computed], run=partial(receive, part))
-        return [*last, home]
-
-    def arrive_back(self) -> torch.Tensor | None:
-        if not self.smart:
-            return super().arrive_back()
-        drows, dweights = zip(*(pop(part, "grads") for part in (*self.parts, self.shadows)), strict=True)
-        self.dhome = None
-        self.dweights = _sum(dweights)
-        return _sum(drows)
-
-
-def _sum(parts: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
-    there = [part for part in parts if part is not None]
-    if not there:
-        return None
-    return torch.stack(there).sum(0, dtype=accumulator(there[0].dtype)).to(there[0].dtype)
-
-
 class FasterMoE(ReplicatedSystem):
     name = "fastermoe"
     title = "FasterMoE: shadowed experts, chosen after every gate, and the smart schedule"
@@ -360,6 +182,13 @@ class FasterMoE(ReplicatedSystem):
     def policy(cls, case: Case, job: Job | None) -> Shadowing:
         wanted = whole(case, "shadows", 0, case.model.num_experts, 0) if "shadows" in case.options else None
         return Shadowing(LatencyModel.of(case), wanted)
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        return PricedSmart(dataclasses.replace(case, routing=routing), cls.policy(case, None), num_groups(case))
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> FasterLayer:
@@ -379,9 +208,3 @@ def num_groups(case: Case) -> int:
     if num_ranks % wanted:
         raise bad("options.groups", wanted, f"must divide the {num_ranks} ranks")
     return wanted
-
-
-def apart(num_ranks: int, num_groups: int) -> np.ndarray:
-    """How many groups lie from one rank to another, going around, int [source, rank]."""
-    group = np.arange(num_ranks) * num_groups // num_ranks
-    return (group[None, :] - group[:, None]) % num_groups

@@ -23,7 +23,7 @@ def state_bytes(experiment: Experiment, topology: Topology, num_own: int) -> dic
     out inside nodes; a prescribed workload trains no routers. Of the gates GShard's."""
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
     parts = topology.num_ranks // topology.shape[0] if experiment.model_parallel else 1
-    attention = _attention_parameters(model) // parts
+    attention = attention_parameters(model) // parts
     rest = (model.vocab + model.seq + 1 + 2 * model.num_layers) * model.hidden
     dense = (rest + model.num_layers * attention) * width
     gate = model.num_layers * model.hidden * model.num_experts * (8 if experiment.dtype == "float64" else 4)
@@ -92,7 +92,7 @@ def peak_bytes(
     gpu = experiment.cluster.kind == "physical" if gpu is None else gpu
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
     wide = max(4, width)
-    attention = model.num_layers * _attention_parameters(experiment.model) * width
+    attention = model.num_layers * attention_parameters(experiment.model) * width
     copies, numbers = (2, 6) if wide > width else (1, 8)  # of each in the last norm's backward, which is not fused
     of_loss = num_tokens * (model.vocab * (width + wide * copies) + model.hidden * (2 * width + wide * copies))
     of_norm = num_tokens * model.hidden * wide * numbers + model.vocab * model.hidden * width
@@ -126,7 +126,7 @@ _INDEX = 8  # bytes of one
 _GATES = {"gshard": (1, 2, 1), "softmax_topk": (0, 1, 0), "sigmoid": (1, 3, 1)}
 
 
-def _attention_parameters(model: Model) -> int:
+def attention_parameters(model: Model) -> int:
     """Of one layer."""
     head = model.hidden // model.num_heads
     return model.hidden * head * (2 * model.num_heads + 2 * (model.num_kv_heads or model.num_heads))
@@ -142,7 +142,7 @@ def refusal(experiment: Experiment, system: type[System], case: Case) -> str | N
     num_own = -(-model.num_layers * model.num_experts // case.topology.num_ranks)
     found = state_bytes(experiment, case.topology, num_own)
     found["activations"] = _activations(experiment, case)
-    if copies := system.copied_parameters(dataclasses.replace(case, room_bytes=room_bytes(experiment, case))):
+    if copies := system.copied_parameters(case):
         found["copies and their gradients"] = float(copies * each)
     total = sum(found.values())
     if total <= limit:

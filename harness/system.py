@@ -24,7 +24,9 @@ from harness.topology import Topology
 if TYPE_CHECKING:
     from harness.comm.job import Job
     from harness.layer.weights import Weights
+    from harness.plan.course import Course
     from harness.plan.graph import Timeline
+    from harness.plan.passage import Passage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,6 +215,30 @@ class System(abc.ABC):
         ``metadata``, ``dispatch``, ``combine`` (forward) and ``combine_grad``, ``dispatch_grad``, ``metadata_grad``
         (backward). None where it cannot be planned."""
         return None
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        """The priced twin of ``build``: the layer's tasks with what they cost, before any training. None where bytes
+        cannot be planned. By default one task a direction, of ``planned_bytes``, as a real package is."""
+        from harness.plan.priced import PricedOpaque
+
+        parts = cls.planned_bytes(case)
+        return None if parts is None else PricedOpaque(cls, case, parts)
+
+    @classmethod
+    def course(cls, cases: Sequence[Case]) -> Course:
+        """The priced twin of what ``after_step`` and policies do from step to step. ``cases``: first layer first."""
+        from harness.plan.course import Course
+
+        return Course(cls, cases)
+
+    @classmethod
+    def settle(
+        cls, cases: Sequence[Case], gradient_bytes: Sequence[int], scope: str
+    ) -> tuple[list[Case], list[GradientSlices]]:
+        """The priced twin of ``place_gradients``: ``cases``, first layer first, with the options that this settles, and
+        the slices of the stream, last layer first."""
+        return list(cases), [GradientSlices()] * len(gradient_bytes)
 
     @classmethod
     def planned_shares(cls, case: Case) -> np.ndarray:

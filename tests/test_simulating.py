@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness import cli, ledger, presets, simulating
+from harness import cli, presets, simulating
 from harness.bench import run, suite
 from harness.bench.store import Store
 from harness.errors import UserError
-from harness.plan.choice import Wanted, fingerprint, with_costs
-from harness.plan.cost import Transfer
+from harness.plan.choice import Wanted, fingerprint
 from harness.plan.links import Ports, SharedPorts
 from harness.registry import systems
 from tests.report.synthetic_run import experiment
@@ -94,22 +93,6 @@ def test_a_machine_is_what_was_asked_for():
     assert fingerprint(machine) != fingerprint(Wanted("data-sheet", 0.5, "shared-ports").machine(on(cluster)))
     faster = on(cluster.resized(8))
     assert fingerprint(machine) != fingerprint(Wanted("data-sheet", 0.4, "shared-ports").machine(faster))
-
-
-def test_a_profile_prices_by_every_fit_that_was_not_refused():
-    calibration = ledger.profiled(presets.cluster("emulated-2x4"))
-    fits = dict(calibration.fits)
-    fits["ar.node"] = fits["ar.node"].model_copy(update={"refused": "too few points"})
-    costs = with_costs(calibration.model_copy(update={"fits": fits}))
-    assert {"a2a.inter", "a2a.node", "a2a.intra", "a2a.rank", "a2a.flat", "ar.flat"} <= set(costs.collectives)
-    assert not {"ar.inter", "ar.node"} & set(costs.collectives)
-    assert costs.linear("a2a.inter") == costs.linear("a2a.node")
-    machine = Wanted("profiled").machine(on(presets.cluster("emulated-2x4")))
-    import numpy as np
-
-    matrix = np.full((8, 8), 1e6)
-    alpha, beta = costs.linear("a2a.flat")
-    assert machine.seconds(Transfer("a2a", "flat", matrix)) == pytest.approx(alpha + beta * 8e6)
 
 
 @pytest.mark.parametrize(

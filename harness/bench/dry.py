@@ -9,10 +9,10 @@ from harness import memory, registry
 from harness.bench import race, tidy
 from harness.bench.run import drawing_s
 from harness.bench.suite import Suite
+from harness.case import case_of
 from harness.errors import UserError
 from harness.launch import gpus
 from harness.specs import Cluster, Experiment
-from harness.topology import Topology
 
 
 def rows(suite: Suite, launches: int | None = None, here: bool = True) -> Iterator[dict[str, Any]]:
@@ -62,7 +62,7 @@ def refusal(experiment: Experiment, *, installed: bool = False) -> str | None:
     is to be taken for installed here."""
     cluster, system = experiment.cluster, registry.system(experiment.system)
     device = "cuda:0" if cluster.kind == "physical" and cluster.device != "cpu" else "cpu"
-    case = race.make_case(experiment, Topology(cluster.shape), device)
+    case = case_of(experiment, device)
     missing = None if installed else system.missing()
     refused = experiment.lacks or missing or race.no_stand_in(system, case) or system.refuse(case)
     return refused or memory.refusal(experiment, system, case)

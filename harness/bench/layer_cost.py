@@ -8,8 +8,9 @@ import numpy as np
 
 from harness import presets, registry
 from harness.bench.layer import LayerContender
-from harness.bench.race import make_case, name_phase
+from harness.bench.race import name_phase
 from harness.bench.timing import Stopwatch, interleaved, quiet
+from harness.case import case_of
 from harness.comm.agree import first_said
 from harness.comm.fits import TokensFit, judge
 from harness.comm.job import Job
@@ -48,7 +49,7 @@ def measure(job: Job, payload: dict[str, Any]) -> dict[str, list[list[tuple[floa
     contenders = []
     for data in payload["experiments"]:
         experiment = Experiment.model_validate(data)
-        system, case = registry.system(experiment.system), make_case(experiment, job.topology, str(job.device))
+        system, case = registry.system(experiment.system), case_of(experiment, str(job.device))
         name_phase(job, experiment, "building")
         if reason := first_said(job, system.missing() or system.refuse(case)):
             raise bad("--system", experiment.system, reason)

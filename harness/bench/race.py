@@ -19,15 +19,13 @@ from harness.bench.layer import LayerContender
 from harness.bench.room import Room
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
 from harness.bench.witness import Verdict
+from harness.case import case_of
 from harness.comm.agree import attempt, failed, first_said, status_of
 from harness.comm.job import Job
 from harness.layer import standin
-from harness.placement import Placement
 from harness.plan.graph import Timeline
-from harness.routing import planned_routing
 from harness.specs import SERVING, Experiment
 from harness.system import Case, MoELayer, System
-from harness.topology import Topology
 
 
 class Contender(Protocol):
@@ -157,7 +155,7 @@ def admit(
     """Refusal, conformance at reduced shapes, build, warm-up and its check at full shape; None if it may not race.
     ``shared``: of the race, what its contenders have in common."""
     system = registry.system(experiment.system)
-    case = make_case(experiment, job.topology, str(job.device))
+    case = case_of(experiment, str(job.device))
     name_phase(job, experiment, "asking whether it can run")
     refused = experiment.lacks or system.missing() or no_stand_in(system, case) or system.refuse(case)
     if reason := first_said(job, refused or memory.refusal(experiment, system, case)):
@@ -226,7 +224,7 @@ def checked_for_real(job: Job, system: type[System], experiment: Experiment, pay
     if payload.get("launch", 0):
         return Verdict()
     real = experiment.model_copy(update={"compute": "real"})
-    contender = make(job, system, real, make_case(real, job.topology, str(job.device)), {}, {})
+    contender = make(job, system, real, case_of(real, str(job.device)), {}, {})
     contender.warm_up()
     verdict = contender.check()
     return dataclasses.replace(verdict, reason=verdict.reason and f"with real computation {verdict.reason}")
@@ -289,25 +287,6 @@ def settle(outcome: Outcome, verdict: Verdict) -> None:
         outcome.status, outcome.reason = "nonconforming", f"at full shape: {verdict.reason}"
     for name, value in verdict.errors.items():
         outcome.errors[name] = max(value, outcome.errors.get(name, 0.0))
-
-
-def make_case(
-    experiment: Experiment, topology: Topology, device: str = "cpu", *, step: int = 0, layer: int = 0
-) -> Case:
-    """The layer that ``experiment`` asks for, experts in index order. A natural routing is planned as uniform."""
-    model, workload = experiment.model, experiment.workload
-    return Case(
-        model,
-        experiment.dtype,
-        topology,
-        Placement.contiguous(model.num_experts, topology.num_ranks),
-        planned_routing(workload, model, topology, step=step, layer=layer),
-        device,
-        experiment.phase == "exchange",
-        dict(experiment.options),
-        experiment.cluster,
-        experiment.compute == "stand-in",
-    )
 
 
 def name_phase(job: Job, experiment: Experiment, text: str) -> None:

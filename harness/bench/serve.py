@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from harness.bench import train
 from harness.bench.inside import Known, LayerWitness, watched_layers
-from harness.bench.places import case_of, cases, placements, planned, profile_of
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict, first_of
+from harness.case import case_of, placed_by, placements
 from harness.comm.agree import of_all
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
@@ -100,7 +100,7 @@ class Server:
             if system.places and experiment.workload.generator == "natural":
                 self._build(placed)
                 profile = self._profile()
-                placed = agreed(job, lambda: planned(experiment, system, job.topology, profile))
+                placed = agreed(job, lambda: placed_by(experiment, profile))
         self._build(placed)
         self.tokens = text(experiment, [job.rank]).to(job.device)
         self.step: ServingStep
@@ -110,9 +110,8 @@ class Server:
         experiment, job = self.experiment, self.job
 
         def moe(layer: int, weights: Weights) -> MoELayer:
-            return self.system.build(
-                case_of(experiment, job.topology, str(job.device), layer, placed[layer]), job, weights
-            )
+            case = case_of(experiment, str(job.device), layer=layer, placement=placed[layer])
+            return self.system.build(case, job, weights)
 
         self.gpt = serving_gpt(experiment, moe, self.dtype, job.device, self.arrays)
         if self.sharing > 1:
@@ -180,7 +179,7 @@ class Server:
             own = {e: weights.expert(e) for e in map(int, every.local(self.job.rank))} if not self.stands_in else {}
             self.shared[key] = Known({}, own.__getitem__, every.owner)
         if layer not in self.witnesses:
-            case = case_of(self.experiment, self.job.topology, str(self.job.device), layer, self.placed[layer])
+            case = case_of(self.experiment, str(self.job.device), layer=layer, placement=self.placed[layer])
             natural = self.experiment.workload.generator == "natural"
             self.witnesses[layer] = LayerWitness(
                 self.job, self.system, case, self._weights(layer), natural=natural, layer=layer
@@ -205,8 +204,8 @@ class Server:
     def known_cases(self) -> list[Case]:
         if self.experiment.workload.generator == "natural":
             return []
-        topology, device = self.job.topology, str(self.job.device)
-        return [case_of(self.experiment, topology, device, layer, at) for layer, at in enumerate(self.placed)]
+        device = str(self.job.device)
+        return [case_of(self.experiment, device, layer=layer, placement=at) for layer, at in enumerate(self.placed)]
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"pass": self.timeline}
@@ -310,7 +309,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment, found: dic
     follows one; the logits must be those of the dense oracle in one process. ``found`` is ``conformance.gate_case``'s
     row; returns it with ``logits`` added. The tolerance is a layer's, once for each."""
     small = reduced(experiment)
-    refused = system.refuse(case_of(small, job.topology, str(job.device), 0))
+    refused = system.refuse(case_of(small, str(job.device)))
     if refused is not None:  # of the reduced case: the layer's own check must do
         return found
     placed = unequal(small, job.num_ranks) if system.places else placements(small)
@@ -366,7 +365,7 @@ def oracle_logits(experiment: Experiment, topology: Topology) -> torch.Tensor:
     tokens = tuple(len(text(experiment, [rank])) * experiment.model.seq for rank in ranks)
 
     def moe(layer: int, weights: Weights) -> train.OracleLayer:
-        case = case_of(experiment, topology, "cpu", layer)
+        case = case_of(experiment, layer=layer)
         every = Routing(np.zeros((sum(tokens), experiment.model.top_k), np.int32), tokens, experiment.model.num_experts)
         return train.OracleLayer(weights, chosen, dataclasses.replace(case, routing=every))
 
@@ -380,4 +379,4 @@ def oracle_logits(experiment: Experiment, topology: Topology) -> torch.Tensor:
     return (logits if experiment.phase == "prefill" else logits[:, -1:]).flatten(0, 1)
 
 
-__all__ = ["Server", "UserError", "cases", "gate_case", "placements", "profile_of"]
+__all__ = ["Server", "UserError", "gate_case"]

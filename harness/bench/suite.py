@@ -28,6 +28,7 @@ from typing import Any, get_args
 
 from harness import presets, registry
 from harness.bench import serve
+from harness.case import placements
 from harness.errors import Unreadable, UserError, bad
 from harness.presets import this_machine
 from harness.routing import KNOWN_GENERATORS, make_routing
@@ -308,7 +309,7 @@ def _check_served(experiment: Experiment) -> None:
     if experiment.phase == "decode" and model.seq < 2:
         raise bad("model.seq", model.seq, "leaves no token before the decoded one; at least 2")
     serve.stored_arrays(experiment)
-    serve.placements(experiment)
+    placements(experiment)
 
 
 def _check_entry(entry: Any, here: str) -> None:

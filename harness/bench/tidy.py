@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness import registry
-from harness.bench import physics, serve
-from harness.bench.race import make_case
+from harness.bench import physics
 from harness.bench.store import SCHEMA_VERSION, SIMULATED, identity
 from harness.bench.suite import Race
+from harness.case import cases_of, num_layers
 from harness.placement import Placement
 from harness.plan.graph import Plan, Timeline
 from harness.routing import Certificate, certify, make_routing
 from harness.routing.certificate import expert_counts
 from harness.specs import SERVING, Cluster, Experiment
-from harness.system import Case
 from harness.topology import Topology
 
 if TYPE_CHECKING:
@@ -60,9 +59,8 @@ def nowhere(cluster: Cluster) -> tuple[str, dict[str, Any]]:
 
 def is_small(experiment: Experiment) -> bool:
     """Whether the routing of all its layers is drawn in a moment."""
-    num_layers = 1 if experiment.phase in ("exchange", "layer") else experiment.model.num_layers
     num_tokens = sum(experiment.workload.tokens(experiment.cluster.num_ranks))
-    return num_layers * num_tokens * experiment.model.top_k <= SMALL
+    return num_layers(experiment) * num_tokens * experiment.model.top_k <= SMALL
 
 
 def now_utc() -> str:
@@ -118,14 +116,6 @@ def certificate(experiment: Experiment) -> Certificate | None:
         return None
     placement = Placement.contiguous(experiment.model.num_experts, topology.num_ranks)
     return certify(routing, placement, topology, experiment.model.capacity_factor)
-
-
-def cases_of(experiment: Experiment) -> list[Case]:
-    """One case per MoE layer of a step."""
-    if experiment.phase in SERVING:
-        return serve.cases(experiment)
-    num_layers = experiment.model.num_layers if experiment.phase == "train_step" else 1
-    return [make_case(experiment, Topology(experiment.cluster.shape), layer=layer) for layer in range(num_layers)]
 
 
 class _Cell:

@@ -28,19 +28,18 @@ from harness.bench.inside import Known, LayerWitness, watched_layers
 from harness.bench.steered import OracleLayer, Steered, steered_gpt
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict
+from harness.case import case_of
 from harness.comm.handover import Held
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.layer.gpt import Attention
 from harness.layer.weights import Weights
-from harness.memory import room_bytes
-from harness.placement import Placement
 from harness.plan.gradients import Stream
-from harness.plan.graph import INTER, Plan, Timeline
+from harness.plan.graph import Plan, Timeline
 from harness.plan.lanes import executor_of
 from harness.plan.passage import passage
 from harness.plan.training import TrainingStep
-from harness.routing import Routing, make_routing, planned_routing
+from harness.routing import Routing, make_routing
 from harness.routing.corpus import python_corpus
 from harness.specs import Dtype, Experiment, Model
 from harness.system import Case, Gradients, MoELayer, System
@@ -138,10 +137,10 @@ class Trainer:
         self.gradients: Gradients | None = None  # of that layer, where experts move after the step
         self._watched_last, self.verdict = 0, Verdict({"loss": 0.0})
         self.model_parallel = experiment.model_parallel and job.inner(0) is not None
-        case = training_case(experiment, job.topology, str(job.device), 0)
+        case = case_of(experiment, str(job.device))
 
         def moe(layer: int, weights: Weights) -> MoELayer:
-            return system.build(training_case(experiment, job.topology, str(job.device), layer), job, weights)
+            return system.build(case_of(experiment, str(job.device), layer=layer), job, weights)
 
         num_local = job.num_ranks // job.topology.shape[0]
         self.training = Training(
@@ -198,7 +197,7 @@ class Trainer:
         """Collective, outside the clock: weights of the watched layer ahead of the step."""
         layer = self._watched
         if layer not in self.witnesses:
-            case = training_case(self.experiment, self.job.topology, str(self.job.device), layer)
+            case = case_of(self.experiment, str(self.job.device), layer=layer)
             weights = Weights(case.model, case.dtype, seed=self.experiment.workload.seed, layer=layer)
             self.witnesses[layer] = LayerWitness(
                 self.job, self.system, case, weights, natural=not self.training.prescribed, layer=layer
@@ -263,16 +262,20 @@ class Trainer:
             model_parallel=self.model_parallel,
             watched=watched,
         )
-        plan = step.plan(tokens[:, :-1], lambda logits: training.loss_of(logits, tokens), training.optimizer.step)
-        if (after_step := self.after_step) is not None:
-            number = self.step
+        number, after_step = self.step, self.after_step
 
-            def move() -> None:
-                if watched is not None:  # as views, while experts are where these were made
-                    self.gradients = self.layers[watched].gradients()
-                after_step(training.optimizer, number)
+        def move() -> None:
+            assert after_step is not None
+            if watched is not None:  # as views, while experts are where these were made
+                self.gradients = self.layers[watched].gradients()
+            after_step(training.optimizer, number)
 
-            plan.add("after-step", INTER, ["optimizer"], run=move)
+        plan = step.plan(
+            tokens[:, :-1],
+            lambda logits: training.loss_of(logits, tokens),
+            training.optimizer.step,
+            None if after_step is None else move,
+        )
         with contextlib.nullcontext() if self.checkpoints is None else self.checkpoints.noting(self.step):
             self.timeline = (run or self.lanes.run)(plan)
         for layer in self.layers:
@@ -319,7 +322,7 @@ def oracle_losses(experiment: Experiment, system: type[System], topology: Topolo
     """Losses of the same training in one process: dense oracle, float64, all ranks' tokens in one batch."""
 
     def moe(layer: int, weights: Weights) -> OracleLayer:
-        return OracleLayer(weights, system, training_case(experiment, topology, "cpu", layer))
+        return OracleLayer(weights, system, case_of(experiment, layer=layer))
 
     ranks = list(range(topology.num_ranks))
     training = Training(experiment, topology, moe, ranks=ranks, dtype=torch.float64)
@@ -330,17 +333,6 @@ def oracle_losses(experiment: Experiment, system: type[System], topology: Topolo
         training.optimizer.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-def training_case(experiment: Experiment, topology: Topology, device: str, layer: int) -> Case:
-    """MoE layer ``layer`` of the GPT; a natural routing is planned as a uniform one."""
-    model, workload = experiment.model, experiment.workload
-    routing = planned_routing(workload, model, topology, layer=layer)
-    placement = Placement.contiguous(model.num_experts, topology.num_ranks)
-    options, cluster = dict(experiment.options), experiment.cluster
-    stand_in = experiment.compute == "stand-in"
-    case = Case(model, experiment.dtype, topology, placement, routing, device, False, options, cluster, stand_in)
-    return dataclasses.replace(case, room_bytes=room_bytes(experiment, case))
 
 
 def reduced(experiment: Experiment) -> Experiment:
@@ -371,4 +363,4 @@ def _batch(model: Model, tokens: tuple[int, ...], ranks: list[int], step: int) -
     return torch.as_tensor(np.concatenate(windows) % model.vocab)
 
 
-__all__ = ["OracleLayer", "Steered", "Trainer", "Training", "gate_case", "steered_gpt", "training_case"]
+__all__ = ["OracleLayer", "Steered", "Trainer", "Training", "gate_case", "steered_gpt"]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from harness.comm.job import Job
 from harness.comm.rows import Spread, dot_rows, scale_rows
 from harness.placement import Placement
+from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 
 
@@ -187,10 +188,12 @@ def flat_bytes(
     """Planned bytes of the flat exchange, [num_ranks, num_ranks] from -> to, by part (see ``System.planned_bytes``)."""
     num_ranks = placement.hosts.shape[1]
     matrix = np.zeros((num_ranks, num_ranks))
-    target = placement.owner[routing.ids]  # [T, k]
-    source = np.broadcast_to(routing.source[:, None], target.shape)
-    mask = slice(None) if kept is None else kept
-    np.add.at(matrix, (source[mask].ravel(), target[mask].ravel()), float(row_bytes))
+    if kept is None:
+        np.add.at(matrix.T, placement.owner, expert_counts(routing).T * float(row_bytes))
+    else:
+        target = placement.owner[routing.ids][kept]  # [T, k]
+        source = np.broadcast_to(routing.source[:, None], routing.ids.shape)[kept]
+        np.add.at(matrix, (source, target), float(row_bytes))
     np.fill_diagonal(matrix, 0)
     counts = np.broadcast_to(placement.hosts.sum(0) * 8.0, (num_ranks, num_ranks)).copy()  # int64 per expert
     np.fill_diagonal(counts, 0)

@@ -11,6 +11,7 @@ metadata.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -112,17 +113,44 @@ class ReplicaExchange(FlatExchange):
 def replica_bytes(routing: Routing, hosts: np.ndarray, topology: Topology, row_bytes: float) -> dict[str, np.ndarray]:
     """Planned bytes of ``ReplicaExchange``, [num_ranks, num_ranks] from -> to, by part (see
     ``System.planned_bytes``)."""
-    num_ranks = topology.num_ranks
-    counts = expert_counts(routing)
-    matrix = np.zeros((num_ranks, num_ranks))
-    for first in range(0, len(hosts), 32):  # a few experts at a time: [source, E, rank] may be large
-        part = slice(first, first + 32)
-        matrix += nearest(hosts[part], topology).rows(counts[:, part]).sum(1)
-    matrix *= row_bytes
+    matrix = travel(expert_counts(routing), hosts, topology).rows * row_bytes
     np.fill_diagonal(matrix, 0)
-    metadata = np.full((num_ranks, num_ranks), 8.0 * len(hosts))  # int64 per expert
+    metadata = np.full(matrix.shape, 8.0 * len(hosts))  # int64 per expert
     np.fill_diagonal(metadata, 0)
     return there_and_back(metadata, matrix)
+
+
+class Travel(NamedTuple):
+    """``rows`` float64 [source, rank]: that go from each rank to each; ``computed`` float64 [W, E]: that each rank
+    computes of each expert; ``stays`` float64 [W, E]: those of its own tokens among them."""
+
+    rows: np.ndarray
+    computed: np.ndarray
+    stays: np.ndarray
+
+
+def travel(counts: np.ndarray, hosts: np.ndarray, topology: Topology, masks: np.ndarray | None = None) -> Travel:
+    """Of ``counts`` int [source, E] to the nearest of ``hosts`` bool [E, num_ranks]. ``masks`` bool [n, source, rank]:
+    ``computed`` is [n, W, E] then, of the rows between these ranks."""
+    num_ranks, num_experts = counts.shape
+    rows, stays = np.zeros((num_ranks, num_ranks)), np.zeros((num_ranks, num_experts))
+    between = np.ones((1, num_ranks, num_ranks)) if masks is None else masks.astype(np.float64)
+    computed = np.zeros((len(between), num_ranks, num_experts))
+    single = np.flatnonzero(hosts.sum(1) == 1)  # nothing to share out
+    if len(single):
+        owner = hosts[single].argmax(1)
+        np.add.at(rows.T, owner, counts[:, single].T)
+        computed[:, owner, single] = np.einsum("se,gse->ge", counts[:, single], between[:, :, owner])
+        stays[owner, single] = counts[owner, single]
+    several, home = np.flatnonzero(hosts.sum(1) > 1), np.arange(num_ranks)
+    size = max(1, (1 << 22) // num_ranks**2)  # a few experts at a time: [source, E, rank] may be large
+    for first in range(0, len(several), size):
+        part = several[first : first + size]
+        dealt = nearest(hosts[part], topology).rows(counts[:, part])
+        rows += dealt.sum(1)
+        computed[..., part] = np.einsum("ser,gsr->gre", dealt, between)
+        stays[:, part] = dealt[home, :, home]
+    return Travel(rows, computed[0] if masks is None else computed, stays)
 
 
 def replica_shares(routing: Routing, hosts: np.ndarray, topology: Topology) -> np.ndarray:

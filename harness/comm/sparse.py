@@ -51,11 +51,12 @@ class SparsePlan:
     hosts: np.ndarray
     stages: tuple[Hops, ...]
 
-    def bytes(self, chunk_bytes: float, near: bool | None = None) -> np.ndarray:
+    def bytes(self, chunk_bytes: float, near: bool | None = None, stages: Iterable[int] | None = None) -> np.ndarray:
         """What each rank sends each in the gather, float64 [num_ranks, num_ranks]; of the reduction the transpose.
-        ``near``: of the near hops alone, or of the others."""
+        ``near``: of the near hops alone, or of the others; ``stages``: of these alone."""
         found = np.zeros((self.topology.num_ranks,) * 2)
-        for stage, hops in enumerate(self.stages):
+        for stage in range(len(self.stages)) if stages is None else stages:
+            hops = self.stages[stage]
             wanted = slice(None) if near is None else self.near(stage) == near
             np.add.at(found, (hops.source[wanted], hops.target[wanted]), float(chunk_bytes))
         return found
@@ -74,6 +75,10 @@ class SparsePlan:
         another, bool [n]."""
         node, hops = self.topology.unit_of(0), self.stages[stage]
         return node[self.owner[hops.chunk]] == node[hops.target]
+
+    def travels(self, stage: int, near: bool | None = None) -> bool:
+        """Whether anything does; ``near``: among the near hops, or the others."""
+        return bool(len(self.stages[stage].chunk)) and (near is None or bool((self.near(stage) == near).any()))
 
     def of_rank(self, rank: int, stage: int, near: bool | None = None) -> tuple[Hops, Hops]:
         """What ``rank`` sends and what it receives in ``stage`` of the gather; of the ``near`` hops or of the others

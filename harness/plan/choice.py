@@ -57,28 +57,13 @@ class Wanted:
         self._only_of_a_data_sheet(basis, cluster.name)
         if basis == PROFILED:
             calibration = calibration or ledger.profiled(cluster, folder)
-            return Machine.profiled(with_costs(calibration), calibration, experiment.compute)
+            return Machine.profiled(cluster, calibration, experiment.compute)
         if basis == PUBLISHED:
             if not cluster.collectives:
                 raise bad(f"cluster {cluster.name}.collectives", {}, f"none is stated; {_otherwise(cluster)}")
             return Machine.published(cluster)
         _check_rates(cluster)
         return Machine.data_sheet(cluster, self.efficiency, links=self.links or "ports")  # type: ignore[arg-type]
-
-
-def with_costs(calibration: ledger.Calibration) -> Cluster:
-    """The profiled cluster with every cost whose fit was not refused, by its level and by its role."""
-    levels = [level.name for level in calibration.profiled.levels]
-    roles = {"inter": levels[0]} | ({"intra": levels[1]} if len(levels) == 2 else {})
-    keys = [
-        f"{operation}.{name}"
-        for key, fit in calibration.fits.items()
-        if not fit.refused
-        for operation, _, scope in [key.partition(".")]
-        for name in (scope, *(role for role, level in roles.items() if level == scope))
-    ]
-    products = calibration.products.get("gemm")
-    return calibration.cluster([*dict.fromkeys(keys), *(["gemm"] if products and not products.refused else [])])
 
 
 def fingerprint(machine: Machine) -> str:

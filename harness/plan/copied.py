@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,13 +25,17 @@ from harness.comm.job import Job
 from harness.comm.replicas import ReplicaExchange, replica_bytes, replica_shares
 from harness.comm.sparse import Chunks, Transfer, plan_sparse
 from harness.layer.experts import Experts
+from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
 from harness.memory import expert_bytes
 from harness.options import whole
 from harness.placement import Placement
-from harness.plan.graph import INTER, INTRA, Plan
+from harness.plan.graph import Work
+from harness.plan.layouts import CopiedTasks, StageWork
 from harness.plan.native import NativeLayer, NativePassage
+from harness.plan.passage import Passage
+from harness.plan.priced import PricedCopied
 from harness.plan.rearrange import Planner, Rearranger
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES
@@ -51,37 +56,30 @@ class CopiedLayer(NativeLayer):
     def placement(self) -> Placement:
         return self.exchange_.placement
 
-    def passage(self, gated=None) -> CopiedPassage:  # type: ignore[no-untyped-def]
+    def passage(self, gated: Gated | None = None) -> CopiedPassage:
         return CopiedPassage(self, gated)
 
 
-class CopiedPassage(NativePassage):
+class CopiedPassage(CopiedTasks, NativePassage):
     layer: CopiedLayer
 
-    def behind(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
-        job, placement = self.layer.job, self.layer.placement
-        sparse = plan_sparse(placement.owner, placement.hosts, job.topology)
-        if not isinstance(self.layer.experts, Experts) or not any(len(hops.chunk) for hops in sparse.stages):
-            return []
-        inside = tuple(range(1, job.topology.num_levels))
+    def __init__(self, layer: CopiedLayer, gated: Gated | None):
+        super().__init__(layer, gated)
+        self.topology, placement = layer.job.topology, layer.placement
+        real = isinstance(layer.experts, Experts)
+        self.sparse = plan_sparse(placement.owner, placement.hosts, self.topology) if real else None
+
+    def transfer(self, what: str, num_tasks: int) -> StageWork:
         running: list[Transfer] = []
 
-        def add(name: str, lane: str, stages: tuple[int, ...], kind: str, last: list[str]) -> list[str]:
-            if not any(len(sparse.stages[stage].chunk) for stage in stages):
-                return last
+        def run(stages: tuple[int, ...]) -> None:
+            if not running:
+                kind: Literal["gather", "reduce"] = "reduce" if what == "reduce" else "gather"
+                assert self.sparse is not None
+                running.append(Transfer(self.layer.job, self.sparse, [self._gradients()], kind))
+            running[0].run(*stages)
 
-            def run() -> None:
-                if not running or running[-1].kind != kind:
-                    running[:] = [Transfer(job, sparse, [self._gradients()], kind)]  # type: ignore[arg-type]
-                running[0].run(*stages)
-
-            return [plan.add(f"{prefix}{name}.{lane}", lane, last, run=run, kind=name)]
-
-        last = [*after, f"{prefix}experts"]
-        last = add("reduce", INTRA, inside[::-1], "reduce", last)
-        last = add("reduce", INTER, (0,), "reduce", last)
-        last = add("spread", INTER, (0,), "gather", last)
-        return add("spread", INTRA, inside, "gather", last)
+        return lambda stages, near: Work(run=partial(run, stages))
 
     def _gradients(self) -> Chunks:
         experts = self.layer.experts
@@ -120,6 +118,15 @@ class CopiedSystem(UnifiedSystem):
         if case.identity_experts:
             return case.placement
         return cls.planner(case)(expert_counts(case.routing).sum(0), case.placement)
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        routing = cls.planned_routing(case)
+        return (
+            None
+            if routing is None
+            else PricedCopied(dataclasses.replace(case, routing=routing, placement=cls.first(case)))
+        )
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> CopiedLayer:

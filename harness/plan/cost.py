@@ -2,14 +2,25 @@
 
 Amounts are numbers, or arrays over whatever a plan is simulated for at once: configurations, and ranks W on the last
 axis (``Transfer``: on the last two).
+
+Compound costs say what goes on inside one task: parts one after another (``InTurn``), stages in a pipeline
+(``Staged``). ``Machine.priced`` turns any cost into seconds of each rank, ``Hold`` and ``Timed``, so that no byte
+matrix need outlive its layer.
+
+Scopes name groups of ranks by the link levels that they extend over, counted from 1 for the outermost of D: ``inter1``
+joins the nodes, ``inter2`` the units of level 2 inside a node, ``intra1`` all ranks of a node, ``flat`` all ranks;
+``inter`` and ``intra`` are ``inter1`` and ``intra1``. Ranks of a group are alike at all other levels.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Literal
 
 import numpy as np
+
+from harness.errors import bad
 
 Operation = Literal["a2a", "ag", "rs", "ar", "sr"]
 
@@ -24,7 +35,7 @@ class OnLinks(Cost):
     """A collective. ``messages``: how often its start-up time is paid."""
 
     operation: Operation
-    scope: str  # inter, intra, flat, or a stage as the cluster's costs name it
+    scope: str  # see above
 
     @property
     def key(self) -> str:
@@ -47,6 +58,14 @@ class Transfer(OnLinks):
 
     matrix: np.ndarray
     messages: Any = 1.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Timed(OnLinks):
+    """A collective that is priced already: ``seconds`` [..], or [.., W] where ranks differ, of one whose ranks begin
+    together."""
+
+    seconds: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,4 +103,64 @@ class Hold(Cost):
     seconds: Any
 
 
-__all__ = ["Compute", "Cost", "Even", "Experts", "Hold", "OnLinks", "Operation", "Transfer"]
+@dataclasses.dataclass(frozen=True, eq=False)
+class InTurn(Cost):
+    """What one task does one after another, for instance a whole layer of a package. The ranks of each collective among
+    ``parts`` meet where it stands, as if it were a task of its own. Its seconds [.., W] are those of each rank's parts,
+    without waits for others; a simulation with ranks adds these."""
+
+    parts: tuple[Cost, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Staged(Cost):
+    """One exchange whose rows take several ``stages``, in ``chunks`` pieces of equal size: piece c + 1 goes through a
+    stage while piece c goes through the next. ``Transfer.messages`` of a stage are those of each piece."""
+
+    stages: tuple[Transfer, ...]
+    chunks: int = 1
+
+    @property
+    def scope(self) -> str:
+        """Of the ranks that meet: those of the stages, or all where stages differ."""
+        found = {stage.scope for stage in self.stages}
+        return found.pop() if len(found) == 1 else "flat"
+
+    @property
+    def pieces(self) -> tuple[Transfer, ...]:
+        """One piece at each stage."""
+        if self.chunks == 1:
+            return self.stages
+        return tuple(dataclasses.replace(stage, matrix=stage.matrix / self.chunks) for stage in self.stages)
+
+
+def span(scope: str, num_levels: int) -> tuple[int, int]:
+    """(a, b): groups of ``scope`` extend over the link levels a .. b - 1 of ``num_levels``, outermost first.
+
+    >>> span("flat", 3), span("inter", 3), span("inter2", 3), span("intra", 3), span("intra2", 3)
+    ((0, 3), (0, 1), (1, 2), (1, 3), (2, 3))
+    """
+    found = re.fullmatch(r"(flat)|(inter|intra)([1-9][0-9]*)?", scope)
+    level = int(found[3] or 1) if found else 0
+    if found is None or level > num_levels:
+        raise bad(
+            "scope", scope, f"is no group of ranks on {num_levels} link levels; known are flat, interN and intraN"
+        )
+    if found[1]:
+        return 0, num_levels
+    return (level - 1, level) if found[2] == "inter" else (level, num_levels)
+
+
+__all__ = [
+    "Compute",
+    "Cost",
+    "Even",
+    "Experts",
+    "Hold",
+    "InTurn",
+    "OnLinks",
+    "Operation",
+    "Staged",
+    "Timed",
+    "Transfer",
+]

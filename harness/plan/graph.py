@@ -22,6 +22,9 @@ COMPUTE, INTER, INTRA = "compute", "inter", "intra"
 LANES = (COMPUTE, INTER, INTRA)
 
 
+Price = Callable[[Cost | None], Cost | None]
+
+
 class Work(NamedTuple):
     """What a task costs and how it runs; either may be missing (a plan only simulated, or only executed)."""
 
@@ -42,10 +45,12 @@ class Task:
 
 
 class Plan:
-    """Tasks in the order of their adding. ``add`` refuses what can be seen at once; ``order`` the rest."""
+    """Tasks in the order of their adding. ``add`` refuses what can be seen at once; ``order`` the rest. ``price``: what
+    each cost becomes as soon as it is laid out (``Machine.priced``), so that plans of many layers do not hold on to
+    byte matrices."""
 
-    def __init__(self, lanes: Iterable[str] = LANES):
-        self.lanes = tuple(lanes)
+    def __init__(self, lanes: Iterable[str] = LANES, price: Price = lambda cost: cost):
+        self.lanes, self.price = tuple(lanes), price
         self.tasks: list[Task] = []
         self.index: dict[str, int] = {}
 
@@ -64,10 +69,16 @@ class Plan:
         if name in self.index:
             raise bad("task", name, "is already in the plan; give every task a name of its own")
         self.index[name] = len(self.tasks)
-        self.tasks.append(Task(name, lane, tuple(after), cost, run, kind or name.split("[")[0].split(".")[-1]))
+        self.tasks.append(
+            Task(name, lane, tuple(after), self.price(cost), run, kind or name.split("[")[0].split(".")[-1])
+        )
         self.__dict__.pop("order", None)
         self.__dict__.pop("serial", None)
         return name
+
+    def put(self, name: str, lane: str, after: Iterable[str], work: Work, kind: str = "") -> str:
+        """``add`` with what it does."""
+        return self.add(name, lane, after, work.cost, work.run, kind)
 
     @functools.cached_property
     def order(self) -> list[int]:
@@ -90,6 +101,13 @@ class Plan:
         except nx.NetworkXUnfeasible:
             cycle = [self.tasks[a].name for a, _ in nx.find_cycle(graph)]
             raise bad("plan", " -> ".join([*cycle, cycle[0]]), "tasks wait for each other in a circle") from None
+
+    def priced(self, price: Price) -> Plan:
+        """The same with other costs."""
+        found = Plan(self.lanes, price)
+        found.tasks = [dataclasses.replace(task, cost=price(task.cost)) for task in self.tasks]
+        found.index = dict(self.index)
+        return found
 
     def done(self) -> Plan:
         """The same without what ran, and so without what that holds."""

@@ -14,11 +14,12 @@ import abc
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any, ClassVar
 
 import numpy as np
 
-from harness.plan.cost import Even, OnLinks, Transfer
+from harness.plan.cost import Even, OnLinks, Staged, Transfer, span
 from harness.specs import Cluster
 from harness.topology import Topology
 from harness.traffic import blocks_of, inside_load, port_load
@@ -35,9 +36,26 @@ class LinkModel(abc.ABC):
     def seconds(self, cost: OnLinks) -> Any:
         """Of one collective whose ranks begin together: [..], or [.., W] where ranks differ."""
 
+    def staged(self, cost: Staged) -> Any:
+        """Of an exchange in stages whose ranks begin together, [..] or [.., W]: one piece takes the sum of its stages,
+        and each further piece as long as the slowest of them, behind which the others are hidden. Each piece pays its
+        start-up times."""
+        each = [self.seconds(piece) for piece in cost.pieces]
+        return sum(each) + (cost.chunks - 1) * functools.reduce(np.maximum, each, 0.0)
+
     def finish(self, cost: Transfer, begins: Array) -> Array:
         """When each rank is done, [.., W], that begins at ``begins`` [.., W]; of a model in which ranks do not meet."""
         raise NotImplementedError
+
+    def finish_staged(self, cost: Staged, begins: Array) -> Array:
+        """The same of an exchange in stages: a rank begins with a piece at a stage when it is done with that piece at
+        the stage before, and with the piece before at this one. Stages do not slow each other."""
+        done = [begins] * cost.chunks  # of each piece
+        for piece in cost.pieces:
+            free = begins
+            for chunk in range(cost.chunks):
+                free = done[chunk] = self.finish(piece, np.maximum(done[chunk], free))
+        return done[-1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +68,7 @@ class AlphaBeta(LinkModel):
 
     def seconds(self, cost: OnLinks) -> Any:
         """Nothing to send costs nothing."""
-        alpha, beta = self.cluster.linear(cost.key, self.num_ranks)
+        alpha, beta = self._linear(cost)
         if isinstance(cost, Transfer):
             amount = balanced_bytes(cost.matrix, Topology(self.cluster.shape), cost.scope)[..., None]
         else:
@@ -58,17 +76,39 @@ class AlphaBeta(LinkModel):
             amount = np.asarray(cost.num_bytes, dtype=np.float64)
         return np.where(amount > 0, cost.messages * alpha + beta * amount, 0.0)
 
+    def _linear(self, cost: OnLinks) -> tuple[float, float]:
+        """By the key of the cost itself, else by another name of the same groups."""
+        cluster, known = self.cluster, {key.partition("@")[0] for key in self.cluster.collectives}
+        if cost.key not in known:
+            for name in names(cluster, cost.scope):
+                if f"{cost.operation}.{name}" in known:
+                    return cluster.linear(f"{cost.operation}.{name}", self.num_ranks)
+        return cluster.linear(cost.key, self.num_ranks)
+
+
+def names(cluster: Cluster, scope: str) -> list[str]:
+    """What costs of ``cluster`` may call the groups of ``scope``: by stage (``inter1``), by link level, by role."""
+    num_levels = len(cluster.shape)
+    first, behind = span(scope, num_levels)
+    stage = f"intra{first}" if behind == num_levels and first else f"inter{behind}"
+    found = ["flat" if (first, behind) == (0, num_levels) else stage]
+    found += [cluster.levels[first].name] if behind == first + 1 else []
+    found += ["inter"] if (first, behind) == (0, 1) else []
+    return [*found, "intra"] if (first, behind) == (1, num_levels) else found
+
 
 def balanced_bytes(matrix: Array, topology: Topology, scope: str) -> Array:
     """Buffer [..] of one rank in the balanced all-to-all of ``scope`` that loads the busiest port as ``matrix``
-    [.., W, W] does."""
-    nodes, num_ranks = topology.shape[0], topology.num_ranks
-    num_local = num_ranks // nodes
-    if nodes > 1 and scope in ("flat", "inter"):
+    [.., W, W] does: the port of a node where groups extend over nodes, else that of a rank. What stays on its rank
+    loads none."""
+    first, behind = span(scope, topology.num_levels)
+    nodes, size = topology.shape[0], math.prod(topology.shape[first:behind])
+    if nodes > 1 and first == 0:
+        num_local = topology.num_ranks // nodes
         return port_load(matrix, topology, 0).max(-1) / num_local * nodes / (nodes - 1)
-    own = blocks_of(matrix, nodes)  # [.., nodes, local, local]
-    busiest = np.maximum(own.sum(-2), own.sum(-1)).max((-1, -2))
-    size = num_local if scope == "intra" else num_ranks
+    own = blocks_of(matrix, math.prod(topology.shape[:first]))  # [.., units, ranks of a unit, ranks of a unit]
+    kept = np.diagonal(own, axis1=-2, axis2=-1)
+    busiest = (np.maximum(own.sum(-2), own.sum(-1)) - kept).max((-1, -2))
     return np.asarray(busiest, dtype=np.float64) * size / max(1, size - 1)
 
 
@@ -131,14 +171,12 @@ class Ports(LinkModel):
         """Bytes through one port: of an all-to-all what its ranks send out of the unit; of a ring (two for ``ar``) what
         the unit's part of each group gets from others, once."""
         assert not line.shared
-        topology = self.topology
-        nodes, of_unit = topology.shape[0], topology.num_ranks // topology.num_units(line.level)
-        units = {
-            "flat": topology.num_units(line.level),
-            "inter": nodes,  # a rank of each node
-            "intra": topology.num_units(line.level) // nodes,
-        }[cost.scope]
-        rings = of_unit if cost.operation == "a2a" or cost.scope == "inter" else 1
+        shape = self.topology.shape
+        first, behind = span(cost.scope, len(shape))
+        inner = min(max(line.level + 1, first), behind)  # levels from here on are inside the unit
+        units = math.prod(shape[first:inner])  # of each group
+        groups = math.prod(shape[max(line.level + 1, behind) :])  # that go through one unit
+        rings = groups * math.prod(shape[inner:behind]) if cost.operation == "a2a" else groups
         times = 2 if cost.operation == "ar" else 1
         return times * rings / line.ports * (units - 1) / units * np.asarray(cost.num_bytes, dtype=np.float64)
 
@@ -184,4 +222,4 @@ def _share(ends: Array, begins: Array, amounts: Array, each_s: float) -> None:
     ends[flows] = np.maximum(ends[flows], done)
 
 
-__all__ = ["AlphaBeta", "Line", "LinkModel", "Ports", "SharedPorts", "balanced_bytes", "lines_of"]
+__all__ = ["AlphaBeta", "Line", "LinkModel", "Ports", "SharedPorts", "balanced_bytes", "lines_of", "names"]

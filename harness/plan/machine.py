@@ -15,10 +15,11 @@ import numpy as np
 
 from harness.errors import bad
 from harness.ledger import Calibration
-from harness.plan.cost import Compute, Cost, Hold, OnLinks
+from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer
 from harness.plan.device import CURVE, Device, Fitted, Roofline, Tiled
 from harness.plan.graph import Plan
 from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
+from harness.plan.profiled import Profiled
 from harness.specs import Cluster
 from harness.topology import Topology
 
@@ -46,9 +47,11 @@ class Machine:
     def profiled(
         cls, cluster: Cluster, calibration: Calibration, compute: Literal["real", "stand-in"] = "real"
     ) -> Machine:
-        """By the costs of ``cluster``, which are those of ``calibration``, and its contention."""
+        """By what ``calibration`` found on ``cluster``: links, contention, and products where computation is real;
+        stand-ins take what the cluster's own costs say."""
         basis = f"profile of {calibration.profiled.name}, {calibration.date[:10]}"
-        return cls(AlphaBeta(cluster), Fitted(cluster), basis, calibration.slowdown(compute))
+        costs = cluster if compute == "stand-in" else calibration.cluster(["gemm"])
+        return cls(Profiled(calibration), Fitted(costs), basis, calibration.slowdown(compute))
 
     @classmethod
     def data_sheet(
@@ -82,13 +85,35 @@ class Machine:
         match cost:
             case None:
                 return 0.0
-            case Hold():
+            case Hold() | Timed():
                 return np.asarray(cost.seconds, dtype=np.float64)
+            case InTurn():
+                return sum(np.asarray(self.seconds(part)) for part in cost.parts)
+            case Staged():
+                return self.links.staged(cost)
             case Compute():
                 return self.device.seconds(cost)
             case OnLinks():
                 return self.links.seconds(cost)
         raise AssertionError(cost)
+
+    def priced(self, cost: Cost | None) -> Cost | None:
+        """The same cost in seconds, without its byte matrix [W, W]. Where ranks do not meet, what they wait for is
+        in the matrix, and it is kept in single precision."""
+        match cost:
+            case None | Hold() | Timed():
+                return cost
+            case InTurn():
+                return InTurn(tuple(part for each in cost.parts if (part := self.priced(each)) is not None))
+            case Transfer() if not self.links.meets:
+                return dataclasses.replace(cost, matrix=cost.matrix.astype(np.float32, copy=False))
+            case Staged() if not self.links.meets:
+                return Staged(tuple(self.priced(stage) for stage in cost.stages), cost.chunks)  # type: ignore[misc]
+            case Staged():
+                return Timed("a2a", cost.scope, self.seconds(cost))
+            case OnLinks():
+                return Timed(cost.operation, cost.scope, self.seconds(cost))
+        return Hold(self.seconds(cost))
 
     def durations(self, plan: Plan) -> np.ndarray:
         """Seconds of every task alone on its lane, float64 [num_tasks, ...] broadcast over all costs."""

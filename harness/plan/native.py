@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
 
 import torch
 
@@ -15,9 +14,11 @@ from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
 from harness.placement import Placement
-from harness.plan.graph import COMPUTE, INTER, Plan, Work
+from harness.plan.layouts import NativeTasks
 from harness.plan.moving import resize
+from harness.plan.passage import Passage
 from harness.plan.planned import PlannedLayer, PlannedPassage
+from harness.plan.priced import native
 from harness.plan.segment import Segment
 from harness.system import Case
 
@@ -49,7 +50,7 @@ class NativeLayer(PlannedLayer):
         return NativePassage(self, gated)
 
 
-class NativePassage(PlannedPassage):
+class NativePassage(NativeTasks, PlannedPassage):
     layer: NativeLayer
 
     def __init__(self, layer: NativeLayer, gated: Gated | None):
@@ -86,58 +87,29 @@ class NativePassage(PlannedPassage):
     def arrive_back(self) -> torch.Tensor | None:
         return pop(self, "drows")
 
-    def ready(self, plan: Plan, prefix: str) -> list[str]:
-        """What the experts' forward waits for beside the tokens. Called when these have their place in the plan."""
-        return []
+    def forward_metadata(self) -> None:
+        self.at_experts = self.metadata.forward(self._metadata, self.weights)
 
-    def ready_back(self) -> list[str]:
-        """What the experts' backward waits for beside the gradients of their outputs."""
-        return []
+    def forward_dispatch(self) -> None:
+        self.arrived = self.dispatch.forward(self._dispatch, pop(self, "rows"))
 
-    def there_and_back(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        def metadata() -> None:
-            self.at_experts = self.metadata.forward(self._metadata, self.weights)
+    def forward_experts(self) -> None:
+        self.made = self.experts.forward(self._experts, pop(self, "arrived"))
 
-        def dispatch() -> None:
-            self.arrived = self.dispatch.forward(self._dispatch, pop(self, "rows"))
+    def forward_combine(self) -> None:
+        self.home = self.combine.forward(self._combine, pop(self, "made"), pop(self, "at_experts"))
 
-        def experts() -> None:
-            self.made = self.experts.forward(self._experts, pop(self, "arrived"))
+    def backward_combine(self) -> None:
+        self.dmade, self.dat_experts = self.combine.backward(pop(self, "dhome"))
 
-        def combine() -> None:
-            self.home = self.combine.forward(self._combine, pop(self, "made"), pop(self, "at_experts"))
+    def backward_experts(self) -> None:
+        self.darrived = self._experts_back(pop(self, "dmade"))
 
-        plan.add(f"{prefix}metadata", INTER, after, run=metadata)
-        arrived = plan.add(f"{prefix}dispatch", INTER, run=dispatch)
-        needed = [arrived, *self.ready(plan, prefix)]
-        if gradients is not None:
-            plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
-        last = plan.add(f"{prefix}experts", COMPUTE, needed, run=experts)
-        return [plan.add(f"{prefix}combine", INTER, [last], run=combine)]
+    def backward_dispatch(self) -> None:
+        (self.drows,) = self.dispatch.backward(pop(self, "darrived"))
 
-    def back_and_there(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        def combine() -> None:
-            self.dmade, self.dat_experts = self.combine.backward(pop(self, "dhome"))
-
-        def experts() -> None:
-            self.darrived = self._experts_back(pop(self, "dmade"))
-
-        def dispatch() -> None:
-            (self.drows,) = self.dispatch.backward(pop(self, "darrived"))
-
-        def metadata() -> None:
-            (self.dweights,) = self.metadata.backward(pop(self, "dat_experts"))
-
-        last = plan.add(f"{prefix}combine", INTER, after, run=combine)
-        last = plan.add(f"{prefix}experts", COMPUTE, [last, *self.ready_back()], run=experts)
-        if gradients is not None:
-            plan.add(f"{prefix}gradients", INTER, (), gradients.cost, gradients.run)
-        plan.add(f"{prefix}dispatch", INTER, [last], run=dispatch)
-        return [plan.add(f"{prefix}metadata", INTER, run=metadata)]
+    def backward_metadata(self) -> None:
+        (self.dweights,) = self.metadata.backward(pop(self, "dat_experts"))
 
 
 class NativeSystem(UnifiedSystem):
@@ -149,6 +121,10 @@ class NativeSystem(UnifiedSystem):
     @abc.abstractmethod
     def exchange(cls, case: Case, job: Job) -> Exchange:
         """Collective: the exchange of this rank."""
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        return native(cls, case)
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> NativeLayer:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
-from harness.comm.handover import Handover, pop
-from harness.plan.graph import COMPUTE, INTER, Plan, Work
-from harness.plan.segment import Segment
+from harness.comm.handover import Handover
+from harness.plan.graph import INTER, Plan, Work
 from harness.system import MoELayer
+
+Direction = Literal["forward", "backward"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,18 +93,17 @@ def _dense(plan: Plan, dense: Sequence[Dense], prefix: str, after: Iterable[str]
     return last
 
 
-class Passage(Handover, abc.ABC):
-    """One batch's way through one MoE layer; for one step. ``forward`` and ``backward`` are ``MoEPart``s.
+class Passage(abc.ABC):
+    """How the tasks of one MoE layer stand in the plan of one step. ``forward`` and ``backward`` are ``MoEPart``s.
 
-    ``x`` [T, M] is there when the first task of ``forward`` runs, ``y`` [T, M] after its last; ``dy`` and ``dx``
-    likewise for ``backward``. ``y`` still has its graph, and what it is handed to cuts it off (``segment.cut``).
-    """
+    A subclass of ``harness.plan.layouts`` says which tasks there are, on which lanes, and what they wait for; ``work``,
+    of what they do: that of a ``Way`` runs, that of ``harness.plan.priced`` costs."""
 
-    x: torch.Tensor
-    y: torch.Tensor
-    dy: torch.Tensor
-    dx: torch.Tensor | None
     turns: bool = False  # the last layer of a step: its backward follows its forward at once
+
+    @abc.abstractmethod
+    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+        """Of the task called so, or of its ``part``."""
 
     @abc.abstractmethod
     def forward(
@@ -128,34 +129,57 @@ class Passage(Handover, abc.ABC):
         Called after ``backward``; returns what must have ended before the optimizer."""
         return []
 
+    def dense(self, direction: Direction) -> Sequence[Dense]:
+        """What stands for the dense part where the layer runs alone."""
+        return ()
 
-class Opaque(Passage):
-    """A layer that is one task a direction: a real package, whose communication is its own affair."""
-
-    def __init__(self, layer: MoELayer):
-        self.layer, self.segment = layer, Segment()
-
-    def forward(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        def run() -> None:
-            self.y = self.segment.forward(self.layer, pop(self, "x"))
-
-        return [plan.add(f"{prefix}moe", COMPUTE, after, run=run)]
-
-    def backward(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        def run() -> None:
-            (self.dx,) = self.segment.backward(pop(self, "dy"))
-
-        last = [plan.add(f"{prefix}moe", COMPUTE, after, run=run)]
-        if gradients is not None:  # never beside collectives that nobody here knows of
-            last = [plan.add(f"{prefix}gradients", INTER, last, gradients.cost, gradients.run)]
-        return last
+    def slices(self) -> tuple[Work | None, Work | None, Work | None]:
+        """Where the layer runs alone, slices of a gradient all-reduce in its MoE part, beside its dense part, and
+        after it."""
+        return None, None, None
 
 
-def passage(layer: MoELayer) -> Passage:
+class Way(Handover, Passage):
+    """One batch's way through one MoE layer: a passage that runs; for one step. A task ``t`` of forward is the method
+    ``forward_t``, its part j ``forward_t(j)``.
+
+    ``x`` [T, M] is there when the first task of ``forward`` runs, ``y`` [T, M] after its last; ``dy`` and ``dx``
+    likewise for ``backward``. ``y`` still has its graph, and what it is handed to cuts it off (``segment.cut``).
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    dy: torch.Tensor
+    dx: torch.Tensor | None
+
+    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+        run = getattr(self, f"{direction}_{task}")
+        return Work(run=run if part is None else functools.partial(run, part))
+
+
+def plan_alone(way: Passage, direction: Direction) -> Plan:
+    """One direction of a layer that runs alone."""
+    plan = Plan()
+    if direction == "forward":
+        forward_layer(plan, way.forward, way.dense(direction), ahead=way.ahead)
+        return plan
+    way.ahead_back(plan, "backward.")
+    in_moe, beside_dense, after_layer = way.slices()
+    backward_layer(
+        plan,
+        way.backward,
+        way.dense(direction),
+        in_moe=in_moe,
+        beside_dense=beside_dense,
+        after_layer=after_layer,
+        beside=lambda: way.behind(plan, "backward."),
+    )
+    return plan
+
+
+def passage(layer: MoELayer) -> Way:
     """The next batch's way through ``layer``: in tasks if it has any (``PlannedLayer``), else in one."""
+    from harness.plan.planned import Opaque
+
     made = getattr(layer, "passage", None)
     return Opaque(layer) if made is None else made()

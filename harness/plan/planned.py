@@ -7,7 +7,6 @@ the same tasks stand in the step's plan (``harness.plan.training``).
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,11 +16,12 @@ from harness.comm.job import Job
 from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedLayer
 from harness.layer.weights import Weights
-from harness.plan.graph import COMPUTE, Plan, Timeline, Work
+from harness.plan.graph import Timeline
 from harness.plan.lanes import executor_of
-from harness.plan.passage import Passage, backward_layer, forward_layer
+from harness.plan.layouts import OpaqueTasks, PlannedTasks
+from harness.plan.passage import Way, plan_alone
 from harness.plan.segment import Segment
-from harness.system import Case
+from harness.system import Case, MoELayer
 
 
 class PlannedLayer(UnifiedLayer):
@@ -47,21 +47,8 @@ class PlannedLayer(UnifiedLayer):
         # Backward adds to the parameters' gradients itself, so they are no inputs; x alone may want no gradient.
         return _Alone.apply(x, self, gated, torch.is_grad_enabled(), x.new_empty(0, requires_grad=True))
 
-    def plan_forward(self, way: PlannedPassage) -> Plan:
-        """Of the layer alone."""
-        plan = Plan()
-        forward_layer(plan, way.forward, (), ahead=way.ahead)
-        return plan
 
-    def plan_backward(self, way: PlannedPassage) -> Plan:
-        """Of the layer alone."""
-        plan = Plan()
-        way.ahead_back(plan, "backward.")
-        backward_layer(plan, way.backward, (), beside=lambda: way.behind(plan, "backward."))
-        return plan
-
-
-class PlannedPassage(Passage):
+class PlannedPassage(PlannedTasks, Way):
     """Gate, the way there and back, mix. A subclass takes rows from ``depart`` to the experts and brings home what they
     made, and in backward its gradient the other way. Gate weights it applies either on the way or in ``restore``."""
 
@@ -69,18 +56,6 @@ class PlannedPassage(Passage):
         self.layer, self.gated = layer, gated
         self.enter, self.leave = Segment(), Segment()
         self.dweights: torch.Tensor | None = None  # of the gate's weights, where they are applied on the way
-
-    @abc.abstractmethod
-    def there_and_back(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        """Add the tasks between ``depart`` and ``arrive``."""
-
-    @abc.abstractmethod
-    def back_and_there(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        """Add the tasks between ``depart_back`` and ``arrive_back``."""
 
     @abc.abstractmethod
     def depart(self, rows: torch.Tensor) -> None:
@@ -106,33 +81,19 @@ class PlannedPassage(Passage):
         """What came home -> [T, M]; differentiated through."""
         return home
 
-    def forward(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        def enter() -> None:
-            rows, self.weights, self.unmix = self.enter.forward(self._enter, pop(self, "x"))
-            self.depart(rows)
+    def forward_gate(self) -> None:
+        rows, self.weights, self.unmix = self.enter.forward(self._enter, pop(self, "x"))
+        self.depart(rows)
 
-        def leave() -> None:
-            self.y = self.leave.forward(self._leave, self.arrive(), pop(self, "weights"), pop(self, "unmix"))
+    def forward_restore(self) -> None:
+        self.y = self.leave.forward(self._leave, self.arrive(), pop(self, "weights"), pop(self, "unmix"))
 
-        last = [plan.add(f"{prefix}gate", COMPUTE, after, run=enter)]
-        last = self.there_and_back(plan, prefix=prefix, after=last, gradients=gradients)
-        return [plan.add(f"{prefix}restore", COMPUTE, last, run=leave)]
+    def backward_restore(self) -> None:
+        dhome, self.dweights, self.dunmix = self.leave.backward(pop(self, "dy"))
+        self.depart_back(dhome)
 
-    def backward(
-        self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
-    ) -> list[str]:
-        def leave() -> None:
-            dhome, self.dweights, self.dunmix = self.leave.backward(pop(self, "dy"))
-            self.depart_back(dhome)
-
-        def enter() -> None:
-            (self.dx,) = self.enter.backward(self.arrive_back(), pop(self, "dweights"), pop(self, "dunmix"))
-
-        last = [plan.add(f"{prefix}restore", COMPUTE, after, run=leave)]
-        last = self.back_and_there(plan, prefix=prefix, after=last, gradients=gradients)
-        return [plan.add(f"{prefix}gate", COMPUTE, last, run=enter)]
+    def backward_gate(self) -> None:
+        (self.dx,) = self.enter.backward(self.arrive_back(), pop(self, "dweights"), pop(self, "dunmix"))
 
     def _enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         gated = self.layer.choose(x) if self.gated is None else self.gated
@@ -145,6 +106,19 @@ class PlannedPassage(Passage):
         return rows if unmix is None else (unmix @ rows.to(unmix.dtype)).to(rows.dtype)
 
 
+class Opaque(OpaqueTasks, Way):
+    """A layer that is one task a direction."""
+
+    def __init__(self, layer: MoELayer):
+        self.layer, self.segment = layer, Segment()
+
+    def forward_moe(self) -> None:
+        self.y = self.segment.forward(self.layer, pop(self, "x"))
+
+    def backward_moe(self) -> None:
+        (self.dx,) = self.segment.backward(pop(self, "dy"))
+
+
 class _Alone(torch.autograd.Function):
     """A layer's tokens x [T, M] -> y [T, M]; gradients of parameters are added to them in backward."""
 
@@ -153,7 +127,7 @@ class _Alone(torch.autograd.Function):
         way: Any = layer.passage(gated)
         way.x = x.detach().requires_grad_(grad and x.requires_grad)
         with torch.set_grad_enabled(grad):
-            layer.timelines["forward"] = layer.lanes.run(layer.plan_forward(way))
+            layer.timelines["forward"] = layer.lanes.run(plan_alone(way, "forward"))
         ctx.layer, ctx.way = layer, way
         return way.y.detach()
 
@@ -162,7 +136,7 @@ class _Alone(torch.autograd.Function):
         way, ctx.way = ctx.way, None
         way.dy = dy.contiguous()
         with torch.enable_grad():
-            ctx.layer.timelines["backward"] = ctx.layer.lanes.run(ctx.layer.plan_backward(way))
+            ctx.layer.timelines["backward"] = ctx.layer.lanes.run(plan_alone(way, "backward"))
         dx = way.dx
         del way  # with it goes its hold on dx, which autograd then takes over instead of copying it
         return dx, None, None, None, None

@@ -28,9 +28,9 @@ may own any number of a layer's experts. Phase ``exchange`` has no experts, so n
 from __future__ import annotations
 
 import abc
+import dataclasses
 import threading
-from collections.abc import Callable, Iterable
-from typing import Literal
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,8 +46,11 @@ from harness.layer.weights import Weights
 from harness.memory import expert_bytes
 from harness.placement import Placement
 from harness.plan.copies import Copies, meter_of
-from harness.plan.graph import INTER, INTRA, Plan
+from harness.plan.graph import Work
+from harness.plan.layouts import ReplicatedTasks, StageWork
 from harness.plan.native import NativeLayer, NativePassage
+from harness.plan.passage import Passage
+from harness.plan.priced import PricedReplicated
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES
@@ -97,7 +100,7 @@ class ReplicatedLayer(NativeLayer):
         return self.policy.expect(placement.owner, placement.hosts.shape[1])
 
 
-class ReplicatedPassage(NativePassage):
+class ReplicatedPassage(ReplicatedTasks, NativePassage):
     layer: ReplicatedLayer
 
     def __init__(self, layer: ReplicatedLayer, gated: Gated | None):
@@ -107,105 +110,50 @@ class ReplicatedPassage(NativePassage):
         self.early = self._sparse(self.hosts)
         self.late = self._sparse(self.own.hosts)
         self.copies: list[Copies] = []
-        self.gathered: list[str] = []
-        self.regathered: list[str] = []
+        self.topology = layer.job.topology
+        self.rematerialises = layer.policy.rematerialises
         self.revises = layer.policy.revises and isinstance(layer.experts, Experts)
 
-    @property
-    def releases(self) -> bool:
-        """Whether copies are let go between forward and backward."""
-        return self.layer.policy.rematerialises and not self.turns
+    # ------------------------------------------------------------------ tasks
 
-    # ------------------------------------------------------------------ plan
-
-    def ahead(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
-        def begin() -> Transfer:
-            return self._gather(self.early)
-
-        self.gathered = self._stages(plan, f"{prefix}gather", after, begin, self.early, "gather")
-        return self.gathered
-
-    def ready(self, plan: Plan, prefix: str) -> list[str]:
-        if not self.revises:
-            return self.gathered
-        known = [f"{prefix}metadata"]  # what is late is known after it
-        return self.gathered + self._stages(
-            plan, f"{prefix}late", known, lambda: self._gather(self.late), None, "gather"
+    def transfer(self, what: str, num_tasks: int) -> StageWork:
+        """It is made when its first task runs."""
+        begin = {"gather": self._gather_early, "late": self._gather_late, "regather": self._regather}.get(
+            what, self._reduce
         )
-
-    def ahead_back(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
-        def begin() -> Transfer:
-            for each in self.copies:
-                each.restore()
-            return Transfer(self.layer.job, self._sparse(self.hosts), self._held())
-
-        if self.releases:
-            known = None if self.revises else self.early
-            self.regathered = self._stages(plan, f"{prefix}regather", after, begin, known, "gather")
-        return self.regathered
-
-    def ready_back(self) -> list[str]:
-        return self.regathered
-
-    def behind(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
-        def begin() -> Transfer:
-            return Transfer(self.layer.job, self._sparse(self.hosts), self._gradients(), "reduce")
-
-        known = None if self.revises else self.early
-        last = self._stages(plan, f"{prefix}reduce", [*after, f"{prefix}experts"], begin, known, "reduce")
-
-        def let_go() -> None:
-            self.copies = []
-
-        return [plan.add(f"{prefix}release", INTER, last, run=let_go)] if last else []
-
-    def _stages(
-        self,
-        plan: Plan,
-        name: str,
-        after: Iterable[str],
-        begin: Callable[[], Transfer],
-        known: SparsePlan | None,
-        kind: Literal["gather", "reduce"],
-    ) -> list[str]:
-        """Add a transfer, which ``begin`` makes when its first task runs: what crosses between nodes and what stays
-        inside are tasks of their lanes. A gather spreads chunks whose owner is in the node without waiting for others.
-        ``known``: what will travel; None: known only then. No tasks where nothing does; returns the last ones."""
-        inside = tuple(range(1, self.layer.job.topology.num_levels))
-        parts: list[tuple[str, str, tuple[int, ...], bool | None]] = [
-            (INTER, INTER, (0,), None),
-            ("near", INTRA, inside, True),
-            (INTRA, INTRA, inside, False),
-        ]
-        if kind == "reduce":  # owners' rows are added to by one lane after the other
-            parts = [(INTRA, INTRA, inside[::-1], None), (INTER, INTER, (0,), None)]
-        if known is not None:
-            parts = [part for part in parts if any(_travels(known, stage, part[3]) for stage in part[2])]
         running: list[tuple[Transfer, Moment]] = []
-        left, lock = [len(parts)], threading.Lock()
-        last, ends = list(after), []
-        for part, lane, stages, near in parts:
+        left, lock = [num_tasks], threading.Lock()
 
-            def run(stages: tuple[int, ...] = stages, near: bool | None = near) -> None:
-                with lock:
-                    if not running:
-                        running.append((begin(), Moment(self.layer.job.device)))
-                    transfer, begun = running[0]
-                begun.wait()
-                transfer.run(*stages, near=near)
-                with lock:
-                    left[0] -= 1
-                    if not left[0]:
-                        running.clear()  # and its hold on memory
+        def run(stages: tuple[int, ...], near: bool | None) -> None:
+            with lock:
+                if not running:
+                    running.append((begin(), Moment(self.layer.job.device)))
+                transfer, begun = running[0]
+            begun.wait()
+            transfer.run(*stages, near=near)
+            with lock:
+                left[0] -= 1
+                if not left[0]:
+                    running.clear()  # and its hold on memory
 
-            task = plan.add(
-                f"{name}.{part}", lane, after if part == "near" else last, run=run, kind=name.split(".")[-1]
-            )
-            if part == "near":
-                ends = [task]
-            else:
-                last = [task]
-        return [*ends, *last] if parts else []
+        return lambda stages, near: Work(run=partial(run, stages, near))
+
+    def _gather_early(self) -> Transfer:
+        return self._gather(self.early)
+
+    def _gather_late(self) -> Transfer:
+        return self._gather(self.late)
+
+    def _regather(self) -> Transfer:
+        for each in self.copies:
+            each.restore()
+        return Transfer(self.layer.job, self._sparse(self.hosts), self._held())
+
+    def _reduce(self) -> Transfer:
+        return Transfer(self.layer.job, self._sparse(self.hosts), self._gradients(), "reduce")
+
+    def backward_release(self) -> None:
+        self.copies = []
 
     # ------------------------------------------------------------------ execution
 
@@ -270,10 +218,6 @@ class ReplicatedPassage(NativePassage):
         return super()._experts_back(dmade)
 
 
-def _travels(sparse: SparsePlan, stage: int, near: bool | None) -> bool:
-    return bool(len(sparse.stages[stage].chunk)) and (near is None or bool((sparse.near(stage) == near).any()))
-
-
 class ReplicatedSystem(UnifiedSystem):
     """A native system that differs by its policy alone."""
 
@@ -283,6 +227,13 @@ class ReplicatedSystem(UnifiedSystem):
     @abc.abstractmethod
     def policy(cls, case: Case, job: Job | None) -> Policy:
         """Of one layer; ``job`` None: for planning alone. ``UserError`` for options that make no sense."""
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        return PricedReplicated(dataclasses.replace(case, routing=routing), cls.policy(case, None))
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> ReplicatedLayer:

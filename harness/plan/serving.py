@@ -1,14 +1,11 @@
-"""A forward pass of a GPT in inference as one plan on this rank: embedding, every layer's attention and MoE part, head.
-
-Experts are shared out. Attention is replicated (each rank has sequences of its own), or its heads are shared out over
-the ranks of a node (tensor parallelism): then tokens are gathered in the node before it, and partial sums scattered
-after it. With caches the tokens are the next ones of their sequences: all of them (prefill), or one each (decode).
-"""
+"""A forward pass of a GPT in inference on this rank: the tasks of ``harness.plan.step.ServingTasks``, run. With caches
+the tokens are the next ones of their sequences: all of them (prefill), or one each (decode)."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,23 +13,26 @@ import torch.distributed as dist
 
 from harness.comm.handover import Handover, Held
 from harness.layer.gpt import GPT, Cache
-from harness.plan.graph import COMPUTE, INTRA, Plan, Timeline, Work
-from harness.plan.passage import Dense, Passage, forward_layer
+from harness.plan.graph import COMPUTE, Plan, Timeline, Work
+from harness.plan.passage import Direction, Way
+from harness.plan.step import SHARED, ServingTasks
 
 PARTS = ("attention", "experts", "all_to_all", "moe")  # whose times ``parts_s`` gives, layer by layer
-ATTENTION = ("norm", "mp-gather", "attention", "mp-scatter", "residual")  # kinds of task that make up the first
+ATTENTION = tuple(SHARED)  # kinds of task that make up the first
 
 
-class ServingStep(Handover):
+class ServingStep(ServingTasks, Handover):
     """One pass. ``passages``: of the MoE layers; ``steer``: what stands before each; ``attention_s``: wait so long in
     place of each attention (None: compute it); ``group``: ranks over which its heads are shared out, all with as many
     sequences. ``logits`` [B, L, vocab]: after the plan ran. ``watched``: the layer of which ``seen`` then holds what
     went into its MoE part and came out, ``x`` and ``y``."""
 
+    passages: Sequence[Way]
+
     def __init__(
         self,
         gpt: GPT,
-        passages: Sequence[Passage],
+        passages: Sequence[Way],
         steer: Sequence[Callable[[torch.Tensor], torch.Tensor]],
         caches: Sequence[Cache] | None = None,
         attention_s: float | None = None,
@@ -41,43 +41,40 @@ class ServingStep(Handover):
     ):
         self.watched, self.seen = watched, Held()
         self.gpt, self.passages, self.steer, self.caches, self.attention_s = gpt, passages, steer, caches, attention_s
-        self.group = group
+        self.group, self.shares_attention = group, group is not None
         self.residual: torch.Tensor
+        self.tokens: torch.Tensor
         self.logits: torch.Tensor
 
     def plan(self, tokens: torch.Tensor) -> Plan:
         """tokens int64 [B, L]."""
-        plan, gpt = Plan(), self.gpt
-        begin = self.caches[0].length if self.caches else 0
+        self.tokens, self.begin = tokens, self.caches[0].length if self.caches else 0
+        return self.lay_out()
 
-        def embed() -> None:
-            self.residual = gpt.token(tokens) + gpt.position.weight[begin : begin + tokens.shape[1]]
+    def work(self, task: str) -> Work:
+        return Work(run=getattr(self, f"_{task}"))
 
-        def head() -> None:
-            self._see(len(self.passages) - 1, "y", self.passages[-1].y)
-            self.logits = gpt.head(gpt.norm(self.residual + self.passages[-1].y.view_as(self.residual)))
+    def dense_work(self, layer: int, direction: Direction, task: str) -> Work:
+        if task == "mp-gather":
+            return Work(run=self._gather)
+        if task == "mp-scatter":
+            return Work(run=self._scatter)
+        if not self.shares_attention:
+            return Work(run=partial(self._whole, layer))
+        parts = {"norm": self._enter, "attention": self._attend, "residual": self._leave}
+        return Work(run=partial(parts[task], layer))
 
-        last = [plan.add("embedding", COMPUTE, run=embed)]
-        for layer, way in enumerate(self.passages):
-            dense = self._dense(layer)
-            last = forward_layer(plan, way.forward, dense, ahead=way.ahead, prefix=f"layer{layer}.", after=last)
-        plan.add("head", COMPUTE, last, run=head)
-        return plan
+    def _embedding(self) -> None:
+        gpt, tokens = self.gpt, self.tokens
+        self.residual = gpt.token(tokens) + gpt.position.weight[self.begin : self.begin + tokens.shape[1]]
 
-    def _dense(self, layer: int) -> list[Dense]:
-        def whole() -> None:
-            for part in (self._enter, self._attend, self._leave):
-                part(layer)
+    def _head(self) -> None:
+        self._see(len(self.passages) - 1, "y", self.passages[-1].y)
+        self.logits = self.gpt.head(self.gpt.norm(self.residual + self.passages[-1].y.view_as(self.residual)))
 
-        if self.group is None:
-            return [Dense("attention", COMPUTE, Work(run=whole))]
-        return [
-            Dense("norm", COMPUTE, Work(run=lambda: self._enter(layer))),
-            Dense("mp-gather", INTRA, Work(run=self._gather)),
-            Dense("attention", COMPUTE, Work(run=lambda: self._attend(layer))),
-            Dense("mp-scatter", INTRA, Work(run=self._scatter)),
-            Dense("residual", COMPUTE, Work(run=lambda: self._leave(layer))),
-        ]
+    def _whole(self, layer: int) -> None:
+        for part in (self._enter, self._attend, self._leave):
+            part(layer)
 
     def _enter(self, layer: int) -> None:
         if layer:

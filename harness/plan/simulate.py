@@ -12,11 +12,12 @@ are busy together depends on the times and the times on that, so it is iterated 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from harness.plan.cost import OnLinks, Transfer
+from harness.plan.cost import Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer, span
 from harness.plan.graph import Plan, Timeline
 from harness.plan.links import LinkModel
 from harness.plan.machine import Contention, Machine
@@ -28,10 +29,14 @@ MAX_LOST = 0.95  # of a lane's rate to all the others together
 
 def simulate(plan: Plan, machine: Machine, topology: Topology | None = None) -> Timeline:
     """Price and simulate ``plan``. With ``topology`` the last axis of the costs is that of its ranks."""
-    durations = machine.durations(plan)
-    if topology is not None and durations.shape[-1:] != (topology.num_ranks,):
-        durations = np.broadcast_to(durations[..., None], (*durations.shape, topology.num_ranks)).copy()
-    return schedule(plan, durations, machine.contention, topology, machine.links)
+    priced = plan.priced(machine.priced)
+    durations = machine.durations(priced)
+    if topology is not None and durations.shape[1:][-1:] != (topology.num_ranks,):
+        if durations.shape[1:][-1:] != (1,):
+            durations = durations[..., None]
+        durations = np.broadcast_to(durations, (*durations.shape[:-1], topology.num_ranks)).copy()
+    found = schedule(priced, durations, machine.contention, topology, machine.links)
+    return Timeline(plan, found.start_s, found.end_s)
 
 
 def schedule(
@@ -42,14 +47,14 @@ def schedule(
     links: LinkModel | None = None,
 ) -> Timeline:
     """Simulate ``plan`` with ``durations`` in seconds [num_tasks, ...], each as if alone on the machine. ``links``: say
-    when a transfer ends whose ranks do not meet."""
+    when a transfer ends whose ranks do not meet. With ``topology`` compound costs are priced already."""
     lost = {
         (a, b): c / (1 + c)
         for a, row in (contention or {}).items()
         for b, c in row.items()
         if c > 0 and a != b and {a, b} <= set(plan.lanes)
     }
-    ways = _meetings(plan, topology) | _unmet(plan, durations, topology, links)
+    ways = {} if topology is None else _ways(plan, topology, links)
     start, end = _longest_path(plan, durations, ways)
     if not lost or not plan.tasks:
         return Timeline(plan, start, end)
@@ -95,48 +100,81 @@ def _longest_path(plan: Plan, durations: np.ndarray, ways: Mapping[int, Way]) ->
     return start, end
 
 
-def _meetings(plan: Plan, topology: Topology | None) -> dict[int, Way]:
-    """Of every collective: it begins with the last of its group and ends for all with the slowest. Ranks are the last
-    axis."""
-    if topology is None:
-        return {}
-    shape = topology.shape
-    axes = {"inter": (0,), "intra": tuple(range(1, len(shape))), "flat": tuple(range(len(shape)))}
-
-    def meeting(scope: str) -> Way:
-        over = tuple(axis - len(shape) for axis in axes[scope])
-
-        def largest(values: np.ndarray) -> np.ndarray:
-            grid = values.reshape(*values.shape[:-1], *shape)
-            return np.broadcast_to(grid.max(axis=over, keepdims=True), grid.shape).reshape(values.shape)
-
-        def way(ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            begins = largest(ready)
-            return begins, begins + largest(lasts)
-
-        return way
-
-    return {
-        here: meeting(task.cost.scope)
-        for here, task in enumerate(plan.tasks)
-        if isinstance(task.cost, OnLinks) and task.cost.scope in axes
-    }
+def _ways(plan: Plan, topology: Topology, links: LinkModel | None) -> dict[int, Way]:
+    """Of every task in which ranks wait for each other. Ranks are the last axis."""
+    found = ((here, _way(task.cost, topology, links)) for here, task in enumerate(plan.tasks))
+    return {here: way for here, way in found if way is not None}
 
 
-def _unmet(plan: Plan, durations: np.ndarray, topology: Topology | None, links: LinkModel | None) -> dict[int, Way]:
-    """Of every transfer whose ranks do not wait for each other; what it lasts longer than ``durations``, as other lanes
-    are busy, each of its ranks does."""
-    if topology is None or links is None or links.meets:
-        return {}
+def _way(cost: Cost | None, topology: Topology, links: LinkModel | None) -> Way | None:
+    match cost:
+        case InTurn():
+            return _in_turn(cost, topology, links)
+        case Transfer() | Staged() if links is not None and not links.meets:
+            return _apart(cost, links)
+        case OnLinks() | Staged():
+            return _meeting(cost.scope, topology)
+    return None
 
-    def apart(cost: Transfer, alone: np.ndarray) -> Way:
-        return lambda ready, lasts: (ready, links.finish(cost, ready) + (lasts - alone))
 
-    return {
-        here: apart(task.cost, durations[here])
-        for here, task in enumerate(plan.tasks)
-        if isinstance(task.cost, Transfer)
-    }
+def _alone(ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return ready, ready + lasts
+
+
+def _meeting(scope: str, topology: Topology) -> Way:
+    """A collective begins with the last of its group and ends for all with the slowest."""
+    first, behind = span(scope, topology.num_levels)
+    parts = tuple(math.prod(topology.shape[a:b]) for a, b in ((0, first), (first, behind), (behind, None)))
+
+    def largest(values: np.ndarray) -> np.ndarray:
+        grid = values.reshape(*values.shape[:-1], *parts)
+        return np.broadcast_to(grid.max(axis=-2, keepdims=True), grid.shape).reshape(values.shape)
+
+    def way(ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        begins = largest(ready)
+        return begins, begins + largest(lasts)
+
+    return way
+
+
+def _apart(cost: Transfer | Staged, links: LinkModel) -> Way:
+    """Ranks do not wait for each other; what the task lasts longer than alone, each of them does."""
+    finish, alone = (
+        (links.finish_staged, links.staged(cost)) if isinstance(cost, Staged) else (links.finish, links.seconds(cost))
+    )
+    return lambda ready, lasts: (ready, finish(cost, ready) + (lasts - alone))  # type: ignore[arg-type]
+
+
+def _in_turn(cost: InTurn, topology: Topology, links: LinkModel | None) -> Way:
+    """Part after part, each as if it were a task; what the task lasts longer than alone, its last part does."""
+    ways = [_way(part, topology, links) or _alone for part in cost.parts] or [_alone]
+    each = [_priced_s(part, links) for part in cost.parts] or [np.zeros(1)]
+    alone = sum(each)
+
+    def way(ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        longer, begins, now = lasts - alone, None, ready
+        for i, (go, seconds) in enumerate(zip(ways, each, strict=True)):
+            takes = np.broadcast_to(seconds + longer if i == len(each) - 1 else seconds, ready.shape)
+            start, now = go(now, takes)
+            begins = start if begins is None else begins
+        assert begins is not None
+        return begins, now
+
+    return way
+
+
+def _priced_s(cost: Cost, links: LinkModel | None) -> np.ndarray:
+    """Seconds of a part that is priced, each rank's own."""
+    match cost:
+        case Hold() | Timed():
+            return np.asarray(cost.seconds, dtype=np.float64)
+        case InTurn():
+            return np.asarray(sum(_priced_s(part, links) for part in cost.parts))
+        case Transfer() if links is not None:
+            return np.asarray(links.seconds(cost))
+        case Staged() if links is not None:
+            return np.asarray(links.staged(cost))
+    raise AssertionError(f"{type(cost).__name__} is not priced")
 
 
 def _overlap(start: np.ndarray, end: np.ndarray, other_start: np.ndarray, other_end: np.ndarray) -> np.ndarray:

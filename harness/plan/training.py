@@ -1,15 +1,9 @@
-"""A training step of a GPT as one plan on this rank: embedding, every layer's attention and MoE part, head and loss,
-backward through them all, the sum of replicated gradients where the system puts it, optimizer.
-
-Attention is replicated (data parallelism over all ranks), or its heads are shared out over the ranks of a node (model
-parallelism inside nodes, data parallelism across): then tokens are gathered in the node before it, and partial sums
-scattered after it.
-"""
+"""A training step of a GPT on this rank: the tasks of ``harness.plan.step.TrainingTasks``, run."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,9 +13,10 @@ from harness.comm.handover import Handover, Held, pop
 from harness.comm.job import Job
 from harness.layer.gpt import GPT, Block
 from harness.plan.gradients import Stream, sum_over
-from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
-from harness.plan.passage import Dense, Passage, backward_layer, forward_layer
+from harness.plan.graph import Plan, Work
+from harness.plan.passage import Direction, Way
 from harness.plan.segment import Segment
+from harness.plan.step import TrainingTasks
 from harness.system import GradientSlices
 
 
@@ -32,8 +27,15 @@ class DensePart(Handover):
     and ``x`` [T, M], which enters the MoE part, come out. Backward the other way round.
     """
 
-    def __init__(self, block: Block, steer: Callable[[torch.Tensor], torch.Tensor], group: dist.ProcessGroup | None):
-        self.block, self.steer, self.group = block, steer, group
+    def __init__(
+        self,
+        block: Block,
+        steer: Callable[[torch.Tensor], torch.Tensor],
+        group: dist.ProcessGroup | None,
+        made: Callable[[], None],
+    ):
+        """``made``: called as soon as the gradients of the attention's projections are complete."""
+        self.block, self.steer, self.group, self.made_all = block, steer, group, made
         self.norm, self.attention, self.join, self.whole = (Segment() for _ in range(4))
         self.residual: torch.Tensor
         self.made: torch.Tensor | None
@@ -42,39 +44,15 @@ class DensePart(Handover):
         self.dx: torch.Tensor | None
         self.dmade: torch.Tensor | None
 
-    def forward(self) -> list[Dense]:
+    def run(self, direction: Direction, task: str) -> Callable[[], None]:
+        """Of a task of ``harness.plan.step``."""
+        if task == "mp-gather":
+            return self._gather
+        if task == "mp-scatter":
+            return self._scatter
         if self.group is None:
-            return [Dense("attention", COMPUTE, Work(run=self._forward_whole))]
-        return [
-            Dense("norm", COMPUTE, Work(run=self._forward_norm)),
-            Dense("mp-gather", INTRA, Work(run=self._gather)),
-            Dense("attention", COMPUTE, Work(run=self._forward_attention)),
-            Dense("mp-scatter", INTRA, Work(run=self._scatter)),
-            Dense("residual", COMPUTE, Work(run=self._forward_join)),
-        ]
-
-    def backward(self, made: Callable[[], None]) -> list[Dense]:
-        """``made``: called as soon as the gradients of the attention's projections are complete."""
-
-        def whole() -> None:
-            self.dresidual, self.dmade = self.whole.backward(pop(self, "dresidual"), pop(self, "dx"))
-            made()
-
-        def attention() -> None:
-            (dtokens,) = self.attention.backward(pop(self, "tokens"))
-            assert dtokens is not None
-            self.partial = dtokens
-            made()
-
-        if self.group is None:
-            return [Dense("attention", COMPUTE, Work(run=whole))]
-        return [
-            Dense("residual", COMPUTE, Work(run=self._backward_join)),
-            Dense("mp-gather", INTRA, Work(run=self._gather)),
-            Dense("attention", COMPUTE, Work(run=attention)),
-            Dense("mp-scatter", INTRA, Work(run=self._scatter)),
-            Dense("norm", COMPUTE, Work(run=self._backward_norm)),
-        ]
+            task = "whole"
+        return getattr(self, f"_{direction}_{task}")  # type: ignore[no-any-return]
 
     # ------------------------------------------------------------------ segments
 
@@ -113,11 +91,21 @@ class DensePart(Handover):
         self.own = torch.empty_like(self.own)
         dist.reduce_scatter_tensor(self.own, pop(self, "partial").contiguous(), group=self.group)
 
-    def _forward_join(self) -> None:
+    def _forward_residual(self) -> None:
         own = pop(self, "own").requires_grad_()
         self.residual, self.x = self.join.forward(self._join, pop(self, "residual"), own)
 
-    def _backward_join(self) -> None:
+    def _backward_whole(self) -> None:
+        self.dresidual, self.dmade = self.whole.backward(pop(self, "dresidual"), pop(self, "dx"))
+        self.made_all()
+
+    def _backward_attention(self) -> None:
+        (dtokens,) = self.attention.backward(pop(self, "tokens"))
+        assert dtokens is not None
+        self.partial = dtokens
+        self.made_all()
+
+    def _backward_residual(self) -> None:
         self.dresidual, own = self.join.backward(pop(self, "dresidual"), pop(self, "dx"))
         assert own is not None
         self.own = own
@@ -126,17 +114,20 @@ class DensePart(Handover):
         self.dresidual, self.dmade = self.norm.backward(pop(self, "dresidual"), pop(self, "own"))
 
 
-class TrainingStep:
+class TrainingStep(TrainingTasks):
     """One step. ``passages``: of the MoE layers; ``steer``: what stands before each; ``summed``: replicated parameters
     whose gradients are summed over all ranks after backward, beside the attention's, which are ``stream``;
     ``slices``: of the stream in each layer's backward, last layer first. ``loss``: after the plan ran. ``watched``: the
     layer of which ``seen`` then holds what went into its MoE part and came out, ``x``, ``y``, ``dy`` and ``dx``."""
 
+    passages: Sequence[Way]
+    stream: Stream
+
     def __init__(
         self,
         gpt: GPT,
         job: Job,
-        passages: Sequence[Passage],
+        passages: Sequence[Way],
         steer: Sequence[Callable[[torch.Tensor], torch.Tensor]],
         stream: Stream,
         slices: Sequence[GradientSlices],
@@ -147,140 +138,113 @@ class TrainingStep:
     ):
         self.watched, self.seen = watched, Held()
         self.gpt, self.job, self.passages, self.stream, self.slices = gpt, job, passages, stream, slices
-        self.summed = summed
-        group = job.inner(0) if model_parallel else None
-        self.dense = [DensePart(block, each, group) for block, each in zip(gpt.blocks, steer, strict=True)]  # type: ignore[arg-type]
-        self.awaited: list[str] = []  # tasks that the optimizer waits for beside the sums of gradients
+        self.summed, self.shares_attention = summed, model_parallel
+        group, last = job.inner(0) if model_parallel else None, len(passages) - 1
+        self.parts = [
+            DensePart(block, each, group, partial(stream.fill, last - i))  # type: ignore[arg-type]
+            for i, (block, each) in enumerate(zip(gpt.blocks, steer, strict=True))
+        ]
+        self.embed, self.head = Segment(), Segment()
         self.loss: torch.Tensor
-
-    def _see(self, layer: int, name: str, tensor: torch.Tensor | None) -> None:
-        if layer == self.watched and tensor is not None:
-            self.seen[name] = tensor.detach()
 
     def plan(
         self,
         tokens: torch.Tensor,
         loss: Callable[[torch.Tensor], torch.Tensor],
         update: Callable[[], object],
+        after: Callable[[], None] | None = None,
     ) -> Plan:
-        """tokens int64 [B, L]; ``loss``: logits [B, L, vocab] -> this rank's share; ``update``: the optimizer's."""
-        plan, num_layers = Plan(), len(self.dense)
-        self.awaited = []
-        last = self._forward(plan, tokens, loss)
-        for i in reversed(range(num_layers)):
-            last = self._backward_layer(plan, i, last)
+        """tokens int64 [B, L]; ``loss``: logits [B, L, vocab] -> this rank's share; ``update``: the optimizer's;
+        ``after``: what moves behind it."""
+        self.tokens, self.loss_of, self.update, self.after = tokens, loss, update, after
+        self.moves = after is not None
+        return self.lay_out()
 
-        def embed_backward() -> None:
-            self.embed.backward(pop(self.dense[0], "dresidual"))
+    def work(self, task: str) -> Work:
+        return Work(run=getattr(self, f"_{task}"))
 
-        last = [plan.add("embedding.backward", COMPUTE, last, run=embed_backward, kind="embedding")]
-        rest = sum(self.stream.part_bytes) - self.stream.taken * self.stream.element_bytes
-        tail = self.stream.take("gradients-tail", rest, after_part=num_layers)
+    def dense_work(self, layer: int, direction: Direction, task: str) -> Work:
+        run = self.parts[layer].run(direction, task)
+        first, last = ("norm", "residual") if direction == "forward" else ("residual", "norm")
+        if not self.shares_attention:
+            first = last = task
+        steps = [run]
+        if task == first and (direction == "backward" or layer):
+            steps.insert(0, partial(getattr(self, f"_{direction}_into"), layer))
+        if task == last:
+            steps.append(partial(getattr(self, f"_{direction}_out"), layer))
 
-        def reduce_rest() -> None:
-            if tail is not None and tail.run is not None:
-                tail.run()
+        def run_all() -> None:
+            for each in steps:
+                each()
+
+        return Work(run=run_all)
+
+    def tail(self, of_stream: Work | None) -> Work:
+        def run() -> None:
+            if of_stream is not None and of_stream.run is not None:
+                of_stream.run()
             sum_over(self.summed, self.job.world if self.job.num_ranks > 1 else None)
 
-        def optimize() -> None:
-            self.stream.give_back()
-            update()
+        return Work(None if of_stream is None else of_stream.cost, run)
 
-        cost = None if tail is None else tail.cost
-        last = [plan.add("gradients-tail", INTER, last, cost, reduce_rest, "gradients")]
-        plan.add("optimizer", COMPUTE, [*last, *self.awaited], run=optimize)
-        return plan
+    # ------------------------------------------------------------------ tasks
 
-    def _forward(self, plan: Plan, tokens: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]) -> list[str]:
-        gpt, dense, passages = self.gpt, self.dense, self.passages
-        self.embed, self.head = Segment(), Segment()
-        passages[-1].turns = True
+    def _embedding(self) -> None:
+        gpt, first = self.gpt, self.parts[0]
 
         def look_up(ids: torch.Tensor) -> torch.Tensor:
             return gpt.token(ids) + gpt.position.weight[: ids.shape[1]]
 
+        first.residual, first.made = self.embed.forward(look_up, self.tokens), None
+
+    def _head(self) -> None:
+        gpt, loss, way, last = self.gpt, self.loss_of, self.passages[-1], len(self.passages) - 1
+
         def head(residual: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
             return loss(gpt.head(gpt.norm(residual + made.view_as(residual))))
 
-        def embed() -> None:
-            dense[0].residual, dense[0].made = self.embed.forward(look_up, tokens), None
+        self._see(last, "y", way.y)
+        share = self.head.forward(head, pop(self.parts[-1], "residual"), pop(way, "y"))
+        self.loss = share.detach()
+        self.parts[-1].dresidual, way.dy = self.head.backward(torch.ones_like(share))  # type: ignore[assignment]
+        self._see(last, "dy", way.dy)
 
-        def finish() -> None:
-            self._see(len(passages) - 1, "y", passages[-1].y)
-            share = self.head.forward(head, pop(dense[-1], "residual"), pop(passages[-1], "y"))
-            self.loss = share.detach()
-            dense[-1].dresidual, passages[-1].dy = self.head.backward(torch.ones_like(share))  # type: ignore[assignment]
-            self._see(len(passages) - 1, "dy", passages[-1].dy)
+    def _embedding_back(self) -> None:
+        self.embed.backward(pop(self.parts[0], "dresidual"))
 
-        last = [plan.add("embedding", COMPUTE, run=embed)]
-        for i, (part, way) in enumerate(zip(dense, passages, strict=True)):
+    def _optimizer(self) -> None:
+        self.stream.give_back()
+        self.update()
 
-            def hand_over(i: int = i, part: DensePart = part, way: Passage = way) -> None:
-                way.x = pop(part, "x")
-                self._see(i, "x", way.x)
+    def _after_step(self) -> None:
+        assert self.after is not None
+        self.after()
 
-            def take_over(i: int = i, part: DensePart = part) -> None:
-                self._see(i - 1, "y", passages[i - 1].y)
-                part.residual, part.made = pop(dense[i - 1], "residual"), pop(passages[i - 1], "y")
+    # ------------------------------------------------------------------ from part to part
 
-            tasks = part.forward()
-            tasks[0] = _before(take_over, tasks[0]) if i else tasks[0]
-            tasks[-1] = _behind(tasks[-1], hand_over)
-            last = forward_layer(plan, way.forward, tasks, ahead=way.ahead, prefix=f"layer{i}.", after=last)
-        return [plan.add("head", COMPUTE, last, run=finish)]
+    def _forward_into(self, layer: int) -> None:
+        """Into the attention of ``layer``."""
+        part, before, way = self.parts[layer], self.parts[layer - 1], self.passages[layer - 1]
+        self._see(layer - 1, "y", way.y)
+        part.residual, part.made = pop(before, "residual"), pop(way, "y")
 
-    def _backward_layer(self, plan: Plan, i: int, after: list[str]) -> list[str]:
-        dense, passages = self.dense, self.passages
-        part, way, back = dense[i], passages[i], len(dense) - 1 - i
+    def _forward_out(self, layer: int) -> None:
+        way = self.passages[layer]
+        way.x = pop(self.parts[layer], "x")
+        self._see(layer, "x", way.x)
 
-        def take_over() -> None:
-            self._see(i, "dx", way.dx)
-            part.dx = pop(way, "dx")
+    def _backward_into(self, layer: int) -> None:
+        way = self.passages[layer]
+        self._see(layer, "dx", way.dx)
+        self.parts[layer].dx = pop(way, "dx")
 
-        def hand_over() -> None:
-            if i:
-                dense[i - 1].dresidual, passages[i - 1].dy = pop(part, "dresidual"), pop(part, "dmade")
-                self._see(i - 1, "dy", passages[i - 1].dy)
+    def _backward_out(self, layer: int) -> None:
+        if layer:
+            part, below, way = self.parts[layer], self.parts[layer - 1], self.passages[layer - 1]
+            below.dresidual, way.dy = pop(part, "dresidual"), pop(part, "dmade")
+            self._see(layer - 1, "dy", way.dy)
 
-        tasks = part.backward(lambda: self.stream.fill(back))
-        tasks[0] = _before(take_over, tasks[0])
-        tasks[-1] = _behind(tasks[-1], hand_over)
-        prefix, (in_moe, beside_dense, behind) = f"layer{i}.", self.slices[back].num_bytes
-        counts = self.slices[back].messages
-        take = self.stream.take
-
-        def beside() -> None:
-            self.awaited += way.behind(plan, f"{prefix}backward.")
-            if i:
-                passages[i - 1].ahead_back(plan, f"layer{i - 1}.backward.")
-
-        return backward_layer(
-            plan,
-            way.backward,
-            tasks,
-            in_moe=take(f"{prefix}backward.gradients", in_moe, counts[0], after_part=back),
-            beside_dense=take(f"{prefix}backward.gradients-dense", beside_dense, counts[1], after_part=back),
-            after_layer=take(f"{prefix}backward.gradients-after", behind, counts[2], after_part=back + 1),
-            beside=beside,
-            prefix=prefix,
-            after=after,
-        )
-
-
-def _before(first: Callable[[], None], task: Dense) -> Dense:
-    """``task`` with ``first`` run before it."""
-    return _both(first, task.work.run, task)
-
-
-def _behind(task: Dense, then: Callable[[], None]) -> Dense:
-    """``task`` with ``then`` run after it."""
-    return _both(task.work.run, then, task)
-
-
-def _both(one: Callable[[], None] | None, other: Callable[[], None] | None, task: Dense) -> Dense:
-    def run() -> None:
-        for each in (one, other):
-            if each is not None:
-                each()
-
-    return dataclasses.replace(task, work=Work(task.work.cost, run))
+    def _see(self, layer: int, name: str, tensor: torch.Tensor | None) -> None:
+        if layer == self.watched and tensor is not None:
+            self.seen[name] = tensor.detach()

@@ -19,7 +19,7 @@ from harness.layer.order import ORDERS, assign_slots
 from harness.layer.weights import Weights
 from harness.plan.cost import Even, Hold
 from harness.plan.graph import COMPUTE, Plan, Work
-from harness.plan.passage import Dense, backward_layer, forward_layer
+from harness.plan.passage import Dense, Direction
 from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.system import Case
 from methods.fsmoe.cut import Cut, padded_sizes
@@ -74,24 +74,12 @@ class FSMoELayer(PlannedLayer):
 
     # ------------------------------------------------------------------ alone: with stand-ins for what stands beside it
 
-    def plan_forward(self, way: PlannedPassage) -> Plan:
-        plan = Plan()
-        forward_layer(plan, way.forward, self._dense(self.sizes.dense_s[0]))
-        return plan
-
-    def plan_backward(self, way: PlannedPassage) -> Plan:
-        plan = Plan()
-        in_moe, beside_dense, after_layer = (self._reduction(part) for part in range(3))
-        dense = self._dense(self.sizes.dense_s[1])
-        backward_layer(plan, way.backward, dense, in_moe=in_moe, beside_dense=beside_dense, after_layer=after_layer)
-        return plan
-
-    def _dense(self, seconds: float) -> list[Dense]:
+    def dense(self, seconds: float) -> list[Dense]:
         """The dense part as a timed wait."""
         wait = Work(Hold(seconds), lambda: time.sleep(seconds))
         return [Dense("attention", COMPUTE, wait)] if seconds else []
 
-    def _reduction(self, part: int) -> Work | None:
+    def reduction(self, part: int) -> Work | None:
         """The all-reduce of ``reduced[part]`` between nodes, in the cut's number of messages."""
         buffer, group, messages = self.reduced[part], self.job.rail(0), self.cut.messages[part]
         if not len(buffer):
@@ -121,6 +109,12 @@ class FSMoEPassage(PlannedPassage):
 
     def back_and_there(self, plan: Plan, **where: Any) -> list[str]:
         return moe(plan, self.walk_back, overlap=self.layer.policy.overlap, **where)
+
+    def dense(self, direction: Direction) -> list[Dense]:
+        return self.layer.dense(self.layer.sizes.dense_s[direction == "backward"])
+
+    def slices(self) -> tuple[Work | None, Work | None, Work | None]:
+        return self.layer.reduction(0), self.layer.reduction(1), self.layer.reduction(2)
 
     def order(self, x: torch.Tensor, gated: Gated) -> torch.Tensor:
         layer = self.layer

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from harness import ledger
-from harness.bench.race import make_case
+from harness.case import case_of
 from harness.ledger import Calibration
 from harness.plan.agreement import agreement
 from harness.plan.cost import Hold
@@ -19,7 +19,6 @@ from harness.plan.passage import Dense
 from harness.plan.simulate import simulate
 from harness.registry import system
 from harness.specs import Experiment
-from harness.topology import Topology
 from methods.fsmoe.cut import choose_cut, known_costs, padded_sizes
 from methods.fsmoe.schedule import Priced
 from methods.fsmoe.step import backward_layer, forward_layer, reduction
@@ -28,7 +27,7 @@ from methods.fsmoe.step import backward_layer, forward_layer, reduction
 def timelines(experiment: Experiment, calibration: Calibration) -> dict[str, Timeline]:
     """The forward and backward plans of phase ``layer`` of one of FSMoE's systems, simulated."""
     policy = system(experiment.system).policy  # type: ignore[attr-defined]
-    case = make_case(experiment, Topology(experiment.cluster.shape))
+    case = case_of(experiment)
     costs, least_bytes = known_costs(case, calibration)
     cut = choose_cut(case, policy, costs, least_bytes)
     sizes = padded_sizes(case, cut)

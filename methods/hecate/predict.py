@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from baselines.fastermoe import FasterMoE, apart, num_groups
+from baselines._smart_schedule import apart
+from baselines.fastermoe import FasterMoE, num_groups
 from baselines.smartmoe import greedy
 from harness import ledger
 from harness.bench.store import Store
-from harness.bench.train import training_case
+from harness.case import case_of
 from harness.comm.replicas import nearest
 from harness.comm.sparse import SparsePlan, plan_sparse
 from harness.layer.work import ATTENTION_GEMMS, attention_macs, expert_macs, kv_fraction
@@ -112,7 +113,7 @@ class LayerCosts:
 def cases_of(known: type[System], experiment: Experiment, topology: Topology) -> list[Case]:
     """The layers of a step, with t as Hecate profiles it in its second step, and with experts where a placement or a
     re-sharding has brought them whose interval is an option (it is longer than a run otherwise)."""
-    cases = [training_case(experiment, topology, "cpu", layer) for layer in range(experiment.model.num_layers)]
+    cases = [case_of(experiment, layer=layer) for layer in range(experiment.model.num_layers)]
     options, model = dict(experiment.options), experiment.model
     if "t" in known.options and "t" not in options:
         bandwidth = experiment.cluster.levels[0].unit_bytes_per_s or 0.0

@@ -9,13 +9,12 @@ from typing import Any
 import pandas as pd
 
 from harness import ledger
-from harness.bench.race import make_case
+from harness.case import case_of
 from harness.errors import bad
 from harness.plan.agreement import agreement
 from harness.plan.graph import Timeline
 from harness.registry import system
 from harness.specs import DTYPE_BYTES, Cluster, Experiment
-from harness.topology import Topology
 from methods.hiermoe.counts import count
 from methods.hiermoe.model import TimeModel, calibrated_costs, choose
 
@@ -24,7 +23,7 @@ def predict_s(experiment: Experiment, costs: Cluster) -> dict[str, float] | None
     """Seconds of an exchange's forward and backward, and of both (``total``); None for systems that the model does not
     know. A dispatch and a combine each way; the metadata is left out."""
     known: Any = system(experiment.system)
-    case = make_case(experiment, Topology(experiment.cluster.shape))
+    case = case_of(experiment)
     counts = count(case.routing, case.placement.owner, case.topology)
     model, row_bytes = TimeModel(costs), case.model.hidden * DTYPE_BYTES[case.dtype]
     if experiment.system == "flat":

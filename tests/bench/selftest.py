@@ -17,9 +17,9 @@ import pandas as pd
 from harness import presets, registry
 from harness.bench import stats, suite
 from harness.bench.layer import LayerContender
-from harness.bench.race import make_case
 from harness.bench.tidy import _span
 from harness.bench.timing import Stopwatch, interleaved, quiet
+from harness.case import case_of
 from harness.comm.job import Job
 from harness.launch.session import open_session
 from harness.specs import Experiment
@@ -32,7 +32,7 @@ def times(job: Job, payload: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """On every rank: samples of each of ``experiments``, interleaved, without admission."""
     systems.register()
     experiments = [Experiment.model_validate(data) for data in payload["experiments"]]
-    contenders = [LayerContender(job, registry.system(e.system), e, make_case(e, job.topology)) for e in experiments]
+    contenders = [LayerContender(job, registry.system(e.system), e, case_of(e)) for e in experiments]
     for contender in contenders:
         contender.warm_up()
     found: list[list[dict[str, Any]]] = [[] for _ in contenders]

@@ -12,13 +12,12 @@ import torch
 from baselines.flat import Flat
 from harness import presets, registry
 from harness.bench import conformance
-from harness.bench.race import make_case
+from harness.case import case_of
 from harness.comm.job import Job
 from harness.plan.native import NativeLayer
 from harness.routing import Routing
 from harness.specs import Experiment
 from harness.system import Gradients
-from harness.topology import Topology
 
 
 def sabotage(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
@@ -114,5 +113,5 @@ def test_a_gate_whose_experts_choose_races_whole_layers(session, gate: str) -> N
         cell = answer["cells"][experiment.digest]
         assert cell["status"] == "ok", cell
         assert len(cell["samples"]) == 2
-    planned = Flat.planned_bytes(make_case(experiment, Topology((1, 2))))
+    planned = Flat.planned_bytes(case_of(experiment))
     assert (planned is None) == (gate == "expert_choice")

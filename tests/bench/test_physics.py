@@ -8,7 +8,7 @@ import pytest
 
 from baselines.flat import Flat
 from harness.bench import physics
-from harness.bench.tidy import cases_of
+from harness.case import cases_of
 from harness.specs import Cluster, Experiment, Model, Workload, with_levels
 
 RATE = 50e6

@@ -19,7 +19,7 @@ import pandas as pd
 from harness import ledger
 from harness.bench import physics
 from harness.bench.suite import load
-from harness.bench.tidy import cases_of
+from harness.case import cases_of
 from harness.registry import system
 from harness.studies import study
 from harness.topology import Topology

@@ -9,7 +9,7 @@ import pytest
 
 from harness import presets
 from harness.bench import suite
-from harness.bench.race import make_case
+from harness.case import case_of
 from harness.errors import UserError
 from harness.plan.agreement import agreement
 from harness.plan.graph import Plan
@@ -17,7 +17,6 @@ from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from harness.registry import system
 from harness.specs import Cluster, Experiment
-from harness.topology import Topology
 from methods.fsmoe.cut import choose_cut, layer_sizes, linear_costs, padded_capacity
 from methods.fsmoe.degree import pipeline_time
 from methods.fsmoe.schedule import Priced, moe
@@ -33,7 +32,7 @@ COSTS = {
 
 
 def case_and_costs(experiment: Experiment) -> tuple:
-    case = make_case(experiment, Topology(experiment.cluster.shape))
+    case = case_of(experiment)
     return case, Cluster.model_validate({**experiment.cluster.model_dump(), "collectives": COSTS})
 
 

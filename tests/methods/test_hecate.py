@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from harness import memory, presets, registry
-from harness.bench.race import make_case
-from harness.bench.train import training_case
+from harness.case import case_of
 from harness.errors import UserError
 from harness.specs import Experiment
 from harness.topology import Topology
@@ -109,7 +108,7 @@ def experiment(system: str = "hecate", **changes) -> Experiment:
 def test_options_out_of_range_are_refused(options, message):
     given = experiment(options=options)
     with pytest.raises(UserError, match=message):
-        Options.of(make_case(given, Topology((2, 4))))
+        Options.of(case_of(given))
 
 
 def test_a_shard_that_does_not_fit_is_refused_with_the_arithmetic():
@@ -117,10 +116,10 @@ def test_a_shard_that_does_not_fit_is_refused_with_the_arithmetic():
     whole = {"t": 8, "m": 8}
     for options, fits in (({"t": 0}, True), ({"t": 8}, True), (whole, False), (whole | {"rematerialise": True}, True)):
         given = experiment(cluster=small, options=options)
-        found = memory.refusal(given, registry.system("hecate"), make_case(given, Topology((2, 4))))
+        found = memory.refusal(given, registry.system("hecate"), case_of(given))
         assert (found is None) == fits, found
     given = experiment(cluster=small, options={"t": 8, "m": 8})
-    said = memory.refusal(given, registry.system("hecate"), make_case(given, Topology((2, 4))))
+    said = memory.refusal(given, registry.system("hecate"), case_of(given))
     assert said is not None
     assert said.startswith("a shard of ")
     assert "copies and their gradients" in said
@@ -130,17 +129,17 @@ def test_a_shard_that_does_not_fit_is_refused_with_the_arithmetic():
 def test_as_many_are_materialised_as_a_device_has_memory_for():
     """m, where it is not given: what is left beside state and activations holds copies of all layers and one layer's
     gradients."""
-    topology, known = Topology((2, 4)), registry.system("hecate")
+    known = registry.system("hecate")
     for options, most in (({"t": 8}, 8), ({"t": 8, "m": 3}, 3), ({"t": 8, "rematerialise": True}, 8)):
         given = experiment(cluster=presets.cluster("emulated-2x4"), options=options)
-        assert known.policy(training_case(given, topology, "cpu", 0), None).m == most  # nothing is stated
+        assert known.policy(case_of(given), None).m == most  # nothing is stated
     free = None
     for copies in (0, 1, 5):
         given = experiment(cluster=presets.cluster("emulated-2x4"), options={"t": 8})
         each = memory.expert_bytes(given.model, given.dtype)
         limit = 10**8 if free is None else int(10**8 - free + copies * (given.model.num_layers + 1) * each) + 1
         tight = presets.cluster("emulated-2x4").model_copy(update={"device_memory_bytes": limit})
-        case = training_case(experiment(cluster=tight, options={"t": 8}), topology, "cpu", 0)
+        case = case_of(experiment(cluster=tight, options={"t": 8}))
         if free is None:
             free = case.room_bytes
             continue

@@ -15,6 +15,7 @@ from harness import placing, presets
 from harness.bench import serve, suite
 from harness.bench.run import run_suite
 from harness.bench.store import Store
+from harness.case import placements, profile_of
 from harness.errors import UserError
 from harness.layer import stored
 from harness.layer.gpt import GPT
@@ -166,14 +167,14 @@ def test_plans_come_from_tokens_that_are_not_served() -> None:
     from harness.topology import Topology
 
     topology = Topology((2, 2))
-    profile = serve.profile_of(given(1024), topology)
+    profile = profile_of(given(1024))
     assert profile is not None
     assert [len(routing.ids) for routing in profile] == [16384 - 4096] * 4
     whole = make_routing(given(4096).workload, model, topology, layer=2)
     assert whole is not None
     assert np.array_equal(profile[2].ids, whole.ids[4096:])
     with pytest.raises(UserError, match="none is left to plan by"):
-        serve.placements(given(4096))
+        placements(given(4096))
 
 
 def test_a_placement_file_is_followed_and_checked(session, tmp_path: Path) -> None:

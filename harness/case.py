@@ -1,0 +1,116 @@
+"""The Cases of an experiment: its MoE layers, each with the routing of a step and the places of its experts.
+
+Whoever runs, plans or prices an experiment takes them from here. They are arithmetic alone: no rank is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+
+from harness.errors import bad
+from harness.memory import room_bytes
+from harness.placement import Placement
+from harness.registry import system as system_called
+from harness.routing import Routing, make_routing, planned_routing
+from harness.specs import SERVING, Experiment
+from harness.system import Case
+from harness.topology import Topology
+
+PROFILE_STEP = 1_000_000  # of a generator: far from all that is served
+
+
+def cases_of(experiment: Experiment, step: int = 0, layers: Iterable[int] | None = None) -> list[Case]:
+    """One Case for each MoE layer that the phase runs (one for ``exchange`` and ``layer``, else one a layer of the
+    model); ``layers``: of these only.
+
+    ``step``: of a training, whose routing changes with it; the other phases repeat the routing of step 0. Experts lie
+    in index order, in a served model where its system plans them."""
+    placed: Sequence[Placement | None] = [None] * num_layers(experiment)
+    if experiment.phase in SERVING:
+        placed = placements(experiment)
+    chosen = range(len(placed)) if layers is None else layers
+    return [case_of(experiment, layer=layer, step=step, placement=placed[layer]) for layer in chosen]
+
+
+def num_layers(experiment: Experiment) -> int:
+    """MoE layers that the phase runs."""
+    return 1 if experiment.phase in ("exchange", "layer") else experiment.model.num_layers
+
+
+def case_of(
+    experiment: Experiment, device: str = "cpu", *, layer: int = 0, step: int = 0, placement: Placement | None = None
+) -> Case:
+    """The Case of one layer. ``placement``: None stands for experts in index order. A natural routing is planned as a
+    uniform one."""
+    model, topology = experiment.model, Topology(experiment.cluster.shape)
+    step = step if experiment.phase == "train_step" else 0
+    in_order = _in_order(experiment)
+    case = Case(
+        model=model,
+        dtype=experiment.dtype,
+        topology=topology,
+        placement=in_order,
+        routing=planned_routing(experiment.workload, model, topology, step=step, layer=layer),
+        device=device,
+        identity_experts=experiment.phase == "exchange",
+        options=dict(experiment.options),
+        cluster=experiment.cluster,
+        stand_in=experiment.compute == "stand-in",
+    )
+    if experiment.phase in ("exchange", "layer"):
+        return case
+    return dataclasses.replace(case, placement=placement or in_order, room_bytes=room_bytes(experiment, case))
+
+
+# -------------------------------------------------------------------------------- where a served model's experts go
+
+
+@functools.lru_cache(maxsize=32)
+def placements(experiment: Experiment) -> tuple[Placement, ...]:
+    """The placement of every layer, as the system plans it; index order where it plans none, or where only a running
+    model could tell it what to plan by."""
+    profile = profile_of(experiment) if system_called(experiment.system).places else None
+    return placed_by(experiment, profile)
+
+
+def placed_by(experiment: Experiment, profile: Sequence[Routing] | None) -> tuple[Placement, ...]:
+    """The placement of every layer, as the system plans it by ``profile``: the routing of each layer."""
+    model, topology = experiment.model, Topology(experiment.cluster.shape)
+    found = None
+    if profile is not None:
+        found = system_called(experiment.system).place(case_of(experiment), profile)
+    if found is None:
+        found = [_in_order(experiment)] * model.num_layers
+    assert len(found) == model.num_layers
+    assert all(each.hosts.shape == (model.num_experts, topology.num_ranks) for each in found)
+    return tuple(found)
+
+
+def profile_of(experiment: Experiment) -> list[Routing] | None:
+    """The routing of every layer to plan by, of tokens that are not served; None where only the model itself can tell.
+    ``UserError`` where all tokens of a trace are served."""
+    workload, model, topology = experiment.workload, experiment.model, Topology(experiment.cluster.shape)
+    if workload.generator == "natural":
+        return None
+    layers = range(model.num_layers)
+    if workload.generator != "trace":
+        made = [make_routing(workload, model, topology, step=PROFILE_STEP, layer=layer) for layer in layers]
+        return [routing for routing in made if routing is not None]
+    from harness.routing.trace import TraceParams, find_trace, from_trace, read_trace  # pyarrow only for traces
+
+    params = TraceParams.parse(workload.params, f"workload {workload.name}.params")
+    recorded = read_trace(find_trace(params.path))
+    num_tokens = min(len(row.ids) for row in recorded.rows.values())
+    served = sum(workload.tokens(topology.num_ranks))
+    if num_tokens <= served:
+        remedy = f"the trace's {num_tokens} tokens are all served, none is left to plan by; serve fewer of them"
+        raise bad(f"workload {workload.name}.tokens_per_rank", workload.tokens_per_rank, remedy)
+    whole = workload.model_copy(update={"tokens_per_rank": (num_tokens, *[0] * (topology.num_ranks - 1))})
+    rest = [from_trace(whole, model, topology, layer)[served:] for layer in layers]
+    return [Routing(ids, (len(ids), *[0] * (topology.num_ranks - 1)), model.num_experts) for ids in rest]
+
+
+def _in_order(experiment: Experiment) -> Placement:
+    return Placement.contiguous(experiment.model.num_experts, experiment.cluster.num_ranks)

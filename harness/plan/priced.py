@@ -1,0 +1,219 @@
+"""Priced twins: the tasks of ``harness.plan.layouts`` with what they cost, in numpy, at any number of ranks.
+
+The last axis of every cost is that of the ranks, so skew is never averaged away. Bytes come from the system
+(``planned_bytes``, or the exchange's own hops), rows from the routing and who holds which expert, multiply-adds from
+``harness.layer.work``. What is copied ahead is decided before the routing is seen, as in the executed layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from harness.comm.replicas import Travel, travel
+from harness.comm.sparse import SparsePlan, plan_sparse
+from harness.layer.work import expert_products, gate_macs
+from harness.memory import expert_bytes
+from harness.plan.cost import Compute, Cost, Experts, InTurn, Transfer
+from harness.plan.graph import Work
+from harness.plan.layouts import CopiedTasks, NativeTasks, OpaqueTasks, ReplicatedTasks, StageWork
+from harness.plan.passage import Direction
+from harness.routing.certificate import expert_counts
+from harness.specs import DTYPE_BYTES, GEMMS
+from harness.system import Case, System
+
+if TYPE_CHECKING:
+    from harness.plan.replicated import Policy
+
+Array = np.ndarray
+
+#: part of ``System.planned_bytes`` that a task of an exchange sends
+PARTS: dict[Direction, dict[str, str]] = {
+    "forward": {"metadata": "metadata", "dispatch": "dispatch", "combine": "combine"},
+    "backward": {"combine": "combine_grad", "dispatch": "dispatch_grad", "metadata": "metadata_grad"},
+}
+
+
+def expert_work(case: Case, rows: Array, direction: Direction = "forward") -> Compute | None:
+    """Of ``rows`` [.., W, E], of each expert on each rank; a backward computes twice as many products. None in phase
+    ``exchange``."""
+    if case.identity_experts:
+        return None
+    times, model = {"forward": 1, "backward": 2}[direction], case.model
+    products = expert_products(model) * times
+    whole = Compute.of(Experts(rows, products, DTYPE_BYTES[case.dtype]))
+    return Compute(whole.macs, times * GEMMS[model.ffn_type], whole.read_bytes, whole.experts)
+
+
+def gate_work(case: Case, direction: Direction) -> Compute | None:
+    """None in phase ``exchange``, where the gate is not timed."""
+    if case.identity_experts:
+        return None
+    tokens, times = np.asarray(case.routing.tokens, dtype=np.float64), {"forward": 1, "backward": 2}[direction]
+    return Compute(times * tokens * gate_macs(case.model), times, _token_bytes(case) * tokens)
+
+
+def mix_work(case: Case) -> Compute | None:
+    """Reading k rows of a token and writing one."""
+    tokens = np.asarray(case.routing.tokens, dtype=np.float64)
+    return Compute(np.zeros(len(tokens)), 1, (1 + case.model.top_k) * _token_bytes(case) * tokens)
+
+
+def _token_bytes(case: Case) -> int:
+    return case.model.hidden * DTYPE_BYTES[case.dtype]
+
+
+def all_to_all(matrix: Array | None, scope: str = "flat") -> Transfer | None:
+    return None if matrix is None else Transfer("a2a", scope, matrix)
+
+
+# ------------------------------------------------------------------------------------------------------ real packages
+
+
+class PricedOpaque(OpaqueTasks):
+    """Of a system whose bytes can be planned: parts and experts one after another. An exchange of several ``stages``
+    goes over rails between the nodes, then inside them, or back."""
+
+    def __init__(self, system: type[System], case: Case, parts: Mapping[str, Array]):
+        self.system, self.case, self.parts = system, case, parts
+        counts = expert_counts(case.routing).sum(0)
+        self.rows = (system.planned_shares(case) * counts[:, None]).T  # [W, E]
+
+    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+        case, forward = self.case, direction == "forward"
+        found: list[Cost | None] = [gate_work(case, direction)] if forward else [mix_work(case)]
+        names = PARTS[direction]
+        for name in names:
+            if name == ("combine" if forward else "dispatch"):
+                found.append(expert_work(case, self.rows, direction))
+            found += self._exchange(names[name])
+        found.append(mix_work(case) if forward else gate_work(case, direction))
+        return Work(InTurn(tuple(cost for cost in found if cost is not None)))
+
+    def _exchange(self, part: str) -> list[Transfer | None]:
+        stages, matrix = self.system.stages, self.parts.get(part)
+        if matrix is None:
+            return []
+        away = part in ("metadata", "dispatch", "combine_grad")  # outer stage first; the way home the other way round
+        return [all_to_all(matrix, stage) for stage in (stages if away else reversed(stages))]
+
+
+# ----------------------------------------------------------------------------------------------------- native systems
+
+
+class PricedNative(NativeTasks):
+    """``parts``: as ``System.planned_bytes``; ``rows`` [W, E]: that each rank computes of each expert."""
+
+    def __init__(self, case: Case, parts: Mapping[str, Array], rows: Array):
+        self.case, self.parts, self.rows = case, parts, rows
+
+    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+        match task:
+            case "gate":
+                return Work(gate_work(self.case, direction))
+            case "restore":
+                return Work(mix_work(self.case))
+            case "experts":
+                return Work(expert_work(self.case, self.rows, direction))
+            case "release":
+                return Work()
+        return Work(self.sent(PARTS[direction][task]))
+
+    def sent(self, part: str) -> Cost | None:
+        """What a part of the exchange costs."""
+        return all_to_all(self.parts.get(part))
+
+
+def native(system: type[System], case: Case) -> PricedNative | None:
+    """Experts where the case's placement has them; None where bytes cannot be planned."""
+    parts = system.planned_bytes(case)
+    if parts is None:
+        return None
+    counts = expert_counts(case.routing).sum(0)
+    return PricedNative(case, parts, (system.planned_shares(case) * counts[:, None]).T)
+
+
+class _Transfers:
+    """Chunks that travel by a sparse plan, each of an expert's parameters."""
+
+    def __init__(self, case: Case):
+        self.chunk_bytes = float(expert_bytes(case.model, case.dtype))
+
+    def of(self, sparse: SparsePlan, *, home: bool = False) -> StageWork:
+        """``home``: the hops backwards, as a reduction takes them."""
+
+        def work(stages: tuple[int, ...], near: bool | None) -> Work:
+            matrix = sparse.bytes(self.chunk_bytes, near, stages)
+            return Work(all_to_all(matrix.T if home else matrix, "inter" if 0 in stages else "intra"))
+
+        return work
+
+
+class PricedReplicated(ReplicatedTasks, PricedNative):
+    """``policy``: with what it knows before the batch of ``case``."""
+
+    def __init__(self, case: Case, policy: Policy):
+        self.topology, owner = case.topology, case.placement.owner
+        counts = expert_counts(case.routing)
+        self.revises = policy.revises and not case.identity_experts
+        self.rematerialises = policy.rematerialises
+        early = hosts = case.placement.hosts
+        if not case.identity_experts:
+            early = policy.expect(owner, case.topology.num_ranks)
+            hosts = policy.revise(early, counts) if self.revises else early
+        self.early = plan_sparse(owner, early, self.topology)
+        self.late = plan_sparse(owner, (hosts & ~early) | case.placement.hosts, self.topology)
+        self.whole = plan_sparse(owner, hosts, self.topology)
+        self.hosts, self.transfers = hosts, _Transfers(case)
+        self.travels: Travel = travel(counts, hosts, self.topology)
+        super().__init__(case, replica_parts(case, self.travels.rows), self.travels.computed)
+
+    def transfer(self, what: str, num_tasks: int) -> StageWork:
+        sparse = {"gather": self.early, "late": self.late}.get(what, self.whole)
+        return self.transfers.of(sparse, home=what == "reduce")
+
+
+class PricedCopied(CopiedTasks, PricedNative):
+    """``case``: whose placement has the copies."""
+
+    def __init__(self, case: Case):
+        self.topology, placement = case.topology, case.placement
+        self.sparse = None if case.identity_experts else plan_sparse(placement.owner, placement.hosts, self.topology)
+        self.transfers = _Transfers(case)
+        moved = travel(expert_counts(case.routing), placement.hosts, self.topology)
+        super().__init__(case, replica_parts(case, moved.rows), moved.computed)
+
+    def transfer(self, what: str, num_tasks: int) -> StageWork:
+        assert self.sparse is not None
+        return self.transfers.of(self.sparse, home=what == "reduce")
+
+
+def replica_parts(case: Case, rows: Array) -> dict[str, Array]:
+    """Parts of ``System.planned_bytes`` of a ``ReplicaExchange``, of ``rows`` [W, W] from each rank to each."""
+    matrix = rows * float(_token_bytes(case))
+    np.fill_diagonal(matrix, 0)
+    metadata = np.full(matrix.shape, 8.0 * case.model.num_experts)  # int64 per expert
+    np.fill_diagonal(metadata, 0)
+    return {
+        "metadata": metadata,
+        "dispatch": matrix,
+        "combine": matrix.T,
+        "combine_grad": matrix,
+        "dispatch_grad": matrix.T,
+    }
+
+
+__all__ = [
+    "PricedCopied",
+    "PricedNative",
+    "PricedOpaque",
+    "PricedReplicated",
+    "all_to_all",
+    "expert_work",
+    "gate_work",
+    "mix_work",
+    "native",
+    "replica_parts",
+]
