@@ -81,7 +81,10 @@ def test_list_everything_as_tables(moebench):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["list", "nonsense"], "kind: 'nonsense': unknown; name one of systems, models, clusters, workloads"),
+        (
+            ["list", "nonsense"],
+            "kind: 'nonsense': unknown; known kinds are systems, models, clusters, workloads, suites",
+        ),
         (["check", "fla"], "system: 'fla': unknown; did you mean 'flat'?"),
         (["check"], "name at least one, or give --all"),
         (["check", "flat", "--all"], "name at least one, or give --all"),

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from harness import __version__, caches
-from harness.cli import inputs, look, regress, run, sweep
+from harness.cli import inputs, look, regress, run, simulate, sweep
 from harness.errors import Failure, UserError
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (look, inputs, run, sweep, regress):
+for room in (look, inputs, run, simulate, sweep, regress):
     app.add_typer(room.commands)
 
 
