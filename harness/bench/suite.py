@@ -247,9 +247,11 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
     workload, topology = experiment.workload, Topology(experiment.cluster.shape)
     with _at(here):
         if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
-            raise bad(
-                "cluster", experiment.cluster.name, "is a published set-up to be simulated; run on local or emulated"
+            remedy = (
+                "is of kind physical: it is simulated, or Slurm's nodes (moebench sweep); here run one-gpu, gpu-node, or "
+                "a cluster of kind local or emulated"
             )
+            raise bad("cluster", experiment.cluster.name, remedy)
         if experiment.phase in SERVING:
             _check_served(experiment)
         may_choose = experiment.phase in ("train_step", *SERVING) or (
