@@ -248,8 +248,8 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
     with _at(here):
         if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
             remedy = (
-                "is of kind physical: it is simulated, or Slurm's nodes (moebench sweep); here run one-gpu, gpu-node, or "
-                "a cluster of kind local or emulated"
+                "is of kind physical: to be simulated, or Slurm's nodes (moebench sweep); here run one-gpu, gpu-node, "
+                "or a cluster of kind local or emulated"
             )
             raise bad("cluster", experiment.cluster.name, remedy)
         if experiment.phase in SERVING:
