@@ -115,7 +115,7 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
         except DeadKernelError:
             target.unlink()
             raise Failure(
-                f"the process that executes {notebook.name} was killed, as where memory runs out; free some and try again"
+                f"the process that executes {notebook.name} was killed, as where memory runs out; free some, and repeat"
             ) from None
 
 
