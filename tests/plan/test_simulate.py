@@ -52,7 +52,7 @@ def test_tasks_are_walked_in_the_order_of_adding_as_far_as_waits_allow():
     for seed in range(40):
         rng, plan = np.random.default_rng(seed), Plan()
         lanes = rng.choice(plan.lanes, 12).tolist()
-        waits = rng.random((12, 12)) < 0.05  # for tasks that are added later, too
+        waits = rng.random((12, 12)) < 0.02  # for tasks that are added later, too
         for i, lane in enumerate(lanes):
             plan.add(f"t{i}", lane, [f"t{j}" for j in np.flatnonzero(waits[i])])
             waits[i] |= [j < i and lanes[j] == lane for j in range(12)]
@@ -65,7 +65,7 @@ def test_tasks_are_walked_in_the_order_of_adding_as_far_as_waits_allow():
             circles += 1
             with pytest.raises(UserError, match="in a circle"):
                 plan.order  # noqa: B018
-    assert 5 < circles < 35
+    assert 5 < circles < 35  # both are there
 
 
 def test_prices_are_linear_and_of_the_right_size():
