@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from harness import memory, registry
-from harness.bench import race, tidy
-from harness.bench.run import drawing_s
+from harness.bench import race
+from harness.bench.run import expected_s
 from harness.bench.suite import Suite
 from harness.case import case_of
 from harness.errors import UserError
@@ -26,7 +26,7 @@ def rows(suite: Suite, launches: int | None = None, here: bool = True) -> Iterat
             seconds = 0.0
             try:
                 refused = lacks[experiment.cluster.digest] or refusal(experiment)
-                seconds = tidy.estimate_s(experiment, each.repeats, each.warmup) + drawing_s(experiment)
+                seconds = expected_s(experiment, each)
             except UserError as error:
                 refused = str(error)
             yield _row(experiment, count, 0.0 if refused else count * seconds, refused)

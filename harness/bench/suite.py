@@ -257,11 +257,11 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
     with _at(here):
         check_size(experiment.cluster.name, experiment.cluster.shape)
         if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
-            raise bad(
-                "cluster",
-                experiment.cluster.name,
-                "is not of this machine; run on local or emulated, or moebench simulate",
+            remedy = (
+                "is of kind physical: moebench simulate prices it, moebench sweep runs it on Slurm; here run one-gpu, gpu-node, "
+                "or a cluster of kind local or emulated"
             )
+            raise bad("cluster", experiment.cluster.name, remedy)
         if experiment.phase in SERVING:
             _check_served(experiment)
         may_choose = experiment.phase in ("train_step", *SERVING) or (

@@ -240,6 +240,24 @@ def scripts(file: SweepFile, run_dir: Path, launches: int | None = None) -> list
     return script.texts(SweepFolder(run_dir), file.slurm.cluster, [(part.nodes, part.tasks_per_node) for part in made])
 
 
+def listed(file: SweepFile, run_dir: Path, launches: int | None = None) -> list[dict[str, Any]]:
+    """What a driver on this machine would run, a row a job; nothing is written or started."""
+    rows = []
+    for index, part in enumerate(_unfinished(file, Store(run_dir), launches, "local")):
+        races = [race for _, race in part.plan.tasks]
+        rows.append(
+            {
+                "job": index,
+                "launch": part.plan.launches[0],
+                "cluster": part.plan.cluster.name,
+                "ranks": part.plan.cluster.num_ranks,
+                "races": len(races),
+                "cells": sum(len(race.experiments) for race in races),
+            }
+        )
+    return rows
+
+
 def shape_of(job: dict[str, Any]) -> tuple[int, int]:
     """Nodes of a job, and its tasks on each."""
     cluster = Cluster.model_validate(job["cluster"])
