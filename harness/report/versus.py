@@ -130,11 +130,10 @@ def predicted(run: Run, other: Run, frame: pd.DataFrame) -> str:
         ran=frame["other_evidence"].where(first, frame["evidence"]),
     )
     clean = frame[frame["mark"] == "ok"]
-    parts = [("all", "all", clean)]
-    parts += [(str(phase), "all", rows) for phase, rows in clean.groupby("phase", sort=False)]
+    parts = [("all", "", clean), *((str(phase), "", rows) for phase, rows in clean.groupby("phase", sort=False))]
     parts += [("all", str(label), rows) for label, rows in clean.groupby("label", sort=False)]
     found = [
-        {"phase": phase, "label": label, **dataclasses.asdict(agreement(rows))}
+        {"phase": phase, "label": label or "all", **dataclasses.asdict(agreement(rows))}
         for phase, label, rows in parts
         if len(rows)
     ]
