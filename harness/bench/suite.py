@@ -258,13 +258,8 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
         check_size(experiment.cluster.name, experiment.cluster.shape)
         if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
             remedy = (
-<<<<<<< HEAD
-                "is of kind physical: moebench simulate prices it, moebench sweep runs it on Slurm; here run one-gpu, "
-                "gpu-node, or a cluster of kind local or emulated"
-=======
                 "is of kind physical: moebench simulate prices it, moebench sweep runs it on Slurm; "
                 "here run one-gpu, gpu-node, or a cluster of kind local or emulated"
->>>>>>> core
             )
             raise bad("cluster", experiment.cluster.name, remedy)
         if experiment.phase in SERVING:

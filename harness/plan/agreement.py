@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pandas as pd
@@ -28,11 +27,7 @@ def agreement(cells: pd.DataFrame) -> Agreement:
     """``cells``: columns race, measured_s, predicted_s; one row a cell. A race of one cell has no order."""
     error = cells["predicted_s"] / cells["measured_s"] - 1
     races = [race for _, race in cells.groupby("race") if len(race) > 1]
-<<<<<<< HEAD
-    taus = [float(kendalltau(race["measured_s"], race["predicted_s"]).statistic) for race in races] or [math.nan]
-=======
     taus = [float(kendalltau(race["measured_s"], race["predicted_s"]).statistic) for race in races] or [np.nan]
->>>>>>> core
     return Agreement(
         len(cells),
         float(error.abs().mean()),
