@@ -60,7 +60,6 @@ def lacking(cluster: Cluster) -> str | None:
 def refusal(experiment: Experiment) -> str | None:
     """Why its system will not race, as far as it is known beforehand; None if it may."""
     cluster, system = experiment.cluster, registry.system(experiment.system)
-    device = "cuda:0" if cluster.kind == "physical" and cluster.device != "cpu" else "cpu"
-    case = race.make_case(experiment, Topology(cluster.shape), device)
+    case = race.make_case(experiment, Topology(cluster.shape), "cuda:0" if cluster.device_type == "cuda" else "cpu")
     refused = experiment.lacks or system.missing() or race.no_stand_in(system, case) or system.refuse(case)
     return refused or memory.refusal(experiment, system, case)

@@ -30,7 +30,7 @@ STATES = (
     "ok", "cpu_bound", "refused", "running", "queued", "requeued", "unsubmitted", "failed", "oom", "hung",
     "nonconforming", "unphysical", "crashed", "timed out", "cancelled",
 )  # fmt: skip
-FAILED = ("failed", "oom", "hung", "nonconforming", "crashed", "timed out")
+FAILED = ("failed", "oom", "hung", "nonconforming", "unphysical", "crashed", "timed out")
 OPEN = ("running", "queued", "requeued")
 #: Slurm's words for a job that will not go on
 _ENDED = {

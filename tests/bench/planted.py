@@ -229,7 +229,7 @@ class Summed(Local):
 
     def gradients(self) -> Gradients:
         own = {e: {name: getattr(self.oracle, name).grad[e] for name in self.names} for e in self.mine}
-        return Gradients(own, {name: getattr(self.oracle, name).grad for name in self.oracle.gate_names})
+        return Gradients({name: getattr(self.oracle, name).grad for name in self.oracle.gate_names}, own)
 
     def shared_parameters(self) -> list[torch.nn.Parameter]:
         return [getattr(self.oracle, name) for name in self.oracle.gate_names]

@@ -41,7 +41,6 @@ FOUND: dict[str, dict[str, str]] = {
         "sends-sums": "received 0 bytes",
     },
     "natural train_step": {"sends-sums": "received 0 bytes"},
-    "natural decode": {"sends-nothing": "received 0 bytes"},
     "prefill": {name: words for name, words in (EXCHANGE | LATER).items() if name != "equal-backward"},
     "decode": {name: words for name, words in (EXCHANGE | LATER).items() if name != "equal-backward"},
 }
