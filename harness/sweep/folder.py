@@ -92,7 +92,8 @@ class SweepFolder:
 
     def tasks(self) -> list[list[Task]]:
         """(race, launch) pairs of every job, by its index."""
-        path, found = self.path / "tasks.jsonl", []
+        path = self.path / "tasks.jsonl"
+        found: list[list[Task]] = []
         for line in _lines(path, "tasks", whole=True):
             if line.get("job") != len(found):
                 raise bad("sweep", str(path), f"does not go on with job {len(found)}; {_ANEW}")
