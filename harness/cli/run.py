@@ -174,7 +174,8 @@ def report(
     """Render a run, or a paper's experiments, as one self-contained HTML page, and print its path.
 
     Ratios refer to a baseline that ran (megatron, else flat, else what has most times) or to -p baseline=SYSTEM.
-    The tables lie beside it as CSV and LaTeX, and the executed notebook with them; results/index.html lists all pages.
+    The tables lie beside it as CSV and LaTeX, and the executed notebook with them; index.html lists all pages, in the
+    folder above that of the runs (results).
     A paper's page needs no run: what a run would add to it says which command makes that run. A sweep need not be over.
 
     ```
