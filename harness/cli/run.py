@@ -134,12 +134,17 @@ def run(
 
 
 def fitting() -> str:
-    """The suite for the GPUs that are here and that torch can use; said on stderr."""
-    from harness import devices
+    """The suite for the GPUs that are here and that torch can use; said on stderr. ``UserError`` where the mask names
+    none of them."""
+    from harness import devices, mask
     from harness.launch import gpus
     from harness.presets import this_machine
 
-    why = None if this_machine.assumed() else gpus.unusable(devices.ask())
+    why = None
+    if not this_machine.assumed():
+        driver = devices.ask()
+        mask.check(driver)
+        why = gpus.unusable(driver)
     num_gpus = 0 if why else this_machine.num_gpus()
     chosen = "gpu-node" if num_gpus > 1 else "gpu" if num_gpus else "quick"
     here = "; ".join(filter(None, why)) if why else f"{num_gpus} {'GPU is' if num_gpus == 1 else 'GPUs are'} here"
