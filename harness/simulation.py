@@ -32,6 +32,7 @@ class Simulation:
     timelines: Mapping[str, Timeline]
     basis: str
     notes: tuple[str, ...] = ()
+    heldout_error: float | None = None  # of the machine, where it is known (``harness.heldout``)
 
 
 def simulate(
