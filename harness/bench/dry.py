@@ -57,10 +57,12 @@ def lacking(cluster: Cluster) -> str | None:
     return None
 
 
-def refusal(experiment: Experiment) -> str | None:
-    """Why its system will not race, as far as it is known beforehand; None if it may."""
+def refusal(experiment: Experiment, *, installed: bool = False) -> str | None:
+    """Why its system will not race, as far as it is known beforehand; None if it may. ``installed``: whether a package
+    is to be taken for installed here."""
     cluster, system = experiment.cluster, registry.system(experiment.system)
     device = "cuda:0" if cluster.kind == "physical" and cluster.device != "cpu" else "cpu"
     case = case_of(experiment, device)
-    refused = experiment.lacks or system.missing() or race.no_stand_in(system, case) or system.refuse(case)
+    missing = None if installed else system.missing()
+    refused = experiment.lacks or missing or race.no_stand_in(system, case) or system.refuse(case)
     return refused or memory.refusal(experiment, system, case)

@@ -105,6 +105,7 @@ def run_suite(
             put_aside(settings.run_dir)
             store.prepare()
             stack.enter_context(lock.held(settings.run_dir))
+        store.refuse_other(simulated=False)
         plans = plan(suite, launches, store.finished())
         inputs.store_bad(store, suite, launches)
         on_progress = stack.enter_context(shown(plans, show_progress))

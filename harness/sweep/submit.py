@@ -101,6 +101,7 @@ def submit(file: SweepFile, run_dir: Path, *, on: On, launches: int | None = Non
         require_slurm()
     store, folder = Store(run_dir), SweepFolder(run_dir)
     store.prepare()
+    store.refuse_other(simulated=False)
     if (folder.path / "sweep.json").exists():
         raise bad("sweep", folder.name, "exists; moebench resume goes on with it, --name makes another")
     made = _unfinished(file, store, launches, on)
