@@ -169,14 +169,7 @@ class Swaps(PlacedCourse, Updates):
     def watches(self, step: int) -> bool:
         return self.model is not None and not self.step_s
 
-    def saw(
-        self,
-        step: int,
-        counts: Sequence[np.ndarray],
-        routing: Sequence[Routing] | None = None,
-        timeline: Timeline | None = None,
-    ) -> Cost | None:
-        assert routing is not None
+    def saw(self, step: int, routing: Sequence[Routing], timeline: Timeline | None = None) -> Cost | None:
         if timeline is not None:
             self.step_s = float(timeline.total_s.max())
         self.routing, self.parts = routing, []
