@@ -68,20 +68,34 @@ def needed(unit: Array, num_units: int) -> Array:
 
 
 def count(routing: Routing, owner: Array, topology: Topology) -> Counts:
-    """``owner`` int [E]: the rank of each expert. O(D T k) and D T U bits of memory."""
+    """``owner`` int [E]: the rank of each expert. O(D T k) and D T U bits of memory. Where a sample stands for the
+    tokens, copies are those of all, and as many of them are duplicates as in the sample."""
+    few = routing.sample
     distinct, copies = [], []
-    starts = routing.offsets[:-1]
-    filled = np.diff(routing.offsets) > 0
+    starts = few.offsets[:-1]
+    filled = np.diff(few.offsets) > 0
     for level in range(topology.num_levels):
         num_units = topology.num_units(level)
-        unit = topology.unit_of(level)[owner][routing.ids]  # [T, k]
+        of_expert = topology.unit_of(level)[owner]
+        unit = of_expert[few.ids]  # [T, k]
         sums = np.zeros((len(starts), num_units), dtype=np.int64)
         if len(unit):
             sums[filled] = np.add.reduceat(needed(unit, num_units), starts[filled], axis=0, dtype=np.int64)
+        here = few.counts @ (of_expert[:, None] == np.arange(num_units))
+        if few is not routing:
+            all_here = routing.counts @ (of_expert[:, None] == np.arange(num_units))
+            sums, here = _as_in_sample(sums, here, all_here), all_here
         distinct.append(sums)
-        keys = routing.source[:, None] * num_units + unit
-        copies.append(np.bincount(keys.ravel(), minlength=len(starts) * num_units).reshape(len(starts), num_units))
+        copies.append(here)
     return Counts(topology, tuple(distinct), tuple(copies))
+
+
+def _as_in_sample(distinct: Array, copies: Array, of_all: Array) -> Array:
+    """Of ``of_all`` copies [G, U] as many distinct ones as a sample has of its ``copies``; where the sample of a rank
+    has none, as that of all ranks."""
+    common = distinct.sum(0) / np.maximum(copies.sum(0), 1)
+    share = np.where(copies > 0, distinct / np.maximum(copies, 1), np.where(common > 0, common, 1.0))
+    return np.rint(of_all * share).astype(np.int64)
 
 
 @functools.lru_cache(maxsize=64)
