@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from harness.case import cases_of
 from harness.errors import bad
+from harness.plan.cost import Cost, Hold
 from harness.plan.graph import Plan, Timeline
 from harness.plan.machine import Machine
 from harness.plan.passage import Direction, Passage, plan_alone
@@ -78,6 +81,7 @@ def training_plan(experiment: Experiment, seen: int = 0) -> Plan:
     stream = gradient_bytes(experiment)
     cases, slices = system_called(experiment.system).settle(cases_of(experiment), stream.part_bytes, stream.scope)
     course = system_called(experiment.system).course(cases)
+    course.train()
     for step in range(seen):
         course.saw(step, [expert_counts(case.routing) for case in cases], [case.routing for case in cases])
     passages = _planned(experiment, course.passages(cases))
@@ -90,23 +94,45 @@ def _training(experiment: Experiment, machine: Machine, steps: int, warm: int, p
     stream = gradient_bytes(experiment)
     cases, slices = system.settle(cases_of(experiment), stream.part_bytes, stream.scope)
     course = system.course(cases)
+    course.train()
     totals: list[float] = []
     for step in range(warm + steps):
         if step:
             fresh = cases_of(experiment, step)
             cases = [dataclasses.replace(old, routing=new.routing) for old, new in zip(cases, fresh, strict=True)]
-        if step >= warm:
-            now = course.cases(cases)
-            passages = _planned(experiment, course.passages(cases))
-        moved = course.saw(step, [expert_counts(case.routing) for case in cases], [case.routing for case in cases])
-        if step < warm:
+        timeline, moved = None, None
+        if step >= warm or course.watches(step):
+            own = own_experts(course.cases(cases))
+            priced = PricedTraining(
+                experiment, _planned(experiment, course.passages(cases)), slices, own, has_moves=course.moves
+            )
+            timeline = schedule(priced.lay_out(), machine, topology)
+        moved = course.saw(step, [expert_counts(case.routing) for case in cases], [c.routing for c in cases], timeline)
+        if step < warm or timeline is None:
             continue
-        priced = PricedTraining(experiment, passages, slices, own_experts(now), moved, has_moves=course.moves)
-        timeline = schedule(priced.lay_out(), machine, topology)
+        if moved is not None:
+            timeline = ended(timeline, moved, machine, topology)
         totals.append(float(timeline.total_s.max()))
         if progress is not None:
             progress(f"step {step + 1} of {warm + steps}")
+    assert timeline is not None
     return Simulation({"total": tuple(totals)}, {"step": timeline}, machine.basis)
+
+
+def ended(timeline: Timeline, moved: Cost, machine: Machine, topology: Topology) -> Timeline:
+    """``timeline`` [num_tasks, W] of a step whose last task, ``after-step``, was free, with what that costs."""
+    (*_, last) = timeline.plan.tasks
+    alone = Plan(timeline.plan.lanes)
+    alone.add("begun", last.lane, (), Hold(timeline.start_s[-1]))
+    alone.add(last.name, last.lane, ("begun",), moved)
+    found = schedule(alone, machine, topology)
+    plan = timeline.plan.priced(lambda cost: cost)
+    plan.tasks[-1] = dataclasses.replace(last, cost=moved)
+    start, end = (
+        np.concatenate([whole[:-1], part[-1:]])
+        for whole, part in ((timeline.start_s, found.start_s), (timeline.end_s, found.end_s))
+    )
+    return Timeline(plan, start, end)
 
 
 def _planned(experiment: Experiment, passages: list[Passage | None]) -> list[Passage]:

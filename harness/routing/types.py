@@ -55,3 +55,8 @@ class Routing:
         h = hashlib.sha256(np.sort(self.ids.astype("<i4"), axis=1).tobytes())
         h.update(repr((tuple(map(int, self.tokens)), self.num_experts, self.top_k)).encode())
         return h.hexdigest()[:16]
+
+    @property
+    def sample(self) -> Routing:
+        """Tokens for statistics of pairs: who shares tokens with whom. Here all of them."""
+        return self

@@ -14,12 +14,13 @@ from harness.options import whole, yes
 from harness.plan.native import NativeSystem
 from harness.specs import DTYPE_BYTES, Cluster
 from harness.system import AfterStep, Case, MoELayer
+from methods.hiermoe.between import MAX_SHARE, SwapOptions, Swaps
 from methods.hiermoe.counts import count
 from methods.hiermoe.hierd import HierExchange
 from methods.hiermoe.model import TimeModel, calibrated_costs, choose, stage_costs
 from methods.hiermoe.swap import GAMMA
 from methods.hiermoe.traffic import Wire, hier_bytes
-from methods.hiermoe.training import MAX_SHARE, SwapOptions, Swapper
+from methods.hiermoe.training import Swapper
 
 MAX_CHUNKS = 12
 MIN_CHUNK_BYTES = 128 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves
@@ -126,15 +127,23 @@ class HierMoE(HierD):
 
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        options = SwapOptions(
+        dimension = cls.dimension(case)
+        model = dimension if isinstance(dimension, TimeModel) else None
+        return Swapper(job, layers, cls.swaps(case), model, cls.wire(case).row_bytes)  # type: ignore[arg-type]
+
+    @classmethod
+    def course(cls, cases: Sequence[Case]) -> Swaps:
+        case = cases[0]
+        return Swaps(cls, cases, cls.swaps(case), cls.dimension(case), cls.wire(case))
+
+    @classmethod
+    def swaps(cls, case: Case) -> SwapOptions:
+        return SwapOptions(
             every=whole(case, "swap_every", 1, 10**6),
             pairs=whole(case, "swap_pairs", 1, case.model.num_experts // 2),
             max=case.options.get("max", "smooth"),  # type: ignore[arg-type]
             gamma=float(case.options.get("gamma", GAMMA)),
         )
-        dimension = cls.dimension(case)
-        model = dimension if isinstance(dimension, TimeModel) else None
-        return Swapper(job, layers, options, model, cls.wire(case).row_bytes)  # type: ignore[arg-type]
 
 
 class HierMoEHD2(HierD):
@@ -147,17 +156,13 @@ class HierMoEHD2(HierD):
     fixed = 2
 
 
-class HierMoEHD2Smart(HierMoEHD2):
+class HierMoEHD2Smart(smartmoe.Follows, HierMoEHD2):
     """HD2 with SmartMoE's dynamic placement in training."""
 
     name = "hiermoe-hd2-smart"
     title = "HierMoE's two-dimensional all-to-all with SmartMoE's dynamic placement"
     source = "arXiv 2508.09591, section VI (HD2-MoE-Smart)"
     options: ClassVar[dict[str, str]] = HierMoEHD2.options | smartmoe.OPTIONS
-
-    @classmethod
-    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        return smartmoe.placer(layers, case, job)
 
 
 def known_costs(cluster: Cluster | None) -> Cluster | None:
