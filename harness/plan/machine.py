@@ -19,7 +19,7 @@ from harness.ledger import Calibration
 from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer
 from harness.plan.device import CURVE, Device, Fitted, Roofline, Tiled
 from harness.plan.graph import Plan
-from harness.plan.host import unlayered
+from harness.plan.host import amount, unlayered
 from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
 from harness.plan.profiled import Profiled
 from harness.specs import Cluster
@@ -33,7 +33,7 @@ BY_NAME: dict[str, type[Ports]] = {"ports": Ports, "shared-ports": SharedPorts}
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """``basis``: what its seconds rest on, in words. ``host``: seconds of the processor in every task of that name,
-    without its layer (``embedding``, ``forward.gate``); ``harness.plan.host`` finds them."""
+    without its layer (``embedding``, ``forward.gate``), as ``harness.plan.host`` finds them."""
 
     links: LinkModel
     device: Device
@@ -119,10 +119,13 @@ class Machine:
                 return Timed(cost.operation, cost.scope, self.seconds(cost))
         return Hold(self.seconds(cost))
 
-    def durations(self, plan: Plan) -> np.ndarray:
+    def durations(self, plan: Plan, priced: Plan | None = None) -> np.ndarray:
         """Seconds of every task alone on its lane, the processor's part with it, float64 [num_tasks, ...] broadcast
-        over all costs."""
-        each = [np.asarray(self.seconds(task.cost)) + self.host.get(unlayered(task.name), 0.0) for task in plan.tasks]
+        over all costs. ``priced``: the same tasks in seconds."""
+        each = [
+            np.asarray(self.seconds(task.cost)) + self.host.get(unlayered(task.name), 0.0) * amount(known.cost)
+            for task, known in zip((priced or plan).tasks, plan.tasks, strict=True)
+        ]
         shape = np.broadcast_shapes(*(one.shape for one in each)) if each else ()
         return np.array([np.broadcast_to(one, shape) for one in each]).reshape(len(each), *shape)
 
