@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from harness.case import cases_of
-from harness.errors import bad
+from harness.errors import Unplanned, bad
 from harness.plan.cost import Cost, Hold
 from harness.plan.graph import Plan, Timeline
 from harness.plan.machine import Machine
@@ -35,6 +35,7 @@ class Simulation:
     timelines: Mapping[str, Timeline]
     basis: str
     notes: tuple[str, ...] = ()
+    heldout_error: float | None = None  # of the machine, where it is known (``harness.heldout``)
 
 
 def simulate(
@@ -137,7 +138,8 @@ def ended(timeline: Timeline, moved: Cost, machine: Machine, topology: Topology)
 
 def _planned(experiment: Experiment, passages: list[Passage | None]) -> list[Passage]:
     if any(passage is None for passage in passages):
-        raise bad("system", experiment.system, "has bytes that nobody can plan for this model; it cannot be simulated")
+        remedy = "has bytes that nobody can plan for this model; it cannot be simulated"
+        raise Unplanned(str(bad("system", experiment.system, remedy)))
     return [passage for passage in passages if passage is not None]
 
 
