@@ -78,8 +78,7 @@ class PricedOpaque(OpaqueTasks):
 
     def __init__(self, system: type[System], case: Case, parts: Mapping[str, Array]):
         self.system, self.case, self.parts = system, case, parts
-        counts = expert_counts(case.routing).sum(0)
-        self.rows = (system.planned_shares(case) * counts[:, None]).T  # [W, E]
+        self.rows = computed(system, case)
 
     def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
         case, forward = self.case, direction == "forward"
@@ -131,8 +130,13 @@ def native(system: type[System], case: Case) -> PricedNative | None:
     parts = system.planned_bytes(case)
     if parts is None:
         return None
+    return PricedNative(case, parts, computed(system, case))
+
+
+def computed(system: type[System], case: Case) -> Array:
+    """Rows that each rank computes of each expert, [W, E]."""
     counts = expert_counts(case.routing).sum(0)
-    return PricedNative(case, parts, (system.planned_shares(case) * counts[:, None]).T)
+    return (system.planned_shares(case) * counts[:, None]).T
 
 
 class _Transfers:
@@ -211,6 +215,7 @@ __all__ = [
     "PricedOpaque",
     "PricedReplicated",
     "all_to_all",
+    "computed",
     "expert_work",
     "gate_work",
     "mix_work",

@@ -68,20 +68,36 @@ def needed(unit: Array, num_units: int) -> Array:
 
 
 def count(routing: Routing, owner: Array, topology: Topology) -> Counts:
-    """``owner`` int [E]: the rank of each expert. O(D T k) and D T U bits of memory."""
-    distinct, copies = [], []
-    starts = routing.offsets[:-1]
-    filled = np.diff(routing.offsets) > 0
+    """``owner`` int [E]: the rank of each expert. O(T k (log k + D))."""
+    return Counts(topology, *_tables(routing, owner, topology, routing.source, topology.num_ranks))
+
+
+def chunk_counts(routing: Routing, owner: Array, topology: Topology, num_chunks: int) -> list[Counts]:
+    """``count`` of each chunk: every rank's tokens, in order, in ``num_chunks`` pieces."""
+    num_ranks, lengths = topology.num_ranks, np.asarray(routing.tokens)
+    place = np.arange(len(routing.ids)) - routing.offsets[routing.source]
+    chunk = ((place + 1) * num_chunks - 1) // lengths[routing.source]
+    source = chunk * num_ranks + routing.source
+    distinct, copies = _tables(routing, owner, topology, source, num_chunks * num_ranks)
+    each = [[np.split(table, num_chunks) for table in kind] for kind in (distinct, copies)]
+    return [Counts(topology, *(tuple(table[c] for table in kind) for kind in each)) for c in range(num_chunks)]
+
+
+def _tables(
+    routing: Routing, owner: Array, topology: Topology, source: Array, num_sources: int
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """``Counts.distinct`` and ``copies``, of tokens that come from ``source`` int [T]."""
+    num_ranks, distinct, copies = topology.num_ranks, [], []
+    ranks = np.sort(owner.astype(np.int32)[routing.ids], axis=1)  # units of equal rank follow each other on any level
     for level in range(topology.num_levels):
         num_units = topology.num_units(level)
-        unit = topology.unit_of(level)[owner][routing.ids]  # [T, k]
-        sums = np.zeros((len(starts), num_units), dtype=np.int64)
-        if len(unit):
-            sums[filled] = np.add.reduceat(needed(unit, num_units), starts[filled], axis=0, dtype=np.int64)
-        distinct.append(sums)
-        keys = routing.source[:, None] * num_units + unit
-        copies.append(np.bincount(keys.ravel(), minlength=len(starts) * num_units).reshape(len(starts), num_units))
-    return Counts(topology, tuple(distinct), tuple(copies))
+        unit = ranks // (num_ranks // num_units)  # [T, k]
+        key = (source * num_units)[:, None] + unit
+        first = np.ones(unit.shape, dtype=bool)
+        first[:, 1:] = unit[:, 1:] != unit[:, :-1]
+        for tables, keys in ((distinct, key[first]), (copies, key.ravel())):
+            tables.append(np.bincount(keys, minlength=num_sources * num_units).reshape(num_sources, num_units))
+    return tuple(distinct), tuple(copies)
 
 
 @functools.lru_cache(maxsize=64)
