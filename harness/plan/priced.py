@@ -87,16 +87,17 @@ class PricedOpaque(OpaqueTasks):
         for name in names:
             if name == ("combine" if forward else "dispatch"):
                 found.append(expert_work(case, self.rows, direction))
-            found += self._exchange(names[name])
+            found.append(self.sent(names[name]))
         found.append(mix_work(case) if forward else gate_work(case, direction))
         return Work(InTurn(tuple(cost for cost in found if cost is not None)))
 
-    def _exchange(self, part: str) -> list[Transfer | None]:
+    def sent(self, part: str) -> Cost | None:
+        """What a part of the exchange costs."""
         stages, matrix = self.system.stages, self.parts.get(part)
         if matrix is None:
-            return []
+            return None
         away = part in ("metadata", "dispatch", "combine_grad")  # outer stage first; the way home the other way round
-        return [all_to_all(matrix, stage) for stage in (stages if away else reversed(stages))]
+        return InTurn(tuple(Transfer("a2a", stage, matrix) for stage in (stages if away else stages[::-1])))
 
 
 # ----------------------------------------------------------------------------------------------------- native systems

@@ -87,7 +87,9 @@ def _tables(
     routing: Routing, owner: Array, topology: Topology, source: Array, num_sources: int
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """``Counts.distinct`` and ``copies``, of tokens that come from ``source`` int [T]."""
-    num_ranks, distinct, copies = topology.num_ranks, [], []
+    num_ranks = topology.num_ranks
+    distinct: list[Array] = []
+    copies: list[Array] = []
     ranks = np.sort(owner.astype(np.int32)[routing.ids], axis=1)  # units of equal rank follow each other on any level
     for level in range(topology.num_levels):
         num_units = topology.num_units(level)

@@ -9,9 +9,13 @@ Interpretation: the one number a chunk that ranks agree on before they pad count
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
-from harness.plan.cost import Cost, InTurn, Staged, Transfer
+from harness.plan.cost import InTurn, Staged, Transfer
+from harness.plan.graph import Work
+from harness.plan.passage import Direction
 from harness.plan.priced import PricedNative
 from harness.system import Case
 from methods.hiermoe.counts import Array, Stage
@@ -25,24 +29,25 @@ class PricedHier(PricedNative):
         super().__init__(case, {}, rows)
         self.travel = travel
 
-    def sent(self, part: str) -> Cost | None:
-        travel, (first, *others) = self.travel, self.travel.stages
-        match part:
-            case "metadata":
-                told = [Transfer("a2a", "flat", travel.choice_bytes())] if travel.chosen else []
-                return InTurn((*told, self._metadata(first)))
-            case "metadata_grad":
-                if not travel.wire.weights_learn:
-                    return None
-                return InTurn(tuple(self._transfer(part, stage) for stage in reversed(travel.stages[:-1])))
-            case "dispatch":
-                known = tuple(self._metadata(stage) for stage in others)
-                return Staged(tuple(self._way(part)), travel.wire.num_chunks, known)
-        return Staged(tuple(self._way(part)), travel.wire.num_chunks)
+    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+        first, *others = self.travel.stages
+        match (direction, task):
+            case ("forward", "metadata"):
+                told = [Transfer("a2a", "flat", self.travel.choice_bytes())] if self.travel.chosen else []
+                return Work(InTurn((*told, self._metadata(first))))
+            case ("forward", "dispatch"):
+                known = tuple(map(self._metadata, others))
+                return Work(dataclasses.replace(self.sent("dispatch"), ahead=known))
+            case ("backward", "metadata") if not self.travel.wire.weights_learn:
+                return Work()
+            case ("backward", "metadata"):
+                return Work(InTurn(tuple(self._transfer("metadata_grad", stage) for stage in [first, *others][-2::-1])))
+        return super().work(direction, task, part)
 
-    def _way(self, part: str) -> list[Transfer]:
+    def sent(self, part: str) -> Staged:
+        """Of rows: ``dispatch``, ``combine`` and their gradients."""
         found = [self._transfer(part, stage) for stage in self.travel.stages]
-        return found if part in AWAY else found[::-1]
+        return Staged(tuple(found if part in AWAY else found[::-1]), self.travel.wire.num_chunks)
 
     def _metadata(self, stage: Stage) -> Transfer:
         """A table of sizes, then the columns."""
