@@ -152,6 +152,7 @@ class System(abc.ABC):
     #: options beside the defaults that cut its pipelines into several chunks; ``moebench check`` tries long batches so
     chunked: ClassVar[dict[str, bool | int | float | str]] = {}
     stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
+    remembers: ClassVar[bool] = False  # whether where a batch's rows go depends on the batches before it
     places: ClassVar[bool] = False  # whether it follows any placement, with unequal numbers of experts too
     stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked

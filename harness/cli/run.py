@@ -1,4 +1,4 @@
-"""Experiments, simulated or run, and pages over them."""
+"""Experiments, and pages over them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness import caches, console, outputs
+from harness import caches, console
 from harness.cli.options import RUNS, Json, Results
 from harness.errors import UserError, bad
 
@@ -17,46 +17,6 @@ if TYPE_CHECKING:
     from harness.bench.suite import Suite
 
 commands = typer.Typer()
-SIMULATED = Path("results/simulated")
-
-
-@commands.command()
-def simulate(
-    name: Annotated[str, typer.Argument(help="A study; without one, they are listed.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for the tables; each study gets one of its own in it.")] = SIMULATED,
-    as_json: Json = False,
-) -> None:
-    """Run a simulated study: a paper's experiments computed from published or profiled constants.
-
-    Every row says what evidence it is: simulated, or reported where the paper prints the same quantity. Tables are
-    kept as CSV, what they were made from as Parquet.
-
-    ```
-    moebench simulate
-    moebench simulate fsmoe-grid
-    moebench simulate fsmoe-models --json --out my-results
-    ```
-    """
-    from harness import studies
-
-    if not name:
-        rows = [{"name": name, "title": study.title} for name, study in studies.studies().items()]
-        return console.print_json(rows) if as_json else console.show(rows, "studies")
-    study = studies.study(name)
-    outputs.check_folder(out / name, (".csv", ".parquet"))
-    with console.progress(f"simulating {name}") as bar:
-        found = study.run(lambda text: console.say(bar, text))
-    paths = found.write(out / name)
-    tables = {title: found.rows(title) for title in found.tables}
-    if as_json:
-        return console.print_json(
-            {"study": name, "tables": tables, "notes": list(found.notes), "files": [str(path) for path in paths]}
-        )
-    for title, rows in tables.items():
-        console.show(rows, title)
-    for note in found.notes:
-        typer.echo(f"- {note}")
-    typer.echo(f"{out / name}: {', '.join(path.name for path in paths)}")
 
 
 @commands.command()
@@ -134,12 +94,17 @@ def run(
 
 
 def fitting() -> str:
-    """The suite for the GPUs that are here and that torch can use; said on stderr."""
-    from harness import devices
+    """The suite for the GPUs that are here and that torch can use; said on stderr. ``UserError`` where the mask names
+    none of them."""
+    from harness import devices, mask
     from harness.launch import gpus
     from harness.presets import this_machine
 
-    why = None if this_machine.assumed() else gpus.unusable(devices.ask())
+    why = None
+    if not this_machine.assumed():
+        driver = devices.ask()
+        mask.check(driver)
+        why = gpus.unusable(driver)
     num_gpus = 0 if why else this_machine.num_gpus()
     chosen = "gpu-node" if num_gpus > 1 else "gpu" if num_gpus else "quick"
     here = "; ".join(filter(None, why)) if why else f"{num_gpus} {'GPU is' if num_gpus == 1 else 'GPUs are'} here"
@@ -174,7 +139,8 @@ def report(
     """Render a run, or a paper's experiments, as one self-contained HTML page, and print its path.
 
     Ratios refer to a baseline that ran (megatron, else flat, else what has most times) or to -p baseline=SYSTEM.
-    The tables lie beside it as CSV and LaTeX, and the executed notebook with them; results/index.html lists all pages.
+    The tables lie beside it as CSV and LaTeX, and the executed notebook with them; index.html lists all pages, in the
+    folder above that of the runs (results).
     A paper's page needs no run: what a run would add to it says which command makes that run. A sweep need not be over.
 
     ```

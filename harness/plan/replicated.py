@@ -222,6 +222,7 @@ class ReplicatedSystem(UnifiedSystem):
     """A native system that differs by its policy alone."""
 
     stands_in = True
+    remembers = True  # as most policies do
 
     @classmethod
     @abc.abstractmethod

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import outputs
-from harness.errors import UserError, bad
+from harness.errors import Failure, UserError, bad
 from harness.launch import scratch
 from harness.report.keep import PAGE
 from harness.report.run import known_runs, load
@@ -24,7 +24,7 @@ from harness.report.run import known_runs, load
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 TEMPLATES = Path(__file__).resolve().parent / "template"
-CELL_TIMEOUT_S = 300
+START_TIMEOUT_S = 600  # of the kernel; a cell has no limit, since a busy machine may take any time
 
 Progress = Callable[[str], None]
 
@@ -66,32 +66,38 @@ def render(
     stem = f"{name}-{other}" if other else name
     outputs.check(out / f"{stem}.html", "report", PAGE)
     outputs.check(out / f"{stem}.ipynb", "report", lambda path: b'"papermill"' in path.read_bytes())
-    try:
+    page, executed = out / f"{stem}.html", out / f"{stem}.ipynb"
+    with _written_to(out):
         out.mkdir(exist_ok=True, parents=run_dir is None or out.parent != run_dir)
-        executed = out / f"{stem}.ipynb"
         part = out / f"{stem}.part.ipynb"  # until it is whole: a page keeps the notebook that it was made from
         part.touch()
-    except OSError as error:
-        raise bad(
-            "report folder", str(out), f"cannot be written ({error.strerror}); free space or fix permissions"
-        ) from None
-
-    say(f"executing {notebook.name}")
-    folders = {"run_dir": str(run_dir or ""), "out_dir": str(out)}
-    _execute(notebook, part, {**(parameters or {}), **{key: folders[key] for key in folders if key in known}})
-    part.replace(executed)
-    say("writing HTML")
-    page = out / f"{stem}.html"
-    title = f"moebench: {name if suite(name) or not run_dir else run_dir.name}"
-    written = page.with_suffix(".html.part")
-    written.write_text(to_html(executed, title), encoding="utf-8")
-    written.replace(page)
+        say(f"executing {notebook.name}")
+        folders = {"run_dir": str(run_dir or ""), "out_dir": str(out)}
+        _execute(notebook, part, {**(parameters or {}), **{key: folders[key] for key in folders if key in known}})
+        part.replace(executed)
+        say("writing HTML")
+        title = f"moebench: {name if suite(name) or not run_dir else run_dir.name}"
+        outputs.write(page, to_html(executed, title), "report")
     return page
 
 
+@contextlib.contextmanager
+def _written_to(out: Path) -> Iterator[None]:
+    """What cannot be written to ``out`` is a user's error, and no part of it stays."""
+    try:
+        yield
+    except OSError as error:
+        for part in out.glob("*.part.ipynb") if out.is_dir() else ():
+            part.unlink(missing_ok=True)
+        remedy = f"cannot be written ({error.strerror or error}); free space or fix permissions"
+        raise bad("report folder", str(out), remedy) from None
+
+
 def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
-    """Into ``target``, in its folder. ``UserError``: one that was raised in the notebook; ``target`` is gone then."""
+    """Into ``target``, in its folder. ``UserError``: one that was raised in the notebook; ``target`` is gone then.
+    ``Failure``: its process was killed."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     with scratch.folder("kernel") as folder, _own_kernel(folder):
@@ -102,8 +108,7 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
                 parameters=parameters,
                 kernel_name="python3",
                 progress_bar=False,
-                start_timeout=CELL_TIMEOUT_S,
-                execution_timeout=CELL_TIMEOUT_S,
+                start_timeout=START_TIMEOUT_S,
                 cwd=str(target.parent),
             )
         except PapermillExecutionError as error:
@@ -111,6 +116,11 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
                 raise  # a fault of ours: its traceback stands in the notebook, which stays
             target.unlink()
             raise UserError(error.evalue) from None
+        except DeadKernelError:
+            target.unlink()
+            raise Failure(
+                f"the process that executes {notebook.name} was killed, as where memory runs out; free some, and repeat"
+            ) from None
 
 
 def to_html(executed: Path, title: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from harness.bench.store import Store
 from harness.bench.suite import load
 from harness.cli.run import _notebook_and_run
-from harness.errors import UserError
+from harness.errors import Failure, UserError
 from harness.plan.graph import Plan, Timeline
 from harness.report import claims, render
 from harness.report.paper import Paper
@@ -179,6 +180,32 @@ def test_page_without_a_run(tmp_path, monkeypatch):
     assert f"run &lt;&gt; to {tmp_path / 'results' / 'report'}" in html
     with pytest.raises(UserError, match=r"needy reports on a run; make one with moebench run"):
         render("needy", None)
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", Failure, r"the process that executes mine\.ipynb was killed"),
+        ("print('x' * 300_000)", UserError, r"report folder: '.*report': cannot be written \(File too large\); free"),
+    ],
+)
+def test_a_page_that_ends_early_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, code, error, message):
+    cells = [
+        nbformat.v4.new_code_cell('run_dir = "?"', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(code),
+    ]
+    kernel = {"name": "python3", "display_name": "", "language": "python"}
+    metadata = {"kernelspec": kernel, "moebench": {"suite": "mine"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path / "mine.ipynb")
+    monkeypatch.setattr(importlib.import_module("harness.report.render"), "NOTEBOOKS", tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # as a disk that is full
+    try:
+        with pytest.raises(error, match=message):
+            render("mine", None, out=tmp_path / "report")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "report").iterdir())
 
 
 def test_command_takes_the_papers_own_run_or_none(tmp_path, own):

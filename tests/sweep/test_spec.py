@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harness.bench.store import STATUSES
 from harness.errors import UserError
-from harness.sweep import profile, script, spec, submit
+from harness.sweep import profile, script, spec, states, submit
 from harness.sweep.folder import SweepFolder
 from tests.sweep.conftest import ONE_RANK
 
@@ -62,6 +63,18 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(sweep_file, tmp_path):
         assert f"#SBATCH {line}" in script
     assert "export GLOO_SOCKET_IFNAME=eth0" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_on_this_machine_lists_its_jobs(sweep_file, tmp_path):
+    loaded = spec.load(sweep_file("dry-here", num_races=3, cells_per_job=2))
+    rows = submit.listed(loaded, tmp_path / "dry", launches=2)
+    assert [(row["job"], row["launch"], row["cluster"], row["cells"]) for row in rows] == [
+        (0, 0, "one", 2),
+        (1, 0, "one", 1),
+        (2, 1, "one", 2),
+        (3, 1, "one", 1),
+    ]
     assert not list(tmp_path.iterdir())
 
 
@@ -121,6 +134,22 @@ def test_bad_files(sweep_file, name, fields, message):
     change(file, name, **fields)
     with pytest.raises(UserError, match=message):
         spec.load(file)
+
+
+def test_stand_ins_on_gpus_are_refused_before_a_dry_run(sweep_file):
+    file = sweep_file("standing", cluster={"nodes": 2}, compute="stand-in")
+    interconnect = yaml.safe_load((file.parent / "cluster.yaml").read_text())["interconnect"]
+    with pytest.raises(UserError, match=r"experiments\[0\]\S*: 'stand-in': stand-in compute needs the gemm constants"):
+        spec.load(file)
+    change(file, "cluster.yaml", interconnect=interconnect | {"kind": "physical", "device": "H100"})
+    with pytest.raises(UserError, match="'stand-in': stand-in compute is for ranks that share a CPU; on a GPU give"):
+        spec.load(file)
+
+
+def test_every_state_is_well_open_or_failed():
+    well = {"ok", "cpu_bound", "refused"}
+    assert {*states.STATES} == well | {*states.OPEN, *states.FAILED, "unsubmitted", "cancelled"}
+    assert {*STATUSES} - well <= {*states.FAILED}
 
 
 def test_two_cells_with_one_identity(sweep_file):
