@@ -58,6 +58,10 @@ class Case:
         """By which computation waits; None: it computes."""
         return self.cluster.gemm if self.stand_in and self.cluster is not None else None
 
+    def placed(self, placement: Placement) -> Case:
+        """The same with experts elsewhere."""
+        return self if placement is self.placement else dataclasses.replace(self, placement=placement)
+
     @property
     def ragged(self) -> bool:
         return len(set(self.routing.tokens)) > 1

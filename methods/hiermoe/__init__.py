@@ -16,13 +16,14 @@ from harness.plan.passage import Passage
 from harness.plan.priced import computed
 from harness.specs import DTYPE_BYTES, Cluster
 from harness.system import AfterStep, Case, MoELayer
+from methods.hiermoe.between import MAX_SHARE, SwapOptions, Swaps
 from methods.hiermoe.counts import count
 from methods.hiermoe.hierd import HierExchange
 from methods.hiermoe.layout import PricedHier
 from methods.hiermoe.model import TimeModel, calibrated_costs, stage_costs
 from methods.hiermoe.swap import GAMMA
 from methods.hiermoe.traffic import HierTravel, Wire
-from methods.hiermoe.training import MAX_SHARE, SwapOptions, Swapper
+from methods.hiermoe.training import Swapper
 
 MAX_CHUNKS = 12
 MIN_CHUNK_BYTES = 128 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves
@@ -79,7 +80,7 @@ class HierD(NativeSystem):
         counts = count(routing, owner, case.topology)
         if chosen := isinstance(dimension, TimeModel):
             dimension = dimension.best(counts, wire.row_bytes, padded=wire.padded, chunks=wire.num_chunks)
-        return HierTravel.counted(counts, routing, owner, dimension, wire, chosen=chosen)
+        return HierTravel.of(routing, owner, case.topology, dimension, wire, counts=counts, chosen=chosen)
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
@@ -141,15 +142,23 @@ class HierMoE(HierD):
 
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        options = SwapOptions(
+        dimension = cls.dimension(case)
+        model = dimension if isinstance(dimension, TimeModel) else None
+        return Swapper(job, layers, cls.swaps(case), model, cls.wire(case).row_bytes)  # type: ignore[arg-type]
+
+    @classmethod
+    def course(cls, cases: Sequence[Case]) -> Swaps:
+        case = cases[0]
+        return Swaps(cls, cases, cls.swaps(case), cls.dimension(case), cls.wire(case))
+
+    @classmethod
+    def swaps(cls, case: Case) -> SwapOptions:
+        return SwapOptions(
             every=whole(case, "swap_every", 1, 10**6),
             pairs=whole(case, "swap_pairs", 1, case.model.num_experts // 2),
             max=case.options.get("max", "smooth"),  # type: ignore[arg-type]
             gamma=float(case.options.get("gamma", GAMMA)),
         )
-        dimension = cls.dimension(case)
-        model = dimension if isinstance(dimension, TimeModel) else None
-        return Swapper(job, layers, options, model, cls.wire(case).row_bytes)  # type: ignore[arg-type]
 
 
 class HierMoEHD2(HierD):
@@ -162,17 +171,13 @@ class HierMoEHD2(HierD):
     fixed = 2
 
 
-class HierMoEHD2Smart(HierMoEHD2):
+class HierMoEHD2Smart(smartmoe.Follows, HierMoEHD2):
     """HD2 with SmartMoE's dynamic placement in training."""
 
     name = "hiermoe-hd2-smart"
     title = "HierMoE's two-dimensional all-to-all with SmartMoE's dynamic placement"
     source = "arXiv 2508.09591, section VI (HD2-MoE-Smart)"
     options: ClassVar[dict[str, str]] = HierMoEHD2.options | smartmoe.OPTIONS
-
-    @classmethod
-    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        return smartmoe.placer(layers, case, job)
 
 
 def known_costs(cluster: Cluster | None) -> Cluster | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from harness.routing.types import Routing
 from harness.topology import Topology
-from methods.hiermoe.counts import Array, Counts, Stage, chunk_counts, count, stages
+from methods.hiermoe.counts import Array, Counts, Stage, count, longest, stages
 
 #: parts of an exchange (``System.planned_bytes``) on the way to the experts; the others go home
 AWAY = ("metadata", "dispatch", "combine_grad")
@@ -35,7 +35,7 @@ class Wire:
 @dataclasses.dataclass(frozen=True, eq=False)
 class HierTravel:
     """One batch by HDd (or Hd), d = ``dimension``. Matrices [num_ranks, num_ranks] from -> to are made when they are
-    asked for. ``chosen``: the ranks told each other their counts to choose the dimension. ``longest``: of each stage
+    asked for. ``chosen``: the ranks told each other their counts to choose the dimension. ``padded``: of each stage
     rows of a padded message, summed over chunks; empty where none are padded."""
 
     counts: Counts
@@ -43,26 +43,29 @@ class HierTravel:
     dimension: int
     wire: Wire
     chosen: bool = False
-    longest: tuple[int, ...] = ()
+    padded: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, routing: Routing, owner: Array, topology: Topology, dimension: int, wire: Wire) -> HierTravel:
-        """O(T k)."""
-        return cls.counted(count(routing, owner, topology), routing, owner, dimension, wire)
-
-    @classmethod
-    def counted(
-        cls, counts: Counts, routing: Routing, owner: Array, dimension: int, wire: Wire, *, chosen: bool = False
+    def of(
+        cls,
+        routing: Routing,
+        owner: Array,
+        topology: Topology,
+        dimension: int,
+        wire: Wire,
+        *,
+        counts: Counts | None = None,
+        chosen: bool = False,
     ) -> HierTravel:
-        """``counts``: of ``routing``."""
-        longest: tuple[int, ...] = ()
+        """``counts``: of ``routing``, where they are known. O(T k)."""
+        counts = counts or count(routing, owner, topology)
+        padded: tuple[int, ...] = ()
         if wire.padded:
-            parts = chunk_counts(routing, owner, counts.topology, wire.num_chunks)
-            longest = tuple(
-                sum(int(part.rows(stage, deduplicated=wire.deduplicate).max(initial=0)) for part in parts)
-                for stage in stages(dimension, counts.topology.num_levels)
+            padded = tuple(
+                longest(routing, owner, topology, stage, wire.num_chunks, deduplicated=wire.deduplicate)
+                for stage in stages(dimension, topology.num_levels)
             )
-        return cls(counts, owner, dimension, wire, chosen, longest)
+        return cls(counts, owner, dimension, wire, chosen, padded)
 
     @functools.cached_property
     def stages(self) -> list[Stage]:
@@ -95,8 +98,8 @@ class HierTravel:
 
     def _rows(self, stage: Stage) -> Array:
         """Padded, if they are."""
-        if self.longest:
-            return _peers(self.counts.topology, stage) * float(self.longest[self.stages.index(stage)])
+        if self.padded:
+            return _peers(self.counts.topology, stage) * float(self.padded[self.stages.index(stage)])
         return self.counts.rows(stage, deduplicated=self.wire.deduplicate).astype(np.float64)
 
     def _entries(self, stage: Stage) -> Array:
