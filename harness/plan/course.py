@@ -23,17 +23,17 @@ from harness.plan.passage import Passage
 from harness.routing.types import Routing
 from harness.system import Case, System
 
-Array = np.ndarray
 MOMENTS = 2  # of AdamW, each as large as the parameter; they move with it
 
 
 class Course:
     """Of one training. By default nothing changes from step to step.
 
-    ``moves``: whether a step ends with the task ``after-step``. A subclass overrides ``passages`` for what a step's
-    layers look like, and ``saw`` for what is learned from it."""
+    ``moves``: whether a step ends with the task ``after-step``; ``learns``: whether a step changes what comes behind
+    it. A subclass overrides ``passages`` for what a step's layers look like, and ``saw`` for what is learned from it."""
 
     moves: bool = False
+    learns: bool = False
 
     def __init__(self, system: type[System], cases: Sequence[Case]):
         """``cases``: of the first step, first layer first."""
@@ -54,23 +54,16 @@ class Course:
         """Whether it has to know how long the tasks of ``step`` take."""
         return False
 
-    def saw(
-        self,
-        step: int,
-        counts: Sequence[Array],
-        routing: Sequence[Routing] | None = None,
-        timeline: Timeline | None = None,
-    ) -> Cost | None:
-        """Behind ``step``: of every layer rows of each rank for each expert, int [W, E]; ``routing`` where it is at
-        hand, of all tokens or of a sample; ``timeline`` [num_tasks, W] of the step up to here where it is known. What
-        is done then; None: nothing."""
+    def saw(self, step: int, routing: Sequence[Routing], timeline: Timeline | None = None) -> Cost | None:
+        """Behind ``step``: the ``routing`` that its layers had; ``timeline`` [num_tasks, W] of the step up to here where
+        it is known. What is done then; None: nothing."""
         return None
 
 
 class PlacedCourse(Course):
     """``placements``: of every layer by now."""
 
-    moves = True
+    moves = learns = True
 
     def __init__(self, system: type[System], cases: Sequence[Case], placements: Sequence[Placement] | None = None):
         super().__init__(system, cases)
@@ -104,15 +97,9 @@ class FollowedCourse(PlacedCourse):
         self.following = following
         self.load = np.zeros((len(cases), cases[0].model.num_experts), dtype=np.int64)
 
-    def saw(
-        self,
-        step: int,
-        counts: Sequence[Array],
-        routing: Sequence[Routing] | None = None,
-        timeline: Timeline | None = None,
-    ) -> Cost | None:
+    def saw(self, step: int, routing: Sequence[Routing], timeline: Timeline | None = None) -> Cost | None:
         if self.following.counts(step):
-            self.load += np.stack([each.sum(0) for each in counts])
+            self.load += np.stack([each.counts.sum(0) for each in routing])
         if not self.following.due(step):
             return None
         after = self.following.decide(self.load, self.placements)

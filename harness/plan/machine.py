@@ -123,7 +123,8 @@ class Machine:
             case Transfer() if not self.links.meets:
                 return dataclasses.replace(cost, matrix=cost.matrix.astype(np.float32, copy=False))
             case Staged() if not self.links.meets:
-                return Staged(tuple(self.priced(stage) for stage in cost.stages), cost.chunks)  # type: ignore[misc]
+                stages, ahead = (tuple(map(self.priced, each)) for each in (cost.stages, cost.ahead))
+                return Staged(stages, cost.chunks, ahead)  # type: ignore[arg-type]
             case Staged():
                 return Timed("a2a", cost.scope, self.seconds(cost))
             case OnLinks():

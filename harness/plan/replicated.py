@@ -287,23 +287,18 @@ class ReplicatedCourse(PlacedCourse):
     """Policies are told of every step. ``placements``: the owners."""
 
     moves = False
-    system: type[ReplicatedSystem]
+    system: type[ReplicatedSystem]  # type: ignore[assignment]
 
     def __init__(self, system: type[ReplicatedSystem], cases: Sequence[Case]):
         super().__init__(system, cases)
         self.policies = [system.policy(case, None) for case in cases]
+        self.learns = any(type(policy).saw is not Policy.saw for policy in self.policies)
 
     def passages(self, cases: Sequence[Case]) -> list[Passage | None]:
         pairs = zip(self.cases(cases), self.policies, strict=True)
         return [self.system.laid(case, policy) for case, policy in pairs]
 
-    def saw(
-        self,
-        step: int,
-        counts: Sequence[np.ndarray],
-        routing: Sequence[Routing] | None = None,
-        timeline: Timeline | None = None,
-    ) -> Cost | None:
-        for policy, each in zip(self.policies, counts, strict=True):
-            policy.saw(each)
+    def saw(self, step: int, routing: Sequence[Routing], timeline: Timeline | None = None) -> Cost | None:
+        for policy, each in zip(self.policies, routing, strict=True):
+            policy.saw(each.counts)
         return None

@@ -92,14 +92,8 @@ class Reshards(ReplicatedCourse):
     def watches(self, step: int) -> bool:
         return self.between is not None and self.between.calls == PROFILED_STEP and self.between.profiles
 
-    def saw(
-        self,
-        step: int,
-        counts: Sequence[np.ndarray],
-        routing: Sequence[Routing] | None = None,
-        timeline: Timeline | None = None,
-    ) -> Cost | None:
-        super().saw(step, counts, routing, timeline)
+    def saw(self, step: int, routing: Sequence[Routing], timeline: Timeline | None = None) -> Cost | None:
+        super().saw(step, routing, timeline)
         if self.between is None:
             return None
         parts: list[Cost] = []

@@ -22,7 +22,7 @@ from harness.routing.types import Routing
 from harness.system import Case, System
 from harness.topology import Topology
 from methods.hiermoe.counts import Stage, count
-from methods.hiermoe.model import TimeModel, choose
+from methods.hiermoe.model import TimeModel
 from methods.hiermoe.swap import (
     GAMMA,
     MaxFunction,
@@ -171,14 +171,7 @@ class Swaps(PlacedCourse, Updates):
     def watches(self, step: int) -> bool:
         return self.model is not None and not self.step_s
 
-    def saw(
-        self,
-        step: int,
-        counts: Sequence[np.ndarray],
-        routing: Sequence[Routing] | None = None,
-        timeline: Timeline | None = None,
-    ) -> Cost | None:
-        assert routing is not None
+    def saw(self, step: int, routing: Sequence[Routing], timeline: Timeline | None = None) -> Cost | None:
         if timeline is not None:
             self.step_s = float(timeline.total_s.max())
         self.routing, self.parts = routing, []
@@ -220,4 +213,4 @@ class Swaps(PlacedCourse, Updates):
         if not isinstance(self.dimension, TimeModel):
             return self.dimension
         wire, counts = self.wire, count(routing, owner, self.topology)
-        return choose(self.dimension.times(counts, wire.row_bytes, exact=not wire.padded, chunks=wire.num_chunks))
+        return self.dimension.best(counts, wire.row_bytes, padded=wire.padded, chunks=wire.num_chunks)

@@ -1,0 +1,59 @@
+"""A routing whose loads are known without its tokens, for plans of large models: ids are drawn when they are asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from harness.routing.make import SAMPLE_TOKENS, counts_of, planned_routing, sampled_routing
+from harness.routing.types import Routing
+from harness.specs import Model, Workload
+from harness.topology import Topology
+
+MOST_IDS = 1 << 22  # of a step: as many are drawn within a second or two
+
+
+class Outlined(Routing):
+    """``planned_routing``. ``few``: tokens of a rank that stand for all where tokens are asked for one by one; None:
+    none do."""
+
+    def __init__(
+        self, workload: Workload, model: Model, topology: Topology, *, step: int, layer: int, few: int | None = None
+    ):
+        made = {"tokens": workload.tokens(topology.num_ranks), "num_experts": model.num_experts}
+        made |= {"few": few, "_of": (workload, model, topology), "_at": (step, layer)}
+        self.__dict__.update(made)
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:  # type: ignore[override]
+        return planned_routing(*self._of, step=self._at[0], layer=self._at[1]).ids
+
+    @property
+    def top_k(self) -> int:
+        return int(self._of[1].top_k)
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        found = counts_of(*self._of, step=self._at[0], layer=self._at[1], most_tokens=self.few)
+        found.setflags(write=False)
+        return found
+
+    @property
+    def sample(self) -> Routing:
+        return self if self.few is None else _sampled(self._of, self._at, self.few)
+
+
+@functools.lru_cache(maxsize=128)  # the systems of a race ask for the same ones
+def _sampled(of: tuple[Workload, Model, Topology], at: tuple[int, int], few: int) -> Routing:
+    return sampled_routing(*of, step=at[0], layer=at[1], most_tokens=few)
+
+
+def few_tokens(workload: Workload, model: Model, topology: Topology, num_layers: int) -> int | None:
+    """Of a rank, which stand for all where a step has more than ``MOST_IDS``; None: all are drawn."""
+    ids = num_layers * sum(workload.tokens(topology.num_ranks)) * model.top_k
+    return None if ids <= MOST_IDS else SAMPLE_TOKENS
+
+
+__all__ = ["MOST_IDS", "Outlined", "few_tokens"]
