@@ -95,17 +95,17 @@ def training_plan(experiment: Experiment, seen: int = 0) -> Plan:
 class Training:
     """``whole``: no sample stands for the tokens."""
 
-    def __init__(self, experiment: Experiment, *, whole: bool = False):
+    def __init__(self, experiment: Experiment, *, whole: bool = False, priced: bool = True):
         self.experiment, self.whole = experiment, whole
         stream, system = gradient_bytes(experiment), system_called(experiment.system)
-        cases = cases_of(experiment, routings=outlines_of(experiment, whole=whole))
+        cases = cases_of(experiment, routings=outlines_of(experiment, whole=whole, fewer=not priced))
         self.cases, self.slices = system.settle(cases, stream.part_bytes, stream.scope)
         self.course = system.course(self.cases)
         self.course.train()
 
-    def come_to(self, step: int) -> None:
+    def come_to(self, step: int, *, priced: bool) -> None:
         """Its routing is that of the coming step."""
-        fresh = outlines_of(self.experiment, step, whole=self.whole)
+        fresh = outlines_of(self.experiment, step, whole=self.whole, fewer=not priced)
         pairs = zip(self.cases, fresh, strict=True)
         self.cases = [dataclasses.replace(case, routing=routing) for case, routing in pairs]
 
@@ -123,13 +123,14 @@ class Training:
 def _training(
     experiment: Experiment, machine: Machine, steps: int, warm: int, whole: bool, progress: Progress | None
 ) -> Simulation:
-    topology, training = Topology(experiment.cluster.shape), Training(experiment, whole=whole)
+    topology, training = Topology(experiment.cluster.shape), Training(experiment, whole=whole, priced=not warm)
     totals: list[float] = []
     for step in range(warm + steps):
         timeline = None
+        priced = step >= warm or training.course.watches(step)
         if step:
-            training.come_to(step)
-        if step >= warm or training.course.watches(step):
+            training.come_to(step, priced=priced)
+        if priced:
             timeline = schedule(training.lay_out(machine.priced), machine, topology)
         moved = training.saw(step, timeline) if training.course.learns else None
         if step >= warm and timeline is not None:

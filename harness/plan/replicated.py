@@ -28,6 +28,7 @@ may own any number of a layer's experts. Phase ``exchange`` has no experts, so n
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import threading
 from collections.abc import Sequence
@@ -284,21 +285,28 @@ class ReplicatedSystem(UnifiedSystem):
 
 
 class ReplicatedCourse(PlacedCourse):
-    """Policies are told of every step. ``placements``: the owners."""
+    """Policies are told of every step, or of the last ``memory`` before they are asked. ``placements``: the owners."""
 
     moves = False
     system: type[ReplicatedSystem]  # type: ignore[assignment]
 
-    def __init__(self, system: type[ReplicatedSystem], cases: Sequence[Case]):
+    def __init__(self, system: type[ReplicatedSystem], cases: Sequence[Case], memory: int | None = None):
         super().__init__(system, cases)
         self.policies = [system.policy(case, None) for case in cases]
         self.learns = any(type(policy).saw is not Policy.saw for policy in self.policies)
+        self.untold: collections.deque[Sequence[Routing]] = collections.deque(maxlen=memory)
 
     def passages(self, cases: Sequence[Case]) -> list[Passage | None]:
+        self.tell()
         pairs = zip(self.cases(cases), self.policies, strict=True)
         return [self.system.laid(case, policy) for case, policy in pairs]
 
     def saw(self, step: int, routing: Sequence[Routing], timeline: Timeline | None = None) -> Cost | None:
-        for policy, each in zip(self.policies, routing, strict=True):
-            policy.saw(each.counts)
+        self.untold.append(routing)
         return None
+
+    def tell(self) -> None:
+        for routing in self.untold:
+            for policy, each in zip(self.policies, routing, strict=True):
+                policy.saw(each.counts)
+        self.untold.clear()

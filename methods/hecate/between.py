@@ -52,10 +52,13 @@ class Between:
             policy.t = min(len(policy.owner), int(attention_s * self.bandwidth / self.expert_bytes))
         self.profiled = True
 
+    def reshards(self, step: int) -> bool:
+        """Whether behind this step, every so many."""
+        return bool(self.options.reshard_every) and (step + 1) % self.options.reshard_every == 0
+
     def reshard(self, step: int, placements: Sequence[Placement]) -> dict[int, Placement]:
-        """Algorithm 2 on the loads of the window, every so many steps: new placements of the layers that change."""
-        every = self.options.reshard_every
-        if not every or (step + 1) % every:
+        """Algorithm 2 on the loads of the window: new placements of the layers that change."""
+        if not self.reshards(step):
             return {}
         owner = np.stack([placement.owner for placement in placements])
         loads = np.stack([policy.load(owner.shape[1]) for policy in self.policies])
@@ -81,7 +84,7 @@ class Reshards(ReplicatedCourse):
     policies: list[Hecate]  # type: ignore[assignment]
 
     def __init__(self, system: type[ReplicatedSystem], cases: Sequence[Case], options: Options):
-        super().__init__(system, cases)
+        super().__init__(system, cases, memory=options.window)
         self.options = options
         self.between: Between | None = None  # of a training
         self.attention_s = 0.0  # of the step before
@@ -102,6 +105,8 @@ class Reshards(ReplicatedCourse):
             parts.append(Even("ar", "flat", 8))
         if timeline is not None:
             self.attention_s = attention_s(timeline)
+        if self.between.reshards(step):
+            self.tell()
         moved = self.move(self.between.reshard(step, self.placements))
         if moved is not None:
             parts.append(moved)
