@@ -12,15 +12,16 @@ from harness import ledger
 from harness.comm.fits import Fit
 from harness.errors import bad
 from harness.layer import gates
-from harness.layer.work import ATTENTION_GEMMS, attention_macs
+from harness.layer.work import ATTENTION_GEMMS, attention_macs, expert_products
 from harness.ledger import Calibration
+from harness.plan.cost import Even, Experts, Transfer
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
-from harness.specs import DTYPE_BYTES, GEMMS, Cluster
-from harness.system import Case
+from harness.specs import DTYPE_BYTES, EXPERTS_CHOOSE, GEMMS, Cluster
+from harness.system import Case, GradientSlices
 from methods.fsmoe.costs import NOTHING, LayerCosts, Linear, attention_gradient_elements, reduce_costs
 from methods.fsmoe.degree import DEGREES
-from methods.fsmoe.place import Slices, place
+from methods.fsmoe.place import Slices, place, unweighed_slices
 from methods.fsmoe.schedule import Sizes
 from methods.fsmoe.step import Decision, Policy
 
@@ -69,8 +70,11 @@ def layer_sizes(case: Case, capacity: int) -> LayerSizes:
     slot_bytes = slots * DTYPE_BYTES[case.dtype]
     gradient_bytes = int(case.options.get("gradient_bytes", 0))
     scope = "inter" if sharded(case) else "flat"
-    forward = Sizes(slot_bytes, num_esp, macs, gemms, scope)
-    backward = Sizes(slot_bytes, num_esp, 2 * macs, 2 * gemms, scope)
+    stages = None if sharded(case) and topology.shape[0] > 1 else _stages(case, slot_bytes)
+    forward, backward = (
+        Sizes(slot_bytes, num_esp, times * macs, times * gemms, scope, stages, _experts(case, capacity, num_esp, times))
+        for times in (1, 2)
+    )
     if not case.stand_in:
         return LayerSizes(forward, backward, (0.0, 0.0), gradient_bytes)
     assert case.cluster is not None
@@ -88,11 +92,43 @@ def layer_sizes(case: Case, capacity: int) -> LayerSizes:
     return LayerSizes(forward, backward, dense_s, gradient_bytes)
 
 
+def _experts(case: Case, capacity: int, num_esp: int, times: int) -> Experts | None:
+    """On every rank alike: slots of all ranks through a share of its own experts."""
+    if case.identity_experts:
+        return None
+    num_ranks, model = case.topology.num_ranks, case.model
+    num_own = model.num_experts * num_esp // num_ranks
+    shard = model.model_copy(update={"ffn": model.ffn // num_esp})
+    rows = np.full((1, num_own), float(num_ranks * capacity))
+    return Experts(rows, expert_products(shard) * times, DTYPE_BYTES[case.dtype])
+
+
+def _stages(case: Case, slot_bytes: float) -> tuple[Even | Transfer, ...] | None:
+    """Of an all-to-all over all ranks (``methods.fsmoe.mesh``), or over one node, where shards send nothing. None: it
+    is one collective."""
+    nodes, num_ranks = case.topology.shape[0], case.topology.num_ranks
+    num_local, algorithm = num_ranks // nodes, case.options.get("all_to_all", "flat")
+    if sharded(case):
+        return ()
+    if algorithm == "2dh" and num_local > 1:
+        return Even("a2a", "intra", slot_bytes), *([Even("a2a", "inter", slot_bytes)] if nodes > 1 else [])
+    if algorithm == "1dh" and num_local > 1:
+        node, leads = case.topology.unit_of(0), np.arange(num_ranks) % num_local == 0
+        same = node[:, None] == node
+        there = (same & ~leads[:, None] & leads) * float(slot_bytes)
+        across = (~same & leads[:, None] & leads) * (slot_bytes * num_local / nodes)
+        return Transfer("a2a", "intra", there), Transfer("a2a", "inter", across), Transfer("a2a", "intra", there.T)
+    return None
+
+
 def planned_capacity(case: Case, routing: Routing) -> int:
     """Slots an expert and rank that the case's routing will need, as ``FSMoELayer`` finds out by an all-reduce."""
     model, most = case.model, int(expert_counts(routing).max())
-    if model.capacity_factor is not None:
-        most = min(most, max(gates.capacity(model, count) for count in routing.tokens))
+    allowed = max(gates.capacity(model, count) for count in case.routing.tokens)
+    if model.gate in EXPERTS_CHOOSE:
+        most = allowed
+    elif model.capacity_factor is not None:
+        most = min(most, allowed)
     return max(1, most)
 
 
@@ -141,6 +177,24 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_b
         (in_moe, beside, sizes.gradient_bytes - in_moe - beside),
         (max(1, int(decided.moe_chunks)), max(1, int(decided.dense_chunks)), 1),
     )
+
+
+def settle(
+    case: Case, policy: Policy, gradient_bytes: Sequence[int], scope: str
+) -> tuple[list[int], list[GradientSlices]]:
+    """What a training step does with the gradients of its attentions, last layer first: degrees of the layers'
+    backwards beside them (none: as they were cut before), and slices. ``case``: of the first layer."""
+    found = choose_slices(case, policy, gradient_bytes, scope)
+    if found is None:  # nothing can be weighed: as ``choose_cut``
+        return [], unweighed_slices(policy, gradient_bytes)
+    degrees = [] if "degree_backward" in case.options else found.degree_backward.tolist()
+    return degrees, found.as_slices(DTYPE_BYTES[case.dtype])
+
+
+def with_degrees(case: Case, cut: Cut) -> Case:
+    """``case``, to be cut so and not otherwise."""
+    degrees = {"degree_forward": cut.degree_forward, "degree_backward": cut.degree_backward}
+    return dataclasses.replace(case, options={**case.options, **degrees})
 
 
 def choose_slices(case: Case, policy: Policy, gradient_bytes: Sequence[int], scope: str) -> Slices | None:
