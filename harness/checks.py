@@ -12,6 +12,7 @@ from harness.errors import STATUS_OF_FAILURE, RankFailure, bad
 from harness.launch import scratch
 from harness.launch.session import Session, open_session
 from harness.specs import DTYPE_BYTES, Cluster, with_levels
+from harness.topology import check_size
 
 TIMEOUT_S = 300.0
 PRELOAD = ("harness.bench.conformance", "harness.compiled")  # the latter imports numba
@@ -36,6 +37,7 @@ def check_systems(
     """Rows of ``harness.bench.conformance.check`` for every system. Where a system ends its ranks or hangs, the trial
     in which it did is a row with status ``failed``, ``oom`` or ``hung``, and its trials after that are not run; the
     next system gets new ranks. The logs stay where anything has failed."""
+    check_size(cluster.name, cluster.shape)
     rows: list[dict[str, Any]] = []
     with scratch.logs("check") as logs, contextlib.ExitStack() as stack:
         session: Session | None = None

@@ -1,35 +1,49 @@
-"""What ``moebench list`` shows: one row per name."""
+"""What ``moebench list`` shows: one row per name or file."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness import presets
+from harness.errors import UserError
 
 if TYPE_CHECKING:
     from harness.system import System
 
-KINDS = ("systems", "models", "clusters", "workloads")
+KINDS = ("systems", "models", "clusters", "workloads", "suites")
+Names = Sequence[str]  # of presets or of YAML files; none: all
 
 
-def listing(kind: str) -> list[dict[str, Any]]:
-    """A short row for each system or preset."""
-    return {"systems": _systems_short, "models": _models, "clusters": _clusters, "workloads": _workloads}[kind]()
+def listing(kind: str, names: Names = ()) -> list[dict[str, Any]]:
+    """A short row for each system, preset or suite."""
+    rows = {
+        "systems": _systems_short,
+        "models": _models,
+        "clusters": _clusters,
+        "workloads": _workloads,
+        "suites": _suites,
+    }[kind]
+    return rows(names)
 
 
-def full(kind: str) -> list[dict[str, Any]]:
-    """Everything about each system or preset, for scripts; presets carry their ``digest``."""
-    if kind == "systems":
-        return _systems()
+def full(kind: str, names: Names = ()) -> list[dict[str, Any]]:
+    """Everything about each system, preset or suite, for scripts; presets carry their ``digest``."""
+    if kind in ("systems", "suites"):
+        return _systems(names) if kind == "systems" else _suites(names)
+    return [spec.model_dump(mode="json") | {"digest": spec.digest} for spec in _specs(kind, names)]
+
+
+def _specs(kind: str, names: Names) -> list[Any]:
     get = {"models": presets.model, "clusters": presets.cluster, "workloads": presets.workload}[kind]
-    specs = [get(name) for name in presets.names(kind)]  # type: ignore[arg-type]
-    return [spec.model_dump(mode="json") | {"digest": spec.digest} for spec in specs]
+    return [get(name) for name in names or presets.names(kind)]  # type: ignore[arg-type]
 
 
-def _systems() -> list[dict[str, Any]]:
-    from harness.registry import systems
+def _systems(names: Names) -> list[dict[str, Any]]:
+    from harness.registry import system, systems
 
+    chosen = {name: system(name) for name in names} or systems()
     return [
         {
             "name": name,
@@ -39,7 +53,7 @@ def _systems() -> list[dict[str, Any]]:
             "options": dict(system.options),
             "source": system.source,
         }
-        for name, system in systems().items()
+        for name, system in chosen.items()
     ]
 
 
@@ -51,14 +65,14 @@ def _state(system: type[System]) -> dict[str, str | None]:
         return {"version": None, "missing": f"{type(error).__name__}: {' '.join(str(error).split())}"}
 
 
-def _systems_short() -> list[dict[str, Any]]:
+def _systems_short(names: Names) -> list[dict[str, Any]]:
     return [
         {"name": s["name"], "kind": s["kind"], "version": s["version"], "what": s["title"], "missing": s["missing"]}
-        for s in _systems()
+        for s in _systems(names)
     ]
 
 
-def _models() -> list[dict[str, Any]]:
+def _models(names: Names) -> list[dict[str, Any]]:
     return [
         {
             "name": m.name,
@@ -73,13 +87,13 @@ def _models() -> list[dict[str, Any]]:
             "gate": m.gate,
             "source": _paper(m.source),
         }
-        for m in map(presets.model, presets.names("models"))
+        for m in _specs("models", names)
     ]
 
 
-def _clusters() -> list[dict[str, Any]]:
+def _clusters(names: Names) -> list[dict[str, Any]]:
     rows = []
-    for c in map(presets.cluster, presets.names("clusters")):
+    for c in _specs("clusters", names):
         shape = " x ".join(f"{level.size} {level.name}" for level in c.levels)
         rows.append(
             {
@@ -94,9 +108,9 @@ def _clusters() -> list[dict[str, Any]]:
     return rows
 
 
-def _workloads() -> list[dict[str, Any]]:
+def _workloads(names: Names) -> list[dict[str, Any]]:
     rows = []
-    for w in map(presets.workload, presets.names("workloads")):
+    for w in _specs("workloads", names):
         params = ", ".join(f"{key} {value}" for key, value in w.params.items())
         rows.append(
             {
@@ -108,6 +122,33 @@ def _workloads() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _suites(names: Names) -> list[dict[str, Any]]:
+    from harness.bench import suite
+
+    return [_suite(name) for name in names or suite.names()]
+
+
+def _suite(name: str) -> dict[str, Any]:
+    from harness.bench import suite
+
+    row: dict[str, Any] = dict.fromkeys(("name", "cells", "systems", "phases", "clusters", "lacking"))
+    try:
+        found = suite.load(name, physical=True, strict=False)
+    except UserError as error:
+        if presets.is_file(name) or name not in suite.names():
+            raise
+        return row | {"name": name, "lacking": str(error)}  # one for GPUs that are not here
+    cells = [*found.experiments, *(each.experiment for each in found.bad)]
+    return row | {
+        "name": found.name,
+        "cells": len(cells),
+        "systems": len({each.system for each in cells}),
+        "phases": ", ".join(dict.fromkeys(each.phase for each in cells)),
+        "clusters": ", ".join(dict.fromkeys(each.cluster.name for each in cells)),
+        "lacking": "; ".join(dict.fromkeys(each.reason for each in found.bad)) or None,
+    }
 
 
 def _paper(source: str) -> str:

@@ -25,7 +25,7 @@ from harness.layer.work import expert_parameters
 from harness.placement import Placement
 from harness.registry import brought
 from harness.specs import DTYPE_BYTES, Cluster, Count, Dtype, Model, Spec
-from harness.topology import Topology
+from harness.topology import Topology, check_size
 
 SCHEMA_VERSION = 1
 Say = Callable[[str], None]
@@ -245,6 +245,7 @@ def bandwidths(cluster: Cluster, tensor_parallel: int = 1) -> tuple[np.ndarray, 
 
     Interpretation: ``tensor_parallel`` neighbours make up one expert-parallel rank, and each sends its own share, so B
     is that of a single port whatever their number; MoETuner's paper, which needs it, does not define it."""
+    check_size(cluster.name, cluster.shape)
     *outer, inner = cluster.shape
     if tensor_parallel < 1 or inner % tensor_parallel:
         raise bad("--tensor-parallel", tensor_parallel, f"must divide the {inner} ranks of a node of {cluster.name}")

@@ -23,6 +23,7 @@ from harness.launch import scratch
 from harness.launch.session import open_session
 from harness.ledger import Calibration, LayerFit
 from harness.specs import Cluster
+from harness.topology import check_size
 
 TIMEOUT_S = 300.0
 MODEL = "local-m512-e16k2"
@@ -44,6 +45,7 @@ class Part:
 def parts(cluster: Cluster, systems: Iterable[str] = (), model: str = MODEL) -> list[Part]:
     """Collectives and matrix products, contention, and of each of ``systems`` a layer of ``model``. ``UserError`` for
     an unknown system or model, or one that does not fit the ranks."""
+    check_size(cluster.name, cluster.shape)
 
     def fit_operations(answers: list[Any], shared_clock: bool) -> dict[str, Any]:
         fits, products = operations.fit(answers, shared_clock)

@@ -9,16 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-import numpy as np
-
 from harness.case import cases_of
 from harness.errors import bad
 from harness.plan.graph import Plan, Timeline
 from harness.plan.machine import Machine
-from harness.plan.passage import Passage, plan_alone
+from harness.plan.passage import Direction, Passage, plan_alone
 from harness.plan.priced_step import PricedServing, PricedTraining, gradient_bytes, own_experts
 from harness.plan.simulate import simulate as schedule
 from harness.registry import system as system_called
+from harness.routing.certificate import expert_counts
 from harness.specs import SERVING, Experiment
 from harness.topology import Topology
 
@@ -53,21 +52,37 @@ def simulate(
     return Simulation({name: (value,) for name, value in seconds.items()}, timelines, machine.basis)
 
 
-def layer_plans(experiment: Experiment) -> dict[str, Plan]:
-    """Of phases ``exchange`` and ``layer``, by direction."""
-    system = system_called(experiment.system)
-    (case,) = cases_of(experiment)
-    way = _planned(experiment, [system.layout(case)])[0]
+def layer_plans(experiment: Experiment, seen: int = 0) -> dict[str, Plan]:
+    """Of phases ``exchange`` and ``layer``, by direction. ``seen``: batches of the same routing before."""
+    (way,) = _passages(experiment, seen)
     way.turns = True
-    directions = ("forward", "backward") if experiment.backward else ("forward",)
-    return {direction: plan_alone(way, direction) for direction in directions}  # type: ignore[arg-type]
+    directions: tuple[Direction, ...] = ("forward", "backward") if experiment.backward else ("forward",)
+    return {direction: plan_alone(way, direction) for direction in directions}
 
 
-def serving_plan(experiment: Experiment) -> Plan:
-    """Of phases ``prefill`` and ``decode``."""
-    system = system_called(experiment.system)
-    passages = [system.layout(case) for case in cases_of(experiment)]
-    return PricedServing(experiment, _planned(experiment, passages)).lay_out()
+def serving_plan(experiment: Experiment, seen: int = 0) -> Plan:
+    """Of phases ``prefill`` and ``decode``; ``seen`` as above."""
+    return PricedServing(experiment, _passages(experiment, seen)).lay_out()
+
+
+def _passages(experiment: Experiment, seen: int) -> list[Passage]:
+    cases = cases_of(experiment)
+    course = system_called(experiment.system).course(cases)
+    for step in range(seen):
+        course.saw(step, [expert_counts(case.routing) for case in cases], [case.routing for case in cases])
+    return _planned(experiment, course.passages(cases))
+
+
+def training_plan(experiment: Experiment, seen: int = 0) -> Plan:
+    """Of the first step; ``seen``: after so many batches of the same routing."""
+    stream = gradient_bytes(experiment)
+    cases, slices = system_called(experiment.system).settle(cases_of(experiment), stream.part_bytes, stream.scope)
+    course = system_called(experiment.system).course(cases)
+    for step in range(seen):
+        course.saw(step, [expert_counts(case.routing) for case in cases], [case.routing for case in cases])
+    passages = _planned(experiment, course.passages(cases))
+    own = own_experts(course.cases(cases))
+    return PricedTraining(experiment, passages, slices, own, has_moves=course.moves).lay_out()
 
 
 def _training(experiment: Experiment, machine: Machine, steps: int, warm: int, progress: Progress | None) -> Simulation:
@@ -83,7 +98,7 @@ def _training(experiment: Experiment, machine: Machine, steps: int, warm: int, p
         if step >= warm:
             now = course.cases(cases)
             passages = _planned(experiment, course.passages(cases))
-        moved = course.saw(step, [counts_of(case) for case in cases], [case.routing for case in cases])
+        moved = course.saw(step, [expert_counts(case.routing) for case in cases], [case.routing for case in cases])
         if step < warm:
             continue
         priced = PricedTraining(experiment, passages, slices, own_experts(now), moved, has_moves=course.moves)
@@ -94,16 +109,10 @@ def _training(experiment: Experiment, machine: Machine, steps: int, warm: int, p
     return Simulation({"total": tuple(totals)}, {"step": timeline}, machine.basis)
 
 
-def counts_of(case) -> np.ndarray:  # type: ignore[no-untyped-def]
-    from harness.routing.certificate import expert_counts
-
-    return expert_counts(case.routing)
-
-
 def _planned(experiment: Experiment, passages: list[Passage | None]) -> list[Passage]:
     if any(passage is None for passage in passages):
         raise bad("system", experiment.system, "has bytes that nobody can plan for this model; it cannot be simulated")
     return [passage for passage in passages if passage is not None]
 
 
-__all__ = ["Simulation", "layer_plans", "serving_plan", "simulate"]
+__all__ = ["Simulation", "layer_plans", "serving_plan", "simulate", "training_plan"]

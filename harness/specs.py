@@ -6,12 +6,13 @@ Sizes are counts of elements unless a name says otherwise (``_s`` seconds, ``_by
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -88,10 +89,28 @@ class Spec(BaseModel):
             first = error.errors()[0]
             field = ".".join([where, *(str(part) for part in first["loc"])])
             if first["type"] == "extra_forbidden":
-                known = ", ".join(cls.model_fields)
-                raise bad(field, first["input"], f"unknown field; known fields are {known}") from None
+                known = list(cls._at(first["loc"][:-1]).model_fields)
+                near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise bad(field, first["input"], f"unknown field; {hint}known fields are {', '.join(known)}") from None
             message = first["msg"].removeprefix("Value error, ")
             raise bad(field, first.get("input"), message) from None
+
+    @classmethod
+    def _at(cls, place: tuple[int | str, ...]) -> type[Spec]:
+        """The spec that stands at ``place`` inside of this one."""
+        found: type[Spec] = cls
+        for part in place:
+            if isinstance(part, str) and part in found.model_fields:
+                found = next(_specs_in(found.model_fields[part].annotation), found)
+        return found
+
+
+def _specs_in(annotation: Any) -> Iterator[type[Spec]]:
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _specs_in(inner)
 
 
 class Model(Spec):

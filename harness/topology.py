@@ -12,6 +12,18 @@ import math
 
 import numpy as np
 
+from harness.errors import bad
+
+MOST_RANKS = 4096  # of a plan, which holds bytes from each rank to each
+
+
+def check_size(name: str, shape: tuple[int, ...]) -> None:
+    """``UserError`` for a cluster of more ranks than can be planned for."""
+    if (num_ranks := math.prod(shape)) > MOST_RANKS:
+        levels = " x ".join(map(str, shape))
+        remedy = f"multiply to {num_ranks:,} ranks, and a plan holds {MOST_RANKS:,} at most; make a level smaller"
+        raise bad(f"cluster {name}.levels", levels, remedy)
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from harness import cli, presets
+from harness import cli, presets, profiling
+from harness.bench import layer_cost
 from harness.registry import systems
+from tests.bench import systems as bad_systems
 
 
 @pytest.fixture
@@ -81,7 +85,10 @@ def test_list_everything_as_tables(moebench):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["list", "nonsense"], "kind: 'nonsense': unknown; name one of systems, models, clusters, workloads"),
+        (
+            ["list", "nonsense"],
+            "kind: 'nonsense': unknown; known kinds are systems, models, clusters, workloads, suites",
+        ),
         (["check", "fla"], "system: 'fla': unknown; did you mean 'flat'?"),
         (["check"], "name at least one, or give --all"),
         (["check", "flat", "--all"], "name at least one, or give --all"),
@@ -133,10 +140,85 @@ def test_a_bad_experiment_names_the_file_and_the_field(moebench, tmp_path):
     assert "top_k = 5 is larger than num_experts = 4" in err
 
 
-def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+def bad_day(*_: object, **__: object) -> object:
+    raise RuntimeError("bad day")
+
+
+PLACE = ["place", "--model", "record-e16k2", "--trace", "t.parquet", "--cluster", "local-4", "--out", "p.json"]
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["doctor"], "harness.doctor.examine"),
+        (["list", "models"], "harness.presets.names"),
+        (["check", "flat"], "harness.checks.check_systems"),
+        (["record", "--out", "t.parquet"], "harness.routing.record.record"),
+        (PLACE, "harness.placing.place"),
+        (["profile", "local-4"], "harness.profiling.profile"),
+        (["study", "fsmoe-grid"], "harness.studies.study"),
+        (["simulate", "--suite", "quick"], "harness.simulating.simulate_suite"),
+        (["run", "--suite", "quick"], "harness.bench.run.run_suite"),
+        (["report"], "harness.report.notebooks"),
+        (["sweep", "smoke", "--on", "local"], "harness.sweep.submit.submit"),
+        *(([each, "mine"], "harness.sweep.states.Sweep.attach") for each in ("status", "resume", "cancel")),
+        (["regress"], "harness.regress.run.check_suite"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_error_that_nobody_foresaw_is_a_line_and_a_log(moebench, monkeypatch, tmp_path, words, where):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(where, bad_day)
+    status, out, err = moebench(*words)
+    assert (status, out) == (1, "")
+    assert "Traceback" not in err
+    said = rf"moebench: RuntimeError: bad day, at tests/test_cli.py:{bad_day.__code__.co_firstlineno + 1} in bad_day"
+    log = re.fullmatch(rf"{said} \(log: (.*)\)", err.splitlines()[-1])
+    assert log
+    text = Path(log[1]).read_text()
+    assert text.startswith(f"moebench {words[0]}")
+    assert text.endswith("RuntimeError: bad day\n")
+    assert "in main" in text
+    shutil.rmtree(Path(log[1]).parent)
+
+
+def test_a_bad_day_of_one_rank_is_the_last_line_of_a_profile(moebench, monkeypatch, tmp_path):
+    """As in a race; there are no rows here."""
+    monkeypatch.setitem(systems(), bad_systems.BadDay.name, bad_systems.BadDay)
+    monkeypatch.setattr(layer_cost, "TOKENS", (64,))
+    parts = profiling.parts
+
+    def layer_alone(*args):
+        return [dataclasses.replace(parts(*args)[-1], target="tests.bench.systems:layer_cost_of")]
+
+    monkeypatch.setattr(profiling, "parts", layer_alone)
+    status, out, err = moebench("profile", "local-4", "--system", "badday", "--model", "moe-tiny")
+    assert (status, out) == (1, "")
+    log = re.fullmatch(
+        r"moebench: rank 2 raised in phase 'badday layer: repetition 2 \[[0-9a-f]{16}\]': RuntimeError: bad day, "
+        r"at tests/bench/systems.py:\d+ in run \(log: (.*)\)",
+        err.splitlines()[-1],
+    )
+    assert log, err
+    assert "RuntimeError: bad day" in Path(log[1]).read_text()
+    assert time.time() - Path(log[1]).stat().st_mtime < 10  # all ranks have ended
+    shutil.rmtree(Path(log[1]).parent)
+
+
+def test_an_error_that_nobody_foresaw_shows_where_there_is_no_place_for_a_log(moebench, monkeypatch):
+    monkeypatch.setattr(presets, "names", bad_day)
+    monkeypatch.setattr("harness.launch.scratch.place", lambda: "/proc")
+    status, _, err = moebench("list", "models")
+    assert status == 1
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("moebench: RuntimeError: bad day, at tests/test_cli.py:")
+
+
+def test_an_error_that_nobody_foresaw_can_be_debugged(monkeypatch):
+    monkeypatch.setenv(cli.DEBUG_VARIABLE, "1")
     monkeypatch.setattr(sys, "argv", ["moebench", "list", "models"])
-    monkeypatch.setattr(presets, "names", lambda kind: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(presets, "names", bad_day)
+    with pytest.raises(RuntimeError, match="bad day"):
         cli.main()
 
 

@@ -76,8 +76,8 @@ def test_commands_try_their_outputs_before_the_work(tmp_path: Path, monkeypatch,
         ("record", "--out", mine / "notes"),
         ("record", "--out", tmp_path / "t.parquet", "--weights", mine / "notes"),
         ("record", "--out", tmp_path / "t", "--weights", tmp_path / "t"),
-        ("simulate", study, "--out", mine),
-        ("simulate", study, "--out", "/proc/none"),
+        ("study", study, "--out", mine),
+        ("study", study, "--out", "/proc/none"),
     ):
         assert command(monkeypatch, *words) == 2, words
         said = capsys.readouterr().err

@@ -142,7 +142,7 @@ def fields(**changes):
         ({"top_k": 5}, r"top_k = 5 is larger than num_experts = 4"),
         ({"hidden": -8}, r"model m.hidden: -8: .*greater than or equal to 1"),
         ({"ffn": 0}, r"model m.ffn: 0"),
-        ({"hiden": 8}, r"model m.hiden: 8: unknown field; known fields are"),
+        ({"hiden": 8}, r"model m.hiden: 8: unknown field; did you mean 'hidden'\? known fields are"),
         ({"num_groups": 3}, r"num_groups = 3 does not divide num_experts = 4"),
         ({"num_heads": 8, "num_kv_heads": 3}, r"num_kv_heads = 3 does not divide num_heads = 8"),
         ({"hidden": "wide"}, r"model m.hidden: 'wide'"),

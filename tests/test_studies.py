@@ -101,14 +101,14 @@ def test_the_sensitivity_says_what_explains_most(monkeypatch):
 
 
 def test_without_a_name_they_are_listed(moebench):
-    status, out, err = moebench("simulate", "--json")
+    status, out, err = moebench("study", "--json")
     assert (status, err) == (0, "")
     assert {row["name"] for row in json.loads(out)} == set(studies.studies())
-    assert "fsmoe-grid" in moebench("simulate")[1]
+    assert "fsmoe-grid" in moebench("study")[1]
 
 
-def test_simulate_prints_json_alone_and_keeps_files(moebench, tmp_path):
-    status, out, err = moebench("simulate", "fsmoe-grid", "--json", "--out", tmp_path)
+def test_a_study_prints_json_alone_and_keeps_files(moebench, tmp_path):
+    status, out, err = moebench("study", "fsmoe-grid", "--json", "--out", tmp_path)
     found = json.loads(out)
     assert status == 0
     assert "1,458 layers" in err
@@ -123,8 +123,8 @@ def test_simulate_prints_json_alone_and_keeps_files(moebench, tmp_path):
     assert len(pd.read_parquet(tmp_path / "fsmoe-grid" / "grid.parquet")) == 2 * 6 * 1458
 
 
-def test_simulate_as_tables(moebench, tmp_path):
-    status, out, _ = moebench("simulate", "fsmoe-breakdown", "--out", tmp_path)
+def test_a_study_as_tables(moebench, tmp_path):
+    status, out, _ = moebench("study", "fsmoe-breakdown", "--out", tmp_path)
     assert status == 0
     assert "breakdown-ms" in out
     assert "- Table 2 does not state k and f." in out
@@ -132,16 +132,16 @@ def test_simulate_as_tables(moebench, tmp_path):
 
 
 def test_bad_input_is_one_line(moebench, tmp_path):
-    status, out, err = moebench("simulate", "fsmoe-gird")
+    status, out, err = moebench("study", "fsmoe-gird")
     assert (status, out) == (2, "")
     assert err.startswith("moebench: study: 'fsmoe-gird': unknown; did you mean 'fsmoe-grid'?")
     (tmp_path / "file").write_text("")
-    status, out, err = moebench("simulate", "fsmoe-breakdown", "--out", tmp_path / "file")
+    status, out, err = moebench("study", "fsmoe-breakdown", "--out", tmp_path / "file")
     assert (status, out) == (2, "")
     assert "--out: " in err.splitlines()[-1]
 
 
 def test_help_teaches_by_example(moebench):
-    status, out, _ = moebench("simulate", "--help")
+    status, out, _ = moebench("study", "--help")
     assert status == 0
-    assert "moebench simulate fsmoe-grid" in out
+    assert "moebench study fsmoe-grid" in out

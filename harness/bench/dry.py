@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from harness import memory, registry
-from harness.bench import race, tidy
-from harness.bench.run import drawing_s
+from harness.bench import race
+from harness.bench.run import expected_s
 from harness.bench.suite import Suite
 from harness.case import case_of
 from harness.errors import UserError
@@ -26,7 +26,7 @@ def rows(suite: Suite, launches: int | None = None, here: bool = True) -> Iterat
             seconds = 0.0
             try:
                 refused = lacks[experiment.cluster.digest] or refusal(experiment)
-                seconds = tidy.estimate_s(experiment, each.repeats, each.warmup) + drawing_s(experiment)
+                seconds = expected_s(experiment, each)
             except UserError as error:
                 refused = str(error)
             yield _row(experiment, count, 0.0 if refused else count * seconds, refused)
@@ -57,10 +57,12 @@ def lacking(cluster: Cluster) -> str | None:
     return None
 
 
-def refusal(experiment: Experiment) -> str | None:
-    """Why its system will not race, as far as it is known beforehand; None if it may."""
+def refusal(experiment: Experiment, *, installed: bool = False) -> str | None:
+    """Why its system will not race, as far as it is known beforehand; None if it may. ``installed``: whether a package
+    is to be taken for installed here."""
     cluster, system = experiment.cluster, registry.system(experiment.system)
     device = "cuda:0" if cluster.kind == "physical" and cluster.device != "cpu" else "cpu"
     case = case_of(experiment, device)
-    refused = experiment.lacks or system.missing() or race.no_stand_in(system, case) or system.refuse(case)
+    missing = None if installed else system.missing()
+    refused = experiment.lacks or missing or race.no_stand_in(system, case) or system.refuse(case)
     return refused or memory.refusal(experiment, system, case)

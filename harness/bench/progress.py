@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -19,6 +20,18 @@ from rich.progress import (
 
 if TYPE_CHECKING:
     from harness.bench.run import Plan
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """What is told of how far it is, with the time that remains."""
+    return (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
 
 
 @contextlib.contextmanager
@@ -35,15 +48,7 @@ def shown(plans: Sequence[Plan], show: bool) -> Iterator[Callable[[dict[str, Any
         return
     seconds = sum(each.estimate_s for each in plans)
     console.print(f"{cells} cells to run, about {max(1, round(seconds / 60))} min", highlight=False)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting ranks", total=sum(each.num_units for each in plans))
         finished = 0
 
@@ -52,7 +57,7 @@ def shown(plans: Sequence[Plan], show: bool) -> Iterator[Callable[[dict[str, Any
             if message["did"] == "begin":
                 bar.update(task, description=message["text"])
                 if not console.is_terminal:
-                    console.print(message["text"], highlight=False)
+                    console.print(message["text"], markup=False, highlight=False, soft_wrap=True)
             elif message["did"] in ("setback", "note"):
                 console.print(message["text"], markup=False, highlight=False, soft_wrap=True)
             elif message["did"] == "race":  # exact again, whatever was refused, failed or repeated inside

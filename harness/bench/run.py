@@ -28,7 +28,8 @@ from harness.specs import Cluster, Experiment
 RUN_RACE = "harness.bench.race:run_race"
 SESSION_START_S = 6.0
 MIN_TIMEOUT_S = 300.0
-DRAWN_PER_S = 10e6  # weights that a rank draws, at least; a quarter of what one thread of a server's core does
+DRAWN_PER_S = 10e6  # weights that a rank draws, at least
+USUAL_DRAWING = 0.25  # of the time that this takes: what one thread of a server's core needs
 _DIGEST = re.compile(r"\[([0-9a-f]{16})\]")
 
 
@@ -47,7 +48,7 @@ class Plan:
     @property
     def estimate_s(self) -> float:
         cells = ((race, experiment) for _, race in self.tasks for experiment in race.experiments)
-        work = sum(tidy.estimate_s(experiment, race.repeats, race.warmup) for race, experiment in cells)
+        work = sum(expected_s(experiment, race) for race, experiment in cells)
         return work + SESSION_START_S * len(self.launches)
 
     @property
@@ -105,6 +106,7 @@ def run_suite(
             put_aside(settings.run_dir)
             store.prepare()
             stack.enter_context(lock.held(settings.run_dir))
+        store.refuse_other(simulated=False)
         plans = plan(suite, launches, store.finished())
         inputs.store_bad(store, suite, launches)
         on_progress = stack.enter_context(shown(plans, show_progress))
@@ -265,6 +267,11 @@ class Sessions:
             return self.settings.timeout_s
         estimates = (tidy.estimate_s(e, race.repeats, race.warmup) for e in race.experiments)
         return MIN_TIMEOUT_S + 10 * sum(estimates) + sum(drawing_s(e) for e in race.experiments)
+
+
+def expected_s(experiment: Experiment, race: Race) -> float:
+    """About how long a cell takes in one launch."""
+    return tidy.estimate_s(experiment, race.repeats, race.warmup) + USUAL_DRAWING * drawing_s(experiment)
 
 
 def drawing_s(experiment: Experiment) -> float:

@@ -31,7 +31,7 @@ from harness.specs import Experiment
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _VERSION_KEY = b"moebench_schema_version"
 _CELLS_KEY = b"moebench_cells"  # in a part's footer: what ``Store.outcomes`` tells, so that nobody need read the rows
 
@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
         ("dtype", pa.string()),
         ("wire", pa.string()),
         ("evidence", pa.string()),  # emulated | measured | simulated | reported
-        ("network", pa.string()),  # shaped | unshaped | physical
+        ("network", pa.string()),  # shaped | unshaped | physical | modelled
         ("compute", pa.string()),  # real | stand-in
         ("metric", pa.string()),
         ("direction", pa.string()),  # forward | backward | total | ""
@@ -61,15 +61,20 @@ SCHEMA = pa.schema(
         ("rep", pa.int32()),
         ("rank", pa.int32()),
         ("status", pa.string()),
-        ("reason", pa.string()),  # why a status is not ok; of a row of metric "how", in which way it ran
+        ("reason", pa.string()),  # why a status is not ok; of metric "how", in which way it ran; of "note", the text
         ("time_utc", pa.string()),  # the same for all rows of one attempt at a race
         ("schema_version", pa.int32()),
+        ("basis", pa.string()),  # of what is simulated: what its seconds rest on
+        ("heldout_error", pa.float64()),  # mean |relative error| of that basis on cells that ran; null: not known
     ],
     metadata={_VERSION_KEY: str(SCHEMA_VERSION).encode()},
 )
 COLUMNS: tuple[str, ...] = tuple(SCHEMA.names)
+LATER = ("basis", "heldout_error")  # null in parts of version 1, and in rows of what ran
+BLANK: dict[str, Any] = {**dict.fromkeys(COLUMNS, ""), **dict.fromkeys(LATER)}
 #: of one cell in one launch: when its latest rows were made, its status and why, and whether it need not run again
 Told = tuple[str, str, str, bool]
+SIMULATED = "simulated"  # the evidence of what never ran
 STATUSES = ("ok", "refused", "failed", "hung", "oom", "nonconforming", "unphysical", "cpu_bound")
 
 
@@ -94,8 +99,30 @@ class Store:
             finally:
                 probe.unlink(missing_ok=True)
 
+    def refuse_other(self, *, simulated: bool) -> None:
+        """``UserError`` if the folder holds what was executed and this is ``simulated``, or the other way round."""
+        if (known := self.simulated()) is None or known == simulated:
+            return
+        told = "holds a simulation, and what runs" if known else "holds a run that was executed, and a simulation"
+        raise bad("run", self.path.name, f"{told} needs a folder of its own; take another --name")
+
+    def simulated(self) -> bool | None:
+        """Whether what the folder holds was simulated; None if it holds nothing that tells."""
+        if (self.path / "sweep").exists():
+            return False
+        for path in self.path.glob("rows-*.parquet"):
+            with contextlib.suppress(Exception):  # a damaged file makes Parquet's reader raise many kinds
+                if found := pq.read_table(path, columns=["evidence"])["evidence"].to_pylist():
+                    return bool(found[0] == SIMULATED)
+        for path in self.path.glob("record-*.json"):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                if found := json.loads(path.read_text(encoding="utf-8")).get("evidence"):
+                    return bool(found == SIMULATED)
+        return None
+
     def append(self, rows: pd.DataFrame) -> Path:
-        """Store ``rows`` (the columns of ``SCHEMA``, all of one launch) as one new part."""
+        """Store ``rows`` (the columns of ``SCHEMA``, ``LATER`` ones or not, all of one launch) as one new part."""
+        rows = rows.assign(**{name: None for name in LATER if name not in rows})
         if set(rows.columns) != set(COLUMNS):
             raise ValueError(f"columns differ from the schema: {sorted(set(rows.columns) ^ set(COLUMNS))}")
         launches = rows["launch"].unique()
@@ -240,7 +267,7 @@ class Store:
                 # the version is judged before any column is decoded
                 with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as part:
                     _check_version(path, part.schema_arrow)
-                    table = part.read().cast(SCHEMA)
+                    table = _with_later(part.read()).cast(SCHEMA)
                 checksum = _named(path)[1]
                 if checksum and checksum != hashlib.sha256(data).hexdigest():
                     raise ValueError("its contents are not those of its name")
@@ -266,6 +293,14 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         "wire": experiment.wire,
         "compute": experiment.compute,
     }
+
+
+def _with_later(table: pa.Table) -> pa.Table:
+    """``table`` with the columns that came later, null where it has none."""
+    for name in LATER:
+        if name not in table.column_names:
+            table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))
+    return table
 
 
 def _told(rows: pd.DataFrame) -> list[list[Any]]:

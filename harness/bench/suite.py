@@ -9,8 +9,9 @@
         system: [megatron, flat, {name: hiermoe-hd2, options: {chunks: 4}}]
         phase: exchange
 
-Names refer to presets; a mapping in the place of a name is a specification of its own. Lists expand as a grid. ``seed``
-takes the place of the workload's own.
+Names refer to presets; a mapping in the place of a name is a specification of its own, and so is the name of a YAML
+file (relative to this one) that holds such a mapping. Lists expand as a grid. ``seed`` takes the place of the
+workload's own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from harness.errors import Unreadable, UserError, bad
 from harness.presets import this_machine
 from harness.routing import KNOWN_GENERATORS, make_routing
 from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Workload
-from harness.topology import Topology
+from harness.topology import Topology, check_size
 
 _REQUIRED = ("model", "cluster", "workload", "system", "phase")
 _DEFAULTS: dict[str, Any] = {
@@ -102,24 +103,23 @@ def names() -> list[str]:
     return sorted(Path(str(file)).stem for file in folder.iterdir() if str(file).endswith(".yaml"))
 
 
-def load(source: Path | str, *, strict: bool = True) -> Suite:
+def load(source: Path | str, *, physical: bool = False, strict: bool = True) -> Suite:
     """The suite called ``source`` or in the YAML file ``source``; a ``UserError`` names the file and the field.
-    ``strict``: also where one cell alone cannot run; else it stands in ``Suite.bad``, unless no good one is left."""
+    ``physical``: on any cluster, as nothing is run here. ``strict``: also where one cell alone cannot run; else it
+    stands in ``Suite.bad``, unless no good one is left."""
     if str(source) in names():
         text = (importlib.resources.files("harness.presets") / "suites" / f"{source}.yaml").read_text("utf-8")
-        return parse(text, f"suites/{source}.yaml", strict=strict)
+        return parse(text, f"suites/{source}.yaml", physical=physical, strict=strict)
     path = Path(source)
-    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+    if not path.exists() and not presets.is_file(str(source)):
         raise bad("suite", str(source), f"unknown{_nearest(str(source), names())}; or give a YAML file")
-    try:
-        return parse(path.read_text("utf-8"), str(path), strict=strict)
-    except (OSError, UnicodeDecodeError) as error:
-        raise bad("experiments file", str(path), f"cannot be read ({error}); give a readable YAML file") from None
+    data = presets.read_yaml(path, "experiments file")
+    return from_data(data, str(path), folder=path.parent, physical=physical, strict=strict)
 
 
-def parse(text: str, where: str, *, strict: bool = True) -> Suite:
-    """``text`` of an experiments file; ``where`` is its name in error messages; ``strict`` as in ``load``."""
-    return from_data(presets.parse_yaml(text, where), where, strict=strict)
+def parse(text: str, where: str, *, physical: bool = False, strict: bool = True) -> Suite:
+    """``text`` of an experiments file; ``where`` is its name in error messages; the others as in ``load``."""
+    return from_data(presets.parse_yaml(text, where), where, physical=physical, strict=strict)
 
 
 def checked_name(field: str, name: Any) -> str:
@@ -129,9 +129,17 @@ def checked_name(field: str, name: Any) -> str:
     return name
 
 
-def from_data(data: Any, where: str, *, distinct: bool = False, physical: bool = False, strict: bool = True) -> Suite:
-    """The same from what the file holds. ``distinct``: two cells with one identity are an error, and not one cell;
-    ``physical``: a physical cluster may run, because an allocation has it."""
+def from_data(
+    data: Any,
+    where: str,
+    *,
+    folder: Path | None = None,
+    distinct: bool = False,
+    physical: bool = False,
+    strict: bool = True,
+) -> Suite:
+    """The same from what the file in ``folder`` holds. ``distinct``: two cells with one identity are an error, and not
+    one cell; ``physical``: a physical cluster may stand there, because an allocation has it or nothing is run."""
     if not isinstance(data, Mapping):
         raise bad(where, data, f"must be a mapping with {', '.join(_SUITE_KEYS)}")
     _check_keys(data, _SUITE_KEYS, where)
@@ -152,7 +160,7 @@ def from_data(data: Any, where: str, *, distinct: bool = False, physical: bool =
             if key not in fields:
                 raise bad(here, dict(entry), f"has no {key}; give it here or under defaults")
         for choice in _grid(fields):
-            experiment = _experiment(choice, here)
+            experiment = _experiment(choice, here, folder)
             places.setdefault(experiment.digest, here)
             try:
                 _add(races, choice, experiment, here, distinct, physical)
@@ -191,14 +199,14 @@ def _grid(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
         yield dict(zip(fields, values, strict=True))
 
 
-def _experiment(choice: dict[str, Any], here: str) -> Experiment:
+def _experiment(choice: dict[str, Any], here: str, folder: Path | None) -> Experiment:
     system, options = _system(choice, here)
     with _at(here):
         known = registry.system(str(system))
         fields = {
-            "model": _resolve(choice["model"], presets.model, Model, f"{here}.model"),
-            "cluster": _resolve(choice["cluster"], presets.cluster, Cluster, f"{here}.cluster"),
-            "workload": _resolve(choice["workload"], presets.workload, Workload, f"{here}.workload"),
+            "model": _resolve(choice["model"], presets.model, Model, f"{here}.model", folder),
+            "cluster": _resolve(choice["cluster"], presets.cluster, Cluster, f"{here}.cluster", folder),
+            "workload": _resolve(choice["workload"], presets.workload, Workload, f"{here}.workload", folder),
         }
     if choice["seed"] is not None:
         _check_count(choice["seed"], f"{here}.seed", 0)
@@ -235,22 +243,25 @@ def _system(choice: dict[str, Any], here: str) -> tuple[Any, dict[str, Any]]:
     return given.get("name"), {**choice["options"], **given.get("options", {})}
 
 
-def _resolve(value: Any, preset: Callable[[str], Any], spec: type[Any], here: str) -> Any:
+def _resolve(value: Any, preset: Callable[..., Any], spec: type[Any], here: str, folder: Path | None) -> Any:
     if isinstance(value, Mapping):
         return spec.parse({"name": "inline", **value}, here)
     if not isinstance(value, str):
-        raise bad(here, value, "must be the name of a preset, or a mapping")
-    return preset(value)
+        raise bad(here, value, "must be the name of a preset, a YAML file, or a mapping")
+    return preset(value, folder)
 
 
 def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
     """What can be told without a rank: the routing exists, and the experts divide."""
     workload, topology = experiment.workload, Topology(experiment.cluster.shape)
     with _at(here):
+        check_size(experiment.cluster.name, experiment.cluster.shape)
         if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
-            raise bad(
-                "cluster", experiment.cluster.name, "is a published set-up to be simulated; run on local or emulated"
+            remedy = (
+                "is of kind physical: moebench simulate prices it, moebench sweep runs it on Slurm; "
+                "here run one-gpu, gpu-node, or a cluster of kind local or emulated"
             )
+            raise bad("cluster", experiment.cluster.name, remedy)
         if experiment.phase in SERVING:
             _check_served(experiment)
         may_choose = experiment.phase in ("train_step", *SERVING) or (
@@ -264,7 +275,9 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
             )
         for level, link in enumerate(experiment.cluster.levels):
             if experiment.model.num_experts % (num_groups := topology.num_units(level)):
-                found = f"is not divisible by the {num_groups} groups of link level {link.name!r}"
+                found = (
+                    f"is not divisible by the {num_groups} groups of link level {link.name!r}; change one of the two"
+                )
                 raise bad("model.num_experts", experiment.model.num_experts, found)
         if experiment.phase in ("train_step", "prefill"):
             for tokens in set(workload.tokens(topology.num_ranks)):

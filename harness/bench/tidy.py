@@ -11,9 +11,9 @@ import numpy as np
 
 from harness import registry
 from harness.bench import physics
-from harness.bench.store import SCHEMA_VERSION, identity
+from harness.bench.store import SCHEMA_VERSION, SIMULATED, identity
 from harness.bench.suite import Race
-from harness.case import cases_of
+from harness.case import cases_of, num_layers
 from harness.placement import Placement
 from harness.plan.graph import Plan, Timeline
 from harness.routing import Certificate, certify, make_routing
@@ -24,8 +24,12 @@ from harness.topology import Topology
 if TYPE_CHECKING:
     import pandas as pd
 
+    from harness.simulation import Simulation
+
 #: a shaped run that keeps more of its cores busy than this measures the cores and not the link
 MAX_CORES_SHARE = 0.75
+MODELLED = "modelled"  # the network of what is simulated
+SMALL = 10_000_000  # assignments of tokens to experts, over all layers of a step
 TIMES = ("time_s", "rank_time_s", "device_time_s", "host_time_s")
 _ERRORS = {
     "output": "error_output",
@@ -53,6 +57,12 @@ def nowhere(cluster: Cluster) -> tuple[str, dict[str, Any]]:
     return ("measured", {"network": "physical"}) if physical else ("emulated", {"network": "unshaped"})
 
 
+def is_small(experiment: Experiment) -> bool:
+    """Whether the routing of all its layers is drawn in a moment."""
+    num_tokens = sum(experiment.workload.tokens(experiment.cluster.num_ranks))
+    return num_layers(experiment) * num_tokens * experiment.model.top_k <= SMALL
+
+
 def now_utc() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
@@ -72,6 +82,14 @@ def rows_of_race(
     import pandas as pd  # slow to import, and only the rank that stores needs it
 
     return pd.DataFrame([row for cell in cells for row in cell])
+
+
+def rows_of_simulation(experiment: Experiment, run: str, outcome: Simulation | tuple[str, str]) -> pd.DataFrame:
+    """``outcome``: what the judge says of a cell, or status and reason where it says nothing."""
+    cell = _Cell(experiment, Setting(run, 0, SIMULATED, {"network": MODELLED}), now_utc())
+    import pandas as pd
+
+    return pd.DataFrame(cell.without_time(*outcome) if isinstance(outcome, tuple) else cell.simulated(outcome))
 
 
 def timelines_of_race(answers: list[dict[str, Any]]) -> dict[str, dict[str, Timeline]]:
@@ -147,6 +165,28 @@ class _Cell:
             for kind, metric in (("measured", "memory_bytes"), ("planned", "memory_planned_bytes")):
                 for part, value in outcome.get("memory", {}).get(kind, {}).items():
                     self._add(metric, value, "bytes", level=part, rank=rank)
+        return self.rows
+
+    def simulated(self, found: Simulation) -> list[dict[str, Any]]:
+        """A repetition a step. What would take drawing the routing of a large model once more is left out."""
+        self.base |= {"basis": found.basis, "heldout_error": getattr(found, "heldout_error", None)}
+        self._routing()
+        if is_small(self.experiment):
+            cases = cases_of(self.experiment)
+            self._plan(physics.budgets(self.experiment, registry.system(self.experiment.system), cases))
+            self._placed()
+        num_tokens = sum(self.experiment.workload.tokens(self.experiment.cluster.num_ranks))
+        samples = {direction: list(map(float, seconds)) for direction, seconds in found.samples.items()}
+        if {"forward", "backward"} <= samples.keys() and "total" not in samples:
+            pairs = zip(samples["forward"], samples["backward"], strict=True)
+            samples["total"] = [forward + backward for forward, backward in pairs]
+        for direction, seconds in samples.items():
+            for rep, value in enumerate(seconds):
+                self._add("time_s", value, "s", direction=direction, rep=rep)
+                if self.experiment.phase in SERVING:
+                    self._add("tokens_per_s", num_tokens / value, "tokens/s", direction=direction, rep=rep)
+        for note in found.notes:
+            self._add("note", float("nan"), "", reason=note)
         return self.rows
 
     def _add(self, metric: str, value: float, unit: str, **fields: Any) -> None:

@@ -24,7 +24,9 @@ PROFILES = Path("results/profiles")
 @commands.command(name="record")
 def record_(
     out: Annotated[Path, typer.Option(help="The trace to write (.parquet).")],
-    model: Annotated[str, typer.Option(help="Model preset to train (moebench list models).")] = "record-e16k2",
+    model: Annotated[
+        str, typer.Option(help="Model to train: a preset (moebench list models) or a YAML file.")
+    ] = "record-e16k2",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
     at: Annotated[list[int] | None, typer.Option(help="Record after this many steps; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to record at each step.")] = 16384,
@@ -65,9 +67,11 @@ def record_(
 
 @commands.command()
 def place(
-    model: Annotated[str, typer.Option(help="Model preset whose experts are placed (moebench list models).")],
+    model: Annotated[
+        str, typer.Option(help="Model whose experts are placed: a preset (moebench list models) or a YAML file.")
+    ],
     trace: Annotated[Path, typer.Option(help="Recorded routing of that model (moebench record).")],
-    cluster: Annotated[str, typer.Option(help="Cluster preset (moebench list clusters).")],
+    cluster: Annotated[str, typer.Option(help="A preset (moebench list clusters) or a YAML file.")],
     out: Annotated[Path, typer.Option(help="The placement to write (.json).")],
     method: Annotated[str, typer.Option(help="How to place; an unknown name lists all.")] = "joint",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Neighbouring ranks that share each expert.")] = 1,
@@ -86,6 +90,7 @@ def place(
     moebench place --model record-l32e8k2 --trace record-l32e8k2.parquet --cluster local-4 --out placement.json
     moebench place --model mixtral-8x7b --trace record-l32e8k2.parquet --cluster moetuner-multi --tensor-parallel 4 \
       --method exflow --out exflow.json
+    moebench place --model my-model.yaml --trace my-trace.parquet --cluster my-cluster.yaml --out placement.json
     ```
     """
     from harness import placing
@@ -112,11 +117,15 @@ def place(
 
 @commands.command()
 def profile(
-    cluster: Annotated[str, typer.Argument(help="A cluster preset; with --on slurm a cluster file, or its name.")],
+    cluster: Annotated[
+        str, typer.Argument(help="A preset or a YAML file; with --on slurm a Slurm cluster file, or its name.")
+    ],
     on: Annotated[str, typer.Option("--on", help="local: ranks of this machine; slurm: a job's tasks.")] = "local",
     nodes: Annotated[int | None, typer.Option(help="Nodes of a Slurm cluster; by default all of its file's.")] = None,
     system: Annotated[list[str] | None, typer.Option(help="Fit this system's layer too; may be repeated.")] = None,
-    model: Annotated[str, typer.Option(help="Model preset whose layer that is.")] = "local-m512-e16k2",
+    model: Annotated[
+        str, typer.Option(help="Preset or YAML file of the model whose layer that is.")
+    ] = "local-m512-e16k2",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script that sbatch would get.")] = False,
     results: Annotated[Path, typer.Option(help="Folder of the profiles that Slurm runs.")] = PROFILES,
     as_json: Json = False,
@@ -134,6 +143,7 @@ def profile(
     moebench profile emulated-2x4
     moebench profile emulated-2x4 --system megatron --system flat
     moebench profile local-4 --json
+    moebench profile my-cluster.yaml
     moebench profile my-cluster.yaml --on slurm --nodes 4 --system flat
     ```
     """

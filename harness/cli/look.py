@@ -10,7 +10,7 @@ import typer
 
 from harness import console
 from harness.cli.options import Json
-from harness.errors import bad
+from harness.errors import bad, unknown
 from harness.specs import DTYPE_BYTES
 
 commands = typer.Typer()
@@ -44,28 +44,33 @@ def doctor(as_json: Json = False) -> None:
 
 @commands.command(name="list")
 def list_(
-    kind: Annotated[str, typer.Argument(help="systems, models, clusters or workloads; all of them if left out.")] = "",
+    kind: Annotated[
+        str, typer.Argument(help="systems, models, clusters, workloads or suites; all of them if left out.")
+    ] = "",
+    names: Annotated[list[str] | None, typer.Argument(help="Only these: names, or YAML files of your own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Systems, models, clusters and workloads by name.
+    """Systems, models, clusters, workloads and suites by name.
 
     With --json everything about each: shapes, constants, options, sources and interpretations.
 
     ```
     moebench list systems
     moebench list clusters --json
+    moebench list cluster my-cluster.yaml
     ```
     """
     from harness.listing import KINDS, full, listing
 
-    if kind and kind not in KINDS:
-        raise bad("kind", kind, f"unknown; name one of {', '.join(KINDS)}")
-    kinds = [kind] if kind else list(KINDS)
+    plural = kind if kind.endswith("s") or not kind else f"{kind}s"
+    if kind and plural not in KINDS:
+        raise unknown("kind", kind, KINDS, "kinds")
+    kinds = [plural] if kind else list(KINDS)
     if as_json:
-        found = {each: full(each) for each in kinds}
-        return console.print_json(found[kind] if kind else found)
+        found = {each: full(each, names or ()) for each in kinds}
+        return console.print_json(found[plural] if kind else found)
     for each in kinds:
-        console.show(listing(each), each)
+        console.show(listing(each, names or ()), each)
 
 
 @commands.command()
@@ -75,7 +80,7 @@ def check(
     ranks: Annotated[
         int | None, typer.Option(help="Local ranks over loopback (default 4); 16 experts must divide over them.")
     ] = None,
-    cluster: Annotated[str, typer.Option(help="A local or emulated cluster preset, instead of --ranks.")] = "",
+    cluster: Annotated[str, typer.Option(help="A local or emulated cluster, preset or file, instead of --ranks.")] = "",
     dtype: Annotated[list[str] | None, typer.Option(help="Only these number formats; may be repeated.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 for anything refused, too.")] = False,
     as_json: Json = False,

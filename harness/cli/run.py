@@ -1,4 +1,4 @@
-"""Experiments, simulated or run, and pages over them."""
+"""Experiments, and pages over them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from harness import caches, console, outputs
+from harness import caches, console
 from harness.cli.options import RUNS, Json, Results
 from harness.errors import UserError, bad
 
@@ -17,46 +17,6 @@ if TYPE_CHECKING:
     from harness.bench.suite import Suite
 
 commands = typer.Typer()
-SIMULATED = Path("results/simulated")
-
-
-@commands.command()
-def simulate(
-    name: Annotated[str, typer.Argument(help="A study; without one, they are listed.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for the tables; each study gets one of its own in it.")] = SIMULATED,
-    as_json: Json = False,
-) -> None:
-    """Run a simulated study: a paper's experiments computed from published or profiled constants.
-
-    Every row says what evidence it is: simulated, or reported where the paper prints the same quantity. Tables are
-    kept as CSV, what they were made from as Parquet.
-
-    ```
-    moebench simulate
-    moebench simulate fsmoe-grid
-    moebench simulate fsmoe-models --json --out my-results
-    ```
-    """
-    from harness import studies
-
-    if not name:
-        rows = [{"name": name, "title": study.title} for name, study in studies.studies().items()]
-        return console.print_json(rows) if as_json else console.show(rows, "studies")
-    study = studies.study(name)
-    outputs.check_folder(out / name, (".csv", ".parquet"))
-    with console.progress(f"simulating {name}") as bar:
-        found = study.run(lambda text: console.say(bar, text))
-    paths = found.write(out / name)
-    tables = {title: found.rows(title) for title in found.tables}
-    if as_json:
-        return console.print_json(
-            {"study": name, "tables": tables, "notes": list(found.notes), "files": [str(path) for path in paths]}
-        )
-    for title, rows in tables.items():
-        console.show(rows, title)
-    for note in found.notes:
-        typer.echo(f"- {note}")
-    typer.echo(f"{out / name}: {', '.join(path.name for path in paths)}")
 
 
 @commands.command()

@@ -27,7 +27,9 @@ def sweep(
     cluster: Annotated[str, typer.Option(help="A cluster file (or its name in slurm/clusters), not the file's.")] = "",
     name: Annotated[str, typer.Option(help="Name of the run; by default the file's.")] = "",
     launches: Annotated[int | None, typer.Option(min=1, help="How often to start anew, instead of the file's.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts that sbatch would get.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the scripts that sbatch would get; with --on local the jobs.")
+    ] = False,
     results: Results = RUNS,
 ) -> None:
     """Submit a sweep and return: what was submitted goes on without this process.
@@ -48,6 +50,8 @@ def sweep(
         raise bad("--on", on, "must be local or slurm")
     loaded = spec.load(file, cluster)
     run_dir = (results / checked_name("--name", name or loaded.name)).resolve()
+    if dry_run and on == "local":
+        return console.show(submit.listed(loaded, run_dir, launches), f"jobs of {loaded.name}, one after another")
     if dry_run:
         typer.echo("\n\n".join(submit.scripts(loaded, run_dir, launches)))
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import heapq
 import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -72,8 +73,8 @@ class Plan:
         self.tasks.append(
             Task(name, lane, tuple(after), self.price(cost), run, kind or name.split("[")[0].split(".")[-1])
         )
-        self.__dict__.pop("order", None)
-        self.__dict__.pop("serial", None)
+        for known in ("order", "walk", "serial"):
+            self.__dict__.pop(known, None)
         return name
 
     def put(self, name: str, lane: str, after: Iterable[str], work: Work, kind: str = "") -> str:
@@ -82,31 +83,62 @@ class Plan:
 
     @functools.cached_property
     def order(self) -> list[int]:
-        """Tasks in an order that respects lanes and waits; an error that names the tasks of a cycle or a stranger."""
-        import networkx as nx  # slow to import, and not every task of a job orders a plan
+        """Tasks in an order that respects lanes and waits, of all such the first by the order of adding; an error that
+        names the tasks of a cycle or a stranger."""
+        before = self._before
+        behind: list[list[int]] = [[] for _ in before]
+        for here, several in enumerate(before):
+            for each in several:
+                behind[each].append(here)
+        missing = [len(several) for several in before]
+        ready = [here for here, several in enumerate(before) if not several]  # a heap
+        found = []
+        while ready:
+            found.append(here := heapq.heappop(ready))
+            for each in behind[here]:
+                missing[each] -= 1
+                if not missing[each]:
+                    heapq.heappush(ready, each)
+        if len(found) < len(before):
+            cycle = self._cycle(set(range(len(before))) - set(found))
+            raise bad("plan", " -> ".join(cycle), "tasks wait for each other in a circle")
+        return found
 
-        graph = nx.DiGraph()
-        graph.add_nodes_from(range(len(self.tasks)))
+    @functools.cached_property
+    def walk(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``order``, and as ``waits[bounds[i] : bounds[i + 1]]`` what comes before task i; int64."""
+        bounds = np.cumsum([0, *map(len, self._before)])
+        waits = np.array(list(itertools.chain.from_iterable(self._before)), dtype=np.int64)
+        return np.array(self.order, dtype=np.int64), waits, bounds
+
+    @property
+    def _before(self) -> list[list[int]]:
+        """Of every task those that it waits for, and the one before it on its lane."""
+        found: list[list[int]] = []
         last: dict[str, int] = {}
         for here, task in enumerate(self.tasks):
             for name in task.after:
                 if name not in self.index:
                     raise bad(f"task {task.name}.after", name, "is not in the plan")
-                graph.add_edge(self.index[name], here)
-            if task.lane in last:
-                graph.add_edge(last[task.lane], here)
+            on_lane = [last[task.lane]] if task.lane in last else []
+            found.append([self.index[name] for name in task.after] + on_lane)
             last[task.lane] = here
-        try:
-            return list(nx.lexicographical_topological_sort(graph))
-        except nx.NetworkXUnfeasible:
-            cycle = [self.tasks[a].name for a, _ in nx.find_cycle(graph)]
-            raise bad("plan", " -> ".join([*cycle, cycle[0]]), "tasks wait for each other in a circle") from None
+        return found
+
+    def _cycle(self, stuck: set[int]) -> list[str]:
+        """Names of tasks that wait for each other, of ``stuck``, each of which waits for another of them."""
+        before, here, seen = self._before, min(stuck), []
+        while here not in seen:
+            seen.append(here)
+            here = next(each for each in before[here] if each in stuck)
+        return [self.tasks[each].name for each in [here, *reversed(seen[seen.index(here) :])]]
 
     def priced(self, price: Price) -> Plan:
         """The same with other costs."""
         found = Plan(self.lanes, price)
         found.tasks = [dataclasses.replace(task, cost=price(task.cost)) for task in self.tasks]
         found.index = dict(self.index)
+        found.__dict__["order"] = self.order
         return found
 
     def done(self) -> Plan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from harness.ledger import Calibration
 from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer
 from harness.plan.device import CURVE, Device, Fitted, Roofline, Tiled
 from harness.plan.graph import Plan
+from harness.plan.host import unlayered
 from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
 from harness.plan.profiled import Profiled
 from harness.specs import Cluster
@@ -30,12 +32,14 @@ BY_NAME: dict[str, type[Ports]] = {"ports": Ports, "shared-ports": SharedPorts}
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """``basis``: what its seconds rest on, in words."""
+    """``basis``: what its seconds rest on, in words. ``host``: seconds of the processor in every task of that name,
+    without its layer (``embedding``, ``forward.gate``); ``harness.plan.host`` finds them."""
 
     links: LinkModel
     device: Device
     basis: str
     contention: Contention = dataclasses.field(default_factory=dict)
+    host: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def published(cls, cluster: Cluster, num_ranks: int | None = None, contention: Contention | None = None) -> Machine:
@@ -116,8 +120,9 @@ class Machine:
         return Hold(self.seconds(cost))
 
     def durations(self, plan: Plan) -> np.ndarray:
-        """Seconds of every task alone on its lane, float64 [num_tasks, ...] broadcast over all costs."""
-        each = [np.asarray(self.seconds(task.cost)) for task in plan.tasks]
+        """Seconds of every task alone on its lane, the processor's part with it, float64 [num_tasks, ...] broadcast
+        over all costs."""
+        each = [np.asarray(self.seconds(task.cost)) + self.host.get(unlayered(task.name), 0.0) for task in plan.tasks]
         shape = np.broadcast_shapes(*(one.shape for one in each)) if each else ()
         return np.array([np.broadcast_to(one, shape) for one in each]).reshape(len(each), *shape)
 

@@ -12,6 +12,7 @@ are busy together depends on the times and the times on that, so it is iterated 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -64,10 +65,9 @@ def schedule(
     stretched = durations
     for iteration in range(MAX_ITERATIONS):
         wanted = durations.copy()
+        spans = {lane: (start[here], end[here]) for lane, here in of_lane.items()}
         for (a, b), share in lost.items():
-            wanted[of_lane[a]] += share * _overlap(
-                start[of_lane[a]], end[of_lane[a]], start[of_lane[b]], end[of_lane[b]]
-            )
+            wanted[of_lane[a]] += share * _overlap(*spans[a], *spans[b])
         wanted = np.minimum(wanted, durations / (1 - MAX_LOST))
         stretched = wanted if iteration < 10 else (wanted + stretched) / 2  # damped, should it swing
         before, (start, end) = end, _longest_path(plan, stretched, ways)
@@ -76,27 +76,50 @@ def schedule(
     return Timeline(plan, start, end)
 
 
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """A collective begins with the last of its group and ends for all with the slowest. ``members`` of a group are
+    ranks ``apart`` from each other."""
+
+    members: int
+    apart: int
+
+    @classmethod
+    def of(cls, scope: str, topology: Topology) -> Meeting:
+        first, behind = span(scope, topology.num_levels)
+        return cls(math.prod(topology.shape[first:behind]), math.prod(topology.shape[behind:]))
+
+    def __call__(self, ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        begins = self._largest(ready)
+        return begins, begins + self._largest(lasts)
+
+    def _largest(self, values: np.ndarray) -> np.ndarray:
+        grid = values.reshape(-1, self.members, self.apart)
+        return np.broadcast_to(grid.max(axis=1, keepdims=True), grid.shape).reshape(values.shape)
+
+
 #: of a task that is ready at [..], and takes [..] alone: when it begins and ends
 Way = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def _longest_path(plan: Plan, durations: np.ndarray, ways: Mapping[int, Way]) -> tuple[np.ndarray, np.ndarray]:
-    """Start and end of every task, [num_tasks, ...]."""
-    start, end = np.zeros_like(durations), np.zeros_like(durations)
-    free: dict[str, np.ndarray] = {}
-    for here in plan.order:
-        task = plan.tasks[here]
-        ready = [end[plan.index[name]] for name in task.after]
-        if task.lane in free:
-            ready.append(free[task.lane])
-        begins = np.zeros_like(durations[here])
-        for each in ready:
-            begins = np.maximum(begins, each)
-        if here in ways:
-            start[here], end[here] = ways[here](begins, durations[here])
-        else:
-            start[here], end[here] = begins, begins + durations[here]
-        free[task.lane] = end[here]
+    """Start and end of every task, [num_tasks, ...]. ``ways``: of those that are more than their duration."""
+    from harness.plan.walk import walk  # numba takes its time to import
+
+    start, end = np.zeros(durations.shape), np.zeros(durations.shape)
+    order, waits, bounds = plan.walk
+    groups = np.ones((len(plan.tasks), 2), dtype=np.int64)
+    for here, way in ways.items():
+        if isinstance(way, Meeting):
+            groups[here] = way.members, way.apart
+    flat = [np.ascontiguousarray(each, dtype=np.float64).reshape(len(order), -1) for each in (durations, start, end)]
+    done = 0
+    for place in [i for i, here in enumerate(order) if not isinstance(ways.get(int(here), Meeting(1, 1)), Meeting)]:
+        walk(order[done:place], waits, bounds, groups, *flat)
+        here, done = int(order[place]), place + 1
+        before = waits[bounds[here] : bounds[here + 1]]
+        start[here], end[here] = ways[here](end[before].max(0, initial=0.0), durations[here])
+    walk(order[done:], waits, bounds, groups, *flat)
     return start, end
 
 
@@ -113,28 +136,12 @@ def _way(cost: Cost | None, topology: Topology, links: LinkModel | None) -> Way 
         case Transfer() | Staged() if links is not None and not links.meets:
             return _apart(cost, links)
         case OnLinks() | Staged():
-            return _meeting(cost.scope, topology)
+            return Meeting.of(cost.scope, topology)
     return None
 
 
 def _alone(ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ready, ready + lasts
-
-
-def _meeting(scope: str, topology: Topology) -> Way:
-    """A collective begins with the last of its group and ends for all with the slowest."""
-    first, behind = span(scope, topology.num_levels)
-    parts = tuple(math.prod(topology.shape[a:b]) for a, b in ((0, first), (first, behind), (behind, None)))
-
-    def largest(values: np.ndarray) -> np.ndarray:
-        grid = values.reshape(*values.shape[:-1], *parts)
-        return np.broadcast_to(grid.max(axis=-2, keepdims=True), grid.shape).reshape(values.shape)
-
-    def way(ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        begins = largest(ready)
-        return begins, begins + largest(lasts)
-
-    return way
 
 
 def _apart(cost: Transfer | Staged, links: LinkModel) -> Way:
@@ -178,26 +185,13 @@ def _priced_s(cost: Cost, links: LinkModel | None) -> np.ndarray:
 
 
 def _overlap(start: np.ndarray, end: np.ndarray, other_start: np.ndarray, other_end: np.ndarray) -> np.ndarray:
-    """How long each task [n, ...] overlaps the tasks of another lane [m, ...], which follow one another."""
-    if not len(other_start) or not len(start):
-        return np.zeros_like(start)
-    columns = start[0].size
-    span = 1.0 + max(float(end.max()), float(other_end.max()))
-    offset = np.arange(columns) * span  # every column gets its own stretch of one axis, so that one call serves all
-    knots = np.stack([other_start, other_end], axis=1).reshape(-1, columns)  # s0, e0, s1, e1, ...
-    lengths = (other_end - other_start).reshape(-1, columns)
-    done = np.cumsum(lengths, axis=0)
-    busy = np.stack([done - lengths, done], axis=1).reshape(-1, columns)  # of the other lane until each knot
-    before = np.concatenate([[0.0], np.cumsum(done[-1])])[:-1]
-    x, y = (knots + offset).T.ravel(), (busy + before).T.ravel()
+    """How long each task [n, ...] overlaps the tasks of another lane [m, ...]."""
+    from harness.plan.walk import overlap
 
-    def until(times: np.ndarray) -> np.ndarray:
-        flat = times.reshape(-1, columns)
-        # clipped to the column's own knots: outside of them the other lane is idle
-        inside = np.clip(flat, knots[0], knots[-1]) + offset
-        return np.interp(inside, x, y).reshape(times.shape)
-
-    return until(end) - until(start)
+    found = np.zeros(start.shape)
+    if len(start) and len(other_start):
+        overlap(*(each.reshape(len(each), -1) for each in (start, end, other_start, other_end, found)))
+    return found
 
 
 __all__ = ["schedule", "simulate"]

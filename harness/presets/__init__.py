@@ -1,13 +1,17 @@
 """Set-ups by name: models, clusters and workloads of the papers, and small ones for one machine.
 
 A preset is a mapping in ``models.yaml``, ``clusters.yaml`` or ``workloads.yaml`` beside this file; its key is its name.
-Published numbers carry their ``source``; what a source leaves open carries an ``interpretation``.
+Published numbers carry their ``source``; what a source leaves open carries an ``interpretation``. A YAML file of the
+same fields stands wherever a name does; without a ``name`` it is called as the file is.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.resources
+import re
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -20,22 +24,31 @@ Kind = Literal["models", "clusters", "workloads"]
 SPECS: dict[Kind, type[Spec]] = {"models": Model, "clusters": Cluster, "workloads": Workload}
 
 
-def model(name: str) -> Model:
-    """The model preset called ``name``; ``UserError`` with the nearest and the known names if there is none."""
-    return _preset("models", name)
+FILES = (".yaml", ".yml")
 
 
-def cluster(name: str) -> Cluster:
-    """The cluster preset called ``name``, or the GPUs of this machine (``one-gpu``, ``gpu-node``); ``UserError`` with
-    the nearest and the known names if there is none."""
+def model(name: str, folder: Path | None = None) -> Model:
+    """The model preset called ``name``, or the model in that YAML file (relative to ``folder``, by default the working
+    directory); ``UserError`` with the nearest and the known names if there is none."""
+    return _named("models", name, folder)
+
+
+def cluster(name: str, folder: Path | None = None) -> Cluster:
+    """The cluster preset called ``name``, or the GPUs of this machine (``one-gpu``, ``gpu-node``), or the cluster in a
+    YAML file, as ``model``; of a Slurm cluster's file what joins its nodes."""
     if name in this_machine.SIZES:
         return this_machine.cluster(name)
-    return _preset("clusters", name)
+    return _named("clusters", name, folder)
 
 
-def workload(name: str) -> Workload:
-    """The workload preset called ``name``; ``UserError`` with the nearest and the known names if there is none."""
-    return _preset("workloads", name)
+def workload(name: str, folder: Path | None = None) -> Workload:
+    """The workload preset called ``name``, or the workload in a YAML file, as ``model``."""
+    return _named("workloads", name, folder)
+
+
+def is_file(name: object) -> bool:
+    """Whether ``name`` means a YAML file and no preset."""
+    return isinstance(name, str) and name.endswith(FILES)
 
 
 def names(kind: Kind) -> list[str]:
@@ -54,13 +67,46 @@ def parse_yaml(text: str, where: str) -> Any:
         raise bad(f"{where}{line}", problem, "is not valid YAML; correct that line") from None
 
 
+def _named(kind: Kind, name: str, folder: Path | None) -> Any:
+    return read(kind, (folder or Path()) / name) if is_file(name) else _preset(kind, name)
+
+
+def read(kind: Kind, path: Path) -> Any:
+    """What a YAML file describes; ``UserError`` names the file and the field."""
+    singular = kind.removesuffix("s")
+    data = read_yaml(path, f"{singular} file")
+    if not isinstance(data, dict):
+        raise bad(str(path), data, f"must be a mapping with the fields of a {singular}")
+    where = str(path)
+    if kind == "clusters" and "interconnect" in data:  # a Slurm cluster's file
+        data, where = data["interconnect"], f"{path}: interconnect"
+    if not isinstance(data, dict):
+        raise bad(where, data, f"must be a mapping with the fields of a {singular}")
+    stem = re.sub("[^A-Za-z0-9._+-]+", "-", path.stem).lstrip("-._+") or singular
+    return SPECS[kind].parse({"name": stem[:80], **data}, where)
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """What the file holds; ``UserError`` says ``what`` it is, and where there is none, which one is near."""
+    try:
+        return parse_yaml(path.read_text("utf-8"), str(path))
+    except FileNotFoundError:
+        beside = [each.name for each in path.parent.glob("*") if each.suffix in FILES]
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"; did you mean {str(path.with_name(near[0]))!r}?" if near else "; give one that exists"
+        raise bad(what, str(path), f"cannot be read (no such file){hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise bad(what, str(path), f"cannot be read ({reason}); give a readable YAML file") from None
+
+
 @functools.cache
 def _preset(kind: Kind, name: str) -> Any:
     known = _file(kind)
     singular = kind.removesuffix("s")
     if name not in known:
         names = [*known, *this_machine.SIZES] if kind == "clusters" else known
-        raise unknown(singular, name, names, kind, like=str(name).lower())
+        raise unknown(singular, name, names, f"{kind} (or give a YAML file)", like=str(name).lower())
     return SPECS[kind].parse({"name": name, **known[name]}, f"{singular} {name}")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from harness.bench import stats
+from harness.bench.store import SIMULATED
 from harness.report.run import GROUP, TIMED, WRONG, Run
 
 DIRECTIONS = ("forward", "backward", "total")
@@ -40,7 +41,7 @@ def times(run: Run) -> pd.DataFrame:
 
     def row(rows: pd.DataFrame) -> dict[str, Any]:
         first = rows.iloc[0]
-        estimate = stats.interval(rows)
+        estimate = _plain(stats.interval(rows), first)
         light_s = float(light.get((first["cell"], first["direction"]), math.nan))
         return {
             **_estimate(estimate),
@@ -80,13 +81,14 @@ def speedups(run: Run, reference: str) -> pd.DataFrame:
         base = by.get((base_cell, first["direction"]))
         if base is None or base_cell == first["cell"]:
             return None
-        estimate = stats.ratio(base, rows)
+        estimate = _plain(stats.ratio(base, rows), first)
         if not estimate.num_samples:
             return None
+        simulated = first["evidence"] == SIMULATED
         return {
             **_estimate(estimate),
             "reference": base["label"].iloc[0],
-            "verdict": verdict(estimate.low, estimate.high),
+            "verdict": "simulated: no interval" if simulated else verdict(estimate.low, estimate.high),
             **_status(pd.concat([rows, base])),
         }
 
@@ -124,7 +126,10 @@ def pooled_speedup(run: Run, label: str, reference: str, direction: str = "total
     if not logs:
         return None
     pooled = np.exp(pd.DataFrame(logs).dropna().mean(axis=1)).rename("value").reset_index()
-    return Pooled(stats.interval(pooled), len(logs), tuple(sorted(evidence)))
+    estimate = stats.interval(pooled)
+    if SIMULATED in evidence:
+        estimate = dataclasses.replace(estimate, low=math.nan, high=math.nan)
+    return Pooled(estimate, len(logs), tuple(sorted(evidence)))
 
 
 def beside_predictions(run: Run, predicted: pd.DataFrame, direction: str = "total") -> pd.DataFrame:
@@ -279,6 +284,14 @@ def _sorted(run: Run, frame: pd.DataFrame, last: list[str]) -> pd.DataFrame:
 
 def _places(values: pd.Series, order: Iterable[str]) -> pd.Series:
     return values.map({value: i for i, value in enumerate(order)})
+
+
+def _plain(estimate: stats.Estimate, row: pd.Series) -> stats.Estimate:
+    """Without an interval where nothing ran: steps of a simulation differ by their routing, and its error is none of
+    repetition."""
+    if row["evidence"] != SIMULATED:
+        return estimate
+    return dataclasses.replace(estimate, low=math.nan, high=math.nan)
 
 
 def _estimate(estimate: stats.Estimate) -> dict[str, Any]:

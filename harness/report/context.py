@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 from markupsafe import Markup
 
+from harness.bench.store import SIMULATED
 from harness.report import compare, page, words
 from harness.report.page import Column, Html
 from harness.report.run import GROUP, Run
@@ -29,6 +30,7 @@ _NOT_FACTS = {
     "evidence",
     "wire",
     "job",
+    "simulation",
 }
 
 
@@ -61,12 +63,44 @@ def where(run: Run) -> Html:
         Column("foreign_cores", "cores, others", _number(1), "num"),
     ]
     order = counts.sort_values(["cluster", *(c for c in GROUP if c != "cluster")], ignore_index=True)
-    parts = [sweep(run.path), page.table(order, columns, "What ran where"), _systems(run)]
+    title = "What was simulated" if set(order["evidence"]) == {SIMULATED} else "What ran where"
+    parts = [sweep(run.path), page.table(order, columns, title), simulated(run), _systems(run)]
     if run.records:
         parts += [_clusters(run), _models(run), _launch_facts(run)]
     else:
         parts.append(page.missing("No launch left a record, so versions, commit and network are unknown.", QUICK))
     return Html(*parts)
+
+
+def simulated(run: Run) -> str:
+    """What simulated times rest on, how far off that was where it was tried, and what the judge notes; empty where
+    everything ran."""
+    rows = run.rows[run.rows["evidence"] == SIMULATED]
+    notes = rows[rows["metric"] == "note"].groupby("cell")["reason"].agg(lambda said: "; ".join(dict.fromkeys(said)))
+    rows = rows[rows["metric"] == "time_s"].drop_duplicates("cell")
+    if rows.empty:
+        return ""
+    rows = rows.assign(note=rows["cell"].map(notes).fillna(""), basis=rows["basis"].fillna("unknown"))
+    keys = ["cluster", "phase", "compute", "basis"]
+    found = rows.groupby(keys, sort=False).agg(
+        cells=("cell", "nunique"), error=("heldout_error", words.heldout), note=("note", _few_notes)
+    )
+    columns = [
+        Column("cluster", "cluster", merge=True),
+        Column("phase", "phase"),
+        *([Column("compute", "compute")] if rows["compute"].nunique() > 1 else []),
+        Column("evidence", "evidence", page.badge),
+        Column("basis", "rests on", kind="prose"),
+        Column("error", "held-out error", kind="prose"),
+        Column("cells", "cells", str, "num"),
+        Column("note", "notes", kind="prose"),
+    ]
+    return page.table(found.reset_index().assign(evidence=SIMULATED), columns, "Simulated, not run")
+
+
+def _few_notes(notes: pd.Series) -> str:
+    said = [note for note in notes if note]
+    return _few(pd.Series(said)) if said else ""
 
 
 def routing(run: Run) -> Html:

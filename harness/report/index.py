@@ -11,12 +11,14 @@ from harness.report import page
 from harness.report.keep import PAGE
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="generator" content="moebench"><title>moebench: reports</title>
-<style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="generator" content="moebench">
+<title>moebench: reports</title>
+<style>body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}div{overflow-x:auto}
 table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;text-align:left}</style>
-<h1>Reports</h1><table><tr><th>report</th><th>over</th><th>made</th><th>tables</th></tr>
+<h1>Reports</h1><div tabindex="0" role="region" aria-label="reports"><table>
+<tr><th>report</th><th>over</th><th>made</th><th>tables</th></tr>
 {% for r in reports %}<tr><td><a href="{{ r.link }}">{{ r.name }}</a></td><td>{{ r.over }}</td><td>{{ r.made }}</td>
-<td><a href="{{ r.tables }}">{{ r.num_tables }}</a></td></tr>{% endfor %}</table></html>
+<td><a href="{{ r.tables }}">{{ r.num_tables }}</a></td></tr>{% endfor %}</table></div></html>
 """
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import outputs
-from harness.errors import UserError, bad
+from harness.errors import Failure, UserError, bad
 from harness.launch import scratch
 from harness.report.keep import PAGE
 from harness.report.run import known_runs, load
@@ -24,7 +24,7 @@ from harness.report.run import known_runs, load
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 TEMPLATES = Path(__file__).resolve().parent / "template"
-CELL_TIMEOUT_S = 300
+START_TIMEOUT_S = 600  # of the kernel; a cell has no limit, since a busy machine may take any time
 
 Progress = Callable[[str], None]
 
@@ -90,8 +90,10 @@ def render(
 
 
 def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
-    """Into ``target``, in its folder. ``UserError``: one that was raised in the notebook; ``target`` is gone then."""
+    """Into ``target``, in its folder. ``UserError``: one that was raised in the notebook; ``target`` is gone then.
+    ``Failure``: its process was killed."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     with scratch.folder("kernel") as folder, _own_kernel(folder):
@@ -102,8 +104,7 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
                 parameters=parameters,
                 kernel_name="python3",
                 progress_bar=False,
-                start_timeout=CELL_TIMEOUT_S,
-                execution_timeout=CELL_TIMEOUT_S,
+                start_timeout=START_TIMEOUT_S,
                 cwd=str(target.parent),
             )
         except PapermillExecutionError as error:
@@ -111,6 +112,11 @@ def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:
                 raise  # a fault of ours: its traceback stands in the notebook, which stays
             target.unlink()
             raise UserError(error.evalue) from None
+        except DeadKernelError:
+            target.unlink()
+            raise Failure(
+                f"the process that executes {notebook.name} was killed, as where memory runs out; free some, and repeat"
+            ) from None
 
 
 def to_html(executed: Path, title: str) -> str:

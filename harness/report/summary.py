@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from harness.bench.memory import PARTS
+from harness.bench.store import SIMULATED
 from harness.report import compare, figures, page, words
 from harness.report.context import QUICK, beside, provenance, routing, setbacks, where
 from harness.report.page import Column, Html
@@ -232,11 +233,14 @@ def _speedup_figure(run: Run, reference: str, ratios: pd.DataFrame) -> str:
         what = f"No other system shares a race with times of {reference}, so there is no ratio to it.{why}"
         return page.missing(what, _RUN, f"with {reference} among the systems of that file")
     role = "the baseline" if reference == run.baseline else "the control: native code without a paper's idea"
+    simulated = set(ratios["evidence"]) == {SIMULATED}
+    mark = "Mark: ratio of times, paired by launch and repetition; bar: 95 % interval; hollow mark: cpu_bound. A bar "
+    mark += "that touches the dashed line shows no difference."
     return figures.drawn(
         lambda: figures.speedup(run, ratios),
-        alt=f"Speedup over {reference} of every system per workload with 95 percent intervals, as in the tables below.",
-        caption=f"Speedup over {reference} ({role}). Mark: ratio of times, paired by launch and repetition; bar: 95 % "
-        "interval; hollow mark: cpu_bound. A bar that touches the dashed line shows no difference.",
+        alt=f"Speedup over {reference} of every system per workload"
+        f"{'' if simulated else ' with 95 percent intervals'}, as in the tables below.",
+        caption=f"Speedup over {reference} ({role}). {'Simulated: nothing was run.' if simulated else mark}",
     )
 
 
@@ -262,6 +266,8 @@ def _speedup_tables(run: Run, key: dict[str, Any], times: pd.DataFrame, ratios: 
     if (times["status"] != "ok").any():
         columns.append(Column("status", "mark", lambda value: "" if value == "ok" else page.badge(value)))
     note = f"{key['network']} network, launches: {', '.join(map(str, launches))}; [95 % interval]"
+    if key["evidence"] == SIMULATED:
+        note = "simulated: nothing was run, and there are no intervals"
     parts = [page.table(times[times["direction"] == main], columns, words.group_title(key), note)]
     if others:
         columns = [*columns[:2], Column("direction", "direction"), Column("time", "time, ms", _time, "num"), _EVIDENCE]

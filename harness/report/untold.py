@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from pydantic import ValidationError
 
-from harness.bench.store import COLUMNS, identity
+from harness.bench.store import BLANK, COLUMNS, identity
 from harness.specs import Experiment
 
 NOT_RUN = "not run"
@@ -31,7 +31,7 @@ def rows(run_dir: Path, stored: pd.DataFrame, records: Mapping[str, Mapping[str,
         for column in ("evidence", "network"):
             if not each.get(column):
                 each[column] = of_cluster.loc[each["cluster"], column] if here else "unknown"
-    blank = {**dict.fromkeys(COLUMNS, ""), "run": run_dir.name, "metric": "status", "value": float("nan")}
+    blank = {**BLANK, "run": run_dir.name, "metric": "status", "value": float("nan")}
     blank |= {"rep": -1, "rank": -1, "schema_version": 0}
     return pd.DataFrame([{**blank, **each} for each in found.values()], columns=list(COLUMNS))
 

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from harness.bench import stats
+from harness.bench.store import SIMULATED
 from harness.report import compare
 from harness.report.run import GROUP, Run
 
@@ -65,8 +66,45 @@ def findings(run: Run) -> list[Finding]:
         group = dict(zip(GROUP, key, strict=True))
         cells = rows.drop_duplicates("cell")
         timed = times[times["cell"].isin(cells["cell"])]
-        found.append(_untimed(run, group) if timed.empty else _finding(run, group, cells, timed, samples, *ratios))
+        if timed.empty:
+            found.append(_untimed(run, group))
+        elif group["evidence"] == SIMULATED:
+            found.append(_predicted(run, group, cells, timed))
+        else:
+            found.append(_finding(run, group, cells, timed, samples, *ratios))
     return found
+
+
+def _predicted(run: Run, key: dict[str, Any], cells: pd.DataFrame, group: pd.DataFrame) -> Finding:
+    """Of a simulated group: the order that the judge predicts, as a prediction, and what it rests on."""
+    group = group[group["direction"] == main_direction(group)]
+    firsts: dict[tuple[str, ...], list[str]] = defaultdict(list)  # shortest, next, ratio -> races
+    for race, rows in group.groupby("race", sort=False):
+        order = rows.sort_values("point")
+        lead = order.iloc[1]["point"] / order.iloc[0]["point"] if len(order) > 1 else float("nan")
+        firsts[(*order["label"].iloc[:2], f"{lead:.2f}")].append(str(race))
+    sentences = []
+    for (first, *after, lead), races in firsts.items():
+        here = group[group["race"].isin(races)]
+        count = _systems(here, cells[cells["race"].isin(races)])
+        text = f"{first} has the shortest simulated time of {count} on {_listed(here['workload'].unique())}"
+        sentences.append(f"{text}; the next, {after[0]}, takes {lead} times as long." if after else f"{text}.")
+    sentences += _setbacks(run, key)
+    sentences.append(f"Nothing was run: {rests_on(run.rows[run.rows['cell'].isin(group['cell'])])}.")
+    return Finding(group_title(key), key["evidence"], key["network"], tuple(sentences), False)
+
+
+def rests_on(rows: pd.DataFrame) -> str:
+    """What simulated ``rows`` rest on, and how far that was off where it was tried, in words."""
+    return f"by {_listed(rows['basis'].dropna().unique()) or 'an unknown machine'}; {heldout(rows['heldout_error'])}"
+
+
+def heldout(errors: pd.Series) -> str:
+    known = pd.to_numeric(errors).dropna()
+    if known.empty:
+        return "how far off that is, no run has told yet"
+    low, high = f"{known.min():.0%}", f"{known.max():.0%}"
+    return f"off by {low if low == high else f'{low} to {high}'} on average where it was held against runs"
 
 
 def _untimed(run: Run, key: dict[str, Any]) -> Finding:

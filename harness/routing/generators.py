@@ -1,9 +1,10 @@
 """Skewed routings from (generator, params, seed, step, layer) alone; vectorised, k distinct experts per token.
 
-Most generators state how often a token uses each expert (``use``, float [E], summing to k, each at most 1) and leave
-the rest to ``_deal``, which gives every rank exactly that load (rounded) and is random in everything else: so a target
-skew is met on every rank and not only on average. Who is popular depends on (seed, layer); which token goes
-where on the step and the rank too. The order among a token's k experts is random.
+Most generators (``STATED``) state loads: how many of each rank's assignments each expert gets. They mean to have each
+expert used so often by a token (``use``, float [E], summing to k, each at most 1), and round that for every rank: so a
+target skew is met on every rank and not only on average. ``harness.routing.deal`` makes tokens of them, which are
+random in everything else. The others (``DRAWN``) draw every token. Who is popular depends on (seed, layer); which token
+goes where on the step and the rank too. The order among a token's k experts is random.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ import numpy as np
 from pydantic import Field
 
 from harness.errors import bad
+from harness.routing.deal import deal, deal_at_once, rounded
 from harness.specs import Count, Model, Spec, Workload
 from harness.topology import Topology
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
-# Random trades that every token takes part in: enough that a pair of experts meets as often as chance has it.
-NUM_TRADES = 24
 CHUNK_ELEMENTS = 1 << 22  # of a [tokens, E] work array
 
 
@@ -63,73 +63,37 @@ class Draw:
     def rank_rng(self, rank: int) -> np.random.Generator:
         return self._rng(2, self.step, rank)
 
+    def sample_rng(self) -> np.random.Generator:
+        return self._rng(3, self.step)
+
     def bad(self, param: str, value: object, remedy: str) -> Exception:
         return bad(f"{self.where}.{param}", value, remedy)
 
 
-# ---- from loads to tokens ----------------------------------------------------------------------------------------
+# ---- loads and tokens --------------------------------------------------------------------------------------------
 
 
-def _wrap(counts: np.ndarray, num_tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
-    """ids [T, k] with expert e exactly counts[e] <= T times and k distinct experts per token.
-
-    McNaughton's wrap-around rule: lay the experts out one after another over k rounds of T tokens; a run of at most T
-    never meets a token twice. Then ``_trade`` makes it random.
-    """
-    order = rng.permutation(len(counts))
-    ids = np.repeat(order, counts[order]).reshape(top_k, num_tokens).T  # [T, k]
-    ids = ids[rng.permutation(num_tokens)]
-    for _ in range(NUM_TRADES):
-        ids = _trade(ids, rng)
-    return rng.permuted(ids, axis=1)
-
-
-def _trade(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Pair the tokens at random; each pair deals the experts that only one of them has out anew.
-
-    Keeps every load and every token's k; repeated, all such routings become equally likely (the "curveball"
-    chain: Strona et al., Nature Communications 5, 2014).
-    """
-    num_tokens, top_k = ids.shape
-    half = num_tokens // 2
-    tokens = rng.permutation(num_tokens)[: 2 * half]
-    hands = ids[tokens].reshape(half, 2 * top_k)  # two tokens a row
-    same = hands[:, :top_k, None] == hands[:, None, top_k:]  # [P, k, k]
-    keys = rng.random(hands.shape)
-    keys[:, :top_k][same.any(2)] = -1  # what both have stays where it is
-    keys[:, top_k:][same.any(1)] = 2
-    dealt = np.take_along_axis(hands, keys.argsort(1), 1)
-    ids = ids.copy()
-    ids[tokens] = dealt.reshape(2 * half, top_k)
-    return ids
-
-
-def _deal(draw: Draw, use: np.ndarray) -> np.ndarray:
-    """ids [T, k] in which every rank uses expert e ``T_rank * use[e]`` times, rounded up or down."""
+def _rounded(draw: Draw, use: np.ndarray) -> np.ndarray:
+    """int64 [W, E]: every rank uses expert e ``T_rank * use[e]`` times, rounded up or down."""
     assert np.isclose(use.sum(), draw.top_k)
     assert use.max() <= 1 + 1e-9
-    rng = draw.step_rng()
+    rng, tokens = draw.step_rng(), np.array(draw.tokens)
     order, phase = rng.permutation(draw.num_experts), rng.random()
     golden = (5**0.5 - 1) / 2  # spreads the ranks' phases, so that their roundings cancel in the sum
-    parts = []
-    for rank, num_tokens in enumerate(draw.tokens):
-        wanted = num_tokens * use
-        counts = np.floor(wanted + 1e-9).astype(np.int64)
-        missing = num_tokens * draw.top_k - counts.sum()
-        if missing:  # systematic rounding of the fractions
-            edges = np.cumsum(np.maximum(wanted - counts, 0)[order])
-            edges = np.floor(edges * (missing / edges[-1]) * (1 - 1e-12) + (phase + rank * golden) % 1)
-            edges[-1] = missing
-            counts[order] += np.diff(edges, prepend=0).astype(np.int64)
-        parts.append(_wrap(counts, num_tokens, draw.top_k, draw.rank_rng(rank)))
-    return np.concatenate(parts)
+    phases = (phase + np.arange(len(tokens)) * golden) % 1
+    return rounded(tokens[:, None] * use, tokens * draw.top_k, order, phases)
 
 
-def _top(keys: np.ndarray, top_k: int) -> np.ndarray:
+def largest(keys: np.ndarray, top_k: int) -> np.ndarray:
     """Columns of the k largest keys of each row, largest first."""
-    best = np.argpartition(-keys, top_k - 1, axis=1)[:, :top_k]
-    order = np.take_along_axis(-keys, best, 1).argsort(1)
+    best = _best(keys, top_k)
+    order = (-np.take_along_axis(keys, best, 1)).argsort(1)
     return np.take_along_axis(best, order, 1)
+
+
+def _best(keys: np.ndarray, top_k: int) -> np.ndarray:
+    """The same columns in any order."""
+    return np.argpartition(keys, -top_k, axis=1)[:, -top_k:]
 
 
 def _chunks(num_tokens: int, num_experts: int) -> list[slice]:
@@ -157,24 +121,34 @@ def balanced(p: NoParams, draw: Draw) -> np.ndarray:
     for axis, size in enumerate(grid.shape):
         grid = grid.take(rng.permutation(size), axis)
     order = grid.T.ravel()
-    parts, start = [], 0
+    counts, start = np.empty((len(draw.tokens), draw.num_experts), np.int64), 0
     for rank, num_tokens in enumerate(draw.tokens):
-        each, more = divmod(num_tokens * draw.top_k, draw.num_experts)
-        counts = np.full(draw.num_experts, each)
-        counts[order[(start + np.arange(more)) % draw.num_experts]] += 1
+        counts[rank], more = divmod(num_tokens * draw.top_k, draw.num_experts)
+        counts[rank, order[(start + np.arange(more)) % draw.num_experts]] += 1
         start += more
-        parts.append(_wrap(counts, num_tokens, draw.top_k, draw.rank_rng(rank)))
-    return np.concatenate(parts)
+    return counts
 
 
 def uniform(p: NoParams, draw: Draw) -> np.ndarray:
     """Every set of k experts equally likely, token by token: balanced only on average."""
-    parts = []
+    parts = [largest(keys, draw.top_k) for _, keys in _uniform_keys(draw)]
+    return np.concatenate([np.empty((0, draw.top_k), np.int64), *parts])
+
+
+def uniform_counts(draw: Draw) -> np.ndarray:
+    """Loads of ``uniform``'s tokens, int64 [W, E], without their order."""
+    counts = np.zeros((len(draw.tokens), draw.num_experts), np.int64)
+    for rank, keys in _uniform_keys(draw):
+        counts[rank] += np.bincount(_best(keys, draw.top_k).ravel(), minlength=draw.num_experts)
+    return counts
+
+
+def _uniform_keys(draw: Draw) -> Iterator[tuple[int, np.ndarray]]:
+    """Ranks, and of some of their tokens at a time how much each wants each expert, [tokens, E]."""
     for rank, num_tokens in enumerate(draw.tokens):
         rng = draw.rank_rng(rank)
         for part in _chunks(num_tokens, draw.num_experts):
-            parts.append(_top(rng.random((part.stop - part.start, draw.num_experts)), draw.top_k))
-    return np.concatenate([np.empty((0, draw.top_k), np.int64), *parts])
+            yield rank, rng.random((part.stop - part.start, draw.num_experts))
 
 
 class Zipf(Spec):
@@ -187,7 +161,7 @@ def zipf(p: Zipf, draw: Draw) -> np.ndarray:
     """The i-th most used expert has a load in proportion to i^-s, with s such that max/mean is ``target``."""
     exponent = zipf_exponent(p.target, draw)
     load = np.arange(1, draw.num_experts + 1) ** -exponent
-    return _deal(draw, draw.top_k * (load / load.sum())[draw.popularity_rng().permutation(draw.num_experts)])
+    return _rounded(draw, draw.top_k * (load / load.sum())[draw.popularity_rng().permutation(draw.num_experts)])
 
 
 def zipf_exponent(target: float, draw: Draw) -> float:
@@ -241,7 +215,7 @@ def _hot_set(draw: Draw, num_hot: int, shift: int = 0) -> np.ndarray:
 
 def hot_experts(p: HotExperts, draw: Draw) -> np.ndarray:
     """One hot set, the same at every step."""
-    return _deal(draw, _hot(draw, _hot_set(draw, p.hot_experts), p.share))
+    return _rounded(draw, _hot(draw, _hot_set(draw, p.hot_experts), p.share))
 
 
 class HotRank(Spec):
@@ -259,7 +233,7 @@ def hot_rank(p: HotRank, draw: Draw) -> np.ndarray:
     if draw.num_experts % num_ranks:
         raise draw.bad("rank", p.rank, f"{draw.num_experts} experts do not divide over {num_ranks} ranks")
     each = draw.num_experts // num_ranks
-    return _deal(draw, _hot(draw, p.rank * each + np.arange(each), p.share))
+    return _rounded(draw, _hot(draw, p.rank * each + np.arange(each), p.share))
 
 
 class Rotating(HotExperts):
@@ -270,7 +244,7 @@ class Rotating(HotExperts):
 
 def rotating(p: Rotating, draw: Draw) -> np.ndarray:
     """A hot set that moves through the experts as steps go by."""
-    return _deal(draw, _hot(draw, _hot_set(draw, p.hot_experts, draw.step // p.period), p.share))
+    return _rounded(draw, _hot(draw, _hot_set(draw, p.hot_experts, draw.step // p.period), p.share))
 
 
 class Burst(HotExperts):
@@ -285,7 +259,7 @@ def burst(p: Burst, draw: Draw) -> np.ndarray:
     if p.length > p.period:
         raise draw.bad("length", p.length, f"is longer than period = {p.period}")
     use = _hot(draw, _hot_set(draw, p.hot_experts), p.share)  # checked at quiet steps too
-    return _deal(draw, use) if draw.step % p.period < p.length else balanced(NoParams(), draw)
+    return _rounded(draw, use) if draw.step % p.period < p.length else balanced(NoParams(), draw)
 
 
 class Empty(Spec):
@@ -302,7 +276,7 @@ def empty(p: Empty, draw: Draw) -> np.ndarray:
         raise draw.bad("num_empty", p.num_empty, text)
     use = np.zeros(draw.num_experts)
     use[draw.popularity_rng().permutation(draw.num_experts)[:used]] = draw.top_k / used
-    return _deal(draw, use)
+    return _rounded(draw, use)
 
 
 class Markov(Spec):
@@ -314,41 +288,62 @@ class Markov(Spec):
 def markov(p: Markov, draw: Draw) -> np.ndarray:
     """Inter-layer dependence (what MoETuner exploits): layer 0 is uniform; every layer has one random permutation
     of the experts that names each expert's successor. Experts that no predecessor brings are uniform."""
-    *_, ids = markov_layers(p, draw)
+    first = dataclasses.replace(draw, layer=0)
+    drawn = _drawn_layer(p, first)
+    layer, ids = drawn[0] if drawn and drawn[0][0] <= draw.layer else (0, uniform(NoParams(), first))
+    while layer < draw.layer:
+        layer += 1
+        ids = _successors(p, dataclasses.replace(draw, layer=layer), ids)
+    drawn[:] = [(layer, ids)]
+    return ids
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn_layer(p: Markov, draw: Draw) -> list[tuple[int, np.ndarray]]:
+    """The layer of a step that was drawn last and its ids, from which later layers go on; none at first."""
+    return []
+
+
+def _successors(p: Markov, draw: Draw, before: np.ndarray) -> np.ndarray:
+    """ids [T, k] of ``draw.layer``; ``before``: of the layer before it."""
+    successor, ids = draw.popularity_rng().permutation(draw.num_experts), before.copy()
+    starts = np.concatenate([[0], np.cumsum(draw.tokens)])
+    for rank, num_tokens in enumerate(draw.tokens):
+        rng, of_rank = draw.rank_rng(rank), ids[starts[rank] : starts[rank + 1]]
+        for part in _chunks(num_tokens, draw.num_experts):
+            brought = successor[of_rank[part]]  # [T, k], distinct
+            kept = rng.random(brought.shape) < p.strength
+            keys = rng.random((len(brought), draw.num_experts))
+            bonus = np.take_along_axis(keys, brought, 1) + kept  # kept ones beat all others
+            np.put_along_axis(keys, brought, bonus, 1)
+            of_rank[part] = largest(keys, draw.top_k)
     return ids
 
 
 def markov_layers(p: Markov, draw: Draw) -> Iterator[np.ndarray]:
     """The same, of every layer from 0 to ``draw.layer``."""
-    ids = uniform(NoParams(), dataclasses.replace(draw, layer=0))
-    yield ids
-    starts = np.concatenate([[0], np.cumsum(draw.tokens)])
-    for layer in range(1, draw.layer + 1):
-        here, ids = dataclasses.replace(draw, layer=layer), ids.copy()
-        successor = here.popularity_rng().permutation(draw.num_experts)
-        for rank, num_tokens in enumerate(draw.tokens):
-            rng, of_rank = here.rank_rng(rank), ids[starts[rank] : starts[rank + 1]]
-            for part in _chunks(num_tokens, draw.num_experts):
-                brought = successor[of_rank[part]]  # [T, k], distinct
-                kept = rng.random(brought.shape) < p.strength
-                keys = rng.random((len(brought), draw.num_experts))
-                bonus = np.take_along_axis(keys, brought, 1) + kept  # kept ones beat all others
-                np.put_along_axis(keys, brought, bonus, 1)
-                of_rank[part] = _top(keys, draw.top_k)
-        yield ids
+    return (markov(p, dataclasses.replace(draw, layer=layer)) for layer in range(draw.layer + 1))
 
 
-GENERATORS: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
+#: generators that state loads, int64 [W, E]
+STATED: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
     "balanced": (NoParams, balanced),
-    "uniform": (NoParams, uniform),
     "zipf": (Zipf, zipf),
     "hot_experts": (HotExperts, hot_experts),
     "hot_rank": (HotRank, hot_rank),
     "rotating": (Rotating, rotating),
     "burst": (Burst, burst),
     "empty": (Empty, empty),
+}
+#: generators that draw ids [T, k]
+DRAWN: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
+    "uniform": (NoParams, uniform),
     "markov": (Markov, markov),
 }
+GENERATORS = ("balanced", "uniform", *(name for name in STATED if name != "balanced"), "markov")
+
+
+# ---- whole routings, their loads alone, and samples of them ------------------------------------------------------
 
 
 def generate(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray:
@@ -359,5 +354,44 @@ def generate(workload: Workload, model: Model, topology: Topology, step: int, la
 @functools.lru_cache(maxsize=1)  # the systems of a race ask for the same one after another
 def _generate(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray:
     draw = Draw.of(workload, model, topology, step, layer)
-    params, function = GENERATORS[workload.generator]
-    return np.asarray(function(params.parse(workload.params, draw.where), draw), dtype=np.int32)
+    found = _call(workload, draw)
+    if draw.generator in DRAWN:
+        return np.asarray(found, dtype=np.int32)
+    per_rank = enumerate(zip(found, draw.tokens, strict=True))
+    return np.concatenate([deal(counts, num, draw.top_k, draw.rank_rng(rank)) for rank, (counts, num) in per_rank])
+
+
+def loads(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray | None:
+    """``generate``'s assignments from each rank to each expert, int64 [W, E]; None where only the ids tell them."""
+    draw = Draw.of(workload, model, topology, step, layer)
+    if draw.generator in STATED:
+        return _call(workload, draw)
+    _params(workload, draw)  # checked
+    return uniform_counts(draw) if draw.generator == "uniform" else None
+
+
+def sample(
+    workload: Workload, model: Model, topology: Topology, step: int, layer: int, tokens: tuple[int, ...]
+) -> np.ndarray:
+    """ids int32 [sum of ``tokens``, k]: a routing of so many tokens of each rank, with ``generate``'s loads in
+    proportion, rounded. Who draws every token draws fewer, at every layer the same ones."""
+    draw = Draw.of(workload, model, topology, step, layer)
+    if draw.generator in DRAWN:
+        return np.asarray(_call(workload, dataclasses.replace(draw, tokens=tokens)), dtype=np.int32)
+    counts, rng = _call(workload, draw), draw.sample_rng()
+    num_each = np.array(tokens)
+    share = num_each / np.maximum(draw.tokens, 1)
+    order, phases = rng.permutation(draw.num_experts), rng.random(len(tokens))
+    fewer = rounded(counts * share[:, None], num_each * draw.top_k, order, phases)
+    return deal_at_once(fewer, num_each, draw.top_k, rng)
+
+
+def _call(workload: Workload, draw: Draw) -> np.ndarray:
+    """Loads or ids, as the generator gives them."""
+    _, function = (STATED | DRAWN)[draw.generator]
+    return np.asarray(function(_params(workload, draw), draw))
+
+
+def _params(workload: Workload, draw: Draw) -> Spec:
+    kind, _ = (STATED | DRAWN)[draw.generator]
+    return kind.parse(workload.params, draw.where)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from harness.routing.generators import largest
 from harness.specs import Model
 
 BLOCK = 1 << 16  # tokens at a time: the work arrays are [tokens, E]
+
+
+def limits_groups(model: Model) -> bool:
+    return model.gate == "sigmoid" and model.topk_groups is not None and model.topk_groups < model.num_groups
 
 
 def within_groups(ids: np.ndarray, model: Model, rng: np.random.Generator) -> np.ndarray:
@@ -15,7 +20,7 @@ def within_groups(ids: np.ndarray, model: Model, rng: np.random.Generator) -> np
     A token keeps the groups in which most of its experts lie. Each expert outside them is replaced by one inside,
     drawn by how often the whole routing uses it, so that what was hot stays hot.
     """
-    if model.gate != "sigmoid" or model.topk_groups is None or model.topk_groups >= model.num_groups:
+    if not limits_groups(model):
         return ids
     log_use = np.log(np.bincount(ids.ravel(), minlength=model.num_experts) + 1.0)
     parts = [_block(ids[start : start + BLOCK], model, log_use, rng) for start in range(0, len(ids), BLOCK)]
@@ -34,6 +39,6 @@ def _block(ids: np.ndarray, model: Model, log_use: np.ndarray, rng: np.random.Ge
     key = log_use + rng.gumbel(size=(len(ids), model.num_experts))
     key[~kept[:, group_of_expert]] = -np.inf
     np.put_along_axis(key, ids, -np.inf, axis=1)
-    best = np.argsort(-key, axis=1)[:, : model.top_k]
+    best = largest(key, model.top_k)
     replacement = np.take_along_axis(best, np.maximum(outside.cumsum(1) - 1, 0), axis=1)
     return np.where(outside, replacement, ids)

@@ -318,5 +318,8 @@ def from_trace(workload: Workload, model: Model, topology: Topology, layer: int)
     num_tokens = sum(workload.tokens(topology.num_ranks))
     if num_tokens > len(row.ids):
         remedy = f"{num_tokens} tokens on {topology.num_ranks} ranks, but the trace {name} has {len(row.ids)}"
+        remedy += (
+            f"; give a rank {len(row.ids) // topology.num_ranks} at most, or record more (moebench record --tokens)"
+        )
         raise bad(f"workload {workload.name}.tokens_per_rank", workload.tokens_per_rank, remedy)
     return row.ids[:num_tokens, : model.top_k].astype(np.int32)

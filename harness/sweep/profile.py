@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from harness import ledger, profiling
 from harness.bench import tidy
 from harness.bench.run import stamp_of
-from harness.bench.store import COLUMNS, Store
+from harness.bench.store import BLANK, Store
 from harness.errors import UserError, bad
 from harness.launch.allocation import report
 from harness.specs import Cluster
@@ -114,7 +114,7 @@ def rows(
     reason: str = "",
 ) -> pd.DataFrame:
     """Of the store: how long a part took, or why there is none."""
-    row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+    row: dict[str, Any] = dict(BLANK)
     row |= {"run": setting.run, "launch": setting.launch, "race": part["digest"], "cell": part["digest"]}
     row |= {"system": part["part"], "phase": "profile", "cluster": cluster.name, "compute": "real"}
     row |= {"evidence": setting.evidence, "network": str(setting.network["network"]), "rep": -1, "rank": -1}

@@ -146,15 +146,17 @@ def _suite(data: dict[str, Any], path: Path, slurm: ClusterFile) -> Suite:
     if own is not None:
         if "experiments" in data or "defaults" in data:
             raise bad(f"{path}: suite", own, "stands for defaults and experiments; leave one or the other out")
-        name = suites.checked_name(f"{path}: name", data.get("name", own))
-        return dataclasses.replace(suites.load(own), name=name)
+        if not isinstance(own, str):
+            raise bad(f"{path}: suite", own, "must be the name of a suite, or a YAML file of experiments")
+        found = suites.load(path.parent / own if presets.is_file(own) else own)
+        return dataclasses.replace(found, name=suites.checked_name(f"{path}: name", data.get("name", found.name)))
     if not data.get("experiments"):
         raise bad(f"{path}: experiments", data.get("experiments"), "the sweep has no cells; list at least one")
     for index, entry in enumerate([data.get("defaults"), *data["experiments"]]):
         if isinstance(entry, Mapping) and "cluster" in entry:
             here = f"{path}: {f'experiments[{index - 1}]' if index else 'defaults'}.cluster"
             entry["cluster"] = _allocated(entry["cluster"], here, slurm)  # type: ignore[index]
-    return suites.from_data(data, str(path), distinct=True, physical=True)
+    return suites.from_data(data, str(path), folder=path.parent, distinct=True, physical=True)
 
 
 def _allocated(value: Any, here: str, slurm: ClusterFile) -> Any:
@@ -182,10 +184,7 @@ def _find(source: Path | str, folder: Path, what: str) -> Path:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    try:
-        data = presets.parse_yaml(path.read_text("utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise bad("file", str(path), f"cannot be read ({error}); give a readable YAML file") from None
+    data = presets.read_yaml(path, "file")
     if not isinstance(data, Mapping):
         raise bad(str(path), data, "must be a mapping")
     return data

@@ -101,6 +101,7 @@ def submit(file: SweepFile, run_dir: Path, *, on: On, launches: int | None = Non
         require_slurm()
     store, folder = Store(run_dir), SweepFolder(run_dir)
     store.prepare()
+    store.refuse_other(simulated=False)
     if (folder.path / "sweep.json").exists():
         raise bad("sweep", folder.name, "exists; moebench resume goes on with it, --name makes another")
     made = _unfinished(file, store, launches, on)
@@ -237,6 +238,24 @@ def scripts(file: SweepFile, run_dir: Path, launches: int | None = None) -> list
     """What would be submitted, as the text that sbatch would read; nothing is written or started."""
     made = _unfinished(file, Store(run_dir), launches)
     return script.texts(SweepFolder(run_dir), file.slurm.cluster, [(part.nodes, part.tasks_per_node) for part in made])
+
+
+def listed(file: SweepFile, run_dir: Path, launches: int | None = None) -> list[dict[str, Any]]:
+    """What a driver on this machine would run, a row a job; nothing is written or started."""
+    rows = []
+    for index, part in enumerate(_unfinished(file, Store(run_dir), launches, "local")):
+        races = [race for _, race in part.plan.tasks]
+        rows.append(
+            {
+                "job": index,
+                "launch": part.plan.launches[0],
+                "cluster": part.plan.cluster.name,
+                "ranks": part.plan.cluster.num_ranks,
+                "races": len(races),
+                "cells": sum(len(race.experiments) for race in races),
+            }
+        )
+    return rows
 
 
 def shape_of(job: dict[str, Any]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""FSMoE's experiments as named studies (``moebench simulate``): simulated from published constants, with the value that
+"""FSMoE's experiments as named studies (``moebench study``): simulated from published constants, with the value that
 the paper reports as a row of its own wherever it prints one."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def grid(progress: Progress) -> Findings:
     most = gaps.groupby("testbed")["most_below"].min().abs()
     notes = (
         "Speedups over Tutel's schedule from published constants, untuned; k = 2 and nothing dropped for f = * are "
-        "interpretations. moebench simulate fsmoe-sensitivity shows what each assumption does.",
+        "interpretations. moebench study fsmoe-sensitivity shows what each assumption does.",
         "different-degrees counts layers whose best degree backward differs from forward: without a gradient slice, "
         "with the whole gradient in it, and with FSMoE's placement.",
         "closed-form compares the four cases' formula with the plan. They are equal where t_ag = t_rs. Elsewhere the "

@@ -5,7 +5,7 @@ For steps whose computation is a stand-in (attention and experts wait as long as
 systems that go through the native layer. A transfer takes what the busiest port carries over the rate that the
 profiler found there; an exchange and the experts between take what they take on the busiest rank. What the processor
 does beside costs what it took in the executed steps of one system of the run, where there are any
-(``methods.hecate.host``); the optimizer by what a rank owns.
+(``harness.plan.host``); the optimizer by what a rank owns.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from harness.plan.agreement import Agreement, agreement
 from harness.plan.copied import CopiedSystem
 from harness.plan.cost import Hold
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Timeline
+from harness.plan.host import Seconds, beside, merged, unlayered
 from harness.plan.links import Line, Ports
 from harness.plan.machine import Machine
 from harness.plan.native import NativeSystem
@@ -44,10 +45,10 @@ from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, GEMMS, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
-from methods.hecate.host import SYSTEM, Seconds, beside, merged, unlayered
 from methods.hecate.shard import shard
 
 Array = np.ndarray
+SYSTEM = "flat"  # whose steps say what the processor does beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +310,7 @@ def _replicated_bytes(experiment: Experiment) -> list[float]:
 
 class Simulator:
     """For the report of a run (``harness.report.own_run``): the newest calibration of its cluster, and of the run what
-    the processor does beside in steps of ``host.SYSTEM``. ``folder``: the ledger's."""
+    the processor does beside in steps of ``SYSTEM``. ``folder``: the ledger's."""
 
     def __init__(self, folder: Path = ledger.LEDGER):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Hecate's experiments as named studies (``moebench simulate``): simulated from the clusters' data sheets, with the
+"""Hecate's experiments as named studies (``moebench study``): simulated from the clusters' data sheets, with the
 value that the paper reports as a row of its own wherever it prints one.
 
 The paper states neither its routing nor its batches. So skew (max over mean tokens of an expert, the same at every

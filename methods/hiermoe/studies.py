@@ -1,4 +1,4 @@
-"""HierMoE's experiments as named studies (``moebench simulate``): simulated from its published constants, with the
+"""HierMoE's experiments as named studies (``moebench study``): simulated from its published constants, with the
 value that the paper reports as a row of its own wherever it prints one.
 
 The paper does not say which routing it used. So the studies take uniform routing and Zipf-like ones of rising skew

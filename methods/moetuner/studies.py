@@ -1,4 +1,4 @@
-"""MoETuner's experiments as named studies (``moebench simulate``): Mixtral-8x7B on its two testbeds, simulated, with
+"""MoETuner's experiments as named studies (``moebench study``): Mixtral-8x7B on its two testbeds, simulated, with
 the value that the paper reports as a row of its own where it prints one; and what the paper does not try.
 
 Placements are planned with one part of a recording and judged on another. Routing comes from a byte-level model with

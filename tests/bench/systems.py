@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from baselines.flat import Flat
 from harness import registry
-from harness.bench import race
+from harness.bench import layer_cost, race
 from harness.comm.job import Job
 from harness.layer.weights import Weights
 from harness.specs import Dtype
@@ -88,23 +89,28 @@ class Dies(Flat):
 
 
 class BadDay(Flat):
-    """One rank raises in the third repetition."""
+    """One rank raises in the third repetition, at full shape."""
 
     name = "badday"
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
         layer = super().build(case, job, weights)
-        if case.identity_experts and job.rank == job.num_ranks - 1:
-            whole, calls = layer.exchange, itertools.count()
-
-            def exchange(x: torch.Tensor, state: Any) -> torch.Tensor:
-                if next(calls) == 3:  # one untimed call came before
-                    raise RuntimeError("bad day")
-                return whole(x, state)
-
-            layer.exchange = exchange  # type: ignore[method-assign]
+        full = case.identity_experts or case.routing.tokens[0] >= 64
+        if full and job.rank == job.num_ranks // 2:
+            calls = itertools.count()
+            for name in ("exchange", "forward"):
+                setattr(layer, name, cls._fails(getattr(layer, name), calls))
         return layer
+
+    @staticmethod
+    def _fails(whole: Callable[..., torch.Tensor], calls: Iterator[int]) -> Callable[..., torch.Tensor]:
+        def run(*args: Any) -> torch.Tensor:
+            if next(calls) == 3:  # one untimed call came before
+                raise RuntimeError("bad day")
+            return whole(*args)
+
+        return run
 
 
 class Narrow(Flat):
@@ -132,3 +138,9 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """``harness.bench.race.run_race`` on a rank that knows these systems too."""
     register()
     return race.run_race(job, payload)
+
+
+def layer_cost_of(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """The same for ``harness.bench.layer_cost.measure``."""
+    register()
+    return layer_cost.measure(job, payload)

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from harness import registry
-from harness.bench import run, suite
+from harness.bench import progress, run, suite
 from harness.bench.store import Store
 from harness.errors import UserError
 from harness.launch import session
@@ -202,3 +202,13 @@ def test_a_folder_that_cannot_be_written_stops_before_any_work(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="results folder"):
         run.run_suite(suite.parse(EXPERIMENTS, "tiny"), tmp_path / "file" / "tiny", show_progress=False)
+
+
+def test_a_log_has_a_line_a_race_as_it_is_and_no_bar(capsys):
+    text = f"launch 0: exchange of {'m' * 90} [bold], uniform-3000, on emulated-2x2"
+    with progress.shown(run.plan(suite.parse(EXPERIMENTS, "tiny"), None, set()), True) as hear:
+        assert hear is not None
+        hear({"did": "begin", "text": text})
+    first, *more = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"4 cells to run, about \d+ min", first)
+    assert more == [text]

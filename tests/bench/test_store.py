@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from harness.bench.store import COLUMNS, SCHEMA, SCHEMA_VERSION, Store
+from harness.bench.store import COLUMNS, LATER, SCHEMA, SCHEMA_VERSION, Store
 from harness.errors import UserError
 
 
@@ -175,3 +175,41 @@ def test_a_part_that_was_changed_is_damaged_though_parquet_reads_it(store: Store
     pq.write_table(pq.read_table(part), part, compression="none")
     with pytest.raises(UserError, match="its contents are not those of its name"):
         store.read(damaged="raise")
+
+
+def test_a_part_of_the_first_schema_is_read_beside_newer_ones(store: Store) -> None:
+    """It has neither basis nor held-out error; whoever wrote it would be told to upgrade before reading a newer one."""
+    old = pa.schema([field for field in SCHEMA if field.name not in LATER], {b"moebench_schema_version": b"1"})
+    first = rows("old").drop(columns=[name for name in LATER if name in rows("old")])
+    table = pa.Table.from_pandas(first[old.names], schema=old, preserve_index=False)
+    pq.write_table(table, store.path / "rows-0-abc.parquet")
+    store.append(rows("new").assign(basis="profile of x", heldout_error=0.03))
+    store.append(rows("plain").drop(columns="basis"))
+    back = store.read(damaged="raise").groupby("cell").first()
+    assert list(back.loc[["new", "old"], "value"]) == [0, 0]
+    assert list(back["basis"]) == ["profile of x", None, None]
+    assert back.loc["new", "heldout_error"] == 0.03
+    assert back["heldout_error"].isna().sum() == 2
+    assert store.finished() == {("old", 0), ("new", 0), ("plain", 0)}
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_what_ran_and_what_was_simulated_do_not_share_a_folder(store: Store, simulated: bool) -> None:
+    evidence = "simulated" if simulated else "emulated"
+    store.refuse_other(simulated=simulated)  # an empty one is anybody's
+    store.write_record("launch-0", {"evidence": evidence})
+    with pytest.raises(UserError, match=r"run: 'run': holds .* take another --name"):
+        store.refuse_other(simulated=not simulated)
+    (store.path / "record-launch-0.json").unlink()
+    store.refuse_other(simulated=not simulated)
+    (store.path / "rows-0-damaged.parquet").write_bytes(b"PAR1")
+    store.append(rows().assign(evidence=evidence))
+    store.refuse_other(simulated=simulated)
+    with pytest.raises(UserError, match=r"run: 'run': holds .* take another --name"):
+        store.refuse_other(simulated=not simulated)
+
+
+def test_a_sweep_is_no_simulation_before_its_first_row(store: Store) -> None:
+    (store.path / "sweep").mkdir()
+    with pytest.raises(UserError, match="holds a run that was executed"):
+        store.refuse_other(simulated=True)

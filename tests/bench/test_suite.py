@@ -68,7 +68,7 @@ def test_the_most_demanding_entry_decides_and_a_cell_stands_once() -> None:
         ),
         ("system: [flat", "system: [flatt", "did you mean 'flat'?"),
         ("chunks: 2", "chunkz: 2", "did you mean 'chunks'?"),
-        ("cluster: [local-1, local-2]", "cluster: fsmoe-a", "published set-up"),
+        ("cluster: [local-1, local-2]", "cluster: fsmoe-a", "is of kind physical"),
         ("repeats: 2", "repeats: 0", "defaults.repeats"),
         ("repeats: 2", "repeats: [2]", "defaults.repeats"),
         ("dtype: float32", "dtype: fp32", "dtype"),

@@ -13,6 +13,7 @@ from harness import ledger, presets
 from harness.comm.job import Job
 from harness.layer.weights import Weights
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Timeline
+from harness.plan.host import beside, merged
 from harness.plan.machine import Machine
 from harness.plan.passage import backward_layer, forward_layer, passage
 from harness.plan.simulate import simulate
@@ -21,7 +22,6 @@ from harness.specs import Experiment
 from harness.topology import Topology
 from harness.traffic import port_load
 from methods.hecate import predict
-from methods.hecate.host import beside, merged
 
 SYSTEMS = ["flat", "smartmoe", "fastermoe", "flexmoe", "eplb", "fsdp-experts", "hecate", "hecate-rm"]
 MODEL = {

@@ -16,7 +16,7 @@ import pytest
 from harness.bench.store import Store
 from harness.bench.suite import load
 from harness.cli.run import _notebook_and_run
-from harness.errors import UserError
+from harness.errors import Failure, UserError
 from harness.plan.graph import Plan, Timeline
 from harness.report import claims, render
 from harness.report.paper import Paper
@@ -179,6 +179,20 @@ def test_page_without_a_run(tmp_path, monkeypatch):
     assert f"run &lt;&gt; to {tmp_path / 'results' / 'report'}" in html
     with pytest.raises(UserError, match=r"needy reports on a run; make one with moebench run"):
         render("needy", None)
+
+
+def test_a_page_whose_process_is_killed_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    cells = [
+        nbformat.v4.new_code_cell('run_dir = "?"', metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"),
+    ]
+    kernel = {"name": "python3", "display_name": "", "language": "python"}
+    metadata = {"kernelspec": kernel, "moebench": {"suite": "mine"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path / "mine.ipynb")
+    monkeypatch.setattr(importlib.import_module("harness.report.render"), "NOTEBOOKS", tmp_path)
+    with pytest.raises(Failure, match=r"the process that executes mine\.ipynb was killed"):
+        render("mine", None, out=tmp_path / "report")
+    assert not list((tmp_path / "report").iterdir())
 
 
 def test_command_takes_the_papers_own_run_or_none(tmp_path, own):

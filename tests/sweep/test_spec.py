@@ -65,6 +65,18 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(sweep_file, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_on_this_machine_lists_its_jobs(sweep_file, tmp_path):
+    loaded = spec.load(sweep_file("dry-here", num_races=3, cells_per_job=2))
+    rows = submit.listed(loaded, tmp_path / "dry", launches=2)
+    assert [(row["job"], row["launch"], row["cluster"], row["cells"]) for row in rows] == [
+        (0, 0, "one", 2),
+        (1, 0, "one", 1),
+        (2, 1, "one", 2),
+        (3, 1, "one", 1),
+    ]
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "task"),
     [

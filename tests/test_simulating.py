@@ -1,0 +1,307 @@
+"""moebench simulate: which machine prices a cell, what the store gets, what is refused; on any cluster, in a line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from harness import cli, presets, simulating
+from harness.bench import run, suite
+from harness.bench.store import Store
+from harness.errors import UserError
+from harness.plan.choice import Wanted, fingerprint
+from harness.plan.links import Ports, SharedPorts
+from harness.registry import systems
+from tests.report.synthetic_run import experiment
+from tests.report.test_simulated import said
+
+CLUSTER = {
+    "name": "own",
+    "kind": "physical",
+    "levels": [
+        {"name": "node", "size": 2, "bandwidth_bytes_per_s": 25e9},
+        {"name": "gpu", "size": 4, "bandwidth_bytes_per_s": 200e9},
+    ],
+    "device": "H100",
+    "device_flops_per_s": 989e12,
+}
+ENTRY = {
+    "model": {"num_layers": 2, "hidden": 64, "ffn": 64, "num_experts": 16, "top_k": 2, "seq": 64},
+    "cluster": CLUSTER,
+    "workload": {"tokens_per_rank": 64, "generator": "zipf", "params": {"target": 2.0}},
+    "system": ["flat", "hiermoe-hd2"],
+    "phase": "exchange",
+}
+
+
+def changed(**fields):
+    return {"name": "mine", "experiments": [ENTRY | fields]}
+
+
+@pytest.fixture
+def moebench(monkeypatch, capsys, tmp_path):
+    """An experiments file as data and words of a command line -> exit status, stdout, stderr."""
+
+    def call(data, *words):
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
+        command = ["moebench", "simulate", tmp_path / "mine.yaml", "--results", tmp_path / "runs", *words]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capsys.readouterr()
+        return exit_.value.code or 0, out, err
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------------- machines
+
+
+def on(cluster, **fields):
+    return experiment("flat").model_copy(update={"cluster": cluster, **fields})
+
+
+def test_auto_takes_the_profile_then_what_was_published_then_the_data_sheet(tmp_path):
+    assert Wanted().machine(on(presets.cluster("emulated-2x4"))).basis.startswith("profile of emulated-2x4, 20")
+    assert Wanted().machine(on(presets.cluster("hiermoe"))).basis == "costs of hiermoe"
+    sheet = Wanted().machine(on(presets.cluster("hecate-b")))
+    assert sheet.basis == "data sheet of hecate-b, computation by rows per expert, ports"
+    assert type(sheet.links) is Ports
+    with pytest.raises(UserError, match="moebench profile emulated-2x4"):  # another ledger, in which it is not
+        Wanted().machine(on(presets.cluster("emulated-2x4")), tmp_path)
+
+
+def test_costs_without_a_product_price_exchanges_only():
+    assert Wanted().machine(on(presets.cluster("fsmoe-a"), phase="layer")).basis == "costs of fsmoe-a"
+    no_gemm = presets.cluster("fsmoe-a").model_copy(update={"gemm": None})
+    assert Wanted().machine(on(no_gemm)).basis == "costs of fsmoe-a"
+    assert Wanted().machine(on(no_gemm, phase="layer")).basis.startswith("data sheet of fsmoe-a")
+
+
+def test_a_machine_is_what_was_asked_for():
+    cluster = presets.cluster("hecate-b")
+    machine = Wanted("data-sheet", 0.4, "shared-ports").machine(on(cluster))
+    assert machine.basis == "data sheet of hecate-b, computation 40% of the peak, shared ports"
+    assert type(machine.links) is SharedPorts
+    assert fingerprint(machine) == fingerprint(Wanted("data-sheet", 0.4, "shared-ports").machine(on(cluster)))
+    assert fingerprint(machine) != fingerprint(Wanted("data-sheet", 0.5, "shared-ports").machine(on(cluster)))
+    faster = on(cluster.resized(8))
+    assert fingerprint(machine) != fingerprint(Wanted("data-sheet", 0.4, "shared-ports").machine(faster))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--machine", "profilled"],
+            "--machine: 'profilled': unknown; did you mean 'profiled'? known machines are auto",
+        ),
+        (["--links", "share-ports"], "--links: 'share-ports': unknown; did you mean 'shared-ports'?"),
+        (["--efficiency", "40"], "--efficiency: 40.0: must be a share of the device's peak"),
+        (["--efficiency", "nan"], "--efficiency: nan: must be a share"),
+        (["--machine", "published", "--efficiency", "0.4"], "--efficiency: 0.4: is of a data sheet; add --machine"),
+        (["--machine", "published"], "cluster own.collectives: {}: none is stated"),
+        (["--machine", "profiled"], "cluster: 'own': was never profiled; moebench profile own"),
+        (["--name", "../x"], "--name: '../x': must be a word"),
+    ],
+)
+def test_an_unknown_basis_or_one_that_the_cluster_lacks(moebench, tmp_path, words, message):
+    status, out, err = moebench(changed(), *words)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def without(**fields):
+    """The cluster with levels or fields changed; None: left out."""
+    levels = [level | fields.pop(level["name"], {}) for level in CLUSTER["levels"]]
+    found = CLUSTER | {"levels": [{k: v for k, v in level.items() if v is not None} for level in levels]} | fields
+    return {k: v for k, v in found.items() if v is not None}
+
+
+TRACE = {"generator": "trace", "params": {"path": "record-e64k8.parquet"}, "tokens_per_rank": 10**6}
+RECORDED = ENTRY["model"] | {"num_experts": 64, "top_k": 8}
+
+
+@pytest.mark.parametrize(
+    ("fields", "messages"),
+    [
+        ({"cluster": without(device_flops_per_s=None)}, ["cluster own.device_flops_per_s", "state its peak"]),
+        (
+            {"cluster": without(node={"bandwidth_bytes_per_s": None})},
+            ["cluster own.levels.0.bandwidth_bytes_per_s", "level node has no rate; state that of one port"],
+        ),
+        ({"cluster": without(gpu={"bandwidth_bytes_per_s": None})}, ["cluster own.levels.1.bandwidth_bytes_per_s"]),
+        (
+            {"cluster": without(node={"size": 250_000})},
+            [
+                "cluster own.levels: '250000 x 4'",
+                "1,000,000 ranks, and a plan holds 4,096 at most; make a level smaller",
+            ],
+        ),
+        (
+            {"cluster": without(node={"size": 3})},
+            ["model.num_experts: 16", "not divisible by the 3 groups of link level 'node'; change one of the two"],
+        ),
+        (
+            {"workload": TRACE, "model": RECORDED},
+            ["workload inline.tokens_per_rank: 1000000", "the trace record-e64k8.parquet has", "or record more"],
+        ),
+        ({"cluster": "emulated-2x5"}, ["did you mean 'emulated-2x4'?"]),
+        ({"cluster": "own.yaml"}, ["own.yaml': cannot be read (no such file)"]),
+        ({"workload": "zipf-44"}, ["did you mean 'zipf-4'?"]),
+    ],
+)
+def test_bad_input_is_one_line_within_seconds(moebench, tmp_path, fields, messages):
+    began = time.monotonic()
+    status, out, err = moebench(changed(**fields))
+    assert time.monotonic() - began < 10
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert all(each in err for each in messages), err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_million_ranks_are_too_many_everywhere(tmp_path):
+    from harness import checks, placing, profiling
+
+    many = presets.cluster("local-8").resized(250_000)
+    for refuse in (
+        lambda: placing.bandwidths(many),
+        lambda: profiling.parts(many),
+        lambda: checks.check_systems(["flat"], many, {}, print),
+        lambda: suite.from_data(changed(cluster=many.model_dump(mode="json")), "mine.yaml"),
+    ):
+        with pytest.raises(UserError, match=r"1,000,000 ranks, and a plan holds 4,096 at most"):
+            refuse()
+
+
+@pytest.mark.parametrize("phase", ["layer", "train_step", "prefill"])
+def test_what_no_rank_can_hold_is_refused_with_the_arithmetic(phase):
+    small = CLUSTER | {"device_memory_bytes": 10_000}
+    data = changed(phase=phase, cluster=small, system=["flat", "megatron"])
+    for each in suite.from_data(data, "mine.yaml", physical=True).experiments:
+        said = simulating.refusal(each)
+        assert said is not None
+        assert "GB" in said
+        assert "use at least" in said or "take more ranks or a smaller model" in said
+
+
+# ------------------------------------------------------------------------------------------------------- the store
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """The answers of a judge that is not asked here; counts the questions."""
+    asked = []
+
+    def answer(experiment, machine, steps, warm):
+        asked.append(experiment.system)
+        return dataclasses.replace(said(1.0, steps), basis=machine.basis)
+
+    monkeypatch.setattr(simulating, "judged", answer)
+    return asked
+
+
+@pytest.fixture
+def mine(tmp_path):
+    return suite.from_data(changed(), "mine.yaml", physical=True), tmp_path / "mine-sim"
+
+
+def test_rows_are_as_of_any_run_and_say_what_they_rest_on(mine, judge):
+    chosen, folder = mine
+    counts = simulating.simulate_suite(chosen, folder, Wanted(), steps=3, show_progress=False)
+    assert counts == {"ok": 2}
+    rows = Store(folder).read(damaged="raise")
+    assert set(rows["evidence"]) == {"simulated"}
+    assert set(rows["network"]) == {"modelled"}
+    assert set(rows["basis"]) == {"data sheet of own, computation by rows per expert, ports"}
+    assert rows["heldout_error"].isna().all()
+    times = rows[rows["metric"] == "time_s"]
+    assert set(times["direction"]) == {"forward", "backward", "total"}
+    assert sorted(times[times["direction"] == "total"]["rep"]) == [0, 0, 1, 1, 2, 2]
+    assert {"max_over_mean", "bytes_planned", "speed_of_light_s", "note"} <= set(rows["metric"])
+    (record,) = Store(folder).records().values()
+    assert record["evidence"] == "simulated"
+    assert set(record["experiments"]) == {each.digest for each in chosen.experiments}
+    assert simulating.times(folder, list(record["experiments"]))[0]["time_s"] == pytest.approx(1.1)
+
+
+def test_a_second_call_keeps_what_is_finished_and_another_machine_is_another_run(mine, judge):
+    chosen, folder = mine
+    simulating.simulate_suite(chosen, folder, Wanted(), show_progress=False)
+    simulating.simulate_suite(chosen, folder, Wanted(), show_progress=False)
+    assert judge == ["flat", "hiermoe-hd2"]
+    for other in ({"steps": 2}, {"warm": 1}, {"wanted": Wanted("data-sheet", 0.4)}):
+        with pytest.raises(UserError, match=r"another machine or of other steps .*; take another --name, or --fresh"):
+            simulating.simulate_suite(chosen, folder, show_progress=False, **{"wanted": Wanted(), **other})
+    simulating.simulate_suite(chosen, folder, Wanted(), steps=2, fresh=True, show_progress=False)
+    assert len(judge) == 4
+    assert len(list(folder.parent.glob("mine-sim*"))) == 2
+
+
+def test_a_name_is_of_a_run_or_of_a_simulation(mine, judge):
+    chosen, folder = mine
+    executed = folder.with_name("mine")
+    store = Store(executed)
+    store.prepare()
+    store.write_record("launch-0", {"evidence": "emulated"})
+    with pytest.raises(UserError, match=r"run: 'mine': holds a run that was executed, .* take another --name"):
+        simulating.simulate_suite(chosen, executed, Wanted(), show_progress=False)
+    simulating.simulate_suite(chosen, folder, Wanted(), show_progress=False)
+    local = suite.from_data(changed(cluster="local-2"), "mine.yaml")
+    with pytest.raises(UserError, match=r"run: 'mine-sim': holds a simulation, .* take another --name"):
+        run.run_suite(local, folder, show_progress=False)
+
+
+def test_a_cell_without_a_machine_is_a_row_and_the_others_are_priced(mine, judge):
+    _, folder = mine
+    data = changed(cluster=[CLUSTER, without(name="bare", device_flops_per_s=None)])
+    chosen = suite.from_data(data, "mine.yaml", physical=True)
+    assert simulating.simulate_suite(chosen, folder, Wanted(), show_progress=False) == {"ok": 2, "failed": 2}
+    rows = Store(folder).read()
+    (reason,) = set(rows[rows["status"] == "failed"]["reason"])
+    assert reason.startswith("cluster bare.device_flops_per_s: None: the device has no rate")
+    assert set(rows[rows["status"] == "failed"]["evidence"]) == {"simulated"}
+
+
+def test_the_command_prints_json_alone_and_the_shortest_first(moebench, tmp_path, monkeypatch):
+    def answer(experiment, machine, steps, warm):
+        return said({"flat": 2.0, "hiermoe-hd2": 1.0}[experiment.system], steps)
+
+    monkeypatch.setattr(simulating, "judged", answer)
+    status, out, _ = moebench(changed(), "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert found["run"] == str(tmp_path / "runs" / "mine-sim")
+    assert found["cells"] == {"ok": 2}
+    assert [row["system"] for row in found["times"]] == ["hiermoe-hd2", "flat"]
+    assert {row["evidence"] for row in found["times"]} == {"simulated"}
+    status, out, err = moebench(changed())
+    assert status == 0
+    assert "exchange of inline, inline, on own: simulated, profile of emulated-2x4" in out
+    assert "unknown" in out
+    assert "is simulated already" in err
+
+
+# ------------------------------------------------------------------------------------------------------ the example
+
+
+def test_the_example_is_every_native_system_on_64_h100():
+    folder = Path(__file__).resolve().parents[1] / "examples"
+    chosen = suite.load(folder / "qwen3-235b-a22b.yaml", physical=True)
+    (race,) = chosen.races
+    model, cluster = race.first.model, race.first.cluster
+    assert (model.num_layers, model.num_experts, model.top_k) == (94, 128, 8)
+    assert (cluster.num_ranks, cluster.device) == (64, "H100 80GB HBM3")
+    assert (race.first.phase, race.first.workload.name, race.first.workload.tokens_per_rank) == (
+        *("train_step", "zipf-4", 2048),
+    )
+    native = {name for name, each in systems().items() if each.kind == "native"}
+    assert {each.system for each in race.experiments} == native
+    assert Wanted().machine(race.first).basis == "data sheet of h100-8x8, computation by rows per expert, ports"
