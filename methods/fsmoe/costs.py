@@ -7,6 +7,7 @@ holds a whole grid of layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,8 +15,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from harness.errors import bad
-from harness.specs import Cluster, Collective
+from harness.plan.cost import Even
+from harness.plan.device import CURVE
+from harness.plan.machine import Machine
+from harness.specs import Cluster, Collective, Gemm
 
+START_S, LAUNCH_S = 2e-5, 5e-6
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -154,6 +159,25 @@ def layer_costs(
             rows * _floats(hidden) * _floats(ffn) / num_esp * _floats(num_gemms),
         ),
     )
+
+
+def stated_costs(cluster: Cluster, keys: Sequence[str]) -> Cluster | None:
+    """``cluster`` with costs under ``keys``: its own, or those of a real cluster's data sheet; None where it states
+    neither.
+
+    Interpretation: the planners need a start-up time, of which data sheets say nothing. ``START_S`` and ``LAUNCH_S``
+    are orders of magnitude of NCCL's collectives and of kernels."""
+    if all(key in cluster.collectives or (key == "gemm" and cluster.gemm is not None) for key in keys):
+        return cluster
+    rates = [level.bandwidth_bytes_per_s for level in cluster.levels if level.size > 1]
+    if cluster.kind != "physical" or None in rates or cluster.device_flops_per_s is None:
+        return None
+    sheet, found = Machine.data_sheet(cluster), dict(cluster.collectives)
+    for operation, scope in (key.split(".") for key in keys if key != "gemm"):
+        beta = float(sheet.seconds(Even(operation, scope, 1.0)))  # type: ignore[arg-type]
+        found.setdefault(f"{operation}.{scope}", Collective(alpha_s=START_S, beta_s_per_byte=beta))
+    gemm = cluster.gemm or Gemm(alpha_s=LAUNCH_S, beta_s_per_mac=2 / (CURVE.share * cluster.device_flops_per_s))
+    return cluster.model_copy(update={"collectives": found, "gemm": gemm})
 
 
 def reduce_costs(cluster: Cluster, num_ranks: int | None = None, *, scope: str = "inter") -> Reduce:

@@ -19,7 +19,7 @@ from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES, EXPERTS_CHOOSE, GEMMS, Cluster
 from harness.system import Case, GradientSlices
-from methods.fsmoe.costs import NOTHING, LayerCosts, Linear, attention_gradient_elements, reduce_costs
+from methods.fsmoe.costs import NOTHING, LayerCosts, Linear, attention_gradient_elements, reduce_costs, stated_costs
 from methods.fsmoe.degree import DEGREES
 from methods.fsmoe.place import Slices, place, unweighed_slices
 from methods.fsmoe.schedule import Sizes
@@ -242,14 +242,14 @@ def linear_costs(sizes: Sizes, costs: Cluster) -> LayerCosts:
 
 
 def calibrated(case: Case, *others: str) -> tuple[Cluster | None, float]:
-    """The case's cluster with fitted costs (and those of ``others``), of its latest calibration, or as it is if it
-    comes with some; and the smallest all-to-all that they hold for."""
+    """The case's cluster with fitted costs (and those of ``others``), of its latest calibration, or as stated; and the
+    smallest all-to-all that they hold for."""
     if case.cluster is None:
         return None, 0.0
     found = ledger.latest(case.cluster)
     if found is not None:
         return known_costs(case, found, *others)
-    return (case.cluster if case.cluster.collectives else None), 0.0
+    return stated_costs(case.cluster, (*cost_keys(case), *others)), 0.0
 
 
 def known_costs(case: Case, calibration: Calibration, *others: str) -> tuple[Cluster, float]:
