@@ -46,12 +46,11 @@ def case_of(
     uniform one."""
     model, topology = experiment.model, Topology(experiment.cluster.shape)
     step = step if experiment.phase == "train_step" else 0
-    in_order = _in_order(experiment)
     case = Case(
         model=model,
         dtype=experiment.dtype,
         topology=topology,
-        placement=in_order,
+        placement=_in_order(experiment),
         routing=planned_routing(experiment.workload, model, topology, step=step, layer=layer),
         device=device,
         identity_experts=experiment.phase == "exchange",
@@ -59,9 +58,9 @@ def case_of(
         cluster=experiment.cluster,
         stand_in=experiment.compute == "stand-in",
     )
-    if experiment.phase in ("exchange", "layer"):
-        return case
-    return dataclasses.replace(case, placement=placement or in_order, room_bytes=room_bytes(experiment, case))
+    whole_model = experiment.phase not in ("exchange", "layer")
+    room = room_bytes(experiment, case) if whole_model else None  # before any expert has moved
+    return dataclasses.replace(case, placement=placement or case.placement, room_bytes=room)
 
 
 # -------------------------------------------------------------------------------- where a served model's experts go

@@ -48,6 +48,10 @@ class RankFailure(Failure):
         return RankFailure, (self.rank, self.phase, self.kind, self.message, self.log_path)
 
 
+class Unplanned(UserError):
+    """A system's bytes are known to nobody before it runs, so that it cannot be priced."""
+
+
 def bad(field: str, value: object, remedy: str) -> UserError:
     """Build the one-line error every part of moebench uses: ``field``: ``value``: ``remedy``."""
     shown = repr(value)

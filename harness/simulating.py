@@ -19,7 +19,7 @@ from harness.bench import dry, lock, provenance, run, tidy
 from harness.bench.progress import columns
 from harness.bench.store import SIMULATED, Store
 from harness.bench.suite import Race, Suite
-from harness.errors import UserError, bad, told
+from harness.errors import Unplanned, UserError, bad, told
 from harness.placing import check_memory
 from harness.plan.choice import Wanted, fingerprint
 from harness.plan.graph import Timeline
@@ -65,7 +65,10 @@ def simulate_suite(
         for race, experiment in todo:
             say(f"{experiment.system}: {run.describe(race)}", 0)
             key = key_of(experiment)
-            outcome = ("failed", lacks[key]) if key in lacks else judged(experiment, machines[key], steps, warm)
+            if key in lacks:
+                outcome: Any = "failed", lacks[key]
+            else:
+                outcome = judged(experiment, machines[key], steps, warm, lambda text: say(text, -1))
             keep(store, experiment, outcome)
             if isinstance(outcome, tuple):
                 say(f"{outcome[0]}: {experiment.system}: {outcome[1]}", None)
@@ -94,14 +97,16 @@ def key_of(experiment: Experiment) -> Key:
     return experiment.cluster.digest, experiment.compute, "exchange" if experiment.phase == "exchange" else ""
 
 
-def judged(experiment: Experiment, machine: Machine, steps: int, warm: int) -> Any:
+def judged(experiment: Experiment, machine: Machine, steps: int, warm: int, progress: Callable[[str], None]) -> Any:
     """The judge's answer, or status and reason of a cell that has none."""
     from harness.simulation import simulate
 
     try:
         if refused := refusal(experiment):
             return "refused", refused
-        return simulate(experiment, machine, steps=steps, warm=warm)
+        return simulate(experiment, machine, steps=steps, warm=warm, progress=progress)
+    except Unplanned as error:
+        return "refused", str(error)
     except UserError as error:
         return "failed", str(error)
     except Exception as error:  # of a system's planning: as much its own affair as one on a rank
@@ -189,7 +194,7 @@ def _place(experiment: Experiment) -> str:
 @contextlib.contextmanager
 def _shown(num_cells: int, units: int, show: bool) -> Iterator[Callable[[str, int | None], None]]:
     """A bar with the time that remains, on stderr, moved on by ``units`` a cell. What it yields takes a text, and how
-    far to move on (None: the text is to stay)."""
+    far to move on (None: the text is to stay; -1: it is for a terminal alone)."""
     console = Console(stderr=True, quiet=not show)
     if not num_cells:
         console.print("every cell of this file is simulated already; --fresh begins again", highlight=False)
@@ -197,11 +202,13 @@ def _shown(num_cells: int, units: int, show: bool) -> Iterator[Callable[[str, in
         task = bar.add_task("planning", total=num_cells * units)
 
         def say(text: str, done: int | None) -> None:
+            if done == -1 and not console.is_terminal:
+                return
             if text and (done is None or not console.is_terminal):
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
             elif text:
                 bar.update(task, description=text)
-            if done:
+            if done and done > 0:
                 bar.advance(task, done)
 
         yield say

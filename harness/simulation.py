@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from harness.case import cases_of
-from harness.errors import bad
+from harness.errors import Unplanned, bad
 from harness.plan.graph import Plan, Timeline
 from harness.plan.machine import Machine
 from harness.plan.passage import Direction, Passage, plan_alone
@@ -111,7 +111,8 @@ def _training(experiment: Experiment, machine: Machine, steps: int, warm: int, p
 
 def _planned(experiment: Experiment, passages: list[Passage | None]) -> list[Passage]:
     if any(passage is None for passage in passages):
-        raise bad("system", experiment.system, "has bytes that nobody can plan for this model; it cannot be simulated")
+        remedy = "has bytes that nobody can plan for this model; it cannot be simulated"
+        raise Unplanned(str(bad("system", experiment.system, remedy)))
     return [passage for passage in passages if passage is not None]
 
 

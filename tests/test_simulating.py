@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness import cli, presets, simulating
+from harness import cli, ledger, presets, simulating
 from harness.bench import run, suite
 from harness.bench.store import Store
 from harness.errors import UserError
@@ -200,7 +200,7 @@ def judge(monkeypatch):
     """The answers of a judge that is not asked here; counts the questions."""
     asked = []
 
-    def answer(experiment, machine, steps, warm):
+    def answer(experiment, machine, steps, warm, progress):
         asked.append(experiment.system)
         return dataclasses.replace(said(1.0, steps), basis=machine.basis)
 
@@ -271,7 +271,7 @@ def test_a_cell_without_a_machine_is_a_row_and_the_others_are_priced(mine, judge
 
 
 def test_the_command_prints_json_alone_and_the_shortest_first(moebench, tmp_path, monkeypatch):
-    def answer(experiment, machine, steps, warm):
+    def answer(experiment, machine, steps, warm, progress):
         return said({"flat": 2.0, "hiermoe-hd2": 1.0}[experiment.system], steps)
 
     monkeypatch.setattr(simulating, "judged", answer)
@@ -287,6 +287,28 @@ def test_the_command_prints_json_alone_and_the_shortest_first(moebench, tmp_path
     assert "exchange of inline, inline, on own: simulated, profile of emulated-2x4" in out
     assert "unknown" in out
     assert "is simulated already" in err
+
+
+def test_the_judge_itself_fills_a_folder(moebench, tmp_path):
+    """Of two phases, by a profile; a system whose bytes nobody can plan is refused, one that cannot be priced fails."""
+    data = changed(cluster="emulated-2x4", phase=["exchange", "train_step"], system=["flat", "hiermoe-hd2", "megatron"])
+    status, out, err = moebench(data, "--json", "--steps", "2", "--warm", "1")
+    found = json.loads(out)
+    assert status == 0, err
+    assert set(found["cells"]) <= {"ok", "refused"}
+    times = {(row["phase"], row["system"]): row["time_s"] for row in found["times"]}
+    assert 0 < times["exchange", "hiermoe-hd2"] < times["exchange", "flat"] < times["train_step", "flat"] < 1
+    rows = Store(tmp_path / "runs" / "mine-sim").read()
+    steps = rows[(rows["metric"] == "time_s") & (rows["phase"] == "train_step") & (rows["system"] == "flat")]
+    assert list(steps["direction"]) == ["total"] * 2
+    assert set(rows["basis"].dropna()) == {f"profile of emulated-2x4, {_date()}"}
+    traces = Store(tmp_path / "runs" / "mine-sim").trace(steps["cell"].iloc[0])
+    assert all(each.start_s.shape[1] == 8 for each in traces.values())
+    assert traces
+
+
+def _date():
+    return ledger.profiled(presets.cluster("emulated-2x4")).date[:10]
 
 
 # ------------------------------------------------------------------------------------------------------ the example

@@ -32,6 +32,11 @@ class LinkModel(abc.ABC):
 
     meets: ClassVar[bool] = True
 
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Units per link level, outermost first; ranks W are their product."""
+
     @abc.abstractmethod
     def seconds(self, cost: OnLinks) -> Any:
         """Of one collective whose ranks begin together: [..], or [.., W] where ranks differ."""
@@ -65,6 +70,10 @@ class AlphaBeta(LinkModel):
 
     cluster: Cluster
     num_ranks: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.cluster.shape
 
     def seconds(self, cost: OnLinks) -> Any:
         """Nothing to send costs nothing."""
@@ -141,6 +150,10 @@ class Ports(LinkModel):
     topology: Topology
     lines: tuple[Line, ...]
     start_s: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.topology.shape
 
     def seconds(self, cost: OnLinks) -> Any:
         if isinstance(cost, Transfer):

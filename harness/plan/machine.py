@@ -27,6 +27,8 @@ from harness.topology import Topology
 
 #: how much a busy lane (inner key) slows another (outer key): at rate 1 / (1 + c) while both are busy
 Contention = dict[str, dict[str, float]]
+#: bytes from each rank to each are then 0.5 GB, of which a few are there at once
+MOST_RANKS = 8192
 BY_NAME: dict[str, type[Ports]] = {"ports": Ports, "shared-ports": SharedPorts}
 
 
@@ -40,6 +42,15 @@ class Machine:
     basis: str
     contention: Contention = dataclasses.field(default_factory=dict)
     host: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape, name = self.links.shape, "cluster.levels"
+        if (num_ranks := math.prod(shape)) > MOST_RANKS:
+            size = 8 * num_ranks**2 / 2**30
+            remedy = (
+                f"the bytes from each of {num_ranks} ranks to each take {size:.0f} GiB; give at most {MOST_RANKS} ranks"
+            )
+            raise bad(name, "x".join(map(str, shape)), remedy)
 
     @classmethod
     def published(cls, cluster: Cluster, num_ranks: int | None = None, contention: Contention | None = None) -> Machine:

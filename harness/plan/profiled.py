@@ -26,6 +26,10 @@ class Profiled(LinkModel):
 
     calibration: Calibration
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.calibration.profiled.shape
+
     def seconds(self, cost: OnLinks) -> Any:
         if isinstance(cost, Even):
             alpha, beta = self._fit(cost.key)

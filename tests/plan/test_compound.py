@@ -156,13 +156,24 @@ def test_a_task_of_several_parts_lasts_longer_by_its_last():
 def test_scopes_are_groups_of_link_levels():
     plan, topology = Plan(), Topology((2, 2, 2))
     plan.add("wait", COMPUTE, cost=Hold(np.arange(8.0)))
-    plan.add("middle", INTER, ["wait"], Timed("a2a", "inter2", 1.0))
+    plan.add("middle", INTER, ["wait"], Timed("a2a", "inter2", np.array([1.0, 2.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0])))
     found = simulate(plan, Machine(AlphaBeta(cluster_of((2, 2, 2))), Roofline(1.0, None, 1.0), ""), topology)
     np.testing.assert_allclose(found.of("middle")[0], [2, 3, 2, 3, 6, 7, 6, 7])
+    np.testing.assert_allclose(found.of("middle")[1], [5, 5, 5, 5, 7, 8, 7, 8])  # with the slowest of its group
     assert span("intra1", 3) == span("intra", 3)
     for wrong in ("inter4", "outer", "inter0", "flat2"):
         with pytest.raises(UserError, match="is no group of ranks on 3 link levels"):
             span(wrong, 3)
+
+
+def test_more_ranks_than_a_matrix_of_bytes_fits_are_refused_at_once():
+    cluster = cluster_of((125_000, 8), device_flops_per_s=1e15, **OPEN)
+    for make in (Machine.published, Machine.data_sheet):
+        with pytest.raises(
+            UserError, match=r"cluster.levels: '125000x8': the bytes from .* take 7451 GiB; give at most"
+        ):
+            make(cluster)
+    assert Machine.published(cluster_of((1024, 8), **OPEN)).links.shape == (1024, 8)
 
 
 def test_costs_go_by_stage_by_level_and_by_role():

@@ -54,6 +54,10 @@ def test_what_is_to_be_predicted_is_no_host_time():
     plan.add("layer0.forward.dispatch", INTER)
     plan.add("head", COMPUTE)
     ran = Timeline(plan, np.zeros((5, 2)), np.ones((5, 2)))
+    late = Plan()
+    late.add("layer0.backward.metadata", INTER)
+    came = Timeline(late, np.array([[0.0, 2.0]]), np.array([[3.0, 3.5]]))  # 1.5 s after the last rank
+    assert beside(came, Timeline(late, np.zeros(1), np.ones(1))) == {"backward.metadata": 0.5}
     assert beside(ran, simulate(plan, MACHINE)) == {"head": 1.0}
     assert beside(ran, Timeline(plan, np.zeros(5), np.full(5, 2.0))) == {"head": 0.0}
     assert merged([{"a": 1.0}, {"a": 2.0, "b": 4.0}]) == {"a": 1.5, "b": 4.0}

@@ -47,6 +47,27 @@ def test_many_configurations_at_once_equal_the_slow_simulator(seed):
             np.testing.assert_allclose(found.start_s[:, column], start, rtol=1e-6, atol=1e-9)
 
 
+def test_tasks_are_walked_in_the_order_of_adding_as_far_as_waits_allow():
+    circles = 0
+    for seed in range(40):
+        rng, plan = np.random.default_rng(seed), Plan()
+        lanes = rng.choice(plan.lanes, 12).tolist()
+        waits = rng.random((12, 12)) < 0.02  # for tasks that are added later, too
+        for i, lane in enumerate(lanes):
+            plan.add(f"t{i}", lane, [f"t{j}" for j in np.flatnonzero(waits[i])])
+            waits[i] |= [j < i and lanes[j] == lane for j in range(12)]
+        found: list[int] = []
+        while ready := [i for i in range(12) if i not in found and set(np.flatnonzero(waits[i])) <= set(found)]:
+            found.append(ready[0])
+        if len(found) == 12:
+            assert plan.order == found
+        else:
+            circles += 1
+            with pytest.raises(UserError, match="in a circle"):
+                plan.order  # noqa: B018
+    assert 5 < circles < 35  # both are there
+
+
 def test_prices_are_linear_and_of_the_right_size():
     plan = Plan()
     plan.add("a", "inter", cost=Even("a2a", "inter", np.array([0.0, 4.0])))

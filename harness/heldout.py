@@ -1,0 +1,326 @@
+"""The ledger of errors: how far simulated times are from those that ran, on cells that nothing was fitted to.
+
+    python -m harness.heldout                              the ledger: error by basis, phase and system
+    python -m harness.heldout results/runs/judge-emulated  take a run in first
+
+Costs of links, products and contention are the profile's. What the processor does beside (``harness.plan.host``) is
+fitted on executed cells: of each system and shape on its first routing, and tested on the others; where there is one
+routing only, on ``flat``, and tested on the other systems. Fitted cells have no part in an error. Nor have cells that
+are marked ``cpu_bound``: there cores decide that no simulated cluster has; they are counted.
+
+Rows are kept in ``results/ledger/errors.csv`` and fitted host time beside it in ``host.json``; a row of a run that
+comes again replaces the one before. A ledger that another machine made serves too, and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from harness import ledger, outputs
+from harness.bench import stats
+from harness.bench.store import Store
+from harness.errors import UserError, bad
+from harness.plan.choice import PROFILED
+from harness.plan.graph import Timeline
+from harness.plan.host import Seconds, beside, merged, unlayered
+from harness.plan.machine import Machine
+from harness.simulation import simulate
+from harness.specs import Experiment
+
+ERRORS, HOSTS = "errors.csv", "host.json"
+REFERENCE = "flat"  # whose cells tell the host time of a shape that other systems ran under one routing only
+PROBES = 4  # simulations in which host time is scaled to what ran
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell:
+    """One executed cell: ``measured`` its time, ``traces`` its timelines by direction."""
+
+    experiment: Experiment
+    status: str
+    measured: stats.Estimate
+    traces: Mapping[str, Timeline]
+
+    @property
+    def shape(self) -> str:
+        """What host time depends on beside the system."""
+        e = self.experiment
+        tokens = e.workload.tokens_per_rank
+        return f"{e.cluster.digest} {e.phase} {e.model.digest} {e.dtype} {e.compute} {e.backward} {tokens}"
+
+    @property
+    def group(self) -> str:
+        """What one fit holds for: a system with its options, at one shape."""
+        return f"{self.shape} {self.experiment.system} {json.dumps(self.experiment.options, sort_keys=True)}"
+
+
+def cells_of(run: Path) -> list[Cell]:
+    """Timed cells of a stored run whose clusters were profiled, in the order of its experiments."""
+    store = Store(run)
+    rows = store.read(damaged="skip")
+    rows = rows[(rows["metric"] == "time_s") & rows["status"].isin(["ok", "cpu_bound"])]
+    experiments: dict[str, Any] = {}
+    for record in store.records().values():
+        experiments |= record["experiments"]
+    found = []
+    for cell, data in experiments.items():
+        here = rows[rows["cell"] == cell]
+        if here.empty:
+            continue
+        direction = "total" if (here["direction"] == "total").any() else "forward"
+        times = here[here["direction"] == direction]
+        status = "cpu_bound" if (times["status"] == "cpu_bound").any() else "ok"
+        found.append(Cell(Experiment.model_validate(data), status, stats.interval(times), store.trace(cell)))
+    return found
+
+
+def compared(cells: list[Cell], folder: Path = ledger.LEDGER) -> tuple[pd.DataFrame, dict[str, dict[str, float]]]:
+    """A row a cell, and the host time that was fitted, by ``Cell.group`` and of ``REFERENCE`` by ``Cell.shape``."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.group, []).append(cell)
+    hosts: dict[str, dict[str, float]] = {}
+    for name, members in groups.items():
+        if len(members) > 1 or members[0].experiment.system == REFERENCE:
+            hosts[name] = fitted(members[0], folder)
+            if members[0].experiment.system == REFERENCE:
+                hosts.setdefault(members[0].shape, hosts[name])
+    rows = []
+    for members in groups.values():
+        for number, cell in enumerate(members):
+            alone = len(members) == 1
+            fit = number == 0 and (not alone or cell.experiment.system == REFERENCE)
+            host = hosts.get(cell.group if not alone else cell.shape, {})
+            rows.append(_row(cell, "fitted" if fit else "tested", host, folder))
+    return pd.DataFrame(rows), hosts
+
+
+def fitted(cell: Cell, folder: Path = ledger.LEDGER) -> dict[str, float]:
+    """Host time with which the cell comes out as it ran, shared out over its tasks as its trace has them. None is left
+    where the simulation is the slower one."""
+    machine = machine_of(cell.experiment, folder)
+    plain = simulate(cell.experiment, machine)
+    parts: Seconds = merged(
+        [_beside(trace, plain.timelines[name]) for name, trace in cell.traces.items() if name in plain.timelines]
+        or [_even(plain.timelines)]
+    )
+    wanted, scale = cell.measured.point, 1.0
+    start = _total(plain.samples)
+    if wanted <= start or not any(parts.values()):
+        return {}
+    for _ in range(PROBES):
+        host = {name: scale * seconds for name, seconds in parts.items()}
+        reached = _total(simulate(cell.experiment, dataclasses.replace(machine, host=host)).samples)
+        if reached <= start:
+            return {}
+        scale *= (wanted - start) / (reached - start)
+    return {name: scale * seconds for name, seconds in parts.items() if seconds}
+
+
+def _beside(executed: Timeline, simulated: Timeline) -> dict[str, float]:
+    """``beside``, and of tasks that are a whole layer of a package what they took longer."""
+    found = beside(executed, simulated)
+    known = {
+        task.name: float((simulated.end_s[i] - simulated.start_s[i]).max())
+        for i, task in enumerate(simulated.plan.tasks)
+    }
+    for task, start, end in zip(executed.plan.tasks, executed.start_s, executed.end_s, strict=True):
+        if task.kind in ("moe", "dispatch", "combine") and task.name in known:
+            took = float(end.max() - start.max()) - known[task.name]
+            name = unlayered(task.name)
+            found[name] = max(found.get(name, 0.0), took, 0.0)
+    return found
+
+
+def _even(timelines: Mapping[str, Timeline]) -> dict[str, float]:
+    """Where nothing was traced: every task as much."""
+    return {unlayered(task.name): 1e-3 for timeline in timelines.values() for task in timeline.plan.tasks}
+
+
+def machine_of(experiment: Experiment, folder: Path = ledger.LEDGER) -> Machine:
+    return Machine.profiled(experiment.cluster, ledger.profiled(experiment.cluster, folder), experiment.compute)
+
+
+def _total(samples: Mapping[str, Any]) -> float:
+    return float(np.mean(samples["total" if "total" in samples else "forward"]))
+
+
+def _row(cell: Cell, role: str, host: Mapping[str, float], folder: Path) -> dict[str, Any]:
+    experiment, machine = cell.experiment, machine_of(cell.experiment, folder)
+    predicted = _total(simulate(experiment, dataclasses.replace(machine, host=dict(host))).samples)
+    options = json.dumps(experiment.options, sort_keys=True) if experiment.options else ""
+    return {
+        "basis": PROFILED,
+        "phase": experiment.phase,
+        "system": experiment.system,
+        "options": options,
+        "cluster": experiment.cluster.name,
+        "model": experiment.model.name,
+        "workload": experiment.workload.name,
+        "compute": experiment.compute,
+        "race": experiment.race,
+        "status": cell.status,
+        "role": role,
+        "measured_s": cell.measured.point,
+        "low_s": cell.measured.low,
+        "high_s": cell.measured.high,
+        "predicted_s": predicted,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- the ledger
+
+
+def take_in(run: Path, folder: Path = ledger.LEDGER) -> pd.DataFrame:
+    """Add a run's cells to the ledger; returns their rows. ``UserError`` where none of them can be compared."""
+    cells = [cell for cell in cells_of(run) if ledger.latest(cell.experiment.cluster, folder) is not None]
+    if not cells:
+        raise bad("run", str(run), "has no timed cell on a profiled cluster; moebench profile NAME first")
+    rows, hosts = compared(cells, folder)
+    rows.insert(0, "run", run.name)
+    rows.insert(1, "machine", machine_here())
+    known = read(folder)
+    kept = known[~known["run"].isin([run.name])] if len(known) else known
+    whole = pd.concat([kept, rows]) if len(kept) else rows
+    with outputs.whole(folder / ERRORS) as file:
+        whole.to_csv(file, index=False, float_format="%.6g")
+    every = read_hosts(folder) | {name: {"run": run.name, "seconds": seconds} for name, seconds in hosts.items()}
+    with outputs.whole(folder / HOSTS) as file:
+        file.write(json.dumps(every, indent=0, sort_keys=True).encode())
+    return rows
+
+
+def read(folder: Path = ledger.LEDGER) -> pd.DataFrame:
+    """All rows; an empty frame where there are none. ``UserError`` for a damaged file."""
+    path = folder / ERRORS
+    try:
+        rows = pd.read_csv(path, keep_default_na=False)
+        numbers = ["measured_s", "low_s", "high_s", "predicted_s"]
+        rows[numbers] = rows[numbers].apply(pd.to_numeric, errors="coerce")
+        if missing := {"run", "machine", "role", "status", "phase", "system", "race"} - set(rows.columns):
+            raise ValueError(f"lacks {min(missing)}")
+        return rows
+    except FileNotFoundError:
+        return pd.DataFrame()
+    except (OSError, ValueError, KeyError) as error:
+        raise bad("ledger of errors", str(path), f"is damaged ({error}); restore it or move it away") from None
+
+
+def read_hosts(folder: Path = ledger.LEDGER) -> dict[str, Any]:
+    """Fitted host time by ``Cell.group`` or ``Cell.shape``."""
+    path = folder / HOSTS
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if not all(isinstance(each, dict) and isinstance(each.get("seconds"), dict) for each in found.values()):
+            raise ValueError("holds no seconds by task")
+        return dict(found)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise bad("ledger of host time", str(path), f"is damaged ({error}); restore it or move it away") from None
+
+
+def machine_here() -> str:
+    """What tells one computer from another in the ledger, without naming it."""
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def summary(rows: pd.DataFrame) -> pd.DataFrame:
+    """By basis, phase and system (``all``: of the phase, of everything): tested cells, those left out because cores
+    decided, mean, 95th percentile and largest of the absolute error, bias, Kendall's tau over pairs of a race whose
+    measured intervals do not overlap, and how many these are."""
+    found: list[dict[str, Any]] = []
+    if rows.empty:
+        return pd.DataFrame(found)
+    parts = [(("all", "all"), rows)]
+    parts += [((str(phase), "all"), here) for phase, here in rows.groupby("phase", sort=False)]
+    parts += [((str(p), str(s)), here) for (p, s), here in rows.groupby(["phase", "system"], sort=False)]
+    for (phase, system), here in parts:
+        clean = here[here["status"] == "ok"]
+        tested = clean[clean["role"] == "tested"]
+        error = tested["predicted_s"] / tested["measured_s"] - 1
+        tau, pairs = ordered(clean)
+        found.append(
+            {
+                "phase": phase,
+                "system": system,
+                "tested": len(tested),
+                "cpu_bound": int((here["status"] == "cpu_bound").sum()),
+                "mean": float(error.abs().mean()) if len(error) else np.nan,
+                "p95": float(np.quantile(error.abs(), 0.95)) if len(error) else np.nan,
+                "largest": float(error.abs().max()) if len(error) else np.nan,
+                "bias": float(error.mean()) if len(error) else np.nan,
+                "tau": tau if system == "all" else np.nan,
+                "pairs": pairs if system == "all" else 0,
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def ordered(rows: pd.DataFrame) -> tuple[float, int]:
+    """Kendall's tau over the pairs of every race that are really different, averaged by pairs; and their number."""
+    agree, pairs = 0, 0
+    for _, race in rows.groupby("race"):
+        cells = race.to_dict("records")
+        for i, one in enumerate(cells):
+            for other in cells[i + 1 :]:
+                if one["low_s"] > other["high_s"] or other["low_s"] > one["high_s"]:
+                    same = (one["measured_s"] < other["measured_s"]) == (one["predicted_s"] < other["predicted_s"])
+                    agree, pairs = agree + (1 if same else -1), pairs + 1
+    return (agree / pairs if pairs else np.nan), pairs
+
+
+def error_of(experiment: Experiment, folder: Path = ledger.LEDGER) -> float | None:
+    """Mean absolute error of the experiment's system in its phase on tested cells; None where there are none."""
+    rows = read(folder)
+    if rows.empty:
+        return None
+    here = rows[(rows["phase"] == experiment.phase) & (rows["system"] == experiment.system)]
+    here = here[(here["role"] == "tested") & (here["status"] == "ok")]
+    return float((here["predicted_s"] / here["measured_s"] - 1).abs().mean()) if len(here) else None
+
+
+def host_of(experiment: Experiment, folder: Path = ledger.LEDGER) -> dict[str, float] | None:
+    """Host time of the experiment's own system and shape, or of its shape; None where none was fitted."""
+    known = read_hosts(folder)
+    asked = Cell(experiment, "", stats.Estimate(0, 0, 0, 0, 0), {})
+    for name in (asked.group, asked.shape):
+        if name in known:
+            return {str(task): float(seconds) for task, seconds in known[name]["seconds"].items()}
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        for run in arguments:
+            rows = take_in(Path(run))
+            sys.stderr.write(f"{run}: {len(rows)} cells taken in\n")
+        rows = read()
+        if rows.empty:
+            raise UserError("ledger of errors: empty; python -m harness.heldout results/runs/NAME takes a run in")
+        table = summary(rows)
+        for column in ("mean", "p95", "largest", "bias"):
+            table[column] = table[column].map(lambda value: "" if value != value else f"{100 * value:.1f} %")
+        table["tau"] = table["tau"].map(lambda value: "" if value != value else f"{value:.2f}")
+        sys.stdout.write(table.to_string(index=False) + "\n")
+        made = sorted(set(rows["machine"]))
+        if made != [machine_here()]:
+            sys.stdout.write(f"of {', '.join(made)}; on this machine ({machine_here()}) extrapolated\n")
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
