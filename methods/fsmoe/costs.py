@@ -19,6 +19,7 @@ from harness.plan.cost import Even
 from harness.plan.device import CURVE
 from harness.plan.machine import Machine
 from harness.specs import Cluster, Collective, Gemm
+from methods.fsmoe.schedule import Sizes
 
 START_S, LAUNCH_S = 2e-5, 5e-6
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -118,47 +119,26 @@ class LayerCosts:
         return LayerCosts(a2a=Linear(alpha_s, np.ones(()), volume_s), ag=NOTHING, rs=NOTHING, experts=self.experts)
 
 
-def layer_costs(
-    cluster: Cluster,
-    *,
-    batch: ArrayLike,
-    seq: ArrayLike,
-    hidden: ArrayLike,
-    ffn: ArrayLike,
-    copies: ArrayLike,
-    num_gemms: ArrayLike,
-    element_bytes: int = 4,
-    num_ranks: int | None = None,
-) -> LayerCosts:
-    """Forward costs of layers of ``batch`` B, ``seq`` L, ``hidden`` M, ``ffn`` H [N], at the cluster's constants.
+def layer_costs(sizes: Sizes, cluster: Cluster, num_ranks: int | None = None) -> LayerCosts:
+    """Of what a direction of a layer, or of [N] layers, moves and computes, at the cluster's constants. Every GEMM of a
+    chunk is a launch with its own start-up.
 
-    ``copies`` F = k f, the rows that the experts get per token; ``num_gemms`` per expert: 2 (GPT) or 3 (SwiGLU).
-    B L tokens are those of a node, whose ranks share them and shard its expert (N_MP = N_ESP = ranks of a node).
     ``num_ranks`` picks constants that the cluster lists for that number of ranks (``a2a.inter@16``), where it does.
-    Work sizes as in the authors' solver: n_a2a = F B L M / N_ESP, n_ag = n_rs = F B L M elements of one rank's buffer,
-    n_exp = F B L M H / N_ESP multiply-adds a GEMM. Every GEMM of a chunk is a launch with its own start-up.
-    ``UserError`` if the cluster lacks a constant.
-    """
-    num_esp = cluster.shape[-1]
-    rows = np.prod(np.broadcast_arrays(*(_floats(size) for size in (copies, batch, seq))), axis=0)  # [N]
-    gathered_bytes = rows * _floats(hidden) * element_bytes
-    if cluster.gemm is None:
-        raise bad(f"cluster {cluster.name}.gemm", None, "is needed for the experts' cost; profile the cluster")
+    ``UserError`` if the cluster lacks one."""
 
-    def priced(key: str, num_bytes: Array) -> Linear:
-        found = collective(cluster, key, num_ranks)
-        return Linear(_floats(found.alpha_s), _floats(found.beta_s_per_byte), num_bytes)
+    def linear(key: str, amount: Any, launches: Any = 1) -> Linear:
+        alpha, beta = cluster.linear(key, num_ranks)
+        return Linear(_floats(launches) * alpha, _floats(beta), _floats(amount))
 
-    return LayerCosts(
-        a2a=priced("a2a.inter", gathered_bytes / num_esp),
-        ag=priced("ag.intra", gathered_bytes),
-        rs=priced("rs.intra", gathered_bytes),
-        experts=Linear(
-            _floats(num_gemms) * cluster.gemm.alpha_s,
-            _floats(cluster.gemm.beta_s_per_mac),
-            rows * _floats(hidden) * _floats(ffn) / num_esp * _floats(num_gemms),
-        ),
-    )
+    if sizes.wait_s is not None:
+        experts = Linear(_floats(sizes.wait_s[0]), np.ones(()), _floats(sizes.wait_s[1]))
+    else:
+        experts = linear("gemm", sizes.macs, sizes.gemms) if np.any(sizes.gemms) else NOTHING
+    a2a = linear(f"a2a.{sizes.scope}", sizes.slot_bytes)
+    if sizes.num_local == 1:
+        return LayerCosts(a2a, NOTHING, NOTHING, experts)
+    gathered_bytes = sizes.slot_bytes * sizes.num_local
+    return LayerCosts(a2a, linear("ag.intra", gathered_bytes), linear("rs.intra", gathered_bytes), experts)
 
 
 def stated_costs(cluster: Cluster, keys: Sequence[str]) -> Cluster | None:
@@ -182,16 +162,7 @@ def stated_costs(cluster: Cluster, keys: Sequence[str]) -> Cluster | None:
 
 def reduce_costs(cluster: Cluster, num_ranks: int | None = None, *, scope: str = "inter") -> Reduce:
     """The cluster's gradient all-reduce between nodes, or of another ``scope``; ``num_ranks`` as in ``layer_costs``."""
-    found = collective(cluster, f"ar.{scope}", num_ranks)
-    return Reduce(found.alpha_s, found.beta_s_per_byte)
-
-
-def collective(cluster: Cluster, key: str, num_ranks: int | None = None) -> Collective:
-    """The cluster's constants under ``key``, those of ``num_ranks`` ranks first; ``UserError`` if there are none."""
-    for name in (f"{key}@{num_ranks}", key):
-        if name in cluster.collectives:
-            return cluster.collectives[name]
-    raise bad(f"cluster {cluster.name}.collectives", sorted(cluster.collectives), f"lacks {key}; profile the cluster")
+    return Reduce(*cluster.linear(f"ar.{scope}", num_ranks))
 
 
 def attention_gradient_elements(

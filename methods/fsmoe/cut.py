@@ -19,7 +19,7 @@ from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES, EXPERTS_CHOOSE, GEMMS, Cluster
 from harness.system import Case, GradientSlices
-from methods.fsmoe.costs import NOTHING, LayerCosts, Linear, attention_gradient_elements, reduce_costs, stated_costs
+from methods.fsmoe.costs import attention_gradient_elements, layer_costs, reduce_costs, stated_costs
 from methods.fsmoe.degree import DEGREES
 from methods.fsmoe.place import Slices, place, unweighed_slices
 from methods.fsmoe.schedule import Sizes
@@ -65,16 +65,14 @@ def layer_sizes(case: Case, capacity: int) -> LayerSizes:
     num_local = topology.num_ranks // topology.shape[0]
     num_esp = num_local if sharded(case) else 1
     gemms = 0 if case.identity_experts else GEMMS[model.ffn_type]
-    slots = model.num_experts * capacity * model.hidden  # elements of one rank's buffer
-    macs = gemms * slots * model.ffn  # N_ESP ranks' slots through 1 / N_ESP of the FFN
-    slot_bytes = slots * DTYPE_BYTES[case.dtype]
-    gradient_bytes = int(case.options.get("gradient_bytes", 0))
+    slots, width = model.num_experts * capacity * model.hidden, DTYPE_BYTES[case.dtype]
     scope = "inter" if sharded(case) else "flat"
-    stages = None if sharded(case) and topology.shape[0] > 1 else _stages(case, slot_bytes)
+    forward, backward = Sizes.both(slots, model.ffn, gemms, width, num_esp, scope=scope)
     forward, backward = (
-        Sizes(slot_bytes, num_esp, times * macs, times * gemms, scope, stages, _experts(case, capacity, num_esp, times))
-        for times in (1, 2)
+        dataclasses.replace(each, stages=_stages(case, each), experts=_experts(case, capacity, num_esp, times))
+        for each, times in ((forward, 1), (backward, 2))
     )
+    gradient_bytes = int(case.options.get("gradient_bytes", 0))
     if not case.stand_in:
         return LayerSizes(forward, backward, (0.0, 0.0), gradient_bytes)
     assert case.cluster is not None
@@ -103,19 +101,20 @@ def _experts(case: Case, capacity: int, num_esp: int, times: int) -> Experts | N
     return Experts(rows, expert_products(shard) * times, DTYPE_BYTES[case.dtype])
 
 
-def _stages(case: Case, slot_bytes: float) -> tuple[Even | Transfer, ...] | None:
+def _stages(case: Case, sizes: Sizes) -> tuple[Even | Transfer, ...] | None:
     """Of an all-to-all over all ranks (``methods.fsmoe.mesh``), or over one node, where shards send nothing. None: it
     is one collective."""
     nodes, num_ranks = case.topology.shape[0], case.topology.num_ranks
     num_local, algorithm = num_ranks // nodes, case.options.get("all_to_all", "flat")
+    slot_bytes = float(sizes.slot_bytes)
     if sharded(case):
-        return ()
+        return None if nodes > 1 else ()
     if algorithm == "2dh" and num_local > 1:
         return Even("a2a", "intra", slot_bytes), *([Even("a2a", "inter", slot_bytes)] if nodes > 1 else [])
     if algorithm == "1dh" and num_local > 1:
         node, leads = case.topology.unit_of(0), np.arange(num_ranks) % num_local == 0
         same = node[:, None] == node
-        there = (same & ~leads[:, None] & leads) * float(slot_bytes)
+        there = (same & ~leads[:, None] & leads) * slot_bytes
         across = (~same & leads[:, None] & leads) * (slot_bytes * num_local / nodes)
         return Transfer("a2a", "intra", there), Transfer("a2a", "inter", across), Transfer("a2a", "intra", there.T)
     return None
@@ -160,8 +159,8 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_b
         return Cut(*degrees, reduced)  # type: ignore[arg-type]
     decided = Decision(
         policy,
-        linear_costs(sizes.forward, costs),
-        linear_costs(sizes.backward, costs),
+        layer_costs(sizes.forward, costs),
+        layer_costs(sizes.backward, costs),
         reduce_costs(costs),
         sizes.gradient_bytes,
         sizes.dense_s[1],
@@ -209,8 +208,8 @@ def choose_slices(case: Case, policy: Policy, gradient_bytes: Sequence[int], sco
     dense_s = 2 * (ATTENTION_GEMMS * alpha + beta * attention)
     return place(
         policy,
-        linear_costs(sizes.forward, costs),
-        linear_costs(sizes.backward, costs),
+        layer_costs(sizes.forward, costs),
+        layer_costs(sizes.backward, costs),
         reduce_costs(costs, scope=scope),
         gradient_bytes,
         dense_s,
@@ -218,27 +217,6 @@ def choose_slices(case: Case, policy: Policy, gradient_bytes: Sequence[int], sco
         degrees=_degrees_in_range(sizes, least_bytes),
         element_bytes=DTYPE_BYTES[case.dtype],
     )
-
-
-def linear_costs(sizes: Sizes, costs: Cluster) -> LayerCosts:
-    """A walk's sizes at a cluster's constants, as the planners take them."""
-
-    def priced(key: str, amount: float) -> Linear:
-        alpha, beta = costs.linear(key)
-        return Linear(np.asarray(alpha), np.asarray(beta), np.asarray(float(amount)))
-
-    if sizes.wait_s is not None:
-        experts = Linear(np.asarray(sizes.wait_s[0]), np.ones(()), np.asarray(sizes.wait_s[1]))
-    elif sizes.gemms:
-        alpha, beta = costs.linear("gemm")
-        experts = Linear(np.asarray(sizes.gemms * alpha), np.asarray(beta), np.asarray(float(sizes.macs)))
-    else:
-        experts = NOTHING
-    a2a = priced(f"a2a.{sizes.scope}", sizes.slot_bytes)
-    if sizes.num_local == 1:
-        return LayerCosts(a2a, NOTHING, NOTHING, experts)
-    gathered = sizes.slot_bytes * sizes.num_local
-    return LayerCosts(a2a, priced("ag.intra", gathered), priced("rs.intra", gathered), experts)
 
 
 def calibrated(case: Case, *others: str) -> tuple[Cluster | None, float]:

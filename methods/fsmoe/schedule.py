@@ -43,6 +43,17 @@ class Sizes:
     #: stand-in: the experts are a timed wait instead, of a start-up per chunk and so many seconds for the whole layer
     wait_s: tuple[Any, Any] | None = None
 
+    @classmethod
+    def both(
+        cls, slots: Any, ffn: Any, gemms: Any, element_bytes: int, num_local: int, **more: Any
+    ) -> tuple[Sizes, Sizes]:
+        """Forward and backward of ``slots`` elements of capacity on each rank, through experts of ``ffn`` whose shards
+        are on ``num_local`` ranks: so many ranks' slots through one part of so many of the FFN. Backward computes two
+        products (of input and of weight gradient) per forward one."""
+        macs = slots * ffn * gemms
+        forward = cls(slots * element_bytes, num_local, macs, gemms, **more)
+        return forward, dataclasses.replace(forward, macs=2 * macs, gemms=2 * gemms)
+
     def chunk_wait_s(self, degree: int) -> Any:
         """Seconds of the stand-in for one chunk's experts."""
         assert self.wait_s is not None
