@@ -98,9 +98,11 @@ class Compute(Cost):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hold(Cost):
-    """``seconds`` whatever the machine: a timed wait, or what was found out elsewhere."""
+    """``seconds`` whatever the machine: a timed wait, or what was found out elsewhere. ``host``: what the processor's
+    part beside is multiplied by (``harness.plan.host.amount``)."""
 
     seconds: Any
+    host: Any = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

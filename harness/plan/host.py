@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.plan.cost import Compute, Cost
+from harness.plan.cost import Compute, Cost, Hold
 from harness.plan.graph import COMPUTE, Timeline
 
 #: by task, without its layer: "embedding", "forward.gate", "backward.attention"; of what only moves bytes, of each
@@ -50,7 +50,7 @@ def amount(cost: Cost | None) -> Any:
     """What ``Seconds`` of a task are multiplied by: bytes where it moves some and computes nothing, else 1."""
     if isinstance(cost, Compute) and not np.any(cost.macs) and np.any(cost.read_bytes):
         return np.asarray(cost.read_bytes, dtype=np.float64)
-    return 1.0
+    return cost.host if isinstance(cost, Hold) else 1.0
 
 
 def unlayered(task: str) -> str:

@@ -129,14 +129,14 @@ class Machine:
                 return Timed("a2a", cost.scope, self.seconds(cost))
             case OnLinks():
                 return Timed(cost.operation, cost.scope, self.seconds(cost))
-        return Hold(self.seconds(cost))
+        return Hold(self.seconds(cost), amount(cost))
 
-    def durations(self, plan: Plan, priced: Plan | None = None) -> np.ndarray:
+    def durations(self, plan: Plan) -> np.ndarray:
         """Seconds of every task alone on its lane, the processor's part with it, float64 [num_tasks, ...] broadcast
-        over all costs. ``priced``: the same tasks in seconds."""
+        over all costs."""
         each = [
-            np.asarray(self.seconds(task.cost)) + self.host.get(unlayered(task.name), 0.0) * amount(known.cost)
-            for task, known in zip((priced or plan).tasks, plan.tasks, strict=True)
+            np.asarray(self.seconds(task.cost)) + self.host.get(unlayered(task.name), 0.0) * amount(task.cost)
+            for task in plan.tasks
         ]
         shape = np.broadcast_shapes(*(one.shape for one in each)) if each else ()
         return np.array([np.broadcast_to(one, shape) for one in each]).reshape(len(each), *shape)

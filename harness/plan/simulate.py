@@ -31,7 +31,7 @@ MAX_LOST = 0.95  # of a lane's rate to all the others together
 def simulate(plan: Plan, machine: Machine, topology: Topology | None = None) -> Timeline:
     """Price and simulate ``plan``. With ``topology`` the last axis of the costs is that of its ranks."""
     priced = plan.priced(machine.priced)
-    durations = machine.durations(plan, priced)
+    durations = machine.durations(priced)
     if topology is not None and durations.shape[1:][-1:] != (topology.num_ranks,):
         if durations.shape[1:][-1:] != (1,):
             durations = durations[..., None]
