@@ -32,7 +32,7 @@ from harness.bench.store import Store
 from harness.errors import UserError, bad
 from harness.plan.choice import PROFILED
 from harness.plan.graph import Timeline
-from harness.plan.host import Seconds, beside, merged, unlayered
+from harness.plan.host import Seconds, amount, beside, merged, unlayered
 from harness.plan.machine import Machine
 from harness.plan.profiled import Profiled
 from harness.simulation import simulate
@@ -145,7 +145,11 @@ def _beside(executed: Timeline, simulated: Timeline) -> dict[str, float]:
 
 def _even(timelines: Mapping[str, Timeline]) -> dict[str, float]:
     """Where nothing was traced: every task as much."""
-    return {unlayered(task.name): 1e-3 for timeline in timelines.values() for task in timeline.plan.tasks}
+    return {
+        unlayered(task.name): 1e-3 / float(np.mean(amount(task.cost)))
+        for timeline in timelines.values()
+        for task in timeline.plan.tasks
+    }
 
 
 def machine_of(experiment: Experiment, folder: Path = ledger.LEDGER) -> Machine:

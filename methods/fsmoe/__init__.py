@@ -14,12 +14,12 @@ from harness.errors import bad
 from harness.layer.moe import UnifiedSystem
 from harness.layer.order import ORDERS
 from harness.layer.weights import Weights
-from harness.specs import DTYPE_BYTES
+from harness.plan.passage import Passage
 from harness.system import Case, GradientSlices, MoELayer
-from methods.fsmoe.cut import choose_cut, choose_slices, sharded
+from methods.fsmoe.cut import choose_cut, layer_sizes, padded_capacity, settle, sharded, with_degrees
 from methods.fsmoe.layer import FSMoELayer
+from methods.fsmoe.layout import PricedFSMoE
 from methods.fsmoe.mesh import node_mesh, rank_mesh
-from methods.fsmoe.place import unweighed_slices
 from methods.fsmoe.step import POLICIES, Policy
 from methods.fsmoe.traffic import sharded_bytes
 
@@ -72,14 +72,27 @@ class FSMoE(UnifiedSystem):
     def place_gradients(
         cls, layers: Sequence[MoELayer], case: Case, gradient_bytes: Sequence[int], scope: str
     ) -> list[GradientSlices]:
-        found = choose_slices(case, cls.policy, gradient_bytes, scope)
-        if found is None:  # nothing can be weighed: as ``choose_cut``
-            return unweighed_slices(cls.policy, gradient_bytes)
-        if "degree_backward" not in case.options:
-            for layer, degree in zip(layers, found.degree_backward.tolist(), strict=True):
-                assert isinstance(layer, FSMoELayer)
-                layer.recut(dataclasses.replace(layer.cut, degree_backward=degree))
-        return found.as_slices(DTYPE_BYTES[case.dtype])
+        degrees, slices = settle(case, cls.policy, gradient_bytes, scope)
+        for layer, degree in zip(layers, degrees, strict=False):
+            assert isinstance(layer, FSMoELayer)
+            layer.recut(dataclasses.replace(layer.cut, degree_backward=degree))
+        return slices
+
+    @classmethod
+    def settle(
+        cls, cases: Sequence[Case], gradient_bytes: Sequence[int], scope: str
+    ) -> tuple[list[Case], list[GradientSlices]]:
+        degrees, slices = settle(cases[0], cls.policy, gradient_bytes, scope)
+        cuts = [choose_cut(case, cls.policy) for case in cases]
+        for i, degree in enumerate(reversed(degrees)):
+            cuts[i] = dataclasses.replace(cuts[i], degree_backward=degree)
+        return [with_degrees(case, cut) for case, cut in zip(cases, cuts, strict=True)], slices
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage:
+        cut = choose_cut(case, cls.policy)
+        capacity = padded_capacity(case, cls.planned_routing(case) or case.routing, cut)
+        return PricedFSMoE(case, cls.policy, cut, layer_sizes(case, capacity))
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from harness.plan.graph import Timeline
-from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from harness.studies import Findings, Progress
 from methods.fsmoe.degree import scan_degree, slsqp_degree
@@ -30,7 +29,7 @@ def timelines(testbed: str) -> dict[str, Timeline]:
     for policy in POLICIES.values():
         _, decided = step_s(given, policy)
         plan = layer_plan(given, policy, decided, np.array([place]))
-        of_one = simulate(plan, Machine.published(given.cluster, given.num_ranks))
+        of_one = simulate(plan, given.machine())
         found[policy.title] = Timeline(plan, of_one.start_s[:, 0], of_one.end_s[:, 0])
     return found
 

@@ -7,6 +7,7 @@ holds a whole grid of layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,8 +15,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from harness.errors import bad
-from harness.specs import Cluster, Collective
+from harness.plan.cost import Even
+from harness.plan.device import CURVE
+from harness.plan.machine import Machine
+from harness.specs import Cluster, Collective, Gemm
+from methods.fsmoe.schedule import Sizes
 
+START_S, LAUNCH_S = 2e-5, 5e-6
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -113,61 +119,50 @@ class LayerCosts:
         return LayerCosts(a2a=Linear(alpha_s, np.ones(()), volume_s), ag=NOTHING, rs=NOTHING, experts=self.experts)
 
 
-def layer_costs(
-    cluster: Cluster,
-    *,
-    batch: ArrayLike,
-    seq: ArrayLike,
-    hidden: ArrayLike,
-    ffn: ArrayLike,
-    copies: ArrayLike,
-    num_gemms: ArrayLike,
-    element_bytes: int = 4,
-    num_ranks: int | None = None,
-) -> LayerCosts:
-    """Forward costs of layers of ``batch`` B, ``seq`` L, ``hidden`` M, ``ffn`` H [N], at the cluster's constants.
+def layer_costs(sizes: Sizes, cluster: Cluster, num_ranks: int | None = None) -> LayerCosts:
+    """Of what a direction of a layer, or of [N] layers, moves and computes, at the cluster's constants. Every GEMM of a
+    chunk is a launch with its own start-up.
 
-    ``copies`` F = k f, the rows that the experts get per token; ``num_gemms`` per expert: 2 (GPT) or 3 (SwiGLU).
-    B L tokens are those of a node, whose ranks share them and shard its expert (N_MP = N_ESP = ranks of a node).
     ``num_ranks`` picks constants that the cluster lists for that number of ranks (``a2a.inter@16``), where it does.
-    Work sizes as in the authors' solver: n_a2a = F B L M / N_ESP, n_ag = n_rs = F B L M elements of one rank's buffer,
-    n_exp = F B L M H / N_ESP multiply-adds a GEMM. Every GEMM of a chunk is a launch with its own start-up.
-    ``UserError`` if the cluster lacks a constant.
-    """
-    num_esp = cluster.shape[-1]
-    rows = np.prod(np.broadcast_arrays(*(_floats(size) for size in (copies, batch, seq))), axis=0)  # [N]
-    gathered_bytes = rows * _floats(hidden) * element_bytes
-    if cluster.gemm is None:
-        raise bad(f"cluster {cluster.name}.gemm", None, "is needed for the experts' cost; profile the cluster")
+    ``UserError`` if the cluster lacks one."""
 
-    def priced(key: str, num_bytes: Array) -> Linear:
-        found = collective(cluster, key, num_ranks)
-        return Linear(_floats(found.alpha_s), _floats(found.beta_s_per_byte), num_bytes)
+    def linear(key: str, amount: Any, launches: Any = 1) -> Linear:
+        alpha, beta = cluster.linear(key, num_ranks)
+        return Linear(_floats(launches) * alpha, _floats(beta), _floats(amount))
 
-    return LayerCosts(
-        a2a=priced("a2a.inter", gathered_bytes / num_esp),
-        ag=priced("ag.intra", gathered_bytes),
-        rs=priced("rs.intra", gathered_bytes),
-        experts=Linear(
-            _floats(num_gemms) * cluster.gemm.alpha_s,
-            _floats(cluster.gemm.beta_s_per_mac),
-            rows * _floats(hidden) * _floats(ffn) / num_esp * _floats(num_gemms),
-        ),
-    )
+    if sizes.wait_s is not None:
+        experts = Linear(_floats(sizes.wait_s[0]), np.ones(()), _floats(sizes.wait_s[1]))
+    else:
+        experts = linear("gemm", sizes.macs, sizes.gemms) if np.any(sizes.gemms) else NOTHING
+    a2a = linear(f"a2a.{sizes.scope}", sizes.slot_bytes)
+    if sizes.num_local == 1:
+        return LayerCosts(a2a, NOTHING, NOTHING, experts)
+    gathered_bytes = sizes.slot_bytes * sizes.num_local
+    return LayerCosts(a2a, linear("ag.intra", gathered_bytes), linear("rs.intra", gathered_bytes), experts)
+
+
+def stated_costs(cluster: Cluster, keys: Sequence[str]) -> Cluster | None:
+    """``cluster`` with costs under ``keys``: its own, or those of a real cluster's data sheet; None where it states
+    neither.
+
+    Interpretation: the planners need a start-up time, of which data sheets say nothing. ``START_S`` and ``LAUNCH_S``
+    are orders of magnitude of NCCL's collectives and of kernels."""
+    if all(key in cluster.collectives or (key == "gemm" and cluster.gemm is not None) for key in keys):
+        return cluster
+    rates = [level.bandwidth_bytes_per_s for level in cluster.levels if level.size > 1]
+    if cluster.kind != "physical" or None in rates or cluster.device_flops_per_s is None:
+        return None
+    sheet, found = Machine.data_sheet(cluster), dict(cluster.collectives)
+    for operation, scope in (key.split(".") for key in keys if key != "gemm"):
+        beta = float(sheet.seconds(Even(operation, scope, 1.0)))  # type: ignore[arg-type]
+        found.setdefault(f"{operation}.{scope}", Collective(alpha_s=START_S, beta_s_per_byte=beta))
+    gemm = cluster.gemm or Gemm(alpha_s=LAUNCH_S, beta_s_per_mac=2 / (CURVE.share * cluster.device_flops_per_s))
+    return cluster.model_copy(update={"collectives": found, "gemm": gemm})
 
 
 def reduce_costs(cluster: Cluster, num_ranks: int | None = None, *, scope: str = "inter") -> Reduce:
     """The cluster's gradient all-reduce between nodes, or of another ``scope``; ``num_ranks`` as in ``layer_costs``."""
-    found = collective(cluster, f"ar.{scope}", num_ranks)
-    return Reduce(found.alpha_s, found.beta_s_per_byte)
-
-
-def collective(cluster: Cluster, key: str, num_ranks: int | None = None) -> Collective:
-    """The cluster's constants under ``key``, those of ``num_ranks`` ranks first; ``UserError`` if there are none."""
-    for name in (f"{key}@{num_ranks}", key):
-        if name in cluster.collectives:
-            return cluster.collectives[name]
-    raise bad(f"cluster {cluster.name}.collectives", sorted(cluster.collectives), f"lacks {key}; profile the cluster")
+    return Reduce(*cluster.linear(f"ar.{scope}", num_ranks))
 
 
 def attention_gradient_elements(

@@ -12,15 +12,16 @@ from harness import ledger
 from harness.comm.fits import Fit
 from harness.errors import bad
 from harness.layer import gates
-from harness.layer.work import ATTENTION_GEMMS, attention_macs
+from harness.layer.work import ATTENTION_GEMMS, attention_macs, expert_products
 from harness.ledger import Calibration
+from harness.plan.cost import Even, Experts, Transfer
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
-from harness.specs import DTYPE_BYTES, GEMMS, Cluster
-from harness.system import Case
-from methods.fsmoe.costs import NOTHING, LayerCosts, Linear, attention_gradient_elements, reduce_costs
+from harness.specs import DTYPE_BYTES, EXPERTS_CHOOSE, GEMMS, Cluster
+from harness.system import Case, GradientSlices
+from methods.fsmoe.costs import attention_gradient_elements, layer_costs, reduce_costs, stated_costs
 from methods.fsmoe.degree import DEGREES
-from methods.fsmoe.place import Slices, place
+from methods.fsmoe.place import Slices, place, unweighed_slices
 from methods.fsmoe.schedule import Sizes
 from methods.fsmoe.step import Decision, Policy
 
@@ -64,13 +65,14 @@ def layer_sizes(case: Case, capacity: int) -> LayerSizes:
     num_local = topology.num_ranks // topology.shape[0]
     num_esp = num_local if sharded(case) else 1
     gemms = 0 if case.identity_experts else GEMMS[model.ffn_type]
-    slots = model.num_experts * capacity * model.hidden  # elements of one rank's buffer
-    macs = gemms * slots * model.ffn  # N_ESP ranks' slots through 1 / N_ESP of the FFN
-    slot_bytes = slots * DTYPE_BYTES[case.dtype]
-    gradient_bytes = int(case.options.get("gradient_bytes", 0))
+    slots, width = model.num_experts * capacity * model.hidden, DTYPE_BYTES[case.dtype]
     scope = "inter" if sharded(case) else "flat"
-    forward = Sizes(slot_bytes, num_esp, macs, gemms, scope)
-    backward = Sizes(slot_bytes, num_esp, 2 * macs, 2 * gemms, scope)
+    forward, backward = Sizes.both(slots, model.ffn, gemms, width, num_esp, scope=scope)
+    forward, backward = (
+        dataclasses.replace(each, stages=_stages(case, each), experts=_experts(case, capacity, num_esp, times))
+        for each, times in ((forward, 1), (backward, 2))
+    )
+    gradient_bytes = int(case.options.get("gradient_bytes", 0))
     if not case.stand_in:
         return LayerSizes(forward, backward, (0.0, 0.0), gradient_bytes)
     assert case.cluster is not None
@@ -88,11 +90,44 @@ def layer_sizes(case: Case, capacity: int) -> LayerSizes:
     return LayerSizes(forward, backward, dense_s, gradient_bytes)
 
 
+def _experts(case: Case, capacity: int, num_esp: int, times: int) -> Experts | None:
+    """On every rank alike: slots of all ranks through a share of its own experts."""
+    if case.identity_experts:
+        return None
+    num_ranks, model = case.topology.num_ranks, case.model
+    num_own = model.num_experts * num_esp // num_ranks
+    shard = model.model_copy(update={"ffn": model.ffn // num_esp})
+    rows = np.full((1, num_own), float(num_ranks * capacity))
+    return Experts(rows, expert_products(shard) * times, DTYPE_BYTES[case.dtype])
+
+
+def _stages(case: Case, sizes: Sizes) -> tuple[Even | Transfer, ...] | None:
+    """Of an all-to-all over all ranks (``methods.fsmoe.mesh``), or over one node, where shards send nothing. None: it
+    is one collective."""
+    nodes, num_ranks = case.topology.shape[0], case.topology.num_ranks
+    num_local, algorithm = num_ranks // nodes, case.options.get("all_to_all", "flat")
+    slot_bytes = float(sizes.slot_bytes)
+    if sharded(case):
+        return None if nodes > 1 else ()
+    if algorithm == "2dh" and num_local > 1:
+        return Even("a2a", "intra", slot_bytes), *([Even("a2a", "inter", slot_bytes)] if nodes > 1 else [])
+    if algorithm == "1dh" and num_local > 1:
+        node, leads = case.topology.unit_of(0), np.arange(num_ranks) % num_local == 0
+        same = node[:, None] == node
+        there = (same & ~leads[:, None] & leads) * slot_bytes
+        across = (~same & leads[:, None] & leads) * (slot_bytes * num_local / nodes)
+        return Transfer("a2a", "intra", there), Transfer("a2a", "inter", across), Transfer("a2a", "intra", there.T)
+    return None
+
+
 def planned_capacity(case: Case, routing: Routing) -> int:
     """Slots an expert and rank that the case's routing will need, as ``FSMoELayer`` finds out by an all-reduce."""
     model, most = case.model, int(expert_counts(routing).max())
-    if model.capacity_factor is not None:
-        most = min(most, max(gates.capacity(model, count) for count in routing.tokens))
+    allowed = max(gates.capacity(model, count) for count in case.routing.tokens)
+    if model.gate in EXPERTS_CHOOSE:
+        most = allowed
+    elif model.capacity_factor is not None:
+        most = min(most, allowed)
     return max(1, most)
 
 
@@ -124,8 +159,8 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_b
         return Cut(*degrees, reduced)  # type: ignore[arg-type]
     decided = Decision(
         policy,
-        linear_costs(sizes.forward, costs),
-        linear_costs(sizes.backward, costs),
+        layer_costs(sizes.forward, costs),
+        layer_costs(sizes.backward, costs),
         reduce_costs(costs),
         sizes.gradient_bytes,
         sizes.dense_s[1],
@@ -143,6 +178,24 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_b
     )
 
 
+def settle(
+    case: Case, policy: Policy, gradient_bytes: Sequence[int], scope: str
+) -> tuple[list[int], list[GradientSlices]]:
+    """What a training step does with the gradients of its attentions, last layer first: degrees of the layers'
+    backwards beside them (none: as they were cut before), and slices. ``case``: of the first layer."""
+    found = choose_slices(case, policy, gradient_bytes, scope)
+    if found is None:  # nothing can be weighed: as ``choose_cut``
+        return [], unweighed_slices(policy, gradient_bytes)
+    degrees = [] if "degree_backward" in case.options else found.degree_backward.tolist()
+    return degrees, found.as_slices(DTYPE_BYTES[case.dtype])
+
+
+def with_degrees(case: Case, cut: Cut) -> Case:
+    """``case``, to be cut so and not otherwise."""
+    degrees = {"degree_forward": cut.degree_forward, "degree_backward": cut.degree_backward}
+    return dataclasses.replace(case, options={**case.options, **degrees})
+
+
 def choose_slices(case: Case, policy: Policy, gradient_bytes: Sequence[int], scope: str) -> Slices | None:
     """Where ``policy`` sends the gradients of a training step, ``gradient_bytes`` of each layer in backward order, and
     the degrees that go with it; None without costs. ``scope``: of their all-reduce."""
@@ -155,8 +208,8 @@ def choose_slices(case: Case, policy: Policy, gradient_bytes: Sequence[int], sco
     dense_s = 2 * (ATTENTION_GEMMS * alpha + beta * attention)
     return place(
         policy,
-        linear_costs(sizes.forward, costs),
-        linear_costs(sizes.backward, costs),
+        layer_costs(sizes.forward, costs),
+        layer_costs(sizes.backward, costs),
         reduce_costs(costs, scope=scope),
         gradient_bytes,
         dense_s,
@@ -166,36 +219,15 @@ def choose_slices(case: Case, policy: Policy, gradient_bytes: Sequence[int], sco
     )
 
 
-def linear_costs(sizes: Sizes, costs: Cluster) -> LayerCosts:
-    """A walk's sizes at a cluster's constants, as the planners take them."""
-
-    def priced(key: str, amount: float) -> Linear:
-        alpha, beta = costs.linear(key)
-        return Linear(np.asarray(alpha), np.asarray(beta), np.asarray(float(amount)))
-
-    if sizes.wait_s is not None:
-        experts = Linear(np.asarray(sizes.wait_s[0]), np.ones(()), np.asarray(sizes.wait_s[1]))
-    elif sizes.gemms:
-        alpha, beta = costs.linear("gemm")
-        experts = Linear(np.asarray(sizes.gemms * alpha), np.asarray(beta), np.asarray(float(sizes.macs)))
-    else:
-        experts = NOTHING
-    a2a = priced(f"a2a.{sizes.scope}", sizes.slot_bytes)
-    if sizes.num_local == 1:
-        return LayerCosts(a2a, NOTHING, NOTHING, experts)
-    gathered = sizes.slot_bytes * sizes.num_local
-    return LayerCosts(a2a, priced("ag.intra", gathered), priced("rs.intra", gathered), experts)
-
-
 def calibrated(case: Case, *others: str) -> tuple[Cluster | None, float]:
-    """The case's cluster with fitted costs (and those of ``others``), of its latest calibration, or as it is if it
-    comes with some; and the smallest all-to-all that they hold for."""
+    """The case's cluster with fitted costs (and those of ``others``), of its latest calibration, or as stated; and the
+    smallest all-to-all that they hold for."""
     if case.cluster is None:
         return None, 0.0
     found = ledger.latest(case.cluster)
     if found is not None:
         return known_costs(case, found, *others)
-    return (case.cluster if case.cluster.collectives else None), 0.0
+    return stated_costs(case.cluster, (*cost_keys(case), *others)), 0.0
 
 
 def known_costs(case: Case, calibration: Calibration, *others: str) -> tuple[Cluster, float]:

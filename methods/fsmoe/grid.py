@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -13,16 +15,17 @@ import pandas as pd
 from harness import presets
 from harness.errors import bad
 from harness.layer.work import ATTENTION_GEMMS, attention_macs
-from harness.plan.cost import Compute, Cost, Even, Hold
+from harness.plan.cost import Compute, Even, Hold
 from harness.plan.graph import COMPUTE, INTRA, Plan, Work
 from harness.plan.machine import Contention, Machine
-from harness.plan.passage import Dense
+from harness.plan.passage import Dense, Direction, backward_layer, forward_layer
 from harness.plan.simulate import simulate
 from harness.specs import GEMMS, Cluster
 from methods.fsmoe.costs import LayerCosts, attention_gradient_elements, layer_costs, reduce_costs
 from methods.fsmoe.degree import DEGREES, closed_form, scan_degree
+from methods.fsmoe.layout import FSMoETasks, Slices
 from methods.fsmoe.schedule import Priced, Sizes, moe
-from methods.fsmoe.step import POLICIES, Decision, Policy, backward_layer, forward_layer, reduction
+from methods.fsmoe.step import POLICIES, Decision, Policy, reduction
 
 ELEMENT_BYTES = 4  # the authors' driver runs in float32
 TESTBEDS = {"A": ("fsmoe-a", (512, 1024, 2048)), "B": ("fsmoe-b", (256, 512, 1024))}
@@ -57,16 +60,93 @@ def table4(lengths: tuple[int, ...], heads: tuple[int, ...] = HEADS) -> pd.DataF
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layers:
-    """[N] generalized layers on one rank of a cluster, and their linear costs for the planners."""
+    """[N] generalized layers on one rank of a cluster. Their dense part: an all-gather and a reduce-scatter of
+    ``token_bytes`` (None: no dense part) among the model-parallel ranks of a node, and attention between them."""
 
     cluster: Cluster
     forward: Sizes
     backward: Sizes
-    dense_forward: list[Dense]
-    dense_backward: list[Dense]
+    token_bytes: Any
+    attention: Compute | Hold  # in forward, half of that in backward
     gradient_bytes: Any
-    costs: LayerCosts
     num_ranks: int | None = None
+
+    @functools.cached_property
+    def costs(self) -> LayerCosts:
+        """Of forward, for the planners."""
+        return layer_costs(self.forward, self.cluster, self.num_ranks)
+
+    def machine(self, contention: Contention | None = None) -> Machine:
+        return Machine.published(self.cluster, self.num_ranks, contention)
+
+    def dense_work(self, direction: Direction, task: str) -> Work:
+        """Of a task of ``harness.plan.step.SHARED``."""
+        if task in ("mp-gather", "mp-scatter"):
+            return Work(Even("ag" if task == "mp-gather" else "rs", "intra", self.token_bytes))
+        if task != "attention":
+            return Work()
+        times = {"forward": 1, "backward": 2}[direction]
+        if isinstance(self.attention, Hold):
+            return Work(Hold(times * self.attention.seconds))
+        return Work(Compute(times * self.attention.macs, times * self.attention.launches))
+
+    def dense(self, direction: Direction) -> list[Dense]:
+        if self.token_bytes is None:
+            return []
+        lanes = {"mp-gather": INTRA, "attention": COMPUTE, "mp-scatter": INTRA}
+        return [Dense(task, lane, self.dense_work(direction, task)) for task, lane in lanes.items()]
+
+    def dense_backward_s(self) -> Any:
+        machine = self.machine()
+        return sum(np.asarray(machine.seconds(part.work.cost)) for part in self.dense("backward"))
+
+    def at(self, chosen: np.ndarray) -> Layers:
+        """Those ``chosen`` (indices)."""
+        shape = np.shape(self.gradient_bytes)
+
+        def of(value: Any) -> Any:
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                return dataclasses.replace(
+                    value, **{each.name: of(getattr(value, each.name)) for each in fields(value)}
+                )
+            return np.broadcast_to(value, shape)[chosen] if isinstance(value, np.ndarray) else value
+
+        varied = ("forward", "backward", "token_bytes", "attention", "gradient_bytes")
+        return dataclasses.replace(self, **{name: of(getattr(self, name)) for name in varied})
+
+
+class Generalized(FSMoETasks):
+    """``Layers`` that are cut alike. The paper prices no gate and no order; ``gate``: of studies that do, in forward,
+    half of that in backward."""
+
+    def __init__(
+        self,
+        layer: Layers,
+        policy: Policy,
+        degrees: tuple[int, int],
+        slices: Slices = (None, None, None),
+        gate: Compute | None = None,
+    ):
+        self.layer, self.overlap, self.placed, self.gate = layer, policy.overlap, slices, gate
+        self.walk, self.walk_back = Priced(layer.forward, degrees[0]), Priced(layer.backward, degrees[1])
+
+    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+        if task != "gate" or self.gate is None:
+            return Work()
+        times = {"forward": 1, "backward": 2}[direction]
+        return Work(Compute(times * self.gate.macs, times * self.gate.launches))
+
+    def forward(self, plan: Plan, **where: Any) -> list[str]:
+        return self.there_and_back(plan, **where) if self.gate is None else super().forward(plan, **where)
+
+    def backward(self, plan: Plan, **where: Any) -> list[str]:
+        return self.back_and_there(plan, **where) if self.gate is None else super().backward(plan, **where)
+
+    def dense(self, direction: Direction) -> list[Dense]:
+        return self.layer.dense(direction)
+
+    def slices(self) -> Slices:
+        return self.placed
 
 
 def layers(
@@ -87,51 +167,24 @@ def layers(
 ) -> Layers:
     """Layers of ``batch`` B samples of ``seq`` L tokens per node, ``copies`` F = k f rows a token; arrays [N].
 
-    The dense part: an all-gather and a reduce-scatter of the tokens among the model-parallel ranks of a node, and
-    attention between them, priced as four GEMMs (projections, scores, values, output; twice that in backward) or
-    given as ``attention_s``, the seconds of its forward.
+    B L tokens are those of a node, whose ranks share them and shard its expert (N_MP = N_ESP = ranks of a node). Work
+    sizes as in the authors' solver: n_a2a = F B L M / N_ESP, n_ag = n_rs = F B L M elements of one rank's buffer,
+    n_exp = F B L M H / N_ESP multiply-adds a GEMM. Attention is priced as four GEMMs (projections, scores, values,
+    output), or given as ``attention_s``, the seconds of its forward. ``num_ranks``: as ``layer_costs``.
     """
     num_mp = cluster.shape[-1]
-    tokens = np.asarray(batch, dtype=np.float64) * seq
-    slot_bytes = np.asarray(copies) * tokens * hidden * ELEMENT_BYTES / num_mp
-    macs = np.asarray(copies) * tokens * hidden * ffn / num_mp * num_gemms
-    forward = Sizes(slot_bytes, num_mp, macs, num_gemms)
-    backward = Sizes(slot_bytes, num_mp, 2 * macs, 2 * np.asarray(num_gemms))
-    hidden = np.asarray(hidden, dtype=np.float64)
-    attention = attention_macs(hidden, tokens, seq, causal=False, kv_fraction=np.asarray(kv_fraction)) / num_mp
-    token_bytes = tokens * hidden * ELEMENT_BYTES
-
-    def parts(times: int) -> list[Dense]:
-        if attention_s is None:
-            cost: Cost = Compute(times * attention, ATTENTION_GEMMS * times)
-        else:
-            cost = Hold(times * np.asarray(attention_s))
-        return [
-            Dense("mp-gather", INTRA, Work(Even("ag", "intra", token_bytes))),
-            Dense("attention", COMPUTE, Work(cost)),
-            Dense("mp-scatter", INTRA, Work(Even("rs", "intra", token_bytes))),
-        ]
-
+    tokens, hidden = np.asarray(batch, dtype=np.float64) * seq, np.asarray(hidden, dtype=np.float64)
+    slots = np.asarray(copies) * tokens * hidden / num_mp
+    forward, backward = Sizes.both(slots, ffn, np.asarray(num_gemms), ELEMENT_BYTES, num_mp)
+    macs = attention_macs(hidden, tokens, seq, causal=False, kv_fraction=np.asarray(kv_fraction)) / num_mp
     elements = attention_gradient_elements(hidden, num_mp, biased=biased, kv_fraction=kv_fraction)
-    costs = layer_costs(
-        cluster,
-        batch=batch,
-        seq=seq,
-        hidden=hidden,
-        ffn=ffn,
-        copies=copies,
-        num_gemms=num_gemms,
-        element_bytes=ELEMENT_BYTES,
-        num_ranks=num_ranks,
-    )
     return Layers(
         cluster,
         forward,
         backward,
-        parts(1) if dense else [],
-        parts(2) if dense else [],
+        tokens * hidden * ELEMENT_BYTES if dense else None,
+        Compute(macs, ATTENTION_GEMMS) if attention_s is None else Hold(np.asarray(attention_s)),
         elements * ELEMENT_BYTES if gradient else np.zeros_like(tokens),
-        costs,
         num_ranks,
     )
 
@@ -142,57 +195,36 @@ def step_s(
     """Forward and backward of each layer with one layer's gradient to reduce, simulated: seconds [N], and what the
     policy decided. Layers that were cut alike are simulated together. The policies decide as if lanes were ideal,
     whatever the ``contention``."""
-    machine = Machine.published(given.cluster, given.num_ranks, contention or {})
-    dense_s = sum(np.asarray(machine.seconds(part.work.cost)) for part in given.dense_backward)
     reduce = reduce_costs(given.cluster, given.num_ranks)
     decided = Decision(
-        policy, given.costs, given.costs.backward(), reduce, given.gradient_bytes, dense_s, least_a2a_s=least_a2a_s
+        policy,
+        given.costs,
+        given.costs.backward(),
+        reduce,
+        given.gradient_bytes,
+        given.dense_backward_s(),
+        least_a2a_s=least_a2a_s,
     )
-    num_layers = len(decided.forward)
-    seconds = np.empty(num_layers)
+    seconds = np.empty(len(decided.forward))
     for pair in sorted(set(zip(decided.forward.tolist(), decided.backward.tolist(), strict=True))):
         chosen = np.flatnonzero((decided.forward == pair[0]) & (decided.backward == pair[1]))
         plan = layer_plan(given, policy, decided, chosen)
-        seconds[chosen] = simulate(plan, machine).total_s
+        seconds[chosen] = simulate(plan, given.machine(contention)).total_s
     return seconds, decided
 
 
 def layer_plan(given: Layers, policy: Policy, decided: Decision, chosen: np.ndarray) -> Plan:
     """The plan of the layers ``chosen`` (indices), all cut into the same degrees."""
-
-    def of(values: Any) -> Any:
-        values = np.asarray(values, dtype=np.float64)
-        return np.broadcast_to(values, decided.forward.shape)[chosen]
-
-    def sizes(whole: Sizes) -> Sizes:
-        return Sizes(of(whole.slot_bytes), whole.num_local, of(whole.macs), of(whole.gemms))
-
-    def dense(parts: list[Dense]) -> list[Dense]:
-        found = []
-        for part in parts:
-            match part.work.cost:
-                case Compute(macs, launches):
-                    cost: Cost = Compute(of(macs), launches)
-                case Hold(seconds):
-                    cost = Hold(of(seconds))
-                case Even(operation, scope, num_bytes):
-                    cost = Even(operation, scope, of(num_bytes))
-            found.append(Dense(part.name, part.lane, Work(cost)))
-        return found
-
-    plan = Plan()
-    first = chosen[0]
-    done = forward_layer(
-        plan, policy, Priced(sizes(given.forward), int(decided.forward[first])), dense(given.dense_forward)
-    )
+    degrees = int(decided.forward[chosen[0]]), int(decided.backward[chosen[0]])
+    way, plan = Generalized(given.at(chosen), policy, degrees), Plan()
+    done = forward_layer(plan, way.forward, way.dense("forward"))
     backward_layer(
         plan,
-        policy,
-        Priced(sizes(given.backward), int(decided.backward[first])),
-        dense(given.dense_backward),
-        in_moe=reduction(of(decided.moe_bytes), of(decided.moe_chunks)),
-        beside_dense=reduction(of(decided.dense_bytes), of(decided.dense_chunks)),
-        after_layer=reduction(of(decided.after_bytes)),
+        way.backward,
+        way.dense("backward"),
+        in_moe=reduction(decided.moe_bytes[chosen], decided.moe_chunks[chosen]),
+        beside_dense=reduction(decided.dense_bytes[chosen], decided.dense_chunks[chosen]),
+        after_layer=reduction(decided.after_bytes[chosen]),
         after=done,
     )
     return plan
@@ -287,7 +319,7 @@ def closed_form_gap(testbed: str) -> pd.DataFrame:
     degree, and whether a slice of the whole gradient is between the all-to-alls. Gaps are formula over plan, minus 1.
     """
     _, given = configured_layers(testbed, Assumptions(dense=False))
-    machine = Machine.published(given.cluster)
+    machine = given.machine()
     slice_s = reduce_costs(given.cluster).time_s(given.gradient_bytes)
     directions = {"forward": (given.forward, given.costs), "backward": (given.backward, given.costs.backward())}
     rows = []

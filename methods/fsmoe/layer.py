@@ -1,7 +1,7 @@
 """FSMoE's layer, executed: gate, order, the planned walk through sharded experts, restore (arXiv 2501.10714).
 
 Forward and backward are each cut into their own number of chunks, with the gradient all-reduce where the schedule puts
-it. The same plans, priced instead of run, are what the simulator takes (``harness.plan``).
+it. The same tasks, priced instead of run, stand in ``methods.fsmoe.layout``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from harness.layer.experts import IdentityExperts
 from harness.layer.gates import Gated
 from harness.layer.order import ORDERS, assign_slots
 from harness.layer.weights import Weights
-from harness.plan.cost import Even, Hold
-from harness.plan.graph import COMPUTE, Plan, Work
+from harness.plan.graph import COMPUTE, Work
 from harness.plan.passage import Dense, Direction
 from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.system import Case
 from methods.fsmoe.cut import Cut, padded_sizes
 from methods.fsmoe.hooks import Hooks
+from methods.fsmoe.layout import FSMoETasks, Slices
 from methods.fsmoe.mesh import Mesh
-from methods.fsmoe.schedule import moe
 from methods.fsmoe.shards import Backward, Forward, Shards
 from methods.fsmoe.step import Policy
 
@@ -76,8 +75,7 @@ class FSMoELayer(PlannedLayer):
 
     def dense(self, seconds: float) -> list[Dense]:
         """The dense part as a timed wait."""
-        wait = Work(Hold(seconds), lambda: time.sleep(seconds))
-        return [Dense("attention", COMPUTE, wait)] if seconds else []
+        return [Dense("attention", COMPUTE, Work(run=lambda: time.sleep(seconds)))] if seconds else []
 
     def reduction(self, part: int) -> Work | None:
         """The all-reduce of ``reduced[part]`` between nodes, in the cut's number of messages."""
@@ -90,30 +88,27 @@ class FSMoELayer(PlannedLayer):
                 for message in buffer.tensor_split(messages):
                     dist.all_reduce(message, dist.ReduceOp.AVG, group=group)
 
-        return Work(Even("ar", "inter", buffer.numel() * buffer.element_size(), messages), run)
+        return Work(run=run)
 
 
-class FSMoEPassage(PlannedPassage):
+class FSMoEPassage(FSMoETasks, PlannedPassage):
     """Slots [E, C, M] through the shards and back."""
 
     layer: FSMoELayer
+    walk: Forward
+    walk_back: Backward
 
     def __init__(self, layer: FSMoELayer, gated: Gated | None):
         super().__init__(layer, gated)
+        self.overlap = layer.policy.overlap
         self.shards = tuple(layer.experts.parameters())
         self.walk = Forward(layer.mesh, layer.hooks, layer.sizes.forward, layer.cut.degree_forward, self.shards)
         self.walk_back = Backward(self.walk, layer.sizes.backward, layer.cut.degree_backward)
 
-    def there_and_back(self, plan: Plan, **where: Any) -> list[str]:
-        return moe(plan, self.walk, overlap=self.layer.policy.overlap, **where)
-
-    def back_and_there(self, plan: Plan, **where: Any) -> list[str]:
-        return moe(plan, self.walk_back, overlap=self.layer.policy.overlap, **where)
-
     def dense(self, direction: Direction) -> list[Dense]:
         return self.layer.dense(self.layer.sizes.dense_s[direction == "backward"])
 
-    def slices(self) -> tuple[Work | None, Work | None, Work | None]:
+    def slices(self) -> Slices:
         return self.layer.reduction(0), self.layer.reduction(1), self.layer.reduction(2)
 
     def order(self, x: torch.Tensor, gated: Gated) -> torch.Tensor:

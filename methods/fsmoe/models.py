@@ -16,18 +16,21 @@ from typing import Any
 import numpy as np
 
 from harness.layer.work import expert_parameters, kv_fraction
-from harness.plan.cost import Compute, Hold
-from harness.plan.graph import COMPUTE, INTER, Plan, Timeline, Work
+from harness.plan.cost import Compute, Even, Hold
+from harness.plan.gradients import GradientBytes
+from harness.plan.graph import Timeline, Work
 from harness.plan.machine import Contention, Machine
-from harness.plan.passage import Dense
+from harness.plan.passage import Direction, plan_alone
+from harness.plan.priced_step import OPTIMIZER_ACCESSES
 from harness.plan.simulate import simulate
+from harness.plan.step import TrainingTasks
 from harness.specs import GEMMS, Cluster, Model
 from harness.topology import Topology
 from methods.fsmoe.costs import Array, attention_gradient_elements, reduce_costs
-from methods.fsmoe.grid import ELEMENT_BYTES, Layers, layers
+from methods.fsmoe.grid import ELEMENT_BYTES, Generalized, Layers, layers
 from methods.fsmoe.place import Slices, place
-from methods.fsmoe.schedule import Priced, Sizes
-from methods.fsmoe.step import LINA_CHUNK_BYTES, POLICIES, Policy, backward_layer, forward_layer, reduction
+from methods.fsmoe.schedule import Sizes
+from methods.fsmoe.step import LINA_CHUNK_BYTES, POLICIES, Policy, reduction
 
 #: Interpretation, after a block that is commented out in the authors' driver: tokens are not split over the
 #: model-parallel ranks before the dispatch, so that each of them sends all; experts are whole, not sharded in the node.
@@ -38,7 +41,7 @@ SCHEDULES: dict[str, Policy] = {
     ),
     **POLICIES,
 }
-OPTIMIZER_ACCESSES = 7  # Adam reads weight, gradient and two moments, writes all but the gradient
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 
 def model_layer(model: Model, cluster: Cluster, *, batch: float = 1, num_ranks: int | None = None) -> Layers:
@@ -75,9 +78,8 @@ def optimizer_s(model: Model, cluster: Cluster) -> float | None:
     if cluster.device_bytes_per_s is None:
         return None
     num_mp = cluster.shape[-1]
-    kv_fraction = (model.num_kv_heads or model.num_heads) / model.num_heads
     attention = attention_gradient_elements(
-        model.hidden, num_mp, biased=model.ffn_type == "gpt", kv_fraction=kv_fraction
+        model.hidden, num_mp, biased=model.ffn_type == "gpt", kv_fraction=kv_fraction(model)
     )
     experts = expert_parameters(model) / num_mp
     return float((attention + experts) * OPTIMIZER_ACCESSES * ELEMENT_BYTES / cluster.device_bytes_per_s)
@@ -85,90 +87,51 @@ def optimizer_s(model: Model, cluster: Cluster) -> float | None:
 
 def place_gradients(policy: Policy, layer: Layers, num_layers: int, *, chunk_bytes: float = LINA_CHUNK_BYTES) -> Slices:
     """What ``policy`` does with ``num_layers`` layers equal to ``layer``, at ideal lanes."""
-    machine = Machine.published(layer.cluster, layer.num_ranks)
-    dense_s = float(sum(np.asarray(machine.seconds(part.work.cost)) for part in layer.dense_backward))
     reduce = reduce_costs(layer.cluster, layer.num_ranks)
-    gradient = [int(layer.gradient_bytes)] * num_layers
+    gradient, dense_s = [int(layer.gradient_bytes)] * num_layers, float(layer.dense_backward_s())
     costs = layer.costs
     return place(policy, costs, costs.backward(), reduce, gradient, dense_s, chunk_bytes=chunk_bytes)
 
 
-def training_step(
-    of_layer: Sequence[Layers],
-    policy: Policy,
-    slices: Slices,
-    *,
-    optimizer_s: float | None = None,
-    plan: Plan | None = None,
-) -> Plan:
-    """A step of layers ``of_layer`` (forward order) as a plan; ``optimizer_s`` seconds a layer, if known."""
-    plan = plan or Plan()
-    done = forward(plan, of_layer, policy, slices)
-    done = backward(plan, of_layer, policy, slices, after=done)
-    finish(plan, slices, len(of_layer), optimizer_s, after=done)
-    return plan
+class ModelStep(TrainingTasks):
+    """A step of layers ``of_layer``, first layer first. Embedding, head, norms and sums have no published cost;
+    ``optimizer_s`` seconds a layer, if known; ``gate`` as ``Generalized``."""
+
+    shares_attention, moves = True, False
+
+    def __init__(
+        self,
+        of_layer: Sequence[Layers],
+        policy: Policy,
+        slices: Slices,
+        optimizer_s: float | None = None,
+        gate: Compute | None = None,
+    ):
+        self.of_layer, self.optimizer_s, self.tail_chunks = of_layer, optimizer_s, slices.tail_chunks
+        self.passages = [
+            Generalized(layer, policy, (slices.degree_forward, degree), gate=gate)
+            for layer, degree in zip(of_layer, slices.degree_backward[::-1].tolist(), strict=True)
+        ]
+        gradients = [int(layer.gradient_bytes) for layer in reversed(of_layer)]
+        self.stream, self.slices = GradientBytes(gradients, ELEMENT_BYTES, "inter"), slices.as_slices(ELEMENT_BYTES)
+
+    def work(self, task: str) -> Work:
+        if task != "optimizer" or self.optimizer_s is None:
+            return Work()
+        return Work(Hold(self.optimizer_s * len(self.of_layer)))
+
+    def dense_work(self, layer: int, direction: Direction, task: str) -> Work:
+        return self.of_layer[layer].dense_work(direction, task)
+
+    def tail(self, of_stream: Work | None) -> Work:
+        if of_stream is None:
+            return Work()
+        assert isinstance(of_stream.cost, Even)
+        return Work(dataclasses.replace(of_stream.cost, messages=self.tail_chunks))
 
 
-def forward(
-    plan: Plan,
-    of_layer: Sequence[Layers],
-    policy: Policy,
-    slices: Slices,
-    *,
-    prefix: str = "",
-    after: Iterable[str] = (),
-) -> list[str]:
-    """Add the forward of all layers; returns the last tasks."""
-    done = list(after)
-    for i, layer in enumerate(of_layer):
-        walk = Priced(layer.forward, slices.degree_forward)
-        done = forward_layer(plan, policy, walk, layer.dense_forward, prefix=f"{prefix}layer{i}.", after=done)
-    return done
-
-
-def backward(
-    plan: Plan,
-    of_layer: Sequence[Layers],
-    policy: Policy,
-    slices: Slices,
-    *,
-    prefix: str = "",
-    after: Iterable[str] = (),
-    reduce: bool = True,
-) -> list[str]:
-    """Add the backward of all layers, with the slices of the gradient all-reduce if they are to ``reduce``."""
-    done = list(after)
-    for back, layer in enumerate(reversed(of_layer)):
-        in_moe, beside, behind = slices.moe_bytes[back], slices.dense_bytes[back], slices.after_bytes[back]
-        degree = int(slices.degree_backward[back]) if reduce else slices.degree_plain
-        done = backward_layer(
-            plan,
-            policy,
-            Priced(layer.backward, degree),
-            layer.dense_backward,
-            in_moe=reduction(in_moe, slices.moe_chunks[back]) if reduce and in_moe else None,
-            beside_dense=reduction(beside, slices.dense_chunks[back]) if reduce and beside else None,
-            after_layer=reduction(behind) if reduce and behind else None,
-            prefix=f"{prefix}layer{len(of_layer) - 1 - back}.",
-            after=done,
-        )
-    return done
-
-
-def finish(
-    plan: Plan,
-    slices: Slices,
-    num_layers: int,
-    optimizer_s: float | None,
-    *,
-    prefix: str = "",
-    after: Iterable[str] = (),
-) -> None:
-    """Add what comes after the backward: the rest of the reduction, and the optimizer."""
-    tail = reduction(slices.tail_bytes, slices.tail_chunks)
-    done = plan.add(f"{prefix}gradients-tail", INTER, after, tail.cost, kind="gradients")
-    if optimizer_s is not None:
-        plan.add(f"{prefix}optimizer", COMPUTE, [done], Hold(optimizer_s * num_layers))
+#: kinds of task that have no published cost
+UNPRICED = {"embedding", "norm", "residual", "head", "restore"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,13 +165,11 @@ def step_times(
     for name in schedules:
         layer = model_layer(model, cluster, batch=batch, num_ranks=num_ranks)
         layer, slices = prepare(name, layer, model.num_layers)
-        if gate is not None:  # the tokens that a rank gates are those that it dispatches
-            times = cluster.shape[-1] if name == DS_MOE else 1
-            layer = with_gate(layer, Gate(gate.num_gemms, times * gate.macs))
-        plan = training_step(
-            [layer] * model.num_layers, SCHEDULES[name], slices, optimizer_s=optimizer_s(model, cluster)
-        )
-        timeline = simulate(plan, machine)
+        times = cluster.shape[-1] if name == DS_MOE else 1  # the tokens that a rank gates are those that it dispatches
+        gating = None if gate is None else Compute(times * gate.macs, gate.num_gemms)
+        of_layer = [layer] * model.num_layers
+        step = ModelStep(of_layer, SCHEDULES[name], slices, optimizer_s(model, cluster), gating)
+        timeline = simulate(step.lay_out(), machine)
         rows.append(
             {
                 "model": model.name,
@@ -219,21 +180,10 @@ def step_times(
                 "in_moe_bytes": float(np.sum(slices.moe_bytes)),
                 "beside_dense_bytes": float(np.sum(slices.dense_bytes)),
                 "tail_bytes": float(slices.tail_bytes),
-                "busy_s": {kind: float(seconds) for kind, seconds in timeline.busy_s().items()},
+                "busy_s": {kind: float(seconds) for kind, seconds in timeline.busy_s().items() if kind not in UNPRICED},
             }
         )
     return rows
-
-
-def with_gate(layer: Layers, gate: Gate) -> Layers:
-    """``layer`` with a gate between attention and dispatch; backward, twice of it between combine and attention."""
-
-    def task(times: int) -> Dense:
-        return Dense("gate", COMPUTE, Work(Compute(times * gate.macs, times * gate.num_gemms)))
-
-    return dataclasses.replace(
-        layer, dense_forward=[*layer.dense_forward, task(1)], dense_backward=[task(2), *layer.dense_backward]
-    )
 
 
 def expert_loads(num_nodes: int, num_layers: int, *, sigma: float, capacity: float, seed: int = 0) -> Array:
@@ -259,22 +209,13 @@ def many_ranks(model: Model, cluster: Cluster, name: str, loads: Array) -> tuple
     num_nodes]: the timeline [num_tasks, num_ranks], and the seconds that it took to plan and simulate."""
     began = time.perf_counter()
     layer, slices = prepare(name, model_layer(model, cluster), model.num_layers)
-    plan = training_step(
-        [loaded(layer, each) for each in loads], SCHEDULES[name], slices, optimizer_s=optimizer_s(model, cluster)
-    )
-    return simulate(plan, Machine.published(cluster), Topology(cluster.shape)), time.perf_counter() - began
+    of_layer = [loaded(layer, each) for each in loads]
+    plan = ModelStep(of_layer, SCHEDULES[name], slices, optimizer_s(model, cluster)).lay_out()
+    return simulate(plan, layer.machine(), Topology(cluster.shape)), time.perf_counter() - began
 
 
 def busy_by_kind(layer: Layers) -> dict[str, dict[str, float]]:
     """Busy seconds by kind of task in one layer's forward and backward, nothing cut or overlapped."""
-    policy = POLICIES["no-overlap"]
-    machine = Machine.published(layer.cluster, layer.num_ranks)
-    ahead, back = Plan(), Plan()
-    forward_layer(ahead, policy, Priced(layer.forward, 1), layer.dense_forward)
-    after = reduction(layer.gradient_bytes)
-    backward_layer(back, policy, Priced(layer.backward, 1), layer.dense_backward, after_layer=after)
-    plans = {"forward": ahead, "backward": back}
-    return {
-        phase: {kind: float(seconds) for kind, seconds in simulate(plan, machine).busy_s().items()}
-        for phase, plan in plans.items()
-    }
+    way = Generalized(layer, POLICIES["no-overlap"], (1, 1), (None, None, reduction(layer.gradient_bytes)))
+    busy = {each: simulate(plan_alone(way, each), layer.machine()).busy_s() for each in DIRECTIONS}
+    return {each: {kind: float(seconds) for kind, seconds in found.items()} for each, found in busy.items()}

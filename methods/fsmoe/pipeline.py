@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from harness.plan.cost import Cost, Hold
-from harness.plan.graph import INTER, LANES, Plan
-from harness.plan.machine import Machine
+from harness.plan.graph import COMPUTE, INTER, LANES, Plan
+from harness.plan.passage import backward_layer, forward_layer
 from harness.plan.simulate import simulate
 from harness.specs import Cluster, Model
+from harness.system import GradientSlices
 from methods.fsmoe import models
-from methods.fsmoe.grid import ELEMENT_BYTES, Layers
+from methods.fsmoe.grid import ELEMENT_BYTES, Generalized, Layers
 from methods.fsmoe.models import SCHEDULES, Slices
-from methods.fsmoe.step import Policy
+from methods.fsmoe.step import Policy, reduction
 
 
 class Stage(Plan):
@@ -54,35 +55,56 @@ def gpipe_step(
     """A step of ``num_stages`` stages of equal layers; ``slices`` place one stage's gradients. ``send_s``: a
     micro-batch's activations, or their gradients, from one stage to the next."""
     whole = Plan(tuple(f"{lane}@{stage}" for stage in range(num_stages) for lane in LANES))
-    stack = [layer] * layers_per_stage
+    reduced = slices.as_slices(ELEMENT_BYTES)
 
     def sent(stage: int, micro: int, direction: str) -> str:
         return f"stage{stage}.micro{micro}.{direction}.send"
+
+    def forward(lanes: Plan, prefix: str, done: list[str]) -> list[str]:
+        way = Generalized(layer, policy, (slices.degree_forward, slices.degree_plain))
+        for i in range(layers_per_stage):
+            done = forward_layer(lanes, way.forward, way.dense("forward"), prefix=f"{prefix}layer{i}.", after=done)
+        return done
+
+    def backward(lanes: Plan, prefix: str, done: list[str], reduce: bool) -> list[str]:
+        for back in range(layers_per_stage):
+            degree = int(slices.degree_backward[back]) if reduce else slices.degree_plain
+            way = Generalized(layer, policy, (slices.degree_forward, degree))
+            of_layer = reduced[back] if reduce else GradientSlices()
+            works = [
+                reduction(*each) if each[0] else None
+                for each in zip(of_layer.num_bytes, of_layer.messages, strict=True)
+            ]
+            done = backward_layer(
+                lanes,
+                way.backward,
+                way.dense("backward"),
+                in_moe=works[0],
+                beside_dense=works[1],
+                after_layer=works[2],
+                prefix=f"{prefix}layer{layers_per_stage - 1 - back}.",
+                after=done,
+            )
+        return done
 
     for stage in range(num_stages):
         lanes = Stage(whole, stage)
         done: list[str] = []
         for micro in range(num_micro_batches):
             before = [sent(stage - 1, micro, "forward")] if stage else []
-            done = models.forward(
-                lanes, stack, policy, slices, prefix=f"stage{stage}.micro{micro}.", after=[*before, *done]
-            )
+            done = forward(lanes, f"stage{stage}.micro{micro}.", [*before, *done])
             if stage < num_stages - 1:
                 lanes.add(sent(stage, micro, "forward"), INTER, done, Hold(send_s))
         for micro in reversed(range(num_micro_batches)):
             before = [sent(stage + 1, micro, "backward")] if stage < num_stages - 1 else []
-            done = models.backward(
-                lanes,
-                stack,
-                policy,
-                slices,
-                prefix=f"stage{stage}.micro{micro}.",
-                after=[*before, *done],
-                reduce=micro == 0,
-            )
+            done = backward(lanes, f"stage{stage}.micro{micro}.", [*before, *done], micro == 0)
             if stage:
                 lanes.add(sent(stage, micro, "backward"), INTER, done, Hold(send_s))
-        models.finish(lanes, slices, layers_per_stage, optimizer_s, prefix=f"stage{stage}.", after=done)
+        left = layers_per_stage * int(layer.gradient_bytes) - sum(sum(each.num_bytes) for each in reduced)
+        tail = reduction(left, slices.tail_chunks)
+        done = [lanes.put(f"stage{stage}.gradients-tail", INTER, done, tail, "gradients")]
+        if optimizer_s is not None:
+            lanes.add(f"stage{stage}.optimizer", COMPUTE, done, Hold(optimizer_s * layers_per_stage))
     return whole
 
 
@@ -117,6 +139,6 @@ def pipeline_times(
             send_s=send_s,
             optimizer_s=models.optimizer_s(model, cluster),
         )
-        seconds = float(simulate(plan, Machine.published(cluster, num_ranks)).total_s)
+        seconds = float(simulate(plan, given.machine()).total_s)
         rows.append({"model": model.name, "schedule": name, "step_s": seconds})
     return rows

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from harness.plan.cost import Compute, Even, Hold, Operation
+from harness.plan.cost import Compute, Even, Experts, Hold, InTurn, Operation, Transfer
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
 
 
@@ -37,8 +37,22 @@ class Sizes:
     macs: Any  # multiply-adds of one rank's expert shards
     gemms: Any  # one after another per chunk
     scope: str = "inter"  # of the all-to-all; with ``flat`` nothing is sharded and num_local is 1
+    #: stages of the all-to-all that is not one collective, one after another, with all that it moves; it may be none
+    stages: tuple[Even | Transfer, ...] | None = None
+    experts: Experts | None = None  # rows of all chunks
     #: stand-in: the experts are a timed wait instead, of a start-up per chunk and so many seconds for the whole layer
     wait_s: tuple[Any, Any] | None = None
+
+    @classmethod
+    def both(
+        cls, slots: Any, ffn: Any, gemms: Any, element_bytes: int, num_local: int, **more: Any
+    ) -> tuple[Sizes, Sizes]:
+        """Forward and backward of ``slots`` elements of capacity on each rank, through experts of ``ffn`` whose shards
+        are on ``num_local`` ranks: so many ranks' slots through one part of so many of the FFN. Backward computes two
+        products (of input and of weight gradient) per forward one."""
+        macs = slots * ffn * gemms
+        forward = cls(slots * element_bytes, num_local, macs, gemms, **more)
+        return forward, dataclasses.replace(forward, macs=2 * macs, gemms=2 * gemms)
 
     def chunk_wait_s(self, degree: int) -> Any:
         """Seconds of the stand-in for one chunk's experts."""
@@ -53,7 +67,10 @@ class Priced:
         self.sizes, self.degree = sizes, degree
 
     def dispatch(self, chunk: int) -> Work:
-        return Work(Even("a2a", self.sizes.scope, self.sizes.slot_bytes / self.degree))
+        sizes = self.sizes
+        if sizes.stages is None:
+            return Work(Even("a2a", sizes.scope, sizes.slot_bytes / self.degree))
+        return Work(InTurn(tuple(_part(stage, self.degree) for stage in sizes.stages)) if sizes.stages else None)
 
     def gather(self, chunk: int) -> Work:
         return self._inside("ag")
@@ -61,7 +78,11 @@ class Priced:
     def experts(self, chunk: int) -> Work:
         if self.sizes.wait_s is not None:
             return Work(Hold(self.sizes.chunk_wait_s(self.degree)))
-        return Work(Compute(self.sizes.macs / self.degree, self.sizes.gemms))
+        sizes, whole = self.sizes, Compute(self.sizes.macs / self.degree, self.sizes.gemms)
+        if sizes.experts is None:
+            return Work(whole)
+        of_chunk = Compute.of(dataclasses.replace(sizes.experts, rows=sizes.experts.rows / self.degree))
+        return Work(dataclasses.replace(of_chunk, macs=whole.macs, launches=whole.launches))
 
     def scatter(self, chunk: int) -> Work:
         return self._inside("rs")
@@ -72,6 +93,12 @@ class Priced:
     def _inside(self, operation: Operation) -> Work:
         gathered = self.sizes.slot_bytes * self.sizes.num_local / self.degree
         return Work(Even(operation, "intra", gathered) if self.sizes.num_local > 1 else None)
+
+
+def _part(stage: Even | Transfer, degree: int) -> Even | Transfer:
+    if isinstance(stage, Even):
+        return dataclasses.replace(stage, num_bytes=stage.num_bytes / degree)
+    return dataclasses.replace(stage, matrix=stage.matrix / degree)
 
 
 def moe(

@@ -23,7 +23,7 @@ from harness.layer.weights import Weights
 from harness.plan.graph import Work
 from methods.fsmoe.hooks import Hooks
 from methods.fsmoe.mesh import Mesh
-from methods.fsmoe.schedule import Priced, Sizes
+from methods.fsmoe.schedule import Sizes
 
 
 class Shards(nn.Module):
@@ -61,7 +61,7 @@ class Shards(nn.Module):
         return found
 
 
-class Travel(Handover, Priced, abc.ABC):
+class Travel(Handover, abc.ABC):
     """A walk that really moves bytes: ``source`` [E, C, M] -> ``result`` [E, C, M]. Subclasses say what the experts do
     with a chunk. ``weights``: of ``Shards``, none for identity experts. ``sizes``: as planned, of a C that the routing
     may exceed; where they have a ``wait_s`` experts wait so long instead, and rows go home as they came.
@@ -69,7 +69,7 @@ class Travel(Handover, Priced, abc.ABC):
     Its tasks are laid out before there is a source; ``start`` brings it."""
 
     def __init__(self, mesh: Mesh, hooks: Hooks, sizes: Sizes, degree: int, weights: Sequence[torch.Tensor]):
-        super().__init__(sizes, degree)
+        self.sizes, self.degree = sizes, degree
         self.mesh, self.hooks, self.weights = mesh, hooks, weights
         self._held = Held()  # what a chunk's last task left for its next
 
@@ -93,7 +93,7 @@ class Travel(Handover, Priced, abc.ABC):
             parts = self.mesh.across(self.hooks.before_dispatch(parts))
             self._held[chunk] = self.hooks.after_dispatch(parts)
 
-        return Work(super().dispatch(chunk).cost, run)
+        return Work(run=run)
 
     def gather(self, chunk: int) -> Work:
         @torch.no_grad()
@@ -104,7 +104,7 @@ class Travel(Handover, Priced, abc.ABC):
                 dist.all_gather_into_tensor(gathered.flatten(0, -2), own.flatten(0, -2), self.mesh.esp_group)
                 self._held[chunk] = gathered
 
-        return Work(super().gather(chunk).cost, run)
+        return Work(run=run)
 
     def experts(self, chunk: int) -> Work:
         @torch.no_grad()
@@ -118,7 +118,7 @@ class Travel(Handover, Priced, abc.ABC):
             back = made.view(self.shape[1], self.mesh.num_esp, self.mesh.num_ep, *self.shape[2:])
             self._held[chunk] = back.permute(1, 2, 0, 3, 4).contiguous()
 
-        return Work(super().experts(chunk).cost, run)
+        return Work(run=run)
 
     def scatter(self, chunk: int) -> Work:
         @torch.no_grad()
@@ -129,7 +129,7 @@ class Travel(Handover, Priced, abc.ABC):
                 dist.reduce_scatter_tensor(own.flatten(0, -2), partial.flatten(0, -2), group=self.mesh.esp_group)
                 self._held[chunk] = own
 
-        return Work(super().scatter(chunk).cost, run)
+        return Work(run=run)
 
     def combine(self, chunk: int) -> Work:
         @torch.no_grad()
@@ -138,7 +138,7 @@ class Travel(Handover, Priced, abc.ABC):
             home = self.hooks.after_combine(self.mesh.across(parts))
             self.result[:, self._slots(chunk)] = home.view(-1, *self.shape[2:])
 
-        return Work(super().combine(chunk).cost, run)
+        return Work(run=run)
 
     def _slots(self, chunk: int) -> slice:
         return slice(chunk * self.width, (chunk + 1) * self.width)

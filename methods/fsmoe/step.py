@@ -1,26 +1,22 @@
-"""A generalized layer (FSMoE, arXiv 2501.10714, section 5: an MoE layer and the dense part before it) as a plan, under
-FSMoE's schedule and each of its rivals'.
+"""What FSMoE's schedule and each of its rivals' decide for a generalized layer (arXiv 2501.10714, section 5: an MoE
+layer and the dense part before it).
 
-Forward is the dense part, then the MoE part; backward the other way round. What a rival changes is its ``Policy``:
-whether links work side by side, who chooses the degree, and where the gradient all-reduce goes.
+What a rival changes is its ``Policy``: whether links work side by side, who chooses the degree, and where the gradient
+all-reduce goes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from harness.plan import passage
 from harness.plan.cost import Even
-from harness.plan.graph import Plan, Work
-from harness.plan.passage import Dense
+from harness.plan.graph import Work
 from methods.fsmoe.costs import LayerCosts, Reduce
 from methods.fsmoe.degree import DEGREES, overlappable, scan_degree
-from methods.fsmoe.schedule import Walk, moe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,22 +108,6 @@ def _degrees(
     sums = [scan_degree(forward, degrees=[r])[1] + scan_degree(backward, degrees=[r])[1] for r in degrees]
     best = np.broadcast_to(np.asarray(degrees)[np.argmin(sums, axis=0)], shape)
     return best, best
-
-
-def forward_layer(
-    plan: Plan, policy: Policy, walk: Walk, dense: Sequence[Dense], *, prefix: str = "", after: Iterable[str] = ()
-) -> list[str]:
-    """Add a layer's forward; returns its last tasks."""
-    return passage.forward_layer(plan, _moe_part(policy, walk), dense, prefix=prefix, after=after)
-
-
-def backward_layer(plan: Plan, policy: Policy, walk: Walk, dense: Sequence[Dense], **slices: Any) -> list[str]:
-    """Add a layer's backward, with slices of the gradient all-reduce, as ``harness.plan.passage.backward_layer``."""
-    return passage.backward_layer(plan, _moe_part(policy, walk), dense, **slices)
-
-
-def _moe_part(policy: Policy, walk: Walk) -> passage.MoEPart:
-    return functools.partial(moe, walk=walk, overlap=policy.overlap)
 
 
 def reduction(num_bytes: Any, chunks: Any = 1) -> Work:

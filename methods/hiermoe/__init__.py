@@ -12,14 +12,17 @@ from harness import ledger
 from harness.comm.job import Job
 from harness.options import whole, yes
 from harness.plan.native import NativeSystem
+from harness.plan.passage import Passage
+from harness.plan.priced import computed
 from harness.specs import DTYPE_BYTES, Cluster
 from harness.system import AfterStep, Case, MoELayer
 from methods.hiermoe.between import MAX_SHARE, SwapOptions, Swaps
 from methods.hiermoe.counts import count
 from methods.hiermoe.hierd import HierExchange
-from methods.hiermoe.model import TimeModel, calibrated_costs, choose, stage_costs
+from methods.hiermoe.layout import PricedHier
+from methods.hiermoe.model import TimeModel, calibrated_costs, stage_costs
 from methods.hiermoe.swap import GAMMA
-from methods.hiermoe.traffic import Wire, hier_bytes
+from methods.hiermoe.traffic import HierTravel, Wire
 from methods.hiermoe.training import Swapper
 
 MAX_CHUNKS = 12
@@ -68,18 +71,29 @@ class HierD(NativeSystem):
         )
 
     @classmethod
-    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
+    def travel(cls, case: Case) -> HierTravel | None:
+        """How the case's tokens will go; None where the gate alone knows."""
         routing = cls.planned_routing(case)
         if routing is None:
             return None
-        wire, dimension = cls.wire(case), cls.dimension(case)
+        owner, wire, dimension = case.placement.owner, cls.wire(case), cls.dimension(case)
+        counts = count(routing, owner, case.topology)
         if chosen := isinstance(dimension, TimeModel):
-            counts = count(routing, case.placement.owner, case.topology)
-            dimension = choose(dimension.times(counts, wire.row_bytes, exact=not wire.padded, chunks=wire.num_chunks))
-        parts = hier_bytes(routing, case.placement, case.topology, dimension, wire, chosen=chosen)
-        if case.model.gate == "softmoe":
-            del parts["metadata_grad"]  # slots weigh 1, so no gradients of weights return
-        return parts
+            dimension = dimension.best(counts, wire.row_bytes, padded=wire.padded, chunks=wire.num_chunks)
+        return HierTravel.of(routing, owner, case.topology, dimension, wire, counts=counts, chosen=chosen)
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
+        if (travel := cls.travel(case)) is None:
+            return None
+        parts = ["metadata", "dispatch", "combine", "combine_grad", "dispatch_grad"]
+        parts += ["metadata_grad"] if travel.wire.weights_learn else []
+        return {part: travel.bytes(part) for part in parts}
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        travel = cls.travel(case)
+        return None if travel is None else PricedHier(case, travel, computed(cls, case))
 
     @classmethod
     def dimension(cls, case: Case) -> int | TimeModel:
@@ -101,6 +115,7 @@ class HierD(NativeSystem):
             num_chunks=_chunks(case),
             deduplicate=deduplicate,
             padded=padded,
+            weights_learn=case.model.gate != "softmoe",  # its slots weigh 1
         )
 
 

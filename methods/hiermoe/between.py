@@ -22,7 +22,7 @@ from harness.routing.types import Routing
 from harness.system import Case, System
 from harness.topology import Topology
 from methods.hiermoe.counts import Stage, count
-from methods.hiermoe.model import TimeModel, choose
+from methods.hiermoe.model import TimeModel
 from methods.hiermoe.swap import (
     GAMMA,
     MaxFunction,
@@ -213,4 +213,4 @@ class Swaps(PlacedCourse, Updates):
         if not isinstance(self.dimension, TimeModel):
             return self.dimension
         wire, counts = self.wire, count(routing, owner, self.topology)
-        return choose(self.dimension.times(counts, wire.row_bytes, exact=not wire.padded, chunks=wire.num_chunks))
+        return self.dimension.best(counts, wire.row_bytes, padded=wire.padded, chunks=wire.num_chunks)

@@ -7,6 +7,7 @@ and the means of all.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import tempfile
 from collections.abc import Iterator
@@ -21,10 +22,9 @@ from harness.bench import physics
 from harness.bench.suite import load
 from harness.case import cases_of
 from harness.registry import system
+from harness.report import predicted
 from harness.studies import study
 from harness.topology import Topology
-from methods.fsmoe import predict as fsmoe
-from methods.hecate import predict as hecate
 from methods.hiermoe import predict as hiermoe
 
 DATA = Path(__file__).parent / "data"
@@ -32,7 +32,7 @@ MOST_ROWS = 200
 RELATIVE, OF_LARGEST = 1e-9, 1e-12  # what may differ: of the number itself, of the largest in its column
 #: calibrations of this day and before predict; later ones of this machine say other things
 CALIBRATED = datetime.datetime.fromisoformat("2026-11-24T00:00:00+00:00")
-SIMULATORS = {"fsmoe-emulated": fsmoe, "hiermoe-emulated": hiermoe, "hecate-emulated": hecate}
+SIMULATORS = {"fsmoe-emulated": predicted, "hiermoe-emulated": hiermoe, "hecate-emulated": predicted}
 SUITES = (*SIMULATORS, "moetuner-emulated")
 #: columns that hold times of this machine
 MEASURED = ("solve_s", "seconds", "time_s", "placing_s", "simulated_in_s")
@@ -49,14 +49,14 @@ def of_study(name: str) -> Tables:
 
 def of_suite(name: str) -> Tables:
     """Predicted seconds of every cell, and the least that each race allows, of ``flat``'s bytes and of its FLOPs."""
-    suite, tables = load(name), {}
+    suite, tables, root = load(name), {}, Path.cwd()
     experiments = {each.digest: each for each in suite.experiments}
     if name in SIMULATORS:
-        with tempfile.TemporaryDirectory() as folder:
-            _calibrations(Path(folder))
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # systems plan by what is there, too
+            _calibrations(root / ledger.LEDGER, ledger.LEDGER)
             run = SimpleNamespace(experiments={cell: each.model_dump() for cell, each in experiments.items()})
             run.path = Path(folder)
-            found = SIMULATORS[name].Simulator(Path(folder)).predictions(run)
+            found = SIMULATORS[name].Simulator(ledger.LEDGER).predictions(run)
         labels = [_label(experiments[cell]) for cell in found["cell"]]
         tables[f"{name}.predictions"] = found.assign(cell=labels)
     rows = []
@@ -121,10 +121,10 @@ def _simulated(table: pd.DataFrame) -> pd.DataFrame:
     return rows.drop(columns=[column for column in rows if column in MEASURED])
 
 
-def _calibrations(folder: Path) -> None:
+def _calibrations(every: Path, folder: Path) -> None:
     """Those of the repository that are not younger than what is frozen."""
-    for path in Path(ledger.LEDGER).glob("*.json"):
-        for each in ledger.history(path.stem):
+    for path in every.glob("*.json"):
+        for each in ledger.history(path.stem, every):
             if datetime.datetime.fromisoformat(each.date) < CALIBRATED:
                 ledger.record(each, folder)
 

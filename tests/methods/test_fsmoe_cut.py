@@ -17,7 +17,8 @@ from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from harness.registry import system
 from harness.specs import Cluster, Experiment
-from methods.fsmoe.cut import choose_cut, layer_sizes, linear_costs, padded_capacity
+from methods.fsmoe.costs import layer_costs
+from methods.fsmoe.cut import choose_cut, layer_sizes, padded_capacity
 from methods.fsmoe.degree import pipeline_time
 from methods.fsmoe.schedule import Priced, moe
 from methods.fsmoe.step import POLICIES
@@ -85,7 +86,7 @@ def test_the_simulated_walk_is_the_formula_where_gather_and_scatter_take_as_long
         plan = Plan()
         moe(plan, Priced(sizes, degree))
         found = float(simulate(plan, Machine.published(costs)).total_s)
-        assert found == pytest.approx(float(pipeline_time(linear_costs(sizes, costs), degree)), rel=1e-9)
+        assert found == pytest.approx(float(pipeline_time(layer_costs(sizes, costs), degree)), rel=1e-9)
 
 
 def test_one_degree_alone_is_refused_and_bad_ones_name_the_remedy():

@@ -15,8 +15,6 @@ from methods.fsmoe.costs import (
     Linear,
     Reduce,
     attention_gradient_elements,
-    collective,
-    layer_costs,
     reduce_costs,
 )
 from methods.fsmoe.degree import (
@@ -30,6 +28,7 @@ from methods.fsmoe.degree import (
     scan_degree,
     slsqp_degree,
 )
+from methods.fsmoe.grid import layers
 from tests.methods.fsmoe_grid import grid
 
 EVERY = np.array(DEGREES)[:, None]  # [R, 1]
@@ -73,8 +72,10 @@ def on_lanes(t: Chunk, degree: int, t_gar: Array) -> Array:
 def test_costs_predict_table_2() -> None:
     """Testbed A, Mixtral, B 4, L 1024, k f = 2: 20.0, 12.5, 11.9 ms (with the dense part's own gather and scatter)."""
     cluster = presets.cluster("fsmoe-a")
-    costs = layer_costs(cluster, batch=4, seq=1024, hidden=4096, ffn=14336, copies=2.0, num_gemms=3)
-    dense = layer_costs(cluster, batch=4, seq=1024, hidden=4096, ffn=14336, copies=1.0, num_gemms=3)
+    costs, dense = (
+        layers(cluster, batch=4, seq=1024, hidden=4096, ffn=14336, copies=copies, num_gemms=3).costs
+        for copies in (2.0, 1.0)
+    )
     assert 2e3 * costs.a2a.chunk_s(1) == pytest.approx(20.0, abs=0.1)
     assert 1e3 * (costs.ag.chunk_s(1) + dense.ag.chunk_s(1)) == pytest.approx(12.5, abs=0.1)
     assert 1e3 * (costs.rs.chunk_s(1) + dense.rs.chunk_s(1)) == pytest.approx(11.9, abs=0.1)
@@ -112,19 +113,20 @@ def test_reduction_and_its_inverse() -> None:
 
 def test_constants_of_another_number_of_ranks() -> None:
     cluster = presets.cluster("fsmoe-a")
-    assert collective(cluster, "a2a.inter", 16).beta_s_per_byte < collective(cluster, "a2a.inter").beta_s_per_byte
-    assert collective(cluster, "a2a.inter", 7) == collective(cluster, "a2a.inter")
+    sizes = {"batch": 4, "seq": 1024, "hidden": 64, "ffn": 64, "copies": 2.0, "num_gemms": 2}
+    beta_s = {num: float(layers(cluster, **sizes, num_ranks=num).costs.a2a.beta_s) for num in (16, 7, None)}
+    assert beta_s[16] < beta_s[7] == beta_s[None]
 
 
 def test_missing_or_impossible_constants_are_named() -> None:
     bare = with_levels("bare", [{"name": "node", "size": 2}, {"name": "rank", "size": 2}], kind="local")
     sizes = {"batch": 1, "seq": 8, "hidden": 8, "ffn": 8, "copies": 1, "num_gemms": 2}
     with pytest.raises(UserError, match=r"cluster bare\.gemm"):
-        layer_costs(bare, **sizes)
+        _ = layers(bare, **sizes).costs
     with pytest.raises(UserError, match=r"cluster bare\.collectives.*ar\.inter"):
         reduce_costs(bare)
     with pytest.raises(UserError, match=r"cost\.n:"):
-        layer_costs(presets.cluster("fsmoe-a"), **{**sizes, "copies": -1})
+        _ = layers(presets.cluster("fsmoe-a"), **{**sizes, "copies": -1}).costs
 
 
 def test_exactly_one_case_holds() -> None:

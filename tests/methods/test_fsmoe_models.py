@@ -16,6 +16,7 @@ from methods.fsmoe.models import (
     DS_MOE,
     SCHEDULES,
     Gate,
+    ModelStep,
     duplicated,
     expert_loads,
     many_ranks,
@@ -24,7 +25,6 @@ from methods.fsmoe.models import (
     place_gradients,
     prepare,
     step_times,
-    training_step,
 )
 from methods.fsmoe.pipeline import gpipe_step
 from methods.fsmoe.step import LINA_CHUNK_BYTES, reduction
@@ -70,7 +70,7 @@ def test_lina_sends_whole_chunks_of_at_most_30_mb(setup, most):
 def test_without_overlap_a_step_is_the_sum_of_its_tasks(setup):
     model, cluster, layer = setup
     _, slices = prepare("no-overlap", layer, NUM_LAYERS)
-    plan = training_step([layer] * NUM_LAYERS, SCHEDULES["no-overlap"], slices, optimizer_s=optimizer_s(model, cluster))
+    plan = ModelStep([layer] * NUM_LAYERS, SCHEDULES["no-overlap"], slices, optimizer_s(model, cluster)).lay_out()
     timeline = simulate(plan, Machine.published(cluster))
     busy = timeline.busy_s()
     assert timeline.total_s == pytest.approx(sum(busy.values()))
@@ -85,7 +85,7 @@ def test_fsmoe_is_ahead_of_its_rivals_and_no_step_beats_its_busiest_lane(setup):
     took = {}
     for name, policy in SCHEDULES.items():
         as_run, slices = prepare(name, layer, NUM_LAYERS)
-        timeline = simulate(training_step([as_run] * NUM_LAYERS, policy, slices), Machine.published(cluster))
+        timeline = simulate(ModelStep([as_run] * NUM_LAYERS, policy, slices).lay_out(), Machine.published(cluster))
         for lane in timeline.plan.lanes:
             here = [i for i, task in enumerate(timeline.plan.tasks) if task.lane == lane]
             assert timeline.total_s >= (timeline.end_s - timeline.start_s)[here].sum() * (1 - 1e-12)
@@ -99,7 +99,7 @@ def test_without_overlap_of_links_the_plan_is_made_for_one_link(setup):
     policy = SCHEDULES["no-iio"]
     own, others = (place_gradients(SCHEDULES[name], layer, NUM_LAYERS) for name in ("no-iio", "fsmoe"))
     mine, theirs = (
-        simulate(training_step([layer] * NUM_LAYERS, policy, slices), Machine.published(cluster)).total_s
+        simulate(ModelStep([layer] * NUM_LAYERS, policy, slices).lay_out(), Machine.published(cluster)).total_s
         for slices in (own, dataclasses.replace(others, degree_forward=own.degree_forward))
     )
     assert mine < theirs or (model.name == "gpt2-xl-moe-fsmoe-b" and mine == theirs)
@@ -109,7 +109,7 @@ def test_only_fsmoe_uses_both_links_in_the_moe_part(setup):
     _, _, layer = setup
     for name, policy in SCHEDULES.items():
         _, slices = prepare(name, layer, NUM_LAYERS)
-        plan = training_step([layer] * NUM_LAYERS, policy, slices)
+        plan = ModelStep([layer] * NUM_LAYERS, policy, slices).lay_out()
         lanes = {task.lane for task in plan.tasks if task.kind in ("gather", "scatter")}
         assert lanes == ({INTRA} if name == "fsmoe" else {INTER})
 
@@ -141,7 +141,7 @@ def test_gpipe_fills_and_drains(num_micro_batches):
     layer = dataclasses.replace(model_layer(short("mixtral-8x7b-fsmoe-a"), cluster), gradient_bytes=0)
     policy = SCHEDULES["no-overlap"]
     _, slices = prepare("no-overlap", layer, 2)
-    stage = float(simulate(training_step([layer] * 2, policy, slices), Machine.published(cluster)).total_s)
+    stage = float(simulate(ModelStep([layer] * 2, policy, slices).lay_out(), Machine.published(cluster)).total_s)
     sizes = {"layers_per_stage": 2, "num_micro_batches": num_micro_batches, "num_stages": 2}
     plan = gpipe_step(layer, policy, slices, send_s=0.0, **sizes)
     assert simulate(plan, Machine.published(cluster)).total_s == pytest.approx((num_micro_batches + 1) * stage)

@@ -21,9 +21,10 @@ from harness.errors import Failure, UserError
 from harness.plan.graph import Plan, Timeline
 from harness.report import claims, render
 from harness.report.paper import Paper
+from harness.report.predicted import Simulator
 from harness.report.render import NOTEBOOKS, suite
 from harness.report.run import load as load_run
-from methods.fsmoe import closeup, predict, sensitivity, studies
+from methods.fsmoe import closeup, sensitivity, studies
 from tests.report.synthetic_run import RunMaker, experiment
 
 PLAN = Plan()
@@ -129,7 +130,7 @@ def own(tmp_path) -> RunMaker:
 def test_own_run_gives_an_interval_and_judges_the_simulator(own, tmp_path):
     paper = Paper("fsmoe", tmp_path, own.path)
 
-    class Known(predict.Simulator):
+    class Known(Simulator):
         def predictions(self, run) -> pd.DataFrame:
             cells = run.rows.drop_duplicates("cell")
             at = cells["system"].map({"fsmoe-tutel": 1.1, "fsmoe": 0.72})
@@ -158,7 +159,7 @@ def test_own_run_gives_an_interval_and_judges_the_simulator(own, tmp_path):
 
 
 def test_own_run_without_a_calibration_keeps_its_times(own, tmp_path):
-    simulator = predict.Simulator(tmp_path)
+    simulator = Simulator(tmp_path)
     html = Paper("fsmoe", "", own.path).own_run("s", "fsmoe", "fsmoe-tutel", simulator).html
     assert "moebench profile emulated-2x4" in html
     assert 'class="badge emulated"' in html
