@@ -55,9 +55,7 @@ def outlines_of(experiment: Experiment, step: int = 0, *, whole: bool = False) -
     model, topology, layers = experiment.model, Topology(experiment.cluster.shape), num_layers(experiment)
     few = None if whole else few_tokens(experiment.workload, model, topology, layers)
     step = step if experiment.phase == "train_step" else 0
-    return [
-        Outlined(experiment.workload, model, topology, step=step, layer=layer, few=few) for layer in range(layers)
-    ]
+    return [Outlined(experiment.workload, model, topology, step=step, layer=layer, few=few) for layer in range(layers)]
 
 
 def num_layers(experiment: Experiment) -> int:
