@@ -167,7 +167,7 @@ class HierMoEHD2(HierD):
     name = "hiermoe-hd2"
     title = "HierMoE's two-dimensional deduplicated all-to-all, pipelined"
     source = "arXiv 2508.09591, section III (HD2)"
-    options: ClassVar[dict[str, str]] = {"chunks": _CHUNKS}
+    options: ClassVar[dict[str, str]] = {key: HierD.options[key] for key in ("chunks", "deduplicate", "padded")}
     fixed = 2
 
 

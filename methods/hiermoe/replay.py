@@ -5,22 +5,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
-from baselines.smartmoe import EVERY, WINDOW, greedy
 from harness import registry
+from harness.layer.work import attention_macs, kv_fraction
 from harness.placement import Placement
-from harness.plan.cost import InTurn, Staged
+from harness.plan.cost import Compute, InTurn, Staged
+from harness.plan.course import Course
+from harness.plan.graph import COMPUTE, Plan, Work
 from harness.plan.machine import Machine
+from harness.plan.passage import Dense, backward_layer, forward_layer
 from harness.plan.priced import PricedNative, PricedOpaque
+from harness.plan.simulate import simulate
 from harness.routing import make_routing
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES, Cluster, Dtype, Model, Workload
 from harness.system import Case
 from harness.topology import Topology
-from methods.hiermoe.counts import Array
 from methods.hiermoe.model import TimeModel
 from methods.hiermoe.swap import Swapping
 
@@ -32,32 +35,36 @@ FORMULAS = {"padded": True, "chunks": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Rival:
-    """``placement``: of experts, as training goes on."""
+    """``swaps``: by the study's own rule, in place of what the system does between steps."""
 
     system: str
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    placement: Literal["contiguous", "swap", "smart"] = "contiguous"
+    swaps: bool = False
 
+    def case(self, cluster: Cluster, model: Model, routing: Routing, placement: Placement) -> Case:
+        options = dict(self.options)
+        return Case(model, DTYPE, Topology(cluster.shape), placement, routing, options=options, cluster=cluster)
 
-def hierarchical(dimension: int | None = None, **changes: Any) -> Rival:
-    """``dimension``: None for d*, by the cluster's costs. ``changes``: of other options."""
-    options = {**FORMULAS, **changes} | ({} if dimension is None else {"dimension": dimension})
-    return Rival("hiermoe-hd", options)
+    def passage(self, case: Case) -> PricedNative | PricedOpaque:
+        """The priced layer."""
+        found = registry.system(self.system).layout(case)
+        assert isinstance(found, PricedNative | PricedOpaque)
+        return found
 
 
 #: megatron: every copy in one all-to-all of exact sizes; tutel-2dh: every copy, two stages, padded experts
 RIVALS: dict[str, Rival] = {
     "megatron": Rival("flat"),
     "tutel-2dh": Rival("tutel-2dh"),
-    "hd2": hierarchical(2),
-    "hd2-smart": dataclasses.replace(hierarchical(2), placement="smart"),
-    "hd": hierarchical(),
-    "hiermoe": dataclasses.replace(hierarchical(), placement="swap"),
+    "hd2": Rival("hiermoe-hd2", FORMULAS),
+    "hd2-smart": Rival("hiermoe-hd2-smart", FORMULAS),
+    "hd": Rival("hiermoe-hd", FORMULAS),
+    "hiermoe": Rival("hiermoe", FORMULAS, swaps=True),
 }
 #: the nine of Fig. 13: by dimension without and with deduplication, and d*
 NINE = {
-    **{f"h{d}": hierarchical(d, deduplicate=False) for d in range(1, 5)},
-    **{f"hd{d}": hierarchical(d) for d in range(1, 5)},
+    **{f"h{d}": Rival("hiermoe-hd", {**FORMULAS, "dimension": d, "deduplicate": False}) for d in range(1, 5)},
+    **{f"hd{d}": Rival("hiermoe-hd", {**FORMULAS, "dimension": d}) for d in range(1, 5)},
     "hd": RIVALS["hd"],
 }
 
@@ -78,27 +85,22 @@ class Played:
         one_way_s = float(np.max(machine.seconds(sent)))
         return {"step": self.step, "variant": self.rival, "one_way_s": one_way_s, "dimension": len(stages)}
 
+    def layer_s(self, machine: Machine) -> float:
+        """Of forward and backward of the layer, attention included."""
+        case = self.passage.case
+        model, tokens = case.model, np.asarray(case.routing.tokens, dtype=np.float64)
+        macs = attention_macs(model.hidden, tokens, model.seq, causal=True, kv_fraction=kv_fraction(model))
+        once, twice = ([Dense("attention", COMPUTE, Work(Compute(times * np.asarray(macs))))] for times in (1, 2))
+        plan = Plan(price=machine.priced)
+        last = forward_layer(plan, self.passage.forward, once)
+        backward_layer(plan, self.passage.backward, twice, after=last)
+        return float(simulate(plan, machine, case.topology).total_s.max())
 
-class Mover(Protocol):
-    def update(self, step: int, routing: Routing, placement: Placement) -> Placement:
-        """The placement for the next step."""
 
-
-@dataclasses.dataclass
-class Smart:
-    """SmartMoE's placement (``baselines.smartmoe``)."""
-
-    every: int = EVERY
-    load: Array | None = None
-
-    def update(self, step: int, routing: Routing, placement: Placement) -> Placement:
-        load = np.bincount(routing.ids.ravel(), minlength=routing.num_experts)
-        if step % self.every >= self.every - WINDOW:
-            self.load = load if self.load is None else self.load + load
-        if (step + 1) % self.every or self.load is None:
-            return placement
-        found, self.load = greedy(self.load, placement), None
-        return found
+def computing(cluster: Cluster, efficiency: float) -> Machine:
+    """Links by the costs of ``cluster``, computation at ``efficiency`` of its device's peak."""
+    device = Machine.data_sheet(cluster, efficiency).device
+    return dataclasses.replace(Machine.published(cluster), device=device)
 
 
 def replay(
@@ -110,27 +112,20 @@ def replay(
 ) -> Iterator[Played]:
     """Steps of training of one layer, each with the placement that earlier steps led to."""
     wanted = RIVALS if rivals is None else rivals
-    movers: dict[str, Mover] = {
-        "swap": swapping or Swapping(TimeModel(cluster), model.hidden * ELEMENT_BYTES),
-        "smart": Smart(),
-    }
     start = Placement.contiguous(model.num_experts, cluster.num_ranks)
-    placements = dict.fromkeys((rival.placement for rival in wanted.values()), start)
+    swapping = swapping or Swapping(TimeModel(cluster), model.hidden * ELEMENT_BYTES)
+    swapped = start
+    courses: dict[str, Course] = {}
     for step, routing in enumerate(routings):
         for name, rival in wanted.items():
-            yield Played(step, name, passage_of(rival, cluster, model, routing, placements[rival.placement]))
-        for kind in placements.keys() & movers.keys():
-            placements[kind] = movers[kind].update(step, routing, placements[kind])
-
-
-def passage_of(
-    rival: Rival, cluster: Cluster, model: Model, routing: Routing, placement: Placement
-) -> PricedNative | PricedOpaque:
-    """The priced layer of ``rival``."""
-    case = Case(model, DTYPE, Topology(cluster.shape), placement, routing, options=dict(rival.options), cluster=cluster)
-    found = registry.system(rival.system).layout(case)
-    assert isinstance(found, PricedNative | PricedOpaque)
-    return found
+            case = rival.case(cluster, model, routing, swapped if rival.swaps else start)
+            if not rival.swaps:
+                course = courses.setdefault(name, registry.system(rival.system).course([case]))
+                (case,) = course.cases([case])
+                course.saw(step, [routing])
+            yield Played(step, name, rival.passage(case))
+        if any(rival.swaps for rival in wanted.values()):
+            swapped = swapping.update(step, routing, swapped)
 
 
 def routings(workload: Workload, model: Model, cluster: Cluster, steps: int) -> Iterator[Routing]:
@@ -141,4 +136,4 @@ def routings(workload: Workload, model: Model, cluster: Cluster, steps: int) -> 
         yield routing
 
 
-__all__ = ["NINE", "RIVALS", "Played", "Rival", "Swapping", "hierarchical", "passage_of", "replay", "routings"]
+__all__ = ["NINE", "RIVALS", "Played", "Rival", "Swapping", "computing", "replay", "routings"]

@@ -7,7 +7,6 @@ The paper does not say which routing it used. So the studies take uniform routin
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import time
@@ -17,29 +16,14 @@ import numpy as np
 import pandas as pd
 
 from harness import presets
-from harness.layer.work import attention_macs, kv_fraction
 from harness.placement import Placement
-from harness.plan.cost import Compute
-from harness.plan.graph import COMPUTE, Plan, Work
 from harness.plan.machine import Machine
-from harness.plan.passage import Dense, backward_layer, forward_layer
-from harness.plan.simulate import simulate
 from harness.specs import Cluster, Model, Workload
 from harness.studies import Findings, Progress, Study, left_out, reported
 from harness.topology import Topology
 from methods.hiermoe.counts import counted_duplication, duplication
 from methods.hiermoe.model import TimeModel
-from methods.hiermoe.replay import (
-    ELEMENT_BYTES,
-    NINE,
-    RIVALS,
-    Played,
-    Rival,
-    Swapping,
-    passage_of,
-    replay,
-    routings,
-)
+from methods.hiermoe.replay import ELEMENT_BYTES, NINE, RIVALS, Played, Rival, Swapping, computing, replay, routings
 from methods.hiermoe.swap import Objective, best_swap, collect, groups
 
 CLUSTER = "hiermoe"
@@ -104,33 +88,26 @@ def mean_times(steps: Iterable[dict[str, object]], warm: int = WARM) -> pd.DataF
 
 @functools.cache
 def _by_skew(name: str, skew: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """``mean_times``, and of each variant and efficiency mean ``layer_s``."""
-    cluster, model = presets.cluster(CLUSTER), presets.model(MODELS[name])
+    return of_layers(presets.cluster(CLUSTER), presets.model(MODELS[name]), workload(skew))
+
+
+def of_layers(
+    cluster: Cluster,
+    model: Model,
+    load: Workload,
+    rivals: Mapping[str, Rival] | None = None,
+    steps: int = STEPS,
+    warm: int = WARM,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``times``, and of each variant and efficiency the mean of ``Played.layer_s``."""
     links, rows, layers = Machine.published(cluster), [], []
     machines = {efficiency: computing(cluster, efficiency) for efficiency in EFFICIENCIES}
-    for played in replay(cluster, model, routings(workload(skew), model, cluster, STEPS)):
+    for played in replay(cluster, model, routings(load, model, cluster, steps), rivals):
         rows.append(played.row(links))
-        for efficiency, machine in machines.items() if played.step >= WARM else ():
-            seconds = layer_s(played, machine, model, Topology(cluster.shape))
-            layers.append({"variant": played.rival, "efficiency": efficiency, "layer_s": seconds})
+        for efficiency, machine in machines.items() if played.step >= warm else ():
+            layers.append({"variant": played.rival, "efficiency": efficiency, "layer_s": played.layer_s(machine)})
     mean = pd.DataFrame(layers).groupby(["efficiency", "variant"], sort=False)["layer_s"].mean().reset_index()
-    return mean_times(rows), mean.sort_values("efficiency", kind="stable")
-
-
-def computing(cluster: Cluster, efficiency: float) -> Machine:
-    """Links by the costs of ``cluster``, computation at ``efficiency`` of its device's peak."""
-    device = Machine.data_sheet(cluster, efficiency).device
-    return dataclasses.replace(Machine.published(cluster), device=device)
-
-
-def layer_s(played: Played, machine: Machine, model: Model, topology: Topology) -> float:
-    """Forward and backward of one layer, attention included."""
-    macs = attention_macs(model.hidden, TOKENS, model.seq, causal=True, kv_fraction=kv_fraction(model))
-    once, twice = ([Dense("attention", COMPUTE, Work(Compute(times * macs)))] for times in (1, 2))
-    plan = Plan(price=machine.priced)
-    last = forward_layer(plan, played.passage.forward, once)
-    backward_layer(plan, played.passage.backward, twice, after=last)
-    return float(simulate(plan, machine, topology).total_s.max())
+    return mean_times(rows, warm), mean.sort_values("efficiency", kind="stable")
 
 
 def over(frame: pd.DataFrame, rival: str, key: Sequence[str] = ()) -> pd.Series:
@@ -282,7 +259,7 @@ def nine(progress: Progress) -> Findings:
     rows, model = [], presets.model(MODELS["qwen3-30b-a3b"])
     for num_nodes in (4, 1):
         on = resized(presets.cluster(CLUSTER), num_nodes)
-        wanted = {n: v for n, v in NINE.items() if v.options.get("dimension", 1) <= len(on.shape)}
+        wanted = {n: v for n, v in NINE.items() if int(v.options.get("dimension", 1)) <= len(on.shape)}
         for skew in (1.0, 4.0):
             progress(f"{num_nodes} nodes, skew {skew:g}")
             one = times(on, model, workload(skew), wanted, steps=4, warm=0)
@@ -371,7 +348,8 @@ def stale(progress: Progress) -> Findings:
                 if source is not None:
                     swapping = Swapping(time_model, row_bytes, pairs=16)
                     placement = swapping.update(0, of_step[source], placement)
-                passage = passage_of(RIVALS["hd"], cluster, model, of_step[step], placement)
+                hd = RIVALS["hd"]
+                passage = hd.passage(hd.case(cluster, model, of_step[step], placement))
                 taken = Played(step, "hd", passage).row(machine)["one_way_s"]
                 found.append({"layer": layer, "step": step, "from": source, "one_way_s": taken})
     every = pd.DataFrame(found)
