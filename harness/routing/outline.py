@@ -1,4 +1,4 @@
-"""A routing whose loads are known without its tokens, for plans of large models: ids are drawn when they are asked for."""
+"""A routing whose loads are known without its tokens, for plans of large models: ids are drawn when asked for."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ LEAST_TOKENS, MOST_TOKENS = 16, 128  # of a rank
 class Outlined(Routing):
     """``planned_routing``. ``few``: tokens of a rank that stand for all where tokens are asked for one by one; None:
     none do."""
+
+    few: int | None
+    _of: tuple[Workload, Model, Topology]
+    _at: tuple[int, int]  # step and layer
 
     def __init__(
         self, workload: Workload, model: Model, topology: Topology, *, step: int, layer: int, few: int | None = None
