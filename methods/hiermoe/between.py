@@ -111,7 +111,9 @@ class Updates(abc.ABC):
     def slowest(self, share: float) -> float:
         """The largest of all ranks'."""
 
-    def statistics(self, ids: np.ndarray, owner: np.ndarray, dimension: int) -> tuple[Statistics, np.ndarray, Objective]:
+    def statistics(
+        self, ids: np.ndarray, owner: np.ndarray, dimension: int
+    ) -> tuple[Statistics, np.ndarray, Objective]:
         """Of a layer's tokens ids [T, k] (-1 where dropped), experts of ``owner`` [E], and exchange HDd."""
         objective = self._objective(dimension)
         group = groups(owner, self.topology, objective.levels)
