@@ -1,4 +1,4 @@
-"""A routing whose loads are known without its tokens, for plans of large models: ids are drawn when they are asked for."""
+"""A routing whose loads are known without its tokens, for plans of large models: ids are drawn when asked for."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ class Outlined(Routing):
     """``planned_routing``. ``few``: tokens of a rank that stand for all where tokens are asked for one by one; None:
     none do."""
 
+    few: int | None
+    _of: tuple[Workload, Model, Topology]
+    _at: tuple[int, int]  # step and layer
+
     def __init__(
         self, workload: Workload, model: Model, topology: Topology, *, step: int, layer: int, few: int | None = None
     ):
-        made = {"tokens": workload.tokens(topology.num_ranks), "num_experts": model.num_experts}
-        made |= {"few": few, "_of": (workload, model, topology), "_at": (step, layer)}
-        self.__dict__.update(made)
+        values = self.__dict__  # which is frozen otherwise
+        values["tokens"], values["num_experts"] = workload.tokens(topology.num_ranks), model.num_experts
+        values["few"], values["_of"], values["_at"] = few, (workload, model, topology), (step, layer)
 
     @functools.cached_property
     def ids(self) -> np.ndarray:  # type: ignore[override]
