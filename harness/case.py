@@ -49,18 +49,14 @@ def cases_of(
     ]
 
 
-def outlines_of(
-    experiment: Experiment, step: int = 0, *, whole: bool = False, fewer: bool = False
-) -> list[Outlined]:
+def outlines_of(experiment: Experiment, step: int = 0, *, whole: bool = False, fewer: bool = False) -> list[Outlined]:
     """The routing of each layer that the phase runs, without tokens until these are asked for. Those of a large step
     are then a sample, unless they are to be ``whole``; ``fewer``: a quarter of it, for what is not priced."""
     model, topology, layers = experiment.model, Topology(experiment.cluster.shape), num_layers(experiment)
     few = None if whole else few_tokens(experiment.workload, model, topology, layers)
     few = max(1, few // 4) if fewer and few is not None else few
     step = step if experiment.phase == "train_step" else 0
-    return [
-        Outlined(experiment.workload, model, topology, step=step, layer=layer, few=few) for layer in range(layers)
-    ]
+    return [Outlined(experiment.workload, model, topology, step=step, layer=layer, few=few) for layer in range(layers)]
 
 
 def num_layers(experiment: Experiment) -> int:

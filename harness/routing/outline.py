@@ -1,5 +1,4 @@
-"""A routing whose loads are known without its tokens, for plans of large models: ids are drawn when they are asked for.
-"""
+"""A routing whose loads are known without its tokens, for plans of large models: ids are drawn when they are asked for."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Hecate and the systems that it is compared with, over given loads: trainings as their own courses play them, priced by
-the judge of time at some of their steps.
+"""Hecate and the systems that it is compared with, over given loads: trainings as their own courses play them, of which
+the judge of time prices some steps.
 
 What moves, and when, is what the executed systems decide, told of every step's loads. Steps are laid out as they are
 executed. Interpretations: rates are the data sheets', without start-up times (``start_s`` adds one to every message);
-``bw`` of the paper is the node's port, through which all GPUs of a node go; all rearrange every 25 steps, where Hecate's
-paper sees the best; those with copies keep them in twice the slots that experts need; attention is not causal.
+``bw`` of the paper is the node's port, through which all GPUs of a node go; all rearrange every 25 steps, where
+Hecate's paper sees the best; those with copies keep them in twice the slots that experts need; attention is not causal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Array = np.ndarray
 #: of what a device can do, that computation reaches; no paper states it
 EFFICIENCY = 0.4
 WARM = 100  # steps before those that count, so that everything has been placed by loads that were seen
-PRICED = 4  # of those that count, evenly spaced
+PRICED = 3  # of those that count, evenly spaced
 REARRANGE_EVERY, RESHARD_EVERY = 25, 100
 RIVALS = ("fastermoe", "smartmoe", "flexmoe")  # that the paper compares with, beside EP
 #: by the name in tables: the registered system
@@ -91,9 +91,7 @@ class Setup:
     def attention_s(self) -> float:
         """T_non-MoE, forward: projections and scores."""
         return float(
-            self.machine.seconds(
-                Compute(attention_macs(self.model.hidden, self.tokens, self.model.seq, causal=False))
-            )
+            self.machine.seconds(Compute(attention_macs(self.model.hidden, self.tokens, self.model.seq, causal=False)))
         )
 
     @property
@@ -138,8 +136,11 @@ class Loads(Routing):
     """A routing of which ``counts`` int [W, E] alone are known."""
 
     def __init__(self, counts: Array, top_k: int):
-        tokens = tuple((counts.sum(1) // top_k).tolist())
-        self.__dict__.update(tokens=tokens, num_experts=counts.shape[1], counts=counts, k=top_k)
+        self.__dict__.update(counts=counts, num_experts=counts.shape[1], k=top_k)
+
+    @functools.cached_property
+    def tokens(self) -> tuple[int, ...]:  # type: ignore[override]
+        return tuple((self.counts.sum(1) // self.top_k).tolist())
 
     @property
     def top_k(self) -> int:
@@ -151,63 +152,104 @@ class Loads(Routing):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """``steps``: timelines [num_tasks, W] of those that are priced, of ``num_layers`` layers; ``move_s``: of what is
-    done behind a step, mean over all that count; ``once_s``: of ``ONCE``, of a step with all layers of the model.
-    ``busiest``: most assignments that a rank computes in a step over the mean, all layers together. ``copies``: the
-    experts on the rank that has most."""
+    """Seconds, means over the steps that are priced, of ``num_layers`` of the model's ``of_layers``. ``whole_s``: of a
+    step; ``on_layers_s`` [layers]; ``path_s``: of all layers by part, on the critical path; ``busy_s`` of all layers by
+    kind of task, hidden or not; ``step_move_s``: of what is done behind a step, mean over all that count; ``once_s``:
+    of ``ONCE``, here and in a step with all layers. ``busiest``: most assignments that a rank computes in a step over
+    the mean, all layers together. ``copies``: the experts on the rank that has most."""
 
-    steps: tuple[Timeline, ...]
-    num_layers: int
-    move_s: float
-    once_s: float
+    of_layers: int
+    whole_s: float
+    on_layers_s: Array
+    path_s: dict[str, float]
+    busy_s: dict[str, float]
+    step_move_s: float
+    once_s: tuple[float, float]
     busiest: float
     copies: Copies
 
-    @functools.cached_property
+    @property
+    def num_layers(self) -> int:
+        return len(self.on_layers_s)
+
+    @property
     def layers_s(self) -> Array:
-        """Of every layer [layers], mean over steps, moves with it."""
-        return np.mean([_layers_s(each, self.num_layers) for each in self.steps], axis=0) + self.move_s / self.num_layers
+        """Of every layer [layers], moves with it."""
+        return np.asarray(self.on_layers_s + self.move_s)
+
+    @property
+    def layer_s(self) -> float:
+        """Mean of the model's layers; the last one, whose copies stay from forward to backward, is one of them."""
+        more = self.of_layers - self.num_layers
+        return float((self.layers_s.sum() + more * self.layers_s[:-1].mean()) / self.of_layers)
+
+    @property
+    def move_s(self) -> float:
+        """Of a layer, on its step."""
+        return self.step_move_s / self.num_layers
 
     @property
     def moe_s(self) -> Array:
         """Of every layer without its attention [layers]."""
-        return np.asarray(self.layers_s - self._busy({"attention"}) / self.num_layers)
+        return np.asarray(self.layers_s - self._busy("attention"))
 
-    def step_s(self, setup: Setup) -> float:
-        """Mean over steps, of as many layers as the model has."""
-        left = [
-            each.total_s.max() - _layers_s(each, self.num_layers).sum() - sum(_lasts(each, name) for name in ONCE)
-            for each in self.steps
-        ]
-        return float(self.layers_s.mean() * setup.model.num_layers + np.mean(left) + self.once_s)
+    @property
+    def step_s(self) -> float:
+        """Of as many layers as the model has."""
+        here, whole = self.once_s
+        left = self.whole_s - float(self.on_layers_s.sum()) - here  # not hidden behind any layer
+        return self.layer_s * self.of_layers + left + whole
 
     def seconds(self) -> dict[str, float]:
-        """Of every part of a layer's step on the critical path, mean over steps and layers."""
-        paths = [critical_path(each) for each in self.steps]
+        """Of every part of a layer's step on the critical path."""
         every = dict.fromkeys([*PARTS.values(), "other"])
-        found = {name: float(np.mean([path.get(name, 0.0) for path in paths])) / self.num_layers for name in every}
-        return found | {"move": self.move_s / self.num_layers}
+        found = {name: self.path_s.get(name, 0.0) / self.num_layers for name in every}
+        return found | {"move": self.move_s}
 
     @property
     def all_to_all_s(self) -> float:
         """Of a layer, hidden or not."""
-        return self._busy({kind for kind, part in PARTS.items() if part == "all-to-all"}) / self.num_layers
+        return self._busy("all-to-all")
 
     @property
     def collectives_s(self) -> float:
         """Of experts, of a layer, hidden or not."""
-        return self._busy({kind for kind, part in PARTS.items() if part in ("gather", "reduce")}) / self.num_layers
+        return self._busy("gather") + self._busy("reduce")
 
-    def _busy(self, kinds: set[str]) -> float:
-        """Of all tasks of ``kinds``, on the rank where each takes longest; mean over steps."""
-        return float(
-            np.mean(
-                [
-                    sum(_lasts(each, task.name) for task in each.plan.tasks if task.kind in kinds)
-                    for each in self.steps
-                ]
-            )
-        )
+    def _busy(self, part: str) -> float:
+        return sum(s for kind, s in self.busy_s.items() if PARTS.get(kind) == part) / self.num_layers
+
+
+def result(
+    setup: Setup, steps: list[Timeline], num_layers: int, move_s: float, once_s: float, busiest: float, copies: Copies
+) -> Result:
+    """``steps``: timelines [num_tasks, W] of those that are priced."""
+
+    def mean(several: list[dict[str, float]]) -> dict[str, float]:
+        return {name: float(np.mean([each.get(name, 0.0) for each in several])) for each in several for name in each}
+
+    once = [sum(_lasts(each, name) for name in ONCE) for each in steps]
+    return Result(
+        setup.model.num_layers,
+        float(np.mean([each.total_s.max() for each in steps])),
+        np.mean([_layers_s(each, num_layers) for each in steps], axis=0),
+        mean([critical_path(each) for each in steps]),
+        mean([_busy_s(each) for each in steps]),
+        move_s,
+        (float(np.mean(once)), once_s),
+        busiest,
+        copies,
+    )
+
+
+def _busy_s(timeline: Timeline) -> dict[str, float]:
+    """Of the layers' tasks by kind, each on the rank where it takes longest."""
+    found: dict[str, float] = {}
+    lasts = (timeline.end_s - timeline.start_s).max(1)
+    for task, seconds in zip(timeline.plan.tasks, lasts.tolist(), strict=True):
+        if task.name.startswith("layer"):
+            found[task.kind] = found.get(task.kind, 0.0) + seconds
+    return found
 
 
 def _lasts(timeline: Timeline, task: str) -> float:
@@ -230,7 +272,7 @@ def critical_path(timeline: Timeline) -> dict[str, float]:
     """Seconds of the layers' tasks by part, along the chain of tasks that ends last and never waits."""
     plan, start, end = timeline.plan, timeline.start_s, timeline.end_s
     _, waits, bounds = plan.walk
-    here, rank = np.unravel_index(end.argmax(), end.shape)
+    here, rank = divmod(int(end.argmax()), end.shape[1])
     found: dict[str, float] = {}
     while True:
         task, began = plan.tasks[here], start[here, rank]
@@ -241,10 +283,10 @@ def critical_path(timeline: Timeline) -> dict[str, float]:
         if not len(before) or began <= 0:
             return found
         if end[before, rank].max() >= began * (1 - 1e-12):
-            here = before[end[before, rank].argmax()]
+            here = int(before[end[before, rank].argmax()])
         else:  # a collective, for which another rank was late
-            late, rank = np.unravel_index(end[before].argmax(), end[before].shape)
-            here = before[late]
+            late, rank = divmod(int(end[before].argmax()), end.shape[1])
+            here = int(before[late])
 
 
 # -------------------------------------------------------------------------------------------------------- to play it
@@ -258,24 +300,25 @@ def play(setup: Setup, loads: Array, name: str, options: Options) -> Result:
     priced = WARM + (num_steps - WARM) * (2 * np.arange(PRICED) + 1) // (2 * PRICED)
     steps, moves, received, added, owned = [], [], [], [], 0
     for step, of_layers in enumerate(loads):
-        routings = (Loads(counts, setup.model.top_k) for counts in of_layers)
-        training.cases = [
-            dataclasses.replace(case, routing=routing)
-            for case, routing in zip(training.cases, routings, strict=True)
-        ]
+        routings = [Loads(counts, setup.model.top_k) for counts in of_layers]
         if step in priced:
+            pairs = zip(training.cases, routings, strict=True)
+            training.cases = [dataclasses.replace(case, routing=routing) for case, routing in pairs]
             steps.append(simulate(training.lay_out(machine.priced), machine, topology))
             received.append(sum(rows_of(each) for each in training.passages))
             added.append([copies_of(each) for each in training.passages])
             owned = max(owned, int(training.own.max()))
         if training.course.learns:
-            moved = training.course.saw(step, [case.routing for case in training.cases], None)
+            moved = training.course.saw(step, routings, None)
             moves.append(0.0 if moved is None else float(np.max(machine.seconds(moved))))
     rows, copies = np.array(received), np.array(added)  # [steps, W], [steps, layers, W]
+    if "slots" in training.experiment.options:  # set aside, used or not
+        owned = num_layers * int(training.experiment.options["slots"])
     scale = setup.model.num_layers / num_layers
     resident = copies.max() if name in ("hecate-rm", "fsdp") else copies.sum(1).max() * scale
-    return Result(
-        tuple(steps),
+    return result(
+        setup,
+        steps,
         num_layers,
         float(np.mean(moves[WARM:])) if moves else 0.0,
         once_s(setup, name, options, np.round(training.own * scale).astype(int)),
@@ -300,6 +343,7 @@ def once_s(setup: Setup, name: str, options: Options, num_own: Array) -> float:
     whole = setup.experiment(name, setup.model.num_layers, options)
     step = PricedTraining(whole, (), (), num_own)
     tasks = [step.work(task) for task in ("embedding", "embedding_back", "head", "optimizer")]
-    tasks.append(step.tail(step.stream.take("gradients-tail", step.stream.left_bytes, after_part=setup.model.num_layers)))
+    tasks.append(
+        step.tail(step.stream.take("gradients-tail", step.stream.left_bytes, after_part=setup.model.num_layers))
+    )
     return sum(float(np.max(setup.machine.seconds(each.cost))) for each in tasks)
-

@@ -79,7 +79,9 @@ def count(routing: Routing, owner: Array, topology: Topology) -> Counts:
     return Counts(topology, distinct, copies)
 
 
-def longest(routing: Routing, owner: Array, topology: Topology, stage: Stage, chunks: int, *, deduplicated: bool) -> int:
+def longest(
+    routing: Routing, owner: Array, topology: Topology, stage: Stage, chunks: int, *, deduplicated: bool
+) -> int:
     """Rows of a message of ``stage`` if all are as long as the longest, each rank's tokens in so many pieces; summed
     over these."""
     few, num_ranks = routing.sample, topology.num_ranks
