@@ -60,9 +60,10 @@ class Placement:
         for rank in range(hosts.shape[1]):
             wanted, old = np.flatnonzero(hosts[:, rank]), before.local(rank)
             own = np.full(len(wanted), -1)
-            kept = np.isin(old[: len(own)], wanted)
+            kept, come = hosts[old[: len(own)], rank], hosts[:, rank].copy()
             own[: len(kept)][kept] = old[: len(own)][kept]
-            own[own < 0] = np.setdiff1d(wanted, own)
+            come[own[own >= 0]] = False
+            own[own < 0] = np.flatnonzero(come)
             slots.append(own)
         return cls.of_slots(slots)
 

@@ -93,7 +93,11 @@ def training_plan(experiment: Experiment, seen: int = 0) -> Plan:
 
 
 class Training:
-    """``whole``: no sample stands for the tokens."""
+    """``whole``: no sample stands for the tokens. ``passages`` and ``own`` (experts that each rank keeps, int [W]): of
+    the step that was laid out last."""
+
+    passages: list[Passage]
+    own: np.ndarray
 
     def __init__(self, experiment: Experiment, *, whole: bool = False, priced: bool = True):
         self.experiment, self.whole = experiment, whole
@@ -111,9 +115,9 @@ class Training:
 
     def lay_out(self, price: Price = lambda cost: cost) -> Plan:
         """The coming step, up to what is done behind it."""
-        own = own_experts(self.course.cases(self.cases))
-        passages = _planned(self.experiment, self.course.passages(self.cases))
-        step = PricedTraining(self.experiment, passages, self.slices, own, has_moves=self.course.moves)
+        self.own = own_experts(self.course.cases(self.cases))
+        self.passages = _planned(self.experiment, self.course.passages(self.cases))
+        step = PricedTraining(self.experiment, self.passages, self.slices, self.own, has_moves=self.course.moves)
         return step.lay_out(price)
 
     def saw(self, step: int, timeline: Timeline | None) -> Cost | None:

@@ -17,8 +17,8 @@ from methods.hecate import cells
 from methods.hecate.cells import CLUSTERS, MODELS, NOTE, ROUTINGS, Cell, everyone, geometric_mean, planned, run
 from methods.hecate.loads import max_over_mean
 from methods.hecate.materialise import materialise
+from methods.hecate.played import RIVALS
 from methods.hecate.shard import shard
-from methods.hecate.systems import RIVALS
 
 INTERVALS = (10, 25, 50, 100, 0)  # 0: never
 HALF_LIVES = (25.0, 100.0, 400.0)
@@ -41,10 +41,10 @@ def reshard(progress: Progress) -> Findings:
     for cluster, model, half_life in itertools.product(CLUSTERS, ("gpt-moe-s", "bert-moe"), HALF_LIVES):
         progress(f"{model} on {cluster}, half-life {half_life:g}")
         cell = dataclasses.replace(Cell(model, cluster).with_samples(), half_life=half_life)
-        base = float(run(cell, "hecate", reshard_every=0).layers_s.mean())
+        base = run(cell, "hecate", reshard_every=0).layer_s
         for every in INTERVALS:
             found = run(cell, "hecate", reshard_every=every)
-            layer_s, move_s = float(found.layers_s.mean()), float(found.parts["move"].mean())
+            layer_s, move_s = found.layer_s, found.move_s
             times = {"layer_s": layer_s, "move_s": move_s, "over_never": base / layer_s}
             quiet = {"without_moves": base / (layer_s - move_s)}
             where = {"half_life": half_life, "every": str(every or "never")}
@@ -66,10 +66,10 @@ def rearrangement(progress: Progress) -> Findings:
         choices += [(name, 25, slots) for name in ("flexmoe", "eplb") for slots in (3, 4)]
         for name, every, slots in choices:
             found = run(cell, name, every=every, slots=slots)
-            layer_s = float(found.layers_s.mean())
+            layer_s = found.layer_s
             ratios = {
-                "over_ep": float(base.layers_s.mean()) / layer_s,
-                "moves_share": float(found.parts["move"].mean()) / layer_s,
+                "over_ep": base.layer_s / layer_s,
+                "moves_share": found.move_s / layer_s,
                 "state_over_ep": planned(cell, found).state / planned(cell, base).state,
             }
             where = {"half_life": half_life, "system": name, "every": every, "slots": slots}
@@ -91,10 +91,9 @@ def assumptions(progress: Progress) -> Findings:
         progress(f"{cluster}: {change}")
         ratios = []
         for model in MODELS:
-            cell = dataclasses.replace(Cell(model, cluster).with_samples(), steps=50, layers=4)
+            cell = dataclasses.replace(Cell(model, cluster).with_samples(), steps=50, layers=2)
             cell = dataclasses.replace(cell, **fields)  # type: ignore[arg-type]
-            here = cells.setup(cell)
-            times = {name: found.step_s(here) for name, found in everyone(cell).items()}
+            times = {name: found.step_s for name, found in everyone(cell).items()}
             best = min(times[name] for name in RIVALS)
             ratios.append([seconds / times["hecate"] for seconds in (times["ep"], best, times["fsdp"])])
         means = [geometric_mean(each) for each in zip(*ratios, strict=True)]

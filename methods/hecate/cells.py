@@ -15,21 +15,21 @@ import numpy as np
 from harness import presets
 from methods.hecate import loads as load_model
 from methods.hecate.memory_model import Memory, capacity, memory
-from methods.hecate.simulate import EFFICIENCY, Array, Result, Setup
-from methods.hecate.systems import SYSTEMS, WARM, Options
+from methods.hecate.played import EFFICIENCY, SYSTEMS, WARM, Array, Options, Result, Setup, play
 
 MODELS = ("gpt-moe-s", "gpt-moe-l", "bert-moe", "bert-moe-deep")
 CLUSTERS = {"A": "hecate-a", "B": "hecate-b"}
 GPUS = (16, 32)
 STEPS = 100  # that count
-LAYERS = 6  # simulated; a step has the model's
+LAYERS = 4  # simulated; a step has the model's
 SKEW = 4.0
 RECORDED = "recorded"
 ROUTINGS: tuple[float | None, ...] = (SKEW, None)
 NOTE = (
     "Simulated from data-sheet rates: no start-up times, computation at 40 % of the device's rate, bw of the paper is "
-    "the node's port. Loads drift (half-life 100 steps); skew is max over mean tokens of an expert at every step and "
-    "layer. Batches are the largest that fit all systems but Hecate, which materialises in what memory is left."
+    "the node's port. Systems decide by all steps' loads; of those that count, behind 100 more, three are priced. "
+    "Loads drift (half-life 100 steps); skew is max over mean tokens of an expert at every step and layer. Batches are "
+    "the largest that fit all systems but Hecate, which materialises in what memory is left."
 )
 
 
@@ -80,8 +80,8 @@ def loads(cell: Cell) -> Array:
     here = setup(cell)
     shape = (WARM + cell.steps, cell.layers, cell.gpus, here.tokens, here.model)
     if cell.skew is None:
-        return load_model.recorded(*shape, seed=cell.seed)
-    return load_model.drifting(*shape, cell.skew, cell.half_life, cell.seed)
+        return load_model.recorded(*shape, seed=cell.seed).astype(np.int64)
+    return load_model.drifting(*shape, cell.skew, cell.half_life, cell.seed).astype(np.int64)
 
 
 def run(cell: Cell, name: str, **changes: object) -> Result:
@@ -91,24 +91,23 @@ def run(cell: Cell, name: str, **changes: object) -> Result:
 
 @functools.lru_cache(maxsize=1024)
 def _run(cell: Cell, name: str, changes: tuple[tuple[str, object], ...]) -> Result:
-    of_system, options = SYSTEMS[name]
-    options = dataclasses.replace(options, **dict(changes))  # type: ignore[arg-type]
+    options = Options(**dict(changes))  # type: ignore[arg-type]
     here = setup(cell)
-    found = of_system(here, loads(cell), options)
+    found = play(here, loads(cell), name, options)
     if not name.startswith("hecate") or options.m is not None:
         return found
-    m = room(cell, found, options)  # that was with m = t
+    m = room(cell, found, remat=name == "hecate-rm")  # that was with m = t
     if m >= (here.overlap_degree if options.t is None else options.t) and not options.calibrates:
         return found
-    return of_system(here, loads(cell), dataclasses.replace(options, m=m))
+    return play(here, loads(cell), name, dataclasses.replace(options, m=m))
 
 
-def room(cell: Cell, found: Result, options: Options) -> int:
+def room(cell: Cell, found: Result, *, remat: bool) -> int:
     """m of Hecate: copies of a layer that fit beside what ``found`` has without them."""
     here, device = setup(cell), presets.cluster(CLUSTERS[cell.cluster]).device_memory_bytes
     assert device is not None
     bare = memory(here.model, dataclasses.replace(found.copies, resident=0, widest=0), here.samples, found.busiest)
-    return capacity(here.model, device - bare.peak, remat=options.remat)
+    return capacity(here.model, device - bare.peak, remat=remat)
 
 
 def planned(cell: Cell, found: Result) -> Memory:

@@ -27,7 +27,7 @@ from methods.hecate.cells import (
     planned,
     run,
 )
-from methods.hecate.systems import RIVALS, SYSTEMS
+from methods.hecate.played import RIVALS, SYSTEMS
 
 SKEWS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 ABLATION: dict[str, tuple[str, dict[str, object]]] = {
@@ -57,7 +57,7 @@ def steps(progress: Progress) -> Findings:
     for cell in _cells():
         progress(f"{cell.model} on {cell.gpus} GPUs of {cell.cluster}, {cell.routing}")
         here = cells.setup(cell)
-        times = {name: found.step_s(here) for name, found in everyone(cell).items()}
+        times = {name: found.step_s for name, found in everyone(cell).items()}
         rivals = [times[name] for name in ("ep", *RIVALS)]
         for name, seconds in times.items():
             ratios = {"over_ep": times["ep"] / seconds, "over_best_baseline": min(rivals) / seconds}
@@ -115,15 +115,16 @@ def critical_path(progress: Progress) -> Findings:
         progress(f"{cell.model} on {cell.cluster}, {cell.routing}")
         for name, result in everyone(cell).items():
             ms = {f"{part}_ms": 1e3 * seconds for part, seconds in result.seconds().items()}
-            whole = {"layer_ms": sum(ms.values()), "collectives_ms": 1e3 * float(result.collectives.mean())}
+            whole = {"layer_ms": sum(ms.values()), "collectives_ms": 1e3 * result.collectives_s}
             rows.append({**cell.where(), "system": name, **ms, **whole})
     raw = pd.DataFrame(rows).assign(evidence="simulated")
     numbers = list(raw.filter(like="_ms"))
     shown = raw.groupby(["testbed", "routing", "system"], sort=False)[numbers].mean().reset_index()
     notes = (
         NOTE,
-        "gather, reduce: what the attention does not hide; collectives: all of them, hidden or not; fused: FasterMoE's "
-        "all-to-alls, experts and shadows in one schedule; move: of rearrangement and re-sharding, per step.",
+        "Along the chain of tasks that ends last and never waits: what runs beside a longer task is not on it, so "
+        "gathers may stand there in the attention's place, and all-to-alls in that of experts. collectives: "
+        "all gathers and reductions, on it or not; move: of rearrangement and re-sharding; other: gate and mix.",
     )
     return Findings({"critical-path": shown.assign(evidence="simulated")}, notes, {"models": raw})
 
@@ -138,9 +139,8 @@ def crossover(progress: Progress) -> Findings:
         progress(f"{model} on {cluster}")
         samples = Cell(model, cluster, skew=SKEWS[-1]).with_samples().samples  # fits, and is the same, at every skew
         for skew in SKEWS:
-            cell = Cell(model, cluster, skew=skew, samples=samples, steps=50, layers=4)
-            here = cells.setup(cell)
-            times = {name: found.step_s(here) for name, found in everyone(cell).items()}
+            cell = Cell(model, cluster, skew=skew, samples=samples, steps=50, layers=2)
+            times = {name: found.step_s for name, found in everyone(cell).items()}
             best = {
                 "ep": times["ep"],
                 "rivals": min(times[name] for name in RIVALS),
@@ -252,7 +252,7 @@ def batches(progress: Progress) -> Findings:
             result = run(cell, name, **wanted)
             peak = planned(cell, result).peak
             fits = peak <= device
-            seconds = result.step_s(here) if fits else float("nan")
+            seconds = result.step_s if fits else float("nan")
             rows.append({"samples": samples, "system": name, "peak_GB": peak / 1e9, "fits": fits, "step_s": seconds})
     raw = pd.DataFrame(rows)
     keys = raw[["samples"]].merge(raw[raw["system"] == "ep"][["samples", "step_s"]], on="samples", how="left")
@@ -285,9 +285,9 @@ def ablation(progress: Progress) -> Findings:
         for name, (system, changes) in ABLATION.items():
             found = run(cell, system, **changes)
             ratios = {
-                "layer_over_ep": float(base.layers_s.mean() / found.layers_s.mean()),
+                "layer_over_ep": base.layer_s / found.layer_s,
                 "moe_over_ep": float(base.moe_s.mean() / found.moe_s.mean()),
-                "all_to_all_ms": 1e3 * float(found.parts["all-to-all"].mean()),
+                "all_to_all_ms": 1e3 * found.all_to_all_s,
             }
             rows.append({**cell.where(), "variant": name, **ratios})
     raw = pd.DataFrame(rows).assign(evidence="simulated")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 
 from harness import presets
-from harness.comm.replicas import nearest
-from harness.comm.sparse import plan_sparse
 from harness.errors import UserError
 from harness.topology import Topology
 from harness.traffic import port_load
 from methods.hecate import loads as load_model
-from methods.hecate import memory_model, simulate, systems
+from methods.hecate import memory_model
 from methods.hecate.memory_model import Copies
-from methods.hecate.simulate import Setup
+from methods.hecate.played import PRICED, WARM, Loads, Options, Result, Setup, play
 
 MODEL = presets.model("gpt-moe-s-e32")
 CLUSTER = presets.cluster("hecate-a").resized(2)
@@ -27,12 +26,6 @@ TOPOLOGY = Topology((2, 8))
 @pytest.fixture(scope="module")
 def loads() -> np.ndarray:
     return load_model.drifting(40, 3, 16, SETUP.tokens, MODEL, 4.0)
-
-
-def random_hosts(rng: np.random.Generator, num_experts: int = 32, num_ranks: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    owner = rng.integers(0, num_ranks, num_experts)
-    hosts = (rng.random((num_experts, num_ranks)) < 0.2) | (owner[:, None] == np.arange(num_ranks))
-    return owner, hosts
 
 
 # ----------------------------------------------------------------------------------------------------------- loads
@@ -78,53 +71,6 @@ def test_the_estimate_is_the_mean_of_the_window_before(loads):
     for step in (1, 3, 5, 17):
         np.testing.assert_allclose(found[step], loads[max(0, step - 5) : step].sum(-2).mean(0))
     assert (found[0] == found[0][:, :1]).all()
-
-
-# ---------------------------------------------------------------------------------------------------------- prices
-
-
-def test_tokens_go_where_the_exchange_sends_them():
-    rng = np.random.default_rng(1)
-    counts = 840 * 16 * rng.integers(0, 3, (16, 32))  # divides by any number of holders
-    for _ in range(3):
-        _, hosts = random_hosts(rng)
-        rows = simulate.arrivals(counts.astype(np.float32), hosts, 2)
-        np.testing.assert_allclose(rows, nearest(hosts, TOPOLOGY).rows(counts).sum(1), rtol=1e-5)
-
-
-def test_rows_take_as_long_as_the_busiest_port():
-    rows = np.random.default_rng(2).integers(0, 100, (16, 16)).astype(float)
-    moving = rows - np.diag(np.diag(rows))
-    wanted = max(
-        port_load(moving, TOPOLOGY, 0).max() / 12.5e9,
-        port_load(moving, TOPOLOGY, 1).max() / 150e9,
-    )
-    assert SETUP.links.of(rows) == pytest.approx(wanted)
-
-
-def test_a_gather_takes_what_the_sparse_plan_sends_between_nodes():
-    rng = np.random.default_rng(3)
-    for _ in range(5):
-        owner, hosts = random_hosts(rng)
-        sent = plan_sparse(owner, hosts, TOPOLOGY).bytes(SETUP.expert_bytes)
-        between = port_load(sent, TOPOLOGY, 0).max() / 12.5e9
-        own = owner[:, None] == np.arange(16)
-        assert simulate.sparse_s(SETUP, own, hosts) == pytest.approx(between)
-    nothing = simulate.sparse_s(dataclasses.replace(SETUP, start_s=1.0), own, own)
-    assert nothing == 0
-
-
-def test_all_reduce_is_twice_a_gather_at_most_and_moves_cost_their_bytes():
-    own = systems.contiguous(SETUP)
-    every = np.ones_like(own)
-    gather = simulate.sparse_s(SETUP, own, every)
-    assert gather == pytest.approx(16 * SETUP.expert_bytes / 12.5e9)  # half of the experts come to each node
-    assert simulate.all_reduce_s(SETUP, every) == pytest.approx(32 * SETUP.expert_bytes / 12.5e9)
-    assert simulate.all_reduce_s(SETUP, own) == 0
-    assert simulate.move_s(SETUP, own, own) == 0
-    swapped = own.copy()
-    swapped[[0, 31]] = swapped[[31, 0]]
-    assert simulate.move_s(SETUP, own, swapped) == pytest.approx(7 * SETUP.expert_bytes / 12.5e9)
 
 
 def test_overlap_degree_is_the_papers_formula():
@@ -176,73 +122,118 @@ def test_capacity_is_the_most_copies_that_fit(remat):
 # --------------------------------------------------------------------------------------------------------- systems
 
 
-def run(name: str, loads: np.ndarray, **changes: object) -> simulate.Result:
-    of_system, options = systems.SYSTEMS[name]
-    return of_system(SETUP, loads, dataclasses.replace(options, **changes))  # type: ignore[arg-type]
+@functools.cache
+def played(name: str, **changes: object) -> Result:
+    return play(SETUP, drifting(), name, Options(**changes))  # type: ignore[arg-type]
 
 
-def test_hecate_without_copies_and_resharding_is_ep(loads):
-    plain, bare = run("ep", loads), run("hecate", loads, t=0, reshard_every=0)
-    np.testing.assert_allclose(bare.layers_s, plain.layers_s)
+@functools.cache
+def drifting() -> np.ndarray:
+    return load_model.drifting(WARM + 20, 3, 16, SETUP.tokens, MODEL, 4.0).astype(np.int64)
+
+
+def skewed(step: int) -> np.ndarray:
+    """[layers, W, E] of a step that is priced."""
+    return drifting()[WARM + step]
+
+
+def test_loads_are_a_routing_without_tokens():
+    counts = skewed(3)[0]
+    found = Loads(counts, 2)
+    assert found.counts is counts
+    assert (found.top_k, found.num_experts) == (2, 32)
+    assert found.tokens == (SETUP.tokens,) * 16
+
+
+def test_rows_take_as_long_as_the_busiest_port_and_the_busiest_rank():
+    """Of a training whose steps are all alike."""
+    alike = np.repeat(skewed(0)[None], WARM + PRICED, axis=0)
+    found = play(SETUP, alike, "ep", Options())
+    port_s, rank_s, macs_s = 0.0, 0.0, 2 * 2 * 768 * 1536 / (0.4 * 125e12)
+    for counts in alike[0]:
+        rows = counts.reshape(16, 16, 2).sum(-1).astype(float)  # two experts to a rank
+        rank_s += 3 * rows.sum(0).max() * macs_s
+        np.fill_diagonal(rows, 0)
+        port_s += (
+            4 * 2 * 768 * max(port_load(rows, TOPOLOGY, 0).max() / 12.5e9, port_load(rows, TOPOLOGY, 1).max() / 150e9)
+        )
+    metadata_s = 3 * 8 * 8 * 2 * 8 / 12.5e9  # of a rank's two experts
+    assert found.all_to_all_s * 3 == pytest.approx(port_s + metadata_s)
+    assert found.busy_s["experts"] == pytest.approx(rank_s)
+    parts = found.seconds()
+    assert sum(parts.values()) == pytest.approx(found.layers_s.mean())  # the chain has no gaps
+    assert parts["all-to-all"] + parts["experts"] == pytest.approx((port_s + metadata_s + rank_s) / 3)
+
+
+def test_a_layer_more_is_a_layer_more_of_the_step():
+    """Of even loads, under systems that have nothing to decide then."""
+    even = np.full((WARM + PRICED, 12, 16, 32), SETUP.tokens * 2 // 32)
+    for name, near in (("ep", 1e-9), ("hecate-rm", 1e-9), ("fsdp", 2e-4)):  # FSDP's first layer gathers before all else
+        few, all_of_them = (play(SETUP, even[:, :layers], name, Options(t=2, m=2)) for layers in (3, 12))
+        assert few.step_s == pytest.approx(all_of_them.step_s, rel=near)
+        assert few.layer_s == pytest.approx(all_of_them.layer_s, rel=near)
+
+
+def test_hecate_without_copies_and_resharding_is_ep():
+    plain, bare = played("ep"), played("hecate", t=0, reshard_every=0)
+    np.testing.assert_allclose(bare.layers_s - plain.layers_s, 8 * 8 * (32 - 2) * 8 / 12.5e9)  # metadata of all experts
     assert bare.copies == plain.copies
-    assert not bare.collectives.any()
+    assert bare.collectives_s == 0
 
 
-def test_everything_everywhere_is_balanced_and_fsdp_has_no_traffic(loads):
-    every = run("hecate", loads, t=32, m=32, reshard_every=0)
-    plain = run("fsdp", loads)
-    assert every.busiest == pytest.approx(1)
-    np.testing.assert_allclose(every.parts["experts"], plain.parts["experts"])
-    assert not plain.parts["all-to-all"].any()
-    assert every.collectives.mean() == pytest.approx(plain.collectives.mean() * 2 / 3)  # FSDP gathers twice
+def test_everything_everywhere_is_balanced_and_fsdp_has_no_traffic():
+    every, plain = played("hecate", t=32, m=32, reshard_every=0), played("fsdp")
+    each = 2 * 2 * 768 * 1536
+    assert every.busiest == pytest.approx(1, rel=1e-3)
+    assert every.busy_s["experts"] == pytest.approx(plain.busy_s["experts"])
+    metadata_s = 8 * 8 * 32 * 8 / 12.5e9
+    assert plain.all_to_all_s == pytest.approx(metadata_s)
+    between = 16 * each / 12.5e9  # half of the experts come to each node
+    assert plain.busy_s["gather"] > 3 * between
+    assert plain.busy_s["gather"] < 3 * (between + 32 * each / 150e9)
+    assert plain.busy_s["regather"] == pytest.approx(plain.busy_s["gather"] * 2 / 3)  # the last layer's stay
+    assert every.busy_s["gather"] == pytest.approx(plain.busy_s["gather"])
+    assert every.busy_s["reduce"] == pytest.approx(plain.busy_s["reduce"])
+    assert "regather" not in every.busy_s
 
 
-def test_copies_help_under_skew_and_cost_their_gathers(loads):
-    times = {name: run(name, loads).layers_s.mean() for name in systems.SYSTEMS}
-    assert times["hecate"] < times["ep"]
-    assert times["flexmoe"] < times["ep"]
-    hidden = run("hecate", loads, reshard_every=0)
-    assert not hidden.parts["gather"].any()  # t says that all fits under the attention
-    assert hidden.collectives.all()
-    more = run("hecate", loads, t=32, m=32, reshard_every=0)
-    assert more.parts["gather"].all()
-    exposed = more.collectives / 2 - SETUP.attention_s
-    np.testing.assert_allclose(more.parts["gather"], exposed)
+def test_copies_help_under_skew_and_cost_their_gathers():
+    assert played("hecate").layer_s < played("ep").layer_s
+    assert played("flexmoe").layer_s < played("ep").layer_s
+    hidden = played("hecate", reshard_every=0)
+    assert hidden.collectives_s > 0
+    more = played("hecate", t=32, m=32, reshard_every=0)
+    assert more.seconds()["gather"] > hidden.seconds()["gather"]
+    assert more.layer_s - more.seconds()["gather"] < hidden.layer_s
 
 
-def test_remat_gathers_once_more_and_keeps_one_layer(loads):
-    keeps, again = run("hecate", loads), run("hecate-rm", loads)
-    np.testing.assert_allclose(again.collectives, keeps.collectives * 1.5)
+def test_remat_gathers_once_more_and_keeps_one_layer():
+    keeps, again = played("hecate"), played("hecate-rm")
+    assert again.busy_s["gather"] == pytest.approx(keeps.busy_s["gather"])
+    assert 0 < again.busy_s["regather"] < again.busy_s["gather"]
     assert again.copies.resident == again.copies.widest == keeps.copies.widest
     assert keeps.copies.resident > keeps.copies.widest
 
 
-def test_calibration_is_taken_only_where_it_pays(loads):
-    def seconds(**changes: object) -> np.ndarray:
-        found = run("hecate", loads, t=8, reshard_every=0, **changes)
-        return found.parts["all-to-all"] + found.parts["experts"] + 2 * found.parts["gather"]
+def test_calibration_is_taken_where_there_is_memory_left():
+    def of(**changes: object) -> Result:
+        return played("hecate", t=8, reshard_every=0, **changes)
 
-    plain, calibrated = seconds(m=16), seconds(m=16, calibrates=True)
-    assert (calibrated <= plain * (1 + 1e-9)).all()
-    assert (calibrated < plain).any()
-    np.testing.assert_allclose(seconds(m=8, calibrates=True), seconds(m=8))  # no memory left
+    full, calibrated = of(m=4), of(m=4, calibrates=True)
+    np.testing.assert_allclose(calibrated.layers_s, full.layers_s)
+    assert "late" not in full.busy_s
 
 
-def test_rearrangement_pays_its_moves_at_its_boundaries(loads):
-    assert systems.boundaries(60, 25) == [5, 25, 50]
-    assert systems.boundaries(40, 10) == [5, 15, 25, 35]
-    assert systems.boundaries(60, 0) == []
+def test_rearrangement_pays_its_moves_at_its_boundaries():
     for name in ("smartmoe", "flexmoe", "eplb"):
-        moves = run(name, loads, every=10).parts["move"]
-        assert moves[0].any()  # the first step that counts is a boundary
-        assert not moves[1:10].any()
-        assert not run(name, loads, every=0).parts["move"].any()
-    assert run("flexmoe", loads, slots=3).copies.owned == 3 * run("ep", loads).copies.owned
+        assert played(name, every=10).move_s > 0
+        assert played(name, every=1000).move_s == 0  # longer than the training
+    assert played("flexmoe", slots=3).copies.owned == 3 * played("ep").copies.owned
+    assert played("hecate", reshard_every=10).move_s > played("hecate").move_s == 0
 
 
-def test_fastermoe_is_ep_where_nothing_is_skewed_but_for_its_schedule():
-    even = load_model.drifting(30, 2, 16, SETUP.tokens, MODEL, 1.0)
-    fused, plain = run("fastermoe", even), run("ep", even)
-    whole = plain.parts["all-to-all"] + plain.parts["experts"]
-    assert (fused.parts["fused"] < whole * 1.02).all()
-    assert (fused.parts["fused"] > plain.parts["all-to-all"] * 0.99).all() or fused.copies.widest > 0
+def test_fastermoe_overlaps_what_is_even():
+    even = np.full((WARM + PRICED, 2, 16, 32), SETUP.tokens * 2 // 32)
+    fused, plain = (play(SETUP, even, name, Options()) for name in ("fastermoe", "ep"))
+    assert fused.copies.widest == 0
+    assert plain.seconds()["all-to-all"] * 0.99 * 3 / 4 < fused.layer_s < plain.layer_s
