@@ -16,7 +16,7 @@ from baselines.flexmoe import hosts_of
 from harness.errors import bad
 from harness.placement import Placement
 from harness.plan.copied import CopiedSystem, num_slots
-from harness.plan.rearrange import Planner
+from harness.plan.following import Planner
 from harness.system import Case
 
 EVERY = 25  # steps between placements in training; the public planner leaves it to its caller

@@ -184,11 +184,13 @@ class FasterMoE(ReplicatedSystem):
         return Shadowing(LatencyModel.of(case), wanted)
 
     @classmethod
-    def layout(cls, case: Case) -> Passage | None:
+    def laid(cls, case: Case, policy: Policy) -> Passage | None:
         routing = cls.planned_routing(case)
-        if routing is None:
-            return None
-        return PricedSmart(dataclasses.replace(case, routing=routing), cls.policy(case, None), num_groups(case))
+        return (
+            None
+            if routing is None
+            else PricedSmart(dataclasses.replace(case, routing=routing), policy, num_groups(case))
+        )
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> FasterLayer:

@@ -28,7 +28,7 @@ from harness.memory import expert_bytes
 from harness.options import whole
 from harness.placement import Placement
 from harness.plan.copied import CopiedSystem, num_slots
-from harness.plan.rearrange import Planner
+from harness.plan.following import Planner
 from harness.specs import DTYPE_BYTES
 from harness.system import Case
 

@@ -35,6 +35,7 @@ class FSDPExperts(ReplicatedSystem):
     title = "plain FSDP on experts: every rank gathers all of them, forward and backward"
     source = "fully sharded data parallelism (ZeRO-3), a baseline of Hecate (arXiv 2502.02581)"
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"training": {}}
+    remembers = False
 
     @classmethod
     def policy(cls, case: Case, job: Job | None) -> Policy:

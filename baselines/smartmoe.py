@@ -20,8 +20,10 @@ from baselines.flat import Flat
 from harness.comm.job import Job
 from harness.options import whole, yes
 from harness.placement import Placement
+from harness.plan.course import Course, FollowedCourse
+from harness.plan.following import Following
 from harness.plan.rearrange import Rearranger
-from harness.system import AfterStep, Case, MoELayer
+from harness.system import AfterStep, Case, MoELayer, System
 
 WINDOW = 2  # steps whose tokens count
 EVERY = 10
@@ -48,18 +50,25 @@ def greedy(load: np.ndarray, placement: Placement) -> Placement:
     return Placement.of_owner(owner, placement) if carried.max() < before.max() else placement
 
 
-def placer(layers: Sequence[MoELayer], case: Case, job: Job) -> Rearranger:
+def following(case: Case) -> Following:
     """From a case's options."""
-    every, states = whole(case, "place_every", EVERY, 10**9), yes(case, "optimizer_state", True)
-    return Rearranger(job, layers, greedy, every, WINDOW, states)  # type: ignore[arg-type]
+    return Following(greedy, whole(case, "place_every", EVERY, 10**9), WINDOW, yes(case, "optimizer_state", True))
 
 
-class SmartMoE(Flat):
+class Follows(System):
+    """A native system whose experts follow the load so."""
+
+    @classmethod
+    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
+        return Rearranger(job, layers, following(case))  # type: ignore[arg-type]
+
+    @classmethod
+    def course(cls, cases: Sequence[Case]) -> Course:
+        return FollowedCourse(cls, cases, following(cases[0]))
+
+
+class SmartMoE(Follows, Flat):
     name = "smartmoe"
     title = "SmartMoE's dynamic expert placement, over the flat all-to-all"
     source = "ATC 2023 (Zhai et al.), online placement as in its artifact"
     options: ClassVar[dict[str, str]] = OPTIONS
-
-    @classmethod
-    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        return placer(layers, case, job)

@@ -103,7 +103,7 @@ class _Layer(MoELayer):
         from tutel.impls.moe_layer import moe_layer
 
         if use_2dh:
-            ranks_per_node = case.topology.shape[-1]
+            ranks_per_node = case.topology.num_ranks // case.topology.shape[0]
             os.environ["LOCAL_SIZE"] = str(ranks_per_node)  # read by its CUDA kernels
             communicate.PrimAllToAll2D.LOCAL_SIZE = ranks_per_node
             communicate.create_groups_from_world(-ranks_per_node)  # else made within the first forward
@@ -178,7 +178,8 @@ def _overlap(case: Case) -> int:
 
 def _two_stages(case: Case, capacity: int) -> dict[str, np.ndarray]:
     """2DH: a rank's whole buffer goes over its rail in equal parts, and again within its node."""
-    num_ranks, ranks_per_node = case.topology.num_ranks, case.topology.shape[-1]
+    num_ranks = case.topology.num_ranks
+    ranks_per_node = num_ranks // case.topology.shape[0]
     buffer_bytes = case.model.num_experts * capacity * case.model.hidden * DTYPE_BYTES[case.dtype]
     rank = np.arange(num_ranks)
     same_node = rank[:, None] // ranks_per_node == rank // ranks_per_node

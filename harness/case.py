@@ -14,6 +14,7 @@ from harness.memory import room_bytes
 from harness.placement import Placement
 from harness.registry import system as system_called
 from harness.routing import Routing, make_routing, planned_routing
+from harness.routing.outline import Outlined, few_tokens
 from harness.specs import SERVING, Experiment
 from harness.system import Case
 from harness.topology import Topology
@@ -21,9 +22,14 @@ from harness.topology import Topology
 PROFILE_STEP = 1_000_000  # of a generator: far from all that is served
 
 
-def cases_of(experiment: Experiment, step: int = 0, layers: Iterable[int] | None = None) -> list[Case]:
+def cases_of(
+    experiment: Experiment,
+    step: int = 0,
+    layers: Iterable[int] | None = None,
+    routings: Sequence[Routing] | None = None,
+) -> list[Case]:
     """One Case for each MoE layer that the phase runs (one for ``exchange`` and ``layer``, else one a layer of the
-    model); ``layers``: of these only.
+    model); ``layers``: of these only. ``routings``: of all layers, where they are made already.
 
     ``step``: of a training, whose routing changes with it; the other phases repeat the routing of step 0. Experts lie
     in index order, in a served model where its system plans them."""
@@ -31,7 +37,26 @@ def cases_of(experiment: Experiment, step: int = 0, layers: Iterable[int] | None
     if experiment.phase in SERVING:
         placed = placements(experiment)
     chosen = range(len(placed)) if layers is None else layers
-    return [case_of(experiment, layer=layer, step=step, placement=placed[layer]) for layer in chosen]
+    return [
+        case_of(
+            experiment,
+            layer=layer,
+            step=step,
+            placement=placed[layer],
+            routing=None if routings is None else routings[layer],
+        )
+        for layer in chosen
+    ]
+
+
+def outlines_of(experiment: Experiment, step: int = 0, *, whole: bool = False, fewer: bool = False) -> list[Outlined]:
+    """The routing of each layer that the phase runs, without tokens until these are asked for. Those of a large step
+    are then a sample, unless they are to be ``whole``; ``fewer``: a quarter of it, for what is not priced."""
+    model, topology, layers = experiment.model, Topology(experiment.cluster.shape), num_layers(experiment)
+    few = None if whole else few_tokens(experiment.workload, model, topology, layers)
+    few = max(1, few // 4) if fewer and few is not None else few
+    step = step if experiment.phase == "train_step" else 0
+    return [Outlined(experiment.workload, model, topology, step=step, layer=layer, few=few) for layer in range(layers)]
 
 
 def num_layers(experiment: Experiment) -> int:
@@ -40,7 +65,13 @@ def num_layers(experiment: Experiment) -> int:
 
 
 def case_of(
-    experiment: Experiment, device: str = "cpu", *, layer: int = 0, step: int = 0, placement: Placement | None = None
+    experiment: Experiment,
+    device: str = "cpu",
+    *,
+    layer: int = 0,
+    step: int = 0,
+    placement: Placement | None = None,
+    routing: Routing | None = None,
 ) -> Case:
     """The Case of one layer. ``placement``: None stands for experts in index order. A natural routing is planned as a
     uniform one."""
@@ -51,7 +82,7 @@ def case_of(
         dtype=experiment.dtype,
         topology=topology,
         placement=_in_order(experiment),
-        routing=planned_routing(experiment.workload, model, topology, step=step, layer=layer),
+        routing=routing or planned_routing(experiment.workload, model, topology, step=step, layer=layer),
         device=device,
         identity_experts=experiment.phase == "exchange",
         options=dict(experiment.options),

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from harness import caches, devices
+from harness import caches, devices, mask
 from harness.errors import UserError
 
 MIN_FREE_BYTES = 2 * 1024**3
@@ -91,18 +91,18 @@ def _gpu() -> Finding:
     from harness.launch import gpus
 
     none_needed = "none needed: emulated and simulated experiments run on CPU"
-    driver, mask = devices.ask(), os.environ.get(devices.MASK)
+    driver, given = devices.ask(), os.environ.get(devices.MASK)
     if not driver.found:
         return Finding("gpu", "missing", "no NVIDIA driver", none_needed)
     everything = devices.ask(devices.unmasked())
     here = f"driver {devices.version() or 'of unknown version'}"
     if driver.cuda:
         here += " for CUDA {}.{}".format(*driver.cuda)
-    if everything.devices and not driver.devices and mask in devices.HIDE_ALL:
-        hidden = f"{here}: {devices.MASK}={mask!r} hides this machine's {len(everything.devices)} GPUs"
+    if everything.devices and not driver.devices and given in devices.HIDE_ALL:
+        hidden = f"{here}: {devices.MASK}={given!r} hides this machine's {len(everything.devices)} GPUs"
         return Finding("gpu", "missing", hidden, f"unset {devices.MASK} to use them")
     try:
-        gpus.check_mask(driver)
+        mask.check(driver)
         why = gpus.unusable(everything)
     except UserError as error:
         return Finding("gpu", "broken", f"{here}: {error}", f"unset {devices.MASK}")

@@ -32,8 +32,9 @@ from harness.bench.store import Store
 from harness.errors import UserError, bad
 from harness.plan.choice import PROFILED
 from harness.plan.graph import Timeline
-from harness.plan.host import Seconds, beside, merged, unlayered
+from harness.plan.host import Seconds, amount, beside, merged, unlayered
 from harness.plan.machine import Machine
+from harness.plan.profiled import Profiled
 from harness.simulation import simulate
 from harness.specs import Experiment
 
@@ -144,7 +145,11 @@ def _beside(executed: Timeline, simulated: Timeline) -> dict[str, float]:
 
 def _even(timelines: Mapping[str, Timeline]) -> dict[str, float]:
     """Where nothing was traced: every task as much."""
-    return {unlayered(task.name): 1e-3 for timeline in timelines.values() for task in timeline.plan.tasks}
+    return {
+        unlayered(task.name): 1e-3 / float(np.mean(amount(task.cost)))
+        for timeline in timelines.values()
+        for task in timeline.plan.tasks
+    }
 
 
 def machine_of(experiment: Experiment, folder: Path = ledger.LEDGER) -> Machine:
@@ -280,24 +285,26 @@ def ordered(rows: pd.DataFrame) -> tuple[float, int]:
     return (agree / pairs if pairs else np.nan), pairs
 
 
-def error_of(experiment: Experiment, folder: Path = ledger.LEDGER) -> float | None:
-    """Mean absolute error of the experiment's system in its phase on tested cells; None where there are none."""
+def known(experiment: Experiment, machine: Machine, folder: Path = ledger.LEDGER) -> tuple[Machine, float | None]:
+    """``machine`` with what the ledger knows of the experiment's host time, said in its basis; and the mean absolute
+    error of the system in this phase on tested cells, None where there are none. Machines that no profile is behind
+    stay as they are."""
+    if not isinstance(machine.links, Profiled):
+        return machine, None
+    hosts, asked = read_hosts(folder), Cell(experiment, "", stats.Estimate(0, 0, 0, 0, 0), {})
+    name = next((name for name in (asked.group, asked.shape) if name in hosts), None)
+    if name is None:
+        basis = f"{machine.basis}; extrapolated: nothing of this shape has run"
+        machine = dataclasses.replace(machine, basis=basis)
+    else:
+        host = {str(task): float(seconds) for task, seconds in hosts[name]["seconds"].items()}
+        machine = dataclasses.replace(machine, host=host, basis=f"{machine.basis}; host time of {hosts[name]['run']}")
     rows = read(folder)
     if rows.empty:
-        return None
+        return machine, None
     here = rows[(rows["phase"] == experiment.phase) & (rows["system"] == experiment.system)]
     here = here[(here["role"] == "tested") & (here["status"] == "ok")]
-    return float((here["predicted_s"] / here["measured_s"] - 1).abs().mean()) if len(here) else None
-
-
-def host_of(experiment: Experiment, folder: Path = ledger.LEDGER) -> dict[str, float] | None:
-    """Host time of the experiment's own system and shape, or of its shape; None where none was fitted."""
-    known = read_hosts(folder)
-    asked = Cell(experiment, "", stats.Estimate(0, 0, 0, 0, 0), {})
-    for name in (asked.group, asked.shape):
-        if name in known:
-            return {str(task): float(seconds) for task, seconds in known[name]["seconds"].items()}
-    return None
+    return machine, float((here["predicted_s"] / here["measured_s"] - 1).abs().mean()) if len(here) else None
 
 
 def main(arguments: list[str]) -> int:

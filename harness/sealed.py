@@ -1,5 +1,5 @@
-"""JSON files with a checksum of their own, so that a damaged one, or one of another kind, is told and never read as if
-it were right."""
+"""JSON files, and lines of them, with a checksum of their own, so that a damaged one, or one of another kind, is told
+and never read as if it were right."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def unseal(text: str, kind: str) -> dict[str, Any]:
     if data.pop(KIND, None) != kind:
         raise ValueError(f"is no {kind}")
     return data
+
+
+def line(data: Mapping[str, Any]) -> str:
+    """``data`` as one line of a file of such lines, with its checksum."""
+    return seal(data, "line") + "\n"
+
+
+def unline(text: str) -> dict[str, Any]:
+    """What ``line`` was given; ``ValueError`` as of ``unseal``."""
+    return unseal(text, "line")
 
 
 def digest(plain: dict[str, Any]) -> str:

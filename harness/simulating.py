@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,12 +100,15 @@ def key_of(experiment: Experiment) -> Key:
 
 def judged(experiment: Experiment, machine: Machine, steps: int, warm: int, progress: Callable[[str], None]) -> Any:
     """The judge's answer, or status and reason of a cell that has none."""
+    from harness import heldout
     from harness.simulation import simulate
 
     try:
         if refused := refusal(experiment):
             return "refused", refused
-        return simulate(experiment, machine, steps=steps, warm=warm, progress=progress)
+        machine, error = heldout.known(experiment, machine)
+        found = simulate(experiment, machine, steps=steps, warm=warm, progress=progress)
+        return dataclasses.replace(found, heldout_error=error)
     except Unplanned as error:
         return "refused", str(error)
     except UserError as error:

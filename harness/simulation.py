@@ -9,15 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
-from harness.case import cases_of
+import numpy as np
+
+from harness.case import cases_of, outlines_of
 from harness.errors import Unplanned, bad
-from harness.plan.graph import Plan, Timeline
+from harness.plan.cost import Cost, Hold
+from harness.plan.graph import Plan, Price, Timeline
 from harness.plan.machine import Machine
 from harness.plan.passage import Direction, Passage, plan_alone
 from harness.plan.priced_step import PricedServing, PricedTraining, gradient_bytes, own_experts
 from harness.plan.simulate import simulate as schedule
 from harness.registry import system as system_called
-from harness.routing.certificate import expert_counts
+from harness.routing import Routing
+from harness.routing.outline import Outlined
 from harness.specs import SERVING, Experiment
 from harness.topology import Topology
 
@@ -32,15 +36,22 @@ class Simulation:
     timelines: Mapping[str, Timeline]
     basis: str
     notes: tuple[str, ...] = ()
+    heldout_error: float | None = None  # of the machine, where it is known (``harness.heldout``)
 
 
 def simulate(
-    experiment: Experiment, machine: Machine, *, steps: int = 1, warm: int = 0, progress: Progress | None = None
+    experiment: Experiment,
+    machine: Machine,
+    *,
+    steps: int = 1,
+    warm: int = 0,
+    whole: bool = False,
+    progress: Progress | None = None,
 ) -> Simulation:
     """``UserError`` where the system refuses the case, or its bytes cannot be planned. ``steps`` and ``warm`` are of a
-    training; all passes of other phases are alike."""
+    training; all passes of other phases are alike. ``whole``: every token of a training is drawn, however large."""
     if experiment.phase == "train_step":
-        return _training(experiment, machine, steps, warm, progress)
+        return _training(experiment, machine, steps, warm, whole, progress)
     plans = layer_plans(experiment) if experiment.phase not in SERVING else {"pass": serving_plan(experiment)}
     topology = Topology(experiment.cluster.shape)
     timelines = {name: schedule(plan, machine, topology) for name, plan in plans.items()}
@@ -66,47 +77,93 @@ def serving_plan(experiment: Experiment, seen: int = 0) -> Plan:
 
 
 def _passages(experiment: Experiment, seen: int) -> list[Passage]:
-    cases = cases_of(experiment)
+    cases = cases_of(experiment, routings=outlines_of(experiment))
     course = system_called(experiment.system).course(cases)
     for step in range(seen):
-        course.saw(step, [expert_counts(case.routing) for case in cases], [case.routing for case in cases])
+        course.saw(step, [case.routing for case in cases])
     return _planned(experiment, course.passages(cases))
 
 
 def training_plan(experiment: Experiment, seen: int = 0) -> Plan:
     """Of the first step; ``seen``: after so many batches of the same routing."""
-    stream = gradient_bytes(experiment)
-    cases, slices = system_called(experiment.system).settle(cases_of(experiment), stream.part_bytes, stream.scope)
-    course = system_called(experiment.system).course(cases)
+    training = Training(experiment)
     for step in range(seen):
-        course.saw(step, [expert_counts(case.routing) for case in cases], [case.routing for case in cases])
-    passages = _planned(experiment, course.passages(cases))
-    own = own_experts(course.cases(cases))
-    return PricedTraining(experiment, passages, slices, own, has_moves=course.moves).lay_out()
+        training.course.saw(step, [case.routing for case in training.cases])
+    return training.lay_out()
 
 
-def _training(experiment: Experiment, machine: Machine, steps: int, warm: int, progress: Progress | None) -> Simulation:
-    system, topology = system_called(experiment.system), Topology(experiment.cluster.shape)
-    stream = gradient_bytes(experiment)
-    cases, slices = system.settle(cases_of(experiment), stream.part_bytes, stream.scope)
-    course = system.course(cases)
+class Training:
+    """``whole``: no sample stands for the tokens."""
+
+    def __init__(self, experiment: Experiment, *, whole: bool = False, priced: bool = True):
+        self.experiment, self.whole = experiment, whole
+        stream, system = gradient_bytes(experiment), system_called(experiment.system)
+        cases = cases_of(experiment, routings=outlines_of(experiment, whole=whole, fewer=not priced))
+        self.cases, self.slices = system.settle(cases, stream.part_bytes, stream.scope)
+        self.course = system.course(self.cases)
+        self.course.train()
+
+    def come_to(self, step: int, *, priced: bool) -> None:
+        """Its routing is that of the coming step."""
+        fresh = outlines_of(self.experiment, step, whole=self.whole, fewer=not priced)
+        pairs = zip(self.cases, fresh, strict=True)
+        self.cases = [dataclasses.replace(case, routing=routing) for case, routing in pairs]
+
+    def lay_out(self, price: Price = lambda cost: cost) -> Plan:
+        """The coming step, up to what is done behind it."""
+        own = own_experts(self.course.cases(self.cases))
+        passages = _planned(self.experiment, self.course.passages(self.cases))
+        step = PricedTraining(self.experiment, passages, self.slices, own, has_moves=self.course.moves)
+        return step.lay_out(price)
+
+    def saw(self, step: int, timeline: Timeline | None) -> Cost | None:
+        return self.course.saw(step, [case.routing for case in self.cases], timeline)
+
+
+def _training(
+    experiment: Experiment, machine: Machine, steps: int, warm: int, whole: bool, progress: Progress | None
+) -> Simulation:
+    topology, training = Topology(experiment.cluster.shape), Training(experiment, whole=whole, priced=not warm)
     totals: list[float] = []
     for step in range(warm + steps):
+        timeline = None
+        priced = step >= warm or training.course.watches(step)
         if step:
-            fresh = cases_of(experiment, step)
-            cases = [dataclasses.replace(old, routing=new.routing) for old, new in zip(cases, fresh, strict=True)]
-        if step >= warm:
-            now = course.cases(cases)
-            passages = _planned(experiment, course.passages(cases))
-        moved = course.saw(step, [expert_counts(case.routing) for case in cases], [case.routing for case in cases])
-        if step < warm:
-            continue
-        priced = PricedTraining(experiment, passages, slices, own_experts(now), moved, has_moves=course.moves)
-        timeline = schedule(priced.lay_out(), machine, topology)
-        totals.append(float(timeline.total_s.max()))
+            training.come_to(step, priced=priced)
+        if priced:
+            timeline = schedule(training.lay_out(machine.priced), machine, topology)
+        moved = training.saw(step, timeline) if training.course.learns else None
+        if step >= warm and timeline is not None:
+            timeline = timeline if moved is None else ended(timeline, moved, machine, topology)
+            totals.append(float(timeline.total_s.max()))
         if progress is not None:
             progress(f"step {step + 1} of {warm + steps}")
-    return Simulation({"total": tuple(totals)}, {"step": timeline}, machine.basis)
+    assert timeline is not None
+    routing = training.cases[0].routing
+    return Simulation({"total": tuple(totals)}, {"step": timeline}, machine.basis, notes_of(routing))
+
+
+def notes_of(routing: Routing) -> tuple[str, ...]:
+    if not (isinstance(routing, Outlined) and routing.few is not None):
+        return ()
+    few = f"{routing.few} of {max(routing.tokens)} tokens a rank, in every layer"
+    return (f"which tokens need several ranks is told from a sample: {few}; loads are those of all",)
+
+
+def ended(timeline: Timeline, moved: Cost, machine: Machine, topology: Topology) -> Timeline:
+    """``timeline`` [num_tasks, W] of a step whose last task, ``after-step``, was free, with what that costs."""
+    (*_, last) = timeline.plan.tasks
+    alone = Plan(timeline.plan.lanes)
+    alone.add("begun", last.lane, (), Hold(timeline.start_s[-1]))
+    alone.add(last.name, last.lane, ("begun",), moved)
+    found = schedule(alone, machine, topology)
+    plan = timeline.plan.priced(lambda cost: cost)
+    plan.tasks[-1] = dataclasses.replace(last, cost=moved)
+    start, end = (
+        np.concatenate([whole[:-1], part[-1:]])
+        for whole, part in ((timeline.start_s, found.start_s), (timeline.end_s, found.end_s))
+    )
+    return Timeline(plan, start, end)
 
 
 def _planned(experiment: Experiment, passages: list[Passage | None]) -> list[Passage]:

@@ -298,6 +298,11 @@ class Cluster(Spec):
         return math.prod(self.shape)
 
     @property
+    def device_type(self) -> str:
+        """Of its ranks, as torch names it."""
+        return "cuda" if self.kind == "physical" and self.device != "cpu" else "cpu"
+
+    @property
     def num_nodes(self) -> int:
         """Units of the outermost levels that own a network port: all but the innermost level."""
         return math.prod(self.shape[:-1])

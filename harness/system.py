@@ -58,6 +58,10 @@ class Case:
         """By which computation waits; None: it computes."""
         return self.cluster.gemm if self.stand_in and self.cluster is not None else None
 
+    def placed(self, placement: Placement) -> Case:
+        """The same with experts elsewhere."""
+        return self if placement is self.placement else dataclasses.replace(self, placement=placement)
+
     @property
     def ragged(self) -> bool:
         return len(set(self.routing.tokens)) > 1
@@ -152,6 +156,7 @@ class System(abc.ABC):
     #: options beside the defaults that cut its pipelines into several chunks; ``moebench check`` tries long batches so
     chunked: ClassVar[dict[str, bool | int | float | str]] = {}
     stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
+    remembers: ClassVar[bool] = False  # whether where a batch's rows go depends on the batches before it
     places: ClassVar[bool] = False  # whether it follows any placement, with unequal numbers of experts too
     stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked

@@ -143,6 +143,41 @@ def sweep(folder: Path) -> Format:
     return Format(found.path / "sweep.json", found.read)
 
 
+def _of_lines(path: Path, read: Callable[[], list[Any]]) -> Format:
+    """A file that grows line by line: what was not yet or is no more there is "none"."""
+    written = read()
+
+    def known() -> Any:
+        found = read()
+        if any(line not in written for line in found):
+            return found
+        return written if len(found) >= len(written) else "none"
+
+    return Format(path, known)
+
+
+def events(folder: Path) -> Format:
+    found = SweepFolder(folder / "run")
+    for did in ("start", "begin", "race", "end"):
+        found.tell(0, did, race="a", launch=0)
+    return _of_lines(found.events_path(0), lambda: found.events(0))
+
+
+def tasks(folder: Path) -> Format:
+    found = SweepFolder(folder / "run")
+    for job in range(3):
+        found.add_job({"tasks": [[0, {"digest": f"{job:016}"}]]})
+    return _of_lines(found.path / "tasks.jsonl", found.tasks)
+
+
+def submissions(folder: Path) -> Format:
+    found = SweepFolder(folder / "run")
+    found.path.mkdir(parents=True)
+    for job in range(3):
+        found.add_submission("slurm", {job: f"7_{job}"})
+    return _of_lines(found.path / "submissions.jsonl", found.submissions)
+
+
 def experiments(folder: Path) -> Format:
     path = folder / "e.yaml"
     path.write_text(EXPERIMENTS)
@@ -162,8 +197,8 @@ def bandwidths(folder: Path) -> Format:
 
 
 FORMATS = (
-    trace, weights, placement, part, outcomes, record, timeline, calibrations, reference, sweep, experiments, cluster,
-    bandwidths,
+    trace, weights, placement, part, outcomes, record, timeline, calibrations, reference, sweep, events, tasks,
+    submissions, experiments, cluster, bandwidths,
 )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def test_crossing_and_port_load() -> None:
 def test_deduplication_saves_what_the_paper_says() -> None:
     """HierMoE's Table II: with uniform routing, K = 8 and R = 4 groups, 55 % of the rows are duplicates."""
     from harness.comm.exchange import flat_bytes
-    from methods.hiermoe.traffic import Wire, hier_bytes
+    from methods.hiermoe.traffic import HierTravel, Wire
 
     model = Model(name="t", num_layers=1, hidden=8, ffn=8, num_experts=256, top_k=8)
     topology = Topology((4, 1))
@@ -39,5 +39,5 @@ def test_deduplication_saves_what_the_paper_says() -> None:
     assert routing is not None
     placement = Placement.contiguous(256, 4)
     flat = flat_bytes(routing, placement, 1)["dispatch"]
-    rows = hier_bytes(routing, placement, topology, 2, Wire(1, 4))["dispatch"]
+    rows = HierTravel.of(routing, placement.owner, topology, 2, Wire(1, 4)).bytes("dispatch")
     assert abs(1 - rows.sum() / flat.sum() - 0.55) < 0.01

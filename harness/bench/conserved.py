@@ -1,40 +1,58 @@
-"""Conservation: what each rank received in every timed call, against what its system plans and against what no system
+"""Conservation: what each rank received in timed calls, against what its system plans and against what no system
 can do without. A token that is computed elsewhere has to get there, once at least, and something of it must come home.
+
+A training step whose system remembers the steps before it (copies of experts, experts that change places) is left out:
+whose rows stay at home is then known to the system alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from harness.bench.timing import Sample
 from harness.bench.witness import Verdict, settled
 from harness.comm.arrivals import least_rows
 from harness.comm.job import Job
+from harness.routing import Routing
 from harness.specs import DTYPE_BYTES, Experiment
 from harness.system import Case, System
 from harness.traffic import direction_bytes
 
+if TYPE_CHECKING:
+    from harness.bench.race import Contender
+
 #: of the plan; what is counted is payload, without headers
 SLACK, SLACK_BYTES = 0.01, 4096
+STEPS = 3  # of a training that are compared: the first, one in the middle, the last
 _DIRECTIONS = {"forward": 1, "backward": 1, "total": 2}  # ways there and back
+Bounds = dict[str, tuple[np.ndarray | None, np.ndarray | None]]
 
 
 def check(
-    job: Job, system: type[System], experiment: Experiment, cases: Sequence[Case], samples: Sequence[Sample]
+    job: Job, system: type[System], experiment: Experiment, contender: Contender, samples: Sequence[Sample]
 ) -> Verdict:
-    """Collective. ``cases``: one per MoE layer, whose routing is what ran. Nothing is found wrong where bytes cannot be
-    told: a package on a GPU may send by a transport of its own."""
-    if job.num_ranks == 1 or not cases or (job.device.type == "cuda" and system.kind == "package"):
+    """Collective. Nothing is found wrong where bytes cannot be told: a package on a GPU may send by a transport of its
+    own."""
+    if job.num_ranks == 1 or (job.device.type == "cuda" and system.kind == "package"):
         return Verdict()
-    bounds: list[Any] = [_bounds(system, experiment, cases) if job.rank == 0 else None]
-    dist.broadcast_object_list(bounds, 0)
+    in_steps = experiment.phase == "train_step"
+    if in_steps and (system.remembers or moves(system)):
+        return Verdict()
+    every = sorted({sample.rep for sample in samples})
+    reps = sorted({every[round(i * (len(every) - 1) / (STEPS - 1))] for i in range(STEPS)}) if in_steps else every
+    told: list[Any] = [_told(system, experiment, contender, reps) if job.rank == 0 else None]
+    dist.broadcast_object_list(told, 0)
     worst: tuple[float, str] = (0.0, "")
     for sample in samples:
-        least, planned = (None if of is None else float(of[job.rank]) for of in bounds[0][sample.direction])
+        if sample.rep not in told[0]:
+            continue
+        bounds = told[0][sample.rep][sample.direction]
+        least, planned = (None if of is None else float(of[job.rank]) for of in bounds)
         found, where = sample.received_bytes, f"rank {job.rank} in {sample.direction} of repetition {sample.rep}"
         for wanted, why, above in (
             (least, "by the routing it needs at least", False),
@@ -50,21 +68,58 @@ def check(
     return settled(job, worst)
 
 
-def _bounds(
-    system: type[System], experiment: Experiment, cases: Sequence[Case]
-) -> dict[str, tuple[np.ndarray | None, np.ndarray | None]]:
-    """By direction, bytes that each rank receives at least, and those that are planned (None: cannot be told),
-    [num_ranks] each."""
+def moves(system: type[System]) -> bool:
+    """Whether it does something at the boundary of training steps."""
+    return system.after_step.__func__ is not System.after_step.__func__  # type: ignore[attr-defined]
+
+
+def least_of(job: Job, system: type[System], case: Case, chosen: torch.Tensor) -> np.ndarray | None:
+    """Collective: rows that each rank must receive in a forward pass of ``case`` at least, [num_ranks], where its gate
+    has ``chosen`` (bool [T, E]) for those of this rank's tokens that leave no doubt; None where it is not known who
+    computes them."""
+    known = case.model.takes_routing and case.model.capacity_factor is None
+    if job.num_ranks == 1 or system.remembers or not known:
+        return None
+    chosen = chosen[chosen.sum(1) == case.model.top_k]  # a weight may be so small that it is none
+    ids = chosen.nonzero()[:, 1].reshape(-1, case.model.top_k).cpu().numpy()
+    tokens = tuple(len(ids) if rank == job.rank else 0 for rank in range(job.num_ranks))
+    own = least_rows(Routing(ids, tokens, case.model.num_experts), np.asarray(system.planned_shares(case)) > 0).sum(0)
+    rows = torch.as_tensor(own, device=job.device)
+    dist.all_reduce(rows)
+    return rows.cpu().numpy()
+
+
+def _told(system: type[System], experiment: Experiment, contender: Contender, reps: Sequence[int]) -> dict[int, Bounds]:
+    """By repetition and direction, bytes that each rank receives at least, and those that are planned (None: cannot be
+    told), [num_ranks] each."""
+    found: dict[int, Bounds] = {}
+    known: dict[tuple[Any, ...], Bounds] = {}
+    for rep in reps:
+        if cases := contender.known_cases(rep):
+            key = tuple(case.routing.ids.tobytes() for case in cases)
+            if key not in known:
+                known[key] = _bounds(system, experiment, cases)
+            found[rep] = known[key]
+        elif (rows := contender.least_rows(rep)) is not None:
+            model = experiment.model
+            least = rows * model.hidden * DTYPE_BYTES[experiment.dtype]
+            found[rep] = {"total": (least * (2 if experiment.backward else 1), None)}
+    return found
+
+
+def _bounds(system: type[System], experiment: Experiment, cases: Sequence[Case]) -> Bounds:
     rows: list[Any] = []
     parts: list[Any] = []
     for case in cases:
         told = case.model.takes_routing and case.model.capacity_factor is None
         rows.append(least_rows(case.routing, np.asarray(system.planned_shares(case)) > 0).sum(0) if told else None)
-        plan = system.planned_bytes(case) if experiment.exactly_planned else None
+        plan = system.planned_bytes(case)
+        if plan and experiment.phase == "train_step" and case is cases[-1]:
+            plan = {name: of for name, of in plan.items() if name != "regather"}  # its copies are still there
         # Gradients of dense parts are all-reduced, and sums are not counted.
         parts.append(None if plan is None else {name: of for name, of in plan.items() if name != "gradients"})
     row_bytes = cases[0].model.hidden * DTYPE_BYTES[cases[0].dtype]
-    found: dict[str, tuple[np.ndarray | None, np.ndarray | None]] = {}
+    found: Bounds = {}
     for direction, ways in _DIRECTIONS.items():
         forward_only = direction == "total" and not experiment.backward
         least = planned = None

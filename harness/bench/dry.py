@@ -61,8 +61,7 @@ def refusal(experiment: Experiment, *, installed: bool = False) -> str | None:
     """Why its system will not race, as far as it is known beforehand; None if it may. ``installed``: whether a package
     is to be taken for installed here."""
     cluster, system = experiment.cluster, registry.system(experiment.system)
-    device = "cuda:0" if cluster.kind == "physical" and cluster.device != "cpu" else "cpu"
-    case = case_of(experiment, device)
+    case = case_of(experiment, "cuda:0" if cluster.device_type == "cuda" else "cpu")
     missing = None if installed else system.missing()
     refused = experiment.lacks or missing or race.no_stand_in(system, case) or system.refuse(case)
     return refused or memory.refusal(experiment, system, case)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from harness.bench.choices import Gates
+from harness.bench.conserved import least_of
 from harness.bench.witness import Given, Verdict, compare, see
 from harness.comm.agree import of_all
 from harness.comm.handover import Held
@@ -53,6 +54,7 @@ class LayerWitness:
         self.lens = Lens.draw(case.model, weights.gate(max(case.routing.tokens)), work, job.device)
         self.gates = Gates(job, system, case, weights)
         self.calls = 0
+        self.least: np.ndarray | None = None  # rows that each rank must receive in the last call, where they are known
         self.owner: np.ndarray | None = None  # [E]
 
     def read(self, layer: MoELayer, moves: bool) -> Known:
@@ -101,6 +103,9 @@ class LayerWitness:
             for name, value in known.gate.items():
                 gates.parameters()[name].copy_(value)
         chosen = gates.chosen(x.double())
+        if self.natural:
+            sure = ~gates.unsure(gates.oracle.logits(x.double())).any(1)
+            self.least = least_of(self.job, self.system, self.case, chosen[sure])
         tokens = experts = None
         if not whole:
             tokens, experts = self._sample(chosen)

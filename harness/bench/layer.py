@@ -195,8 +195,11 @@ class LayerContender:
             cache=self.truth.known,
         )
 
-    def known_cases(self) -> list[Case]:
+    def known_cases(self, rep: int) -> list[Case]:
         return [self.case] if self.truth.prescribed else []
+
+    def least_rows(self, rep: int) -> np.ndarray | None:
+        return None
 
     def timelines(self) -> dict[str, Timeline]:
         return dict(getattr(self.layer, "timelines", {}))

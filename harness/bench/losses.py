@@ -23,6 +23,7 @@ AFFORDABLE_MACS = 4e9
 GROWS_EVERY = 8
 #: where the gate chooses for itself, rounding sends a few tokens elsewhere: so many times more is allowed (seen in a
 #: few steps: 1.5e-4 in float32, 2e-3 in bfloat16), and this part of one token's loss
+#: (measured: 96 tokens a rank, 4 ranks, 2 layers, bfloat16, step 3: megatron and fsmoe 1.8e-2 where 1.5e-2 is allowed)
 NATURAL, OF_A_TOKEN = 5, 0.3
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import socket
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from harness import devices, memory, registry
@@ -42,8 +43,12 @@ class Contender(Protocol):
         """Collective, outside the clock: of all runs since the last check, timed or not, what they made against what
         they must have made."""
 
-    def known_cases(self) -> list[Case]:
-        """Of each MoE layer, where its routing is known to have been that of every timed run; else none."""
+    def known_cases(self, rep: int) -> list[Case]:
+        """Of each MoE layer, with the routing that a timed repetition prescribed; none where none is prescribed."""
+
+    def least_rows(self, rep: int) -> np.ndarray | None:
+        """Where none is: rows that each rank must have received in a forward pass at least, [num_ranks], by what some
+        layer was seen to choose; None where that is not known."""
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed repetition."""
@@ -111,9 +116,9 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         outcome = outcomes[experiment.digest]
         with room.turn(contender):
             settle(outcome, contender.check())
-            cases = contender.known_cases()
             settle(
-                outcome, conserved.check(job, registry.system(experiment.system), experiment, cases, outcome.samples)
+                outcome,
+                conserved.check(job, registry.system(experiment.system), experiment, contender, outcome.samples),
             )
             outcome.trace = {name: _trace(each) for name, each in contender.timelines().items()}
             outcome.how = {"experts": contender.layers[0].how(), "state": room.how}
@@ -236,8 +241,7 @@ def _resumed(job: Job, experiments: list[Experiment], payload: dict[str, Any]) -
     trainings: dict[str, Checkpoints] = {}
     folder, every = payload.get("checkpoints", ("", 0))
     for experiment in experiments if folder else ():
-        moves = registry.system(experiment.system).after_step.__func__ is not System.after_step.__func__  # type: ignore[attr-defined]
-        if experiment.phase == "train_step" and moves:
+        if experiment.phase == "train_step" and conserved.moves(registry.system(experiment.system)):
             trainings[experiment.digest] = Checkpoints(f"{folder}/{experiment.digest}", every, job)
     step, words = resumed(job, trainings)
     if words:

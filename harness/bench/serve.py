@@ -86,6 +86,7 @@ class Server:
         self.shared = {} if shared is None else shared
         self.calls, self.verdict = 0, Verdict({"logits": 0.0})
         self.witnesses: dict[int, LayerWitness] = {}
+        self.least: dict[int, np.ndarray | None] = {}  # by repetition
         self.stands_in = experiment.compute == "stand-in"
         self.job, self.system, self.experiment = job, system, experiment
         self.dtype, self.model = TORCH_DTYPE[experiment.dtype], experiment.model
@@ -147,7 +148,7 @@ class Server:
         with torch.no_grad():
             ready = self._prepare()
             sample = watch.measure(rep, "total", lambda: self._pass(*ready, watched=self._watched))
-            self._see(f"timed repetition {rep}")
+            self.least[rep] = self._see(f"timed repetition {rep}")
         assert self.timeline is not None
         sample.parts_s = parts_s(self.timeline, self.model.num_layers)
         return [sample]
@@ -169,8 +170,8 @@ class Server:
         layers = watched_layers(len(self.layers))
         return layers[self.calls % len(layers)]
 
-    def _see(self, name: str) -> None:
-        """Collective, outside the clock: what the pass made."""
+    def _see(self, name: str) -> np.ndarray | None:
+        """Collective, outside the clock: what the pass made -> the rows that its watched layer needed."""
         layer, name = self._watched, f"pass {self.calls} ({name})"
         key = "weights", layer
         if key not in self.shared:  # those that every system must have loaded, of this rank's part of the experts
@@ -188,6 +189,7 @@ class Server:
         if not bool(self.step.logits.isfinite().all()):
             self.verdict += Verdict({"logits": np.inf}, f"logits of {name} are not finite")
         self.calls += 1
+        return self.witnesses[layer].least
 
     def _weights(self, layer: int) -> Weights:
         model, dtype = self.model, self.experiment.dtype
@@ -201,11 +203,14 @@ class Server:
         verdict, self.verdict = Verdict(self.verdict.errors, reason), Verdict({"logits": 0.0})
         return verdict
 
-    def known_cases(self) -> list[Case]:
+    def known_cases(self, rep: int) -> list[Case]:
         if self.experiment.workload.generator == "natural":
             return []
         device = str(self.job.device)
         return [case_of(self.experiment, device, layer=layer, placement=at) for layer, at in enumerate(self.placed)]
+
+    def least_rows(self, rep: int) -> np.ndarray | None:
+        return self.least.get(rep)
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"pass": self.timeline}

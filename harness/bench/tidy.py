@@ -169,7 +169,7 @@ class _Cell:
 
     def simulated(self, found: Simulation) -> list[dict[str, Any]]:
         """A repetition a step. What would take drawing the routing of a large model once more is left out."""
-        self.base |= {"basis": found.basis, "heldout_error": getattr(found, "heldout_error", None)}
+        self.base |= {"basis": found.basis, "heldout_error": found.heldout_error}
         self._routing()
         if is_small(self.experiment):
             cases = cases_of(self.experiment)

@@ -133,6 +133,8 @@ class Trainer:
         self.timeline: Timeline | None = None  # of the last step
         self.losses: dict[int, float] = {}  # by step
         self.witnesses: dict[int, LayerWitness] = {}
+        self.timed: dict[int, int] = {}  # steps, by repetition
+        self.least: dict[int, np.ndarray | None] = {}  # by repetition
         self.seen = Held()  # of the last step, of the layer that was watched
         self.gradients: Gradients | None = None  # of that layer, where experts move after the step
         self._watched_last, self.verdict = 0, Verdict({"loss": 0.0})
@@ -177,8 +179,10 @@ class Trainer:
             nonlocal share
             share = self._update(tokens, watched=self._watched)
 
+        self.timed[rep] = self.step
         sample = watch.measure(rep, "total", work)
         sample.loss = self._see(share, known, f"timed repetition {rep}")
+        self.least[rep] = self.witnesses[self._watched_last].least
         self._keep()
         return [sample]
 
@@ -222,8 +226,14 @@ class Trainer:
         verdict, self.verdict = self.verdict, Verdict({"loss": 0.0})
         return verdict
 
-    def known_cases(self) -> list[Case]:
-        return []
+    def known_cases(self, rep: int) -> list[Case]:
+        if not self.training.prescribed:
+            return []
+        device, step = str(self.job.device), self.timed[rep]
+        return [case_of(self.experiment, device, layer=layer, step=step) for layer in range(len(self.layers))]
+
+    def least_rows(self, rep: int) -> np.ndarray | None:
+        return self.least.get(rep)
 
     def timelines(self) -> dict[str, Timeline]:
         return {} if self.timeline is None else {"step": self.timeline}

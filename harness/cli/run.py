@@ -94,12 +94,17 @@ def run(
 
 
 def fitting() -> str:
-    """The suite for the GPUs that are here and that torch can use; said on stderr."""
-    from harness import devices
+    """The suite for the GPUs that are here and that torch can use; said on stderr. ``UserError`` where the mask names
+    none of them."""
+    from harness import devices, mask
     from harness.launch import gpus
     from harness.presets import this_machine
 
-    why = None if this_machine.assumed() else gpus.unusable(devices.ask())
+    why = None
+    if not this_machine.assumed():
+        driver = devices.ask()
+        mask.check(driver)
+        why = gpus.unusable(driver)
     num_gpus = 0 if why else this_machine.num_gpus()
     chosen = "gpu-node" if num_gpus > 1 else "gpu" if num_gpus else "quick"
     here = "; ".join(filter(None, why)) if why else f"{num_gpus} {'GPU is' if num_gpus == 1 else 'GPUs are'} here"
@@ -134,7 +139,8 @@ def report(
     """Render a run, or a paper's experiments, as one self-contained HTML page, and print its path.
 
     Ratios refer to a baseline that ran (megatron, else flat, else what has most times) or to -p baseline=SYSTEM.
-    The tables lie beside it as CSV and LaTeX, and the executed notebook with them; results/index.html lists all pages.
+    The tables lie beside it as CSV and LaTeX, and the executed notebook with them; index.html lists all pages, in the
+    folder above that of the runs (results).
     A paper's page needs no run: what a run would add to it says which command makes that run. A sweep need not be over.
 
     ```

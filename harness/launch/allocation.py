@@ -8,7 +8,6 @@ What runs inside may call ``report`` to say how far it is.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 
 import submitit
 
+from harness import sealed
 from harness.devices import MASK
 from harness.errors import Failure, RankFailure, UserError, bad, told
 
@@ -43,7 +43,7 @@ def report(message: dict[str, Any]) -> None:
     path = os.environ.get(PROGRESS_VARIABLE)
     if path:
         with Path(path).open("a") as file:
-            file.write(json.dumps(message) + "\n")
+            file.write(sealed.line(message))
 
 
 def submit(
@@ -136,7 +136,7 @@ def _tail(path: Path, num_read: int, on_progress: Callable[[dict[str, Any]], Non
         new = file.read()
     whole = new[: new.rfind(b"\n") + 1]
     for line in whole.splitlines():
-        on_progress(json.loads(line))
+        on_progress(sealed.unline(line.decode()))
     return num_read + len(whole)
 
 

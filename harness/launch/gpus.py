@@ -13,7 +13,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from harness import devices
+from harness import devices, mask
 from harness.devices import HIDE_ALL, INDEX, MASK, MIN_DRIVER, Driver
 from harness.errors import UserError, bad
 from harness.specs import Cluster
@@ -32,7 +32,7 @@ def suffice(cluster: Cluster) -> bool:
     if cluster.kind == "emulated":
         return False
     driver = devices.ask()
-    check_mask(driver)
+    mask.check(driver)
     why = unusable(driver)
     num_gpus = 0 if why else len(driver.devices)
     if num_gpus < cluster.num_ranks:
@@ -67,7 +67,7 @@ def device_of(cluster: Cluster, local_rank: int, num_local: int, use_cuda: bool 
     own = num_gpus == 1 and (not given.isdecimal() or int(given) >= num_local)  # Slurm has bound one to every task
     if num_gpus < num_local and not own:
         driver = devices.ask()
-        check_mask(driver)
+        mask.check(driver)
         raise _too_few(cluster, num_local, num_gpus, unusable(driver))
     # Lanes have communicators of their own; ranks use them in one order, and NCCL (2.26 and later) then keeps to it.
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
@@ -137,28 +137,6 @@ def _check_name(cluster: Cluster, found: str) -> None:
             raise bad(field, cluster.device, f"the GPUs here are {found}; name them so, or write kind: local")
     elif not same_card(cluster.device, found):
         raise bad(field, cluster.device, f"the GPU here is {found}; name that one, with its rates, or run elsewhere")
-
-
-def check_mask(driver: Driver) -> None:
-    """Every part of the mask must name a device: CUDA drops a part that names none and all after it in silence."""
-    mask = os.environ.get(MASK)
-    if mask is None or driver.cuda is None or mask.strip() in HIDE_ALL:
-        return
-    parts = [part.strip() for part in mask.split(",")]
-    named = parts[: next((at for at, part in enumerate(parts) if part.startswith("-")), len(parts))]
-    if len(driver.devices) >= len(named):
-        return
-    everything = devices.ask(devices.unmasked())
-    if not everything.devices:
-        return  # not the mask's fault; ``unusable`` says why
-    number = len(everything.devices)
-    numbers = "0" if number == 1 else f"0 to {number - 1}"
-    raise bad(
-        MASK,
-        mask,
-        f"{named[len(driver.devices)]!r} names no device that CUDA can show; unset it, or name some of {numbers} "
-        "or of the UUIDs that nvidia-smi -L lists, each once",
-    )
 
 
 def _too_few(cluster: Cluster, num_ranks: int, num_gpus: int, why: tuple[str, str] | None) -> UserError:

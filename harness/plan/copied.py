@@ -31,12 +31,14 @@ from harness.layer.weights import Weights
 from harness.memory import expert_bytes
 from harness.options import whole
 from harness.placement import Placement
+from harness.plan.course import FollowedCourse
+from harness.plan.following import Following, Planner
 from harness.plan.graph import Work
 from harness.plan.layouts import CopiedTasks, StageWork
 from harness.plan.native import NativeLayer, NativePassage
 from harness.plan.passage import Passage
 from harness.plan.priced import PricedCopied
-from harness.plan.rearrange import Planner, Rearranger
+from harness.plan.rearrange import Rearranger
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES
 from harness.system import AfterStep, Case, MoELayer
@@ -121,12 +123,21 @@ class CopiedSystem(UnifiedSystem):
 
     @classmethod
     def layout(cls, case: Case) -> Passage | None:
+        return cls.laid(case.placed(cls.first(case)))
+
+    @classmethod
+    def laid(cls, case: Case) -> Passage | None:
+        """With copies where the case's placement has them."""
         routing = cls.planned_routing(case)
-        return (
-            None
-            if routing is None
-            else PricedCopied(dataclasses.replace(case, routing=routing, placement=cls.first(case)))
-        )
+        return None if routing is None else PricedCopied(dataclasses.replace(case, routing=routing))
+
+    @classmethod
+    def course(cls, cases: Sequence[Case]) -> CopiedCourse:
+        return CopiedCourse(cls, cases, cls.following(cases[0]), [cls.first(case) for case in cases])
+
+    @classmethod
+    def following(cls, case: Case) -> Following:
+        return Following(cls.planner(case), whole(case, "rearrange_every", cls.every, 10**9))
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> CopiedLayer:
@@ -134,8 +145,7 @@ class CopiedSystem(UnifiedSystem):
 
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        every = whole(case, "rearrange_every", cls.every, 10**9)
-        return Rearranger(job, layers, cls.planner(case), every)  # type: ignore[arg-type]
+        return Rearranger(job, layers, cls.following(case))  # type: ignore[arg-type]
 
     @classmethod
     def copied_parameters(cls, case: Case) -> int:
@@ -158,6 +168,13 @@ class CopiedSystem(UnifiedSystem):
             spread = sent.bytes(expert_bytes(case.model, case.dtype))
             parts["reduce"] = spread + spread.T
         return parts
+
+
+class CopiedCourse(FollowedCourse):
+    system: type[CopiedSystem]
+
+    def passages(self, cases: Sequence[Case]) -> list[Passage | None]:
+        return [self.system.laid(case) for case in self.cases(cases)]
 
 
 def num_slots(case: Case) -> int:

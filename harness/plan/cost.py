@@ -98,9 +98,11 @@ class Compute(Cost):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hold(Cost):
-    """``seconds`` whatever the machine: a timed wait, or what was found out elsewhere."""
+    """``seconds`` whatever the machine: a timed wait, or what was found out elsewhere. ``host``: what the processor's
+    part beside is multiplied by (``harness.plan.host.amount``)."""
 
     seconds: Any
+    host: Any = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,10 +117,12 @@ class InTurn(Cost):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Staged(Cost):
     """One exchange whose rows take several ``stages``, in ``chunks`` pieces of equal size: piece c + 1 goes through a
-    stage while piece c goes through the next. ``Transfer.messages`` of a stage are those of each piece."""
+    stage while piece c goes through the next. ``Transfer.messages`` of a stage are those of each piece. ``ahead``: what
+    is sent one after another beside the first stage, and must be there before a row enters the second."""
 
     stages: tuple[Transfer, ...]
     chunks: int = 1
+    ahead: tuple[Transfer, ...] = ()
 
     @property
     def scope(self) -> str:

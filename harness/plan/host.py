@@ -1,5 +1,6 @@
 """What the processor does in every task beside what its cost says: norms, the gate, packing of rows, embedding, head,
-optimizer, and small all-to-alls between threads that wait for a core.
+optimizer, and small all-to-alls between threads that wait for a core. What only moves bytes (the optimizer by what a
+rank owns, the embedding, the mix) takes it for each of them.
 
 Ranks of an emulated cluster share its cores, so these take a part of a step that neither links nor computation account
 for. They are much the same under every system. So they are taken from executed steps of one, whose own cells then say
@@ -10,12 +11,14 @@ nothing about how good predictions are, and become ``Machine.host``:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from harness.plan.cost import Compute, Cost, Hold
 from harness.plan.graph import COMPUTE, Timeline
 
-#: by task, without its layer: "embedding", "forward.gate", "backward.attention"
+#: by task, without its layer: "embedding", "forward.gate", "backward.attention"; of what only moves bytes, of each
 Seconds = Mapping[str, float]
 PREDICTED = ("experts", "moe")  # kinds of computation that are not host time, but what is to be predicted
 
@@ -29,6 +32,7 @@ def beside(executed: Timeline, simulated: Timeline) -> dict[str, float]:
     it takes from the last rank's arrival on."""
     lasts = simulated.end_s - simulated.start_s
     known = {task.name: float(np.mean(each)) for task, each in zip(simulated.plan.tasks, lasts, strict=True)}
+    amounts = {task.name: amount(task.cost) for task in simulated.plan.tasks}
     found: dict[str, list[float]] = {}
     for task, start, end in zip(executed.plan.tasks, executed.start_s, executed.end_s, strict=True):
         if task.kind == "metadata":
@@ -37,8 +41,16 @@ def beside(executed: Timeline, simulated: Timeline) -> dict[str, float]:
             took = float((end - start).mean())
         else:
             continue
-        found.setdefault(unlayered(task.name), []).append(max(0.0, took - known.get(task.name, 0.0)))
+        more = max(0.0, took - known.get(task.name, 0.0)) / np.mean(amounts.get(task.name, 1.0))
+        found.setdefault(unlayered(task.name), []).append(float(more))
     return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def amount(cost: Cost | None) -> Any:
+    """What ``Seconds`` of a task are multiplied by: bytes where it moves some and computes nothing, else 1."""
+    if isinstance(cost, Compute) and not np.any(cost.macs) and np.any(cost.read_bytes):
+        return np.asarray(cost.read_bytes, dtype=np.float64)
+    return cost.host if isinstance(cost, Hold) else 1.0
 
 
 def unlayered(task: str) -> str:
@@ -57,4 +69,4 @@ def merged(several: Sequence[Seconds]) -> dict[str, float]:
     return {name: float(np.mean([each[name] for each in several if name in each])) for name in names}
 
 
-__all__ = ["Seconds", "beside", "merged", "unlayered"]
+__all__ = ["Seconds", "amount", "beside", "merged", "unlayered"]

@@ -44,9 +44,14 @@ class LinkModel(abc.ABC):
     def staged(self, cost: Staged) -> Any:
         """Of an exchange in stages whose ranks begin together, [..] or [.., W]: one piece takes the sum of its stages,
         and each further piece as long as the slowest of them, behind which the others are hidden. Each piece pays its
-        start-up times."""
+        start-up times. What is sent ahead may take longer than the first stage."""
         each = [self.seconds(piece) for piece in cost.pieces]
-        return sum(each) + (cost.chunks - 1) * functools.reduce(np.maximum, each, 0.0)
+        found = sum(each) + (cost.chunks - 1) * functools.reduce(np.maximum, each, 0.0)
+        if not cost.ahead:
+            return found
+        ahead = sum(self.seconds(transfer) for transfer in cost.ahead)
+        behind = sum(each[1:]) + (cost.chunks - 1) * functools.reduce(np.maximum, each[1:], 0.0)
+        return np.maximum(found, ahead + behind)
 
     def finish(self, cost: Transfer, begins: Array) -> Array:
         """When each rank is done, [.., W], that begins at ``begins`` [.., W]; of a model in which ranks do not meet."""
@@ -55,9 +60,11 @@ class LinkModel(abc.ABC):
     def finish_staged(self, cost: Staged, begins: Array) -> Array:
         """The same of an exchange in stages: a rank begins with a piece at a stage when it is done with that piece at
         the stage before, and with the piece before at this one. Stages do not slow each other."""
-        done = [begins] * cost.chunks  # of each piece
-        for piece in cost.pieces:
-            free = begins
+        done, known = [begins] * cost.chunks, begins  # of each piece
+        for transfer in cost.ahead:
+            known = self.finish(transfer, known)
+        for stage, piece in enumerate(cost.pieces):
+            free = known if stage else begins
             for chunk in range(cost.chunks):
                 free = done[chunk] = self.finish(piece, np.maximum(done[chunk], free))
         return done[-1]

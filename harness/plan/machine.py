@@ -19,7 +19,7 @@ from harness.ledger import Calibration
 from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer
 from harness.plan.device import CURVE, Device, Fitted, Roofline, Tiled
 from harness.plan.graph import Plan
-from harness.plan.host import unlayered
+from harness.plan.host import amount, unlayered
 from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
 from harness.plan.profiled import Profiled
 from harness.specs import Cluster
@@ -35,7 +35,7 @@ BY_NAME: dict[str, type[Ports]] = {"ports": Ports, "shared-ports": SharedPorts}
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """``basis``: what its seconds rest on, in words. ``host``: seconds of the processor in every task of that name,
-    without its layer (``embedding``, ``forward.gate``); ``harness.plan.host`` finds them."""
+    without its layer (``embedding``, ``forward.gate``), as ``harness.plan.host`` finds them."""
 
     links: LinkModel
     device: Device
@@ -123,17 +123,21 @@ class Machine:
             case Transfer() if not self.links.meets:
                 return dataclasses.replace(cost, matrix=cost.matrix.astype(np.float32, copy=False))
             case Staged() if not self.links.meets:
-                return Staged(tuple(self.priced(stage) for stage in cost.stages), cost.chunks)  # type: ignore[misc]
+                stages, ahead = (tuple(map(self.priced, each)) for each in (cost.stages, cost.ahead))
+                return Staged(stages, cost.chunks, ahead)  # type: ignore[arg-type]
             case Staged():
                 return Timed("a2a", cost.scope, self.seconds(cost))
             case OnLinks():
                 return Timed(cost.operation, cost.scope, self.seconds(cost))
-        return Hold(self.seconds(cost))
+        return Hold(self.seconds(cost), amount(cost))
 
     def durations(self, plan: Plan) -> np.ndarray:
         """Seconds of every task alone on its lane, the processor's part with it, float64 [num_tasks, ...] broadcast
         over all costs."""
-        each = [np.asarray(self.seconds(task.cost)) + self.host.get(unlayered(task.name), 0.0) for task in plan.tasks]
+        each = [
+            np.asarray(self.seconds(task.cost)) + self.host.get(unlayered(task.name), 0.0) * amount(task.cost)
+            for task in plan.tasks
+        ]
         shape = np.broadcast_shapes(*(one.shape for one in each)) if each else ()
         return np.array([np.broadcast_to(one, shape) for one in each]).reshape(len(each), *shape)
 

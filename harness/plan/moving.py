@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -32,6 +33,14 @@ class Move:
             if slot >= len(old) or old[slot] != new:
                 source = rank if new in old else int(owner[new])
                 found.append((slot, source, int((self.before.local(source) == new).argmax())))
+        return found
+
+    def matrix(self, num_bytes: float) -> np.ndarray:
+        """What ``changes`` of all ranks send between them, of ``num_bytes`` an expert: float64 [num_ranks, num_ranks]
+        from -> to, 0 on the diagonal."""
+        expert, rank = np.nonzero(self.after.hosts & ~self.before.hosts)
+        found = np.zeros((self.after.hosts.shape[1],) * 2)
+        np.add.at(found, (self.before.owner[expert], rank), float(num_bytes))
         return found
 
 

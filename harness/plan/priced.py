@@ -78,8 +78,7 @@ class PricedOpaque(OpaqueTasks):
 
     def __init__(self, system: type[System], case: Case, parts: Mapping[str, Array]):
         self.system, self.case, self.parts = system, case, parts
-        counts = expert_counts(case.routing).sum(0)
-        self.rows = (system.planned_shares(case) * counts[:, None]).T  # [W, E]
+        self.rows = computed(system, case)
 
     def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
         case, forward = self.case, direction == "forward"
@@ -88,16 +87,17 @@ class PricedOpaque(OpaqueTasks):
         for name in names:
             if name == ("combine" if forward else "dispatch"):
                 found.append(expert_work(case, self.rows, direction))
-            found += self._exchange(names[name])
+            found.append(self.sent(names[name]))
         found.append(mix_work(case) if forward else gate_work(case, direction))
         return Work(InTurn(tuple(cost for cost in found if cost is not None)))
 
-    def _exchange(self, part: str) -> list[Transfer | None]:
+    def sent(self, part: str) -> Cost | None:
+        """What a part of the exchange costs."""
         stages, matrix = self.system.stages, self.parts.get(part)
         if matrix is None:
-            return []
+            return None
         away = part in ("metadata", "dispatch", "combine_grad")  # outer stage first; the way home the other way round
-        return [all_to_all(matrix, stage) for stage in (stages if away else reversed(stages))]
+        return InTurn(tuple(Transfer("a2a", stage, matrix) for stage in (stages if away else stages[::-1])))
 
 
 # ----------------------------------------------------------------------------------------------------- native systems
@@ -131,8 +131,13 @@ def native(system: type[System], case: Case) -> PricedNative | None:
     parts = system.planned_bytes(case)
     if parts is None:
         return None
+    return PricedNative(case, parts, computed(system, case))
+
+
+def computed(system: type[System], case: Case) -> Array:
+    """Rows that each rank computes of each expert, [W, E]."""
     counts = expert_counts(case.routing).sum(0)
-    return PricedNative(case, parts, (system.planned_shares(case) * counts[:, None]).T)
+    return (system.planned_shares(case) * counts[:, None]).T
 
 
 class _Transfers:
@@ -211,6 +216,7 @@ __all__ = [
     "PricedOpaque",
     "PricedReplicated",
     "all_to_all",
+    "computed",
     "expert_work",
     "gate_work",
     "mix_work",

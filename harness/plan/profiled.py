@@ -16,7 +16,7 @@ import numpy as np
 from harness.comm.fits import Fit
 from harness.ledger import Calibration
 from harness.plan.cost import Even, OnLinks
-from harness.plan.links import Line, LinkModel, Ports
+from harness.plan.links import Line, LinkModel, Ports, names
 from harness.topology import Topology
 
 
@@ -53,6 +53,11 @@ class Profiled(LinkModel):
         return Ports(topology, tuple(lines))
 
     def _fit(self, key: str) -> tuple[float, float]:
+        """By ``key`` itself, else by another name of the same groups."""
+        if key not in (known := self.calibration.fits):
+            operation, _, scope = key.partition(".")
+            others = (f"{operation}.{name}" for name in names(self.calibration.profiled, scope))
+            key = next((other for other in others if other in known), key)
         found = self.calibration.fit(key)
         assert isinstance(found, Fit)
         return found.alpha_s, found.beta_s_per_byte

@@ -28,8 +28,10 @@ may own any number of a layer's experts. Phase ``exchange`` has no experts, so n
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import threading
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -46,7 +48,9 @@ from harness.layer.weights import Weights
 from harness.memory import expert_bytes
 from harness.placement import Placement
 from harness.plan.copies import Copies, meter_of
-from harness.plan.graph import Work
+from harness.plan.cost import Cost
+from harness.plan.course import Course, PlacedCourse
+from harness.plan.graph import Timeline, Work
 from harness.plan.layouts import ReplicatedTasks, StageWork
 from harness.plan.native import NativeLayer, NativePassage
 from harness.plan.passage import Passage
@@ -222,6 +226,7 @@ class ReplicatedSystem(UnifiedSystem):
     """A native system that differs by its policy alone."""
 
     stands_in = True
+    remembers = True  # as most policies do
 
     @classmethod
     @abc.abstractmethod
@@ -230,10 +235,17 @@ class ReplicatedSystem(UnifiedSystem):
 
     @classmethod
     def layout(cls, case: Case) -> Passage | None:
+        return cls.laid(case, cls.policy(case, None))
+
+    @classmethod
+    def laid(cls, case: Case, policy: Policy) -> Passage | None:
+        """By what ``policy`` knows before the batch."""
         routing = cls.planned_routing(case)
-        if routing is None:
-            return None
-        return PricedReplicated(dataclasses.replace(case, routing=routing), cls.policy(case, None))
+        return None if routing is None else PricedReplicated(dataclasses.replace(case, routing=routing), policy)
+
+    @classmethod
+    def course(cls, cases: Sequence[Case]) -> Course:
+        return ReplicatedCourse(cls, cases)
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> ReplicatedLayer:
@@ -270,3 +282,31 @@ class ReplicatedSystem(UnifiedSystem):
             gather = first + then
         again = {"regather": whole} if policy.rematerialises else {}
         return {"gather": gather, **again, "reduce": whole.T.copy(), **exchange}
+
+
+class ReplicatedCourse(PlacedCourse):
+    """Policies are told of every step, or of the last ``memory`` before they are asked. ``placements``: the owners."""
+
+    moves = False
+    system: type[ReplicatedSystem]  # type: ignore[assignment]
+
+    def __init__(self, system: type[ReplicatedSystem], cases: Sequence[Case], memory: int | None = None):
+        super().__init__(system, cases)
+        self.policies = [system.policy(case, None) for case in cases]
+        self.learns = any(type(policy).saw is not Policy.saw for policy in self.policies)
+        self.untold: collections.deque[Sequence[Routing]] = collections.deque(maxlen=memory)
+
+    def passages(self, cases: Sequence[Case]) -> list[Passage | None]:
+        self.tell()
+        pairs = zip(self.cases(cases), self.policies, strict=True)
+        return [self.system.laid(case, policy) for case, policy in pairs]
+
+    def saw(self, step: int, routing: Sequence[Routing], timeline: Timeline | None = None) -> Cost | None:
+        self.untold.append(routing)
+        return None
+
+    def tell(self) -> None:
+        for routing in self.untold:
+            for policy, each in zip(self.policies, routing, strict=True):
+                policy.saw(each.counts)
+        self.untold.clear()

@@ -16,7 +16,7 @@ import abc
 from collections.abc import Sequence
 
 from harness.plan.gradients import GradientBytes
-from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
+from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Price, Work
 from harness.plan.passage import Dense, Direction, Passage, backward_layer, forward_layer
 from harness.system import GradientSlices
 
@@ -73,8 +73,9 @@ class TrainingTasks(StepTasks):
     def tail(self, of_stream: Work | None) -> Work:
         """Of what is summed over ranks behind backward: what no slice took, and all other replicated gradients."""
 
-    def lay_out(self) -> Plan:
-        plan, num_layers = Plan(), len(self.passages)
+    def lay_out(self, price: Price = lambda cost: cost) -> Plan:
+        """``price``: what costs become as soon as they are laid out."""
+        plan, num_layers = Plan(price=price), len(self.passages)
         self.passages[-1].turns = True
         awaited: list[str] = []
         last = self.forward(plan)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import yaml
 
-from harness import devices
+from harness import devices, mask
 from harness.errors import bad
 from harness.specs import Cluster
 
@@ -36,8 +36,11 @@ def cluster(name: str) -> Cluster:
     found = _gpus()
     size = next((size for size in SIZES[name] if size <= len(found)), None)
     if size is None:
+        driver = devices.Driver() if assumed() else devices.ask()
+        mask.check(driver)
+        why = f" ({driver.error})" if driver.found and not found and driver.error else ""
         wanted = "at least 1 GPU" if name == "one-gpu" else f"{SIZES[name][-1]} to {SIZES[name][0]} GPUs"
-        raise bad("cluster", name, f"is {wanted} of this machine, which has {len(found)}; {_REMEDY}")
+        raise bad("cluster", name, f"is {wanted} of this machine, which has {len(found)}{why}; {_REMEDY}")
     kinds = sorted({device.name for device in found[:size]})
     if len(kinds) > 1:
         remedy = f"set {devices.MASK} to GPUs of one kind"

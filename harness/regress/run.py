@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -119,7 +120,7 @@ def race_pairs(
     and why."""
     races = check_suite(suite_path)
     rows: list[dict[str, Any]] = []
-    setbacks: dict[str, None] = {}
+    setbacks: dict[str, str] = {}
     for session, pairs in enumerate(np.array_split(np.arange(num_pairs), NUM_SESSIONS)):
         with contextlib.ExitStack() as stack:
             sides = [
@@ -133,11 +134,13 @@ def race_pairs(
                     found: list[dict[str, Any]] = [{}, {}]
                     for which in (0, 1) if pair % 2 == 0 else (1, 0):
                         found[which] = sides[which].run(index)
-                    if errors := [answer["error"] for answer in found if "error" in answer]:
-                        setbacks[f"{name}: {errors[0]}"] = None
+                    for whose, answer in zip(("base", "head"), found, strict=True):
+                        if "error" in answer:
+                            _note(setbacks, f"{name}: {whose}: {answer['error']}")
+                    if any("error" in answer for answer in found):
                         break
                     rows += [{"session": session, "pair": pair, **row} for row in _rows(race, found, setbacks)]
-    return pd.DataFrame(rows, columns=[*decide.KEYS, "session", "pair", "base_s", "head_s"]), list(setbacks)
+    return pd.DataFrame(rows, columns=[*decide.KEYS, "session", "pair", "base_s", "head_s"]), list(setbacks.values())
 
 
 def describe(race: suite.Race) -> str:
@@ -145,13 +148,19 @@ def describe(race: suite.Race) -> str:
     return f"{race.first.phase} {race.first.model.name} {race.first.workload.name} {race.first.cluster.name}"
 
 
-def _rows(race: suite.Race, found: list[dict[str, Any]], setbacks: dict[str, None]) -> list[dict[str, Any]]:
+def _note(setbacks: dict[str, str], words: str) -> None:
+    """Once for what differs only in its numbers and its log, as from session to session."""
+    setbacks.setdefault(re.sub(r"\(log: [^)]*\)|\d+", "", words), words)
+
+
+def _rows(race: suite.Race, found: list[dict[str, Any]], setbacks: dict[str, str]) -> list[dict[str, Any]]:
     rows, name = [], describe(race)
     for cell, experiment in enumerate(race.experiments):
         base, head = (answer["cells"][cell] for answer in found)
         for which, outcome in (("base", base), ("head", head)):
             if outcome["status"] != "ok":
-                setbacks[f"{name}: {experiment.system} of the {which} {outcome['status']}: {outcome['reason']}"] = None
+                words = f"{experiment.system} {outcome['status']}: {outcome['reason']}"
+                _note(setbacks, f"{name}: {which}: {words}")
         for direction in set(base["times_s"]) & set(head["times_s"]):
             times = {f"{k}_s": float(np.median(v["times_s"][direction])) for k, v in (("base", base), ("head", head))}
             rows.append({"race": name, "system": experiment.system, "direction": direction, **times})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def main(suite_file: Path, log_dir: Path) -> None:
             try:
                 answer = _run(session_of(race), race)
             except Exception as error:  # a side that cannot run a race says so; the other goes on
+                traceback.print_exc()  # to this side's log
                 answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
             answer_to.write(json.dumps(answer) + "\n")
             answer_to.flush()

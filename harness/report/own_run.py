@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -16,21 +15,8 @@ from harness.plan.graph import Timeline
 from harness.report import compare, context, figures, gantt, page, summary
 from harness.report.columns import columns_of, kept
 from harness.report.page import Column, Html
+from harness.report.predicted import Simulator
 from harness.report.run import Run
-
-
-class Simulator(Protocol):
-    """What a method's folder says of the layers of a run, from a calibration of its cluster. ``UserError`` if there is
-    none, or none that is to be used."""
-
-    def predictions(self, run: Run) -> pd.DataFrame:
-        """Rows of cell, direction and predicted_s."""
-
-    def timelines(self, run: Run, cell: str) -> Mapping[str, Timeline]:
-        """Simulated timelines of a cell by direction."""
-
-    def agreement(self, frame: pd.DataFrame) -> Any:
-        """A dataclass of figures from race, measured_s and predicted_s."""
 
 
 class OwnRun:

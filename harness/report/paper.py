@@ -20,8 +20,9 @@ from harness.report import claims, context, figures, gantt, page, study_figures
 from harness.report.claims import Sources, Value, Verdict
 from harness.report.columns import as_printed, columns_of, kept, words
 from harness.report.keep import keep
-from harness.report.own_run import OwnRun, Simulator
+from harness.report.own_run import OwnRun
 from harness.report.page import Column, Html
+from harness.report.predicted import Simulator
 from harness.report.run import load
 from harness.studies import Findings
 

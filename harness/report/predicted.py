@@ -1,62 +1,97 @@
-"""What the judge of time says of the cells of a run, on machines as they were profiled: the one simulator of all pages.
+"""What the judge of time says of the cells of a run: of every system and phase, on its cluster as it was profiled.
 
-It knows the newest calibration of each cell's cluster, and nothing of the run but its experiments."""
+Of the run it knows the experiments and, where ``host_of`` names a system, what the processor does beside in that
+system's executed tasks; the cells of that system then say nothing about how good predictions are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from harness import ledger
+from harness.bench.store import Store
 from harness.errors import UserError
-from harness.plan.agreement import agreement
+from harness.plan.agreement import Agreement, agreement
 from harness.plan.graph import Timeline
+from harness.plan.host import Seconds, beside, merged
 from harness.plan.machine import Machine
-from harness.registry import systems
 from harness.simulation import Simulation, simulate
 from harness.specs import Experiment
 
+WARM, STEPS = 5, 2  # of a training: before those that are predicted, and these
+
 
 class Simulator:
-    """``folder``: the ledger's; ``phases``: those that are predicted."""
+    """``folder``: the ledger's; ``host_of``: a system."""
 
-    agreement = staticmethod(agreement)
-
-    def __init__(self, folder: Path = ledger.LEDGER, phases: tuple[str, ...] = ("layer",)):
-        self.folder, self.phases = folder, phases
+    def __init__(self, folder: Path = ledger.LEDGER, host_of: str = ""):
+        self.folder, self.host_of = folder, host_of
+        self.fitted: set[str] = set()  # cells whose executed tasks were looked at
+        self._hosts: dict[Path, dict[str, Seconds]] = {}  # of each run, by what it depends on
 
     def predictions(self, run: Any) -> pd.DataFrame:
-        """Rows of cell, direction and predicted_s, of all native systems; ``UserError`` where none is predicted."""
+        """Rows of cell, direction and predicted_s. ``UserError`` if there are none: why not the first of them."""
         rows: list[dict[str, Any]] = []
         why: UserError | None = None
-        for cell, experiment in self._experiments(run.experiments).items():
+        hosts = self._hosts_of(run)
+        for cell, experiment in _experiments(run).items():
             try:
-                found = self._simulated(experiment)
+                found = self._simulated(experiment, hosts.get(_same_host(experiment), {}))
             except UserError as error:
                 why = why or error
                 continue
             for direction, seconds in found.samples.items():
-                rows.append({"cell": cell, "direction": direction, "predicted_s": sum(seconds) / len(seconds)})
+                rows.append({"cell": cell, "direction": direction, "predicted_s": float(np.mean(seconds))})
         if why is not None and not rows:
             raise why
         return pd.DataFrame(rows, columns=["cell", "direction", "predicted_s"])
 
     def timelines(self, run: Any, cell: str) -> dict[str, Timeline]:
-        """Of rank 0."""
-        found = self._simulated(Experiment.model_validate(run.experiments[cell])).timelines
-        return {name: Timeline(each.plan, each.start_s[:, 0], each.end_s[:, 0]) for name, each in found.items()}
+        """Of a predicted cell by direction, [num_tasks, W]."""
+        experiment = _experiments(run)[cell]
+        return dict(self._simulated(experiment, self._hosts_of(run).get(_same_host(experiment), {})).timelines)
 
-    def _simulated(self, experiment: Experiment) -> Simulation:
+    def agreement(self, frame: pd.DataFrame) -> Agreement:
+        """Of a table of cell, race, measured_s and predicted_s; of the cells from which nothing was taken."""
+        return agreement(frame[~frame["cell"].isin(self.fitted)])
+
+    def _simulated(self, experiment: Experiment, host: Seconds) -> Simulation:
         calibration = ledger.profiled(experiment.cluster, self.folder)
-        return simulate(experiment, Machine.profiled(experiment.cluster, calibration, experiment.compute))
+        machine = Machine.profiled(experiment.cluster, calibration, experiment.compute)
+        return simulate(experiment, dataclasses.replace(machine, host=host), steps=STEPS, warm=WARM)
 
-    def _experiments(self, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Experiment]:
-        every = {cell: Experiment.model_validate(data) for cell, data in records.items()}
-        native = {name for name, system in systems().items() if system.kind == "native"}
-        return {cell: each for cell, each in every.items() if each.phase in self.phases and each.system in native}
+    def _hosts_of(self, run: Any) -> dict[str, Seconds]:
+        if run.path in self._hosts:
+            return self._hosts[run.path]
+        found: dict[str, list[Seconds]] = {}
+        for cell, experiment in _experiments(run).items():
+            if experiment.system != self.host_of or not (executed := Store(run.path).trace(cell)):
+                continue
+            try:
+                simulated = self._simulated(experiment, {}).timelines
+            except UserError:
+                continue
+            each = [beside(executed[name], simulated[name]) for name in simulated.keys() & executed.keys()]
+            if each:
+                found.setdefault(_same_host(experiment), []).append({k: v for part in each for k, v in part.items()})
+                self.fitted.add(cell)
+        self._hosts[run.path] = {same: merged(several) for same, several in found.items()}
+        return self._hosts[run.path]
+
+
+def _experiments(run: Any) -> dict[str, Experiment]:
+    return {cell: Experiment.model_validate(data) for cell, data in run.experiments.items()}
+
+
+def _same_host(experiment: Experiment) -> str:
+    """What the processor's part depends on beside the system."""
+    where = (experiment.phase, experiment.compute, experiment.model, experiment.cluster.name, experiment.dtype)
+    return repr((*where, experiment.workload.tokens_per_rank))
 
 
 __all__ = ["Simulator"]

@@ -66,27 +66,31 @@ def render(
     stem = f"{name}-{other}" if other else name
     outputs.check(out / f"{stem}.html", "report", PAGE)
     outputs.check(out / f"{stem}.ipynb", "report", lambda path: b'"papermill"' in path.read_bytes())
-    try:
+    page, executed = out / f"{stem}.html", out / f"{stem}.ipynb"
+    with _written_to(out):
         out.mkdir(exist_ok=True, parents=run_dir is None or out.parent != run_dir)
-        executed = out / f"{stem}.ipynb"
         part = out / f"{stem}.part.ipynb"  # until it is whole: a page keeps the notebook that it was made from
         part.touch()
-    except OSError as error:
-        raise bad(
-            "report folder", str(out), f"cannot be written ({error.strerror}); free space or fix permissions"
-        ) from None
-
-    say(f"executing {notebook.name}")
-    folders = {"run_dir": str(run_dir or ""), "out_dir": str(out)}
-    _execute(notebook, part, {**(parameters or {}), **{key: folders[key] for key in folders if key in known}})
-    part.replace(executed)
-    say("writing HTML")
-    page = out / f"{stem}.html"
-    title = f"moebench: {name if suite(name) or not run_dir else run_dir.name}"
-    written = page.with_suffix(".html.part")
-    written.write_text(to_html(executed, title), encoding="utf-8")
-    written.replace(page)
+        say(f"executing {notebook.name}")
+        folders = {"run_dir": str(run_dir or ""), "out_dir": str(out)}
+        _execute(notebook, part, {**(parameters or {}), **{key: folders[key] for key in folders if key in known}})
+        part.replace(executed)
+        say("writing HTML")
+        title = f"moebench: {name if suite(name) or not run_dir else run_dir.name}"
+        outputs.write(page, to_html(executed, title), "report")
     return page
+
+
+@contextlib.contextmanager
+def _written_to(out: Path) -> Iterator[None]:
+    """What cannot be written to ``out`` is a user's error, and no part of it stays."""
+    try:
+        yield
+    except OSError as error:
+        for part in out.glob("*.part.ipynb") if out.is_dir() else ():
+            part.unlink(missing_ok=True)
+        remedy = f"cannot be written ({error.strerror or error}); free space or fix permissions"
+        raise bad("report folder", str(out), remedy) from None
 
 
 def _execute(notebook: Path, target: Path, parameters: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 
 import numpy as np
@@ -69,6 +70,7 @@ def counts_of(
     return _estimated(workload, model, topology, step, layer, most_tokens)
 
 
+@functools.lru_cache(maxsize=128)  # the systems of a race ask for the same ones
 def sampled_routing(
     workload: Workload,
     model: Model,

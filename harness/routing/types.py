@@ -55,3 +55,16 @@ class Routing:
         h = hashlib.sha256(np.sort(self.ids.astype("<i4"), axis=1).tobytes())
         h.update(repr((tuple(map(int, self.tokens)), self.num_experts, self.top_k)).encode())
         return h.hexdigest()[:16]
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Assignments from each rank to each expert, int64 [num_ranks, E]; not to be changed."""
+        cells = self.source[:, None] * self.num_experts + self.ids
+        found = np.bincount(cells.ravel(), minlength=len(self.tokens) * self.num_experts)
+        found.setflags(write=False)
+        return found.reshape(len(self.tokens), self.num_experts)
+
+    @property
+    def sample(self) -> Routing:
+        """Tokens for statistics of pairs: who shares tokens with whom. Here all of them."""
+        return self

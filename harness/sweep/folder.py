@@ -18,7 +18,6 @@ Nothing here needs torch, so that ``moebench status`` answers at once.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
@@ -30,6 +29,7 @@ from harness import sealed
 from harness.errors import bad
 
 Task = tuple[str, int]  # race digest, launch
+_ANEW = "submit the sweep again by another name"
 
 
 class SweepFolder:
@@ -69,9 +69,7 @@ class SweepFolder:
             return sealed.unseal(path.read_text(encoding="utf-8"), f"sweep/{path.parent.name}")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise bad(
-                "sweep", str(path), f"cannot be read ({reason}); submit the sweep again by another name"
-            ) from None
+            raise bad("sweep", str(path), f"cannot be read ({reason}); {_ANEW}") from None
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write ``value`` to ``name`` whole or not at all."""
@@ -94,7 +92,13 @@ class SweepFolder:
 
     def tasks(self) -> list[list[Task]]:
         """(race, launch) pairs of every job, by its index."""
-        return [[(race, launch) for launch, race in line["tasks"]] for line in _lines(self.path / "tasks.jsonl")]
+        path = self.path / "tasks.jsonl"
+        found: list[list[Task]] = []
+        for line in _lines(path, "tasks", whole=True):
+            if line.get("job") != len(found):
+                raise bad("sweep", str(path), f"does not go on with job {len(found)}; {_ANEW}")
+            found.append([(race, launch) for launch, race in line["tasks"]])
+        return found
 
     def events_path(self, index: int) -> Path:
         return self.path / "events" / f"{index:05}.jsonl"
@@ -102,9 +106,9 @@ class SweepFolder:
     def events(self, index: int) -> list[dict[str, Any]]:
         """What job ``index`` has said; a line that is being written is not there yet."""
         path = self.events_path(index)
-        found = list(_lines(path))
+        found = list(_lines(path, "did"))
         if (others := path.with_suffix("")).is_dir():
-            found += (event for each in sorted(others.iterdir()) for event in _lines(each))
+            found += (event for each in sorted(others.iterdir()) for event in _lines(each, "did"))
         return found
 
     def tell(self, index: int, did: str, *, rank: int = 0, **facts: Any) -> None:
@@ -124,7 +128,7 @@ class SweepFolder:
         return [{"at": float(at), "did": did, "why": why} for at, did, why in parts]
 
     def submissions(self) -> list[dict[str, Any]]:
-        return list(_lines(self.path / "submissions.jsonl"))
+        return list(_lines(self.path / "submissions.jsonl", "ids", whole=True))
 
     def add_submission(self, on: str, ids: dict[int, str], **facts: Any) -> None:
         """``ids``: job -> its number in Slurm, or the driver's process where jobs run on this machine."""
@@ -136,21 +140,26 @@ def _append(path: Path, line: dict[str, Any]) -> None:
     """One write, so that lines of several processes do not mix."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(fd, (json.dumps(line) + "\n").encode())
+        os.write(fd, sealed.line(line).encode())
     finally:
         os.close(fd)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, key: str, whole: bool = False) -> Iterator[dict[str, Any]]:
+    """Lines that have ``key``. ``whole``: each counts, so that a damaged one is a ``UserError``; else it is left out,
+    as is a torn line of a machine that went down."""
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except FileNotFoundError:
         return
-    for line in text.split("\n")[:-1]:
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
-            yield json.loads(line)
-        except ValueError:  # a torn line of a machine that went down
-            continue
+            if key not in (found := sealed.unline(line)):
+                raise ValueError(f"has no {key}")
+            yield found
+        except ValueError as error:
+            if whole:
+                raise bad("sweep", f"{path}:{number}", f"cannot be read ({error}); {_ANEW}") from None
 
 
 def attempts(events: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -20,6 +20,7 @@ from harness import presets
 from harness.bench import suite as suites
 from harness.bench.suite import Suite
 from harness.errors import UserError, bad, unknown
+from harness.layer import standin
 from harness.specs import Cluster, Count, Spec
 from harness.sweep import asked
 
@@ -138,6 +139,9 @@ def load(source: Path | str, cluster: str = "") -> SweepFile:
             raise bad(
                 f"{path}: cluster", name, f"is no part of {slurm.path}; write {{nodes: n}} for nodes of that cluster"
             )
+        for each in race.experiments:
+            if each.compute == "stand-in" and (reason := standin.refusal(each.cluster.device_type, each.cluster.gemm)):
+                raise bad(f"{found.suite.entries.get(each.digest, path)}.compute", each.compute, reason)
     return found
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from harness.bench.store import Store, Told
-from harness.errors import is_echo
+from harness.errors import bad, is_echo
 from harness.sweep import notebook
 from harness.sweep.folder import SweepFolder
 
@@ -30,7 +30,7 @@ STATES = (
     "ok", "cpu_bound", "refused", "running", "queued", "requeued", "unsubmitted", "failed", "oom", "hung",
     "nonconforming", "unphysical", "crashed", "timed out", "cancelled",
 )  # fmt: skip
-FAILED = ("failed", "oom", "hung", "nonconforming", "crashed", "timed out")
+FAILED = ("failed", "oom", "hung", "nonconforming", "unphysical", "crashed", "timed out")
 OPEN = ("running", "queued", "requeued")
 #: Slurm's words for a job that will not go on
 _ENDED = {
@@ -83,7 +83,9 @@ class Sweep:
         rows = []
         for fields in self.facts["cells"]:
             cell, launch, race = fields[:3]
-            index = latest[race, launch]
+            if (index := latest.get((race, launch))) is None:
+                path = self.folder.path / "tasks.jsonl"
+                raise bad("sweep", str(path), f"knows no job of {race}; submit the sweep again by another name")
             rows.append(
                 (*fields, index, *self._state(outcomes.get((cell, launch)), (race, launch), jobs[index], running))
             )

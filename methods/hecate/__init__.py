@@ -10,6 +10,7 @@ from harness.plan.replicated import ReplicatedLayer, ReplicatedSystem
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES
 from harness.system import AfterStep, Case, MoELayer
+from methods.hecate.between import Reshards
 from methods.hecate.memory_model import capacity
 from methods.hecate.policy import RESHARD_EVERY, WINDOW, Options
 from methods.hecate.policy import Hecate as Materialisation
@@ -70,6 +71,10 @@ class Hecate(ReplicatedSystem):
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
         replicated = [layer for layer in layers if isinstance(layer, ReplicatedLayer)]
         return Sharder(job, replicated, case, Options.of(case, cls.rematerialise))
+
+    @classmethod
+    def course(cls, cases: Sequence[Case]) -> Reshards:
+        return Reshards(cls, cases, Options.of(cases[0], cls.rematerialise))
 
 
 class HecateRM(Hecate):

@@ -12,14 +12,18 @@ from harness import ledger
 from harness.comm.job import Job
 from harness.options import whole, yes
 from harness.plan.native import NativeSystem
+from harness.plan.passage import Passage
+from harness.plan.priced import computed
 from harness.specs import DTYPE_BYTES, Cluster
 from harness.system import AfterStep, Case, MoELayer
+from methods.hiermoe.between import MAX_SHARE, SwapOptions, Swaps
 from methods.hiermoe.counts import count
 from methods.hiermoe.hierd import HierExchange
-from methods.hiermoe.model import TimeModel, calibrated_costs, choose, stage_costs
+from methods.hiermoe.layout import PricedHier
+from methods.hiermoe.model import TimeModel, calibrated_costs, stage_costs
 from methods.hiermoe.swap import GAMMA
-from methods.hiermoe.traffic import Wire, hier_bytes
-from methods.hiermoe.training import MAX_SHARE, SwapOptions, Swapper
+from methods.hiermoe.traffic import HierTravel, Wire
+from methods.hiermoe.training import Swapper
 
 MAX_CHUNKS = 12
 MIN_CHUNK_BYTES = 128 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves
@@ -67,18 +71,29 @@ class HierD(NativeSystem):
         )
 
     @classmethod
-    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
+    def travel(cls, case: Case) -> HierTravel | None:
+        """How the case's tokens will go; None where the gate alone knows."""
         routing = cls.planned_routing(case)
         if routing is None:
             return None
-        wire, dimension = cls.wire(case), cls.dimension(case)
+        owner, wire, dimension = case.placement.owner, cls.wire(case), cls.dimension(case)
+        counts = count(routing, owner, case.topology)
         if chosen := isinstance(dimension, TimeModel):
-            counts = count(routing, case.placement.owner, case.topology)
-            dimension = choose(dimension.times(counts, wire.row_bytes, exact=not wire.padded, chunks=wire.num_chunks))
-        parts = hier_bytes(routing, case.placement, case.topology, dimension, wire, chosen=chosen)
-        if case.model.gate == "softmoe":
-            del parts["metadata_grad"]  # slots weigh 1, so no gradients of weights return
-        return parts
+            dimension = dimension.best(counts, wire.row_bytes, padded=wire.padded, chunks=wire.num_chunks)
+        return HierTravel.of(routing, owner, case.topology, dimension, wire, counts=counts, chosen=chosen)
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
+        if (travel := cls.travel(case)) is None:
+            return None
+        parts = ["metadata", "dispatch", "combine", "combine_grad", "dispatch_grad"]
+        parts += ["metadata_grad"] if travel.wire.weights_learn else []
+        return {part: travel.bytes(part) for part in parts}
+
+    @classmethod
+    def layout(cls, case: Case) -> Passage | None:
+        travel = cls.travel(case)
+        return None if travel is None else PricedHier(case, travel, computed(cls, case))
 
     @classmethod
     def dimension(cls, case: Case) -> int | TimeModel:
@@ -100,6 +115,7 @@ class HierD(NativeSystem):
             num_chunks=_chunks(case),
             deduplicate=deduplicate,
             padded=padded,
+            weights_learn=case.model.gate != "softmoe",  # its slots weigh 1
         )
 
 
@@ -126,15 +142,23 @@ class HierMoE(HierD):
 
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        options = SwapOptions(
+        dimension = cls.dimension(case)
+        model = dimension if isinstance(dimension, TimeModel) else None
+        return Swapper(job, layers, cls.swaps(case), model, cls.wire(case).row_bytes)  # type: ignore[arg-type]
+
+    @classmethod
+    def course(cls, cases: Sequence[Case]) -> Swaps:
+        case = cases[0]
+        return Swaps(cls, cases, cls.swaps(case), cls.dimension(case), cls.wire(case))
+
+    @classmethod
+    def swaps(cls, case: Case) -> SwapOptions:
+        return SwapOptions(
             every=whole(case, "swap_every", 1, 10**6),
             pairs=whole(case, "swap_pairs", 1, case.model.num_experts // 2),
             max=case.options.get("max", "smooth"),  # type: ignore[arg-type]
             gamma=float(case.options.get("gamma", GAMMA)),
         )
-        dimension = cls.dimension(case)
-        model = dimension if isinstance(dimension, TimeModel) else None
-        return Swapper(job, layers, options, model, cls.wire(case).row_bytes)  # type: ignore[arg-type]
 
 
 class HierMoEHD2(HierD):
@@ -143,21 +167,17 @@ class HierMoEHD2(HierD):
     name = "hiermoe-hd2"
     title = "HierMoE's two-dimensional deduplicated all-to-all, pipelined"
     source = "arXiv 2508.09591, section III (HD2)"
-    options: ClassVar[dict[str, str]] = {"chunks": _CHUNKS}
+    options: ClassVar[dict[str, str]] = {key: HierD.options[key] for key in ("chunks", "deduplicate", "padded")}
     fixed = 2
 
 
-class HierMoEHD2Smart(HierMoEHD2):
+class HierMoEHD2Smart(smartmoe.Follows, HierMoEHD2):
     """HD2 with SmartMoE's dynamic placement in training."""
 
     name = "hiermoe-hd2-smart"
     title = "HierMoE's two-dimensional all-to-all with SmartMoE's dynamic placement"
     source = "arXiv 2508.09591, section VI (HD2-MoE-Smart)"
     options: ClassVar[dict[str, str]] = HierMoEHD2.options | smartmoe.OPTIONS
-
-    @classmethod
-    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        return smartmoe.placer(layers, case, job)
 
 
 def known_costs(cluster: Cluster | None) -> Cluster | None:

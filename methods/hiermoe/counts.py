@@ -68,20 +68,69 @@ def needed(unit: Array, num_units: int) -> Array:
 
 
 def count(routing: Routing, owner: Array, topology: Topology) -> Counts:
-    """``owner`` int [E]: the rank of each expert. O(D T k) and D T U bits of memory."""
-    distinct, copies = [], []
-    starts = routing.offsets[:-1]
-    filled = np.diff(routing.offsets) > 0
+    """``owner`` int [E]: the rank of each expert. O(T k (log k + D)). Where a sample stands for the tokens, copies are
+    those of all, and as many of them are duplicates as in the sample."""
+    few, num_ranks = routing.sample, topology.num_ranks
+    distinct = _distinct(few, owner, topology, few.source, num_ranks)
+    copies = _copies(routing, owner, topology)
+    if few is not routing:
+        pairs = zip(distinct, _copies(few, owner, topology), copies, strict=True)
+        distinct = tuple(_as_in_sample(*each) for each in pairs)
+    return Counts(topology, distinct, copies)
+
+
+def longest(
+    routing: Routing, owner: Array, topology: Topology, stage: Stage, chunks: int, *, deduplicated: bool
+) -> int:
+    """Rows of a message of ``stage`` if all are as long as the longest, each rank's tokens in so many pieces; summed
+    over these."""
+    few, num_ranks = routing.sample, topology.num_ranks
+    place = np.arange(len(few.ids)) - few.offsets[few.source]
+    source = ((place + 1) * chunks - 1) // np.asarray(few.tokens)[few.source] * num_ranks + few.source
+    tables = (_distinct if deduplicated else _pairs)(few, owner, topology, source, chunks * num_ranks)
+    pieces = zip(*(np.split(table, chunks) for table in tables), strict=True)
+    most = sum(int(Counts(topology, piece, piece).rows(stage).max(initial=0)) for piece in pieces)
+    return most if few is routing else round(most * sum(routing.tokens) / max(1, sum(few.tokens)))
+
+
+def _distinct(routing: Routing, owner: Array, topology: Topology, source: Array, num_sources: int) -> tuple[Array, ...]:
+    """``Counts.distinct``, of tokens that come from ``source`` int [T]."""
+    found = []
+    ranks = np.sort(owner.astype(np.int32)[routing.ids], axis=1)  # units of equal rank follow each other on any level
     for level in range(topology.num_levels):
         num_units = topology.num_units(level)
-        unit = topology.unit_of(level)[owner][routing.ids]  # [T, k]
-        sums = np.zeros((len(starts), num_units), dtype=np.int64)
-        if len(unit):
-            sums[filled] = np.add.reduceat(needed(unit, num_units), starts[filled], axis=0, dtype=np.int64)
-        distinct.append(sums)
-        keys = routing.source[:, None] * num_units + unit
-        copies.append(np.bincount(keys.ravel(), minlength=len(starts) * num_units).reshape(len(starts), num_units))
-    return Counts(topology, tuple(distinct), tuple(copies))
+        unit = ranks // (topology.num_ranks // num_units)  # [T, k]
+        first = np.ones(unit.shape, dtype=bool)
+        first[:, 1:] = unit[:, 1:] != unit[:, :-1]
+        keys = ((source * num_units)[:, None] + unit)[first]
+        found.append(np.bincount(keys, minlength=num_sources * num_units).reshape(num_sources, num_units))
+    return tuple(found)
+
+
+def _pairs(routing: Routing, owner: Array, topology: Topology, source: Array, num_sources: int) -> tuple[Array, ...]:
+    """``Counts.copies``, likewise."""
+    keys = (source * topology.num_ranks)[:, None] + owner[routing.ids]
+    found = np.bincount(keys.ravel(), minlength=num_sources * topology.num_ranks)
+    return _by_level(found.reshape(num_sources, -1), topology)
+
+
+def _copies(routing: Routing, owner: Array, topology: Topology) -> tuple[Array, ...]:
+    """``Counts.copies``."""
+    there = owner[:, None] == np.arange(topology.num_ranks)  # [E, G]
+    return _by_level(np.rint(routing.counts.astype(np.float64) @ there).astype(np.int64), topology)
+
+
+def _by_level(of_rank: Array, topology: Topology) -> tuple[Array, ...]:
+    """[.., G] -> [.., U_i] of every level."""
+    return tuple(of_rank.reshape(len(of_rank), topology.num_units(i), -1).sum(-1) for i in range(topology.num_levels))
+
+
+def _as_in_sample(distinct: Array, copies: Array, of_all: Array) -> Array:
+    """Of ``of_all`` copies [G, U] as many distinct ones as a sample has of its ``copies``; where the sample of a rank
+    has none, as that of all ranks."""
+    common = distinct.sum(0) / np.maximum(copies.sum(0), 1)
+    share = np.where(copies > 0, distinct / np.maximum(copies, 1), np.where(common > 0, common, 1.0))
+    return np.rint(of_all * share).astype(np.int64)
 
 
 @functools.lru_cache(maxsize=64)

@@ -29,7 +29,7 @@ from harness.comm.rows import dot_rows, scale_rows
 from harness.placement import Placement
 from harness.topology import Topology
 from methods.hiermoe.counts import Counts, needed, stages
-from methods.hiermoe.model import TimeModel, choose
+from methods.hiermoe.model import TimeModel
 from methods.hiermoe.plan import HierPlan, Hop, Returning, Waits
 
 
@@ -76,8 +76,7 @@ class HierExchange(Exchange):
         edges = np.cumsum([topology.num_units(level) for level in range(topology.num_levels)])
         tables = tuple(np.split(every.cpu().numpy().astype(np.int64), edges[:-1], axis=1))
         counts = Counts(topology, tables, tables)
-        times = self.dimension.times(counts, self.row_bytes, exact=not self.padded, chunks=self.num_chunks)
-        self.used = choose(times)
+        self.used = self.dimension.best(counts, self.row_bytes, padded=self.padded, chunks=self.num_chunks)
         return self.used
 
     def _chain(self, dimension: int) -> list[Hop]:

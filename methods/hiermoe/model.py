@@ -102,6 +102,10 @@ class TimeModel:
             found.append(sum(parts) + (chunks - 1) * max(parts))
         return np.array(found)
 
+    def best(self, counts: Counts, row_bytes: float, *, padded: bool, chunks: int) -> int:
+        """d* of a routing, as every rank chooses it for itself."""
+        return choose(self.times(counts, row_bytes, exact=not padded, chunks=chunks))
+
 
 def choose(times: Array) -> int:
     """d* (eq. 6): 1 only if it is less than all others; among others the least, the lower one of equals."""

@@ -10,23 +10,21 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from harness import presets
-from harness.layer.work import attention_macs, expert_macs
 from harness.placement import Placement
-from harness.plan.cost import Compute
 from harness.plan.machine import Machine
 from harness.specs import Cluster, Model, Workload
 from harness.studies import Findings, Progress, Study, left_out, reported
 from harness.topology import Topology
-from methods.hiermoe.counts import count, counted_duplication, duplication
+from methods.hiermoe.counts import counted_duplication, duplication
 from methods.hiermoe.model import TimeModel
+from methods.hiermoe.replay import ELEMENT_BYTES, NINE, RIVALS, Played, Rival, Swapping, computing, replay, routings
 from methods.hiermoe.swap import Objective, best_swap, collect, groups
-from methods.hiermoe.variants import ELEMENT_BYTES, NINE, VARIANTS, Swapping, Variant, replay, routings
 
 CLUSTER = "hiermoe"
 MODELS = {"deepseek-v3-half": "deepseek-v3-half", "qwen3-30b-a3b": "qwen3-30b-a3b-hiermoe"}
@@ -34,7 +32,6 @@ TOKENS = 1024  # of a rank: micro-batch 1, sequence 1024
 SKEWS = (1.0, 2.0, 4.0, 8.0)  # max over mean tokens of an expert; 1: uniform random routing
 STEPS, WARM = 16, 8  # of training, of which the first lead to a placement and do not count
 #: of what a device can do, that the computation beside the exchange reaches; no paper states it
-EFFICIENCY = 0.4
 EFFICIENCIES = (0.2, 0.4, 0.6)
 AXIS = "max over mean tokens of an expert"
 NOTE = (
@@ -66,12 +63,18 @@ def times(
     cluster: Cluster,
     model: Model,
     load: Workload,
-    variants: dict[str, Variant] | None = None,
+    rivals: Mapping[str, Rival] | None = None,
     steps: int = STEPS,
     warm: int = WARM,
 ) -> pd.DataFrame:
     """``mean_times`` of ``replay``."""
-    return mean_times(replay(cluster, model, routings(load, model, cluster, steps), variants), warm)
+    return mean_times(one_ways(cluster, replay(cluster, model, routings(load, model, cluster, steps), rivals)), warm)
+
+
+def one_ways(cluster: Cluster, played: Iterable[Played]) -> Iterator[dict[str, object]]:
+    """Each step with what a dispatch takes by the costs of ``cluster``."""
+    machine = Machine.published(cluster)
+    return (each.row(machine) for each in played)
 
 
 def mean_times(steps: Iterable[dict[str, object]], warm: int = WARM) -> pd.DataFrame:
@@ -84,8 +87,27 @@ def mean_times(steps: Iterable[dict[str, object]], warm: int = WARM) -> pd.DataF
 
 
 @functools.cache
-def _by_skew(name: str, skew: float) -> pd.DataFrame:
-    return times(presets.cluster(CLUSTER), presets.model(MODELS[name]), workload(skew))
+def _by_skew(name: str, skew: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return of_layers(presets.cluster(CLUSTER), presets.model(MODELS[name]), workload(skew))
+
+
+def of_layers(
+    cluster: Cluster,
+    model: Model,
+    load: Workload,
+    rivals: Mapping[str, Rival] | None = None,
+    steps: int = STEPS,
+    warm: int = WARM,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """``times``, and of each variant and efficiency the mean of ``Played.layer_s``."""
+    links, rows, layers = Machine.published(cluster), [], []
+    machines = {efficiency: computing(cluster, efficiency) for efficiency in EFFICIENCIES}
+    for played in replay(cluster, model, routings(load, model, cluster, steps), rivals):
+        rows.append(played.row(links))
+        for efficiency, machine in machines.items() if played.step >= warm else ():
+            layers.append({"variant": played.rival, "efficiency": efficiency, "layer_s": played.layer_s(machine)})
+    mean = pd.DataFrame(layers).groupby(["efficiency", "variant"], sort=False)["layer_s"].mean().reset_index()
+    return mean_times(rows, warm), mean.sort_values("efficiency", kind="stable")
 
 
 def over(frame: pd.DataFrame, rival: str, key: Sequence[str] = ()) -> pd.Series:
@@ -134,7 +156,7 @@ def exchanges(progress: Progress) -> Findings:
     for name in MODELS:
         for skew in SKEWS:
             progress(f"{name}, skew {skew:g}")
-            found.append(_by_skew(name, skew).assign(model=name, skew=skew))
+            found.append(_by_skew(name, skew)[0].assign(model=name, skew=skew))
     every = pd.concat(found, ignore_index=True)
     every["over_megatron"] = over(every, "megatron", ["model", "skew"])
     every["over_hd2"] = over(every, "hd2", ["model", "skew"])
@@ -145,7 +167,7 @@ def exchanges(progress: Progress) -> Findings:
     ).assign(evidence="reported")
     shown = pd.concat([every.assign(evidence="simulated"), text], ignore_index=True)
     columns = ["model", "variant", "skew", "one_way_s", "over_megatron", "over_hd2", "dimensions", "evidence"]
-    shown["variant"] = pd.Categorical(shown["variant"], list(VARIANTS))
+    shown["variant"] = pd.Categorical(shown["variant"], list(RIVALS))
     shown = shown[columns].sort_values(["model", "variant", "evidence", "skew"], ascending=[True, True, False, True])
     raw = {"exchanges": every.assign(evidence="simulated", axis=f"skew, {AXIS}")}
     kept = left_out(map(presets.model, MODELS.values()), "they are on every rank and take no part in an all-to-all")
@@ -153,24 +175,22 @@ def exchanges(progress: Progress) -> Findings:
 
 
 def steps(progress: Progress) -> Findings:
-    """Whole steps: four exchanges a layer and the computation at a stated share of the device's rate."""
-    cluster, found = presets.cluster(CLUSTER), []
+    """Whole steps: all layers' attention, experts and exchanges, computation at a stated share of the device's rate."""
+    found = []
     for name, preset in MODELS.items():
         model = presets.model(preset)
         for skew in SKEWS:
             progress(f"{name}, skew {skew:g}")
-            one = _by_skew(name, skew)
-            for efficiency in EFFICIENCIES:
-                rest_s = compute_s(model, cluster, efficiency)
-                whole = one.assign(model=name, skew=skew, efficiency=efficiency)
-                whole["step_s"] = model.num_layers * (4 * whole["one_way_s"] + rest_s)
-                base = whole.loc[whole["variant"] == "megatron", "step_s"].iloc[0]
-                found.append(whole.assign(over_megatron=base / whole["step_s"]))
+            _, layers = _by_skew(name, skew)
+            whole = layers.assign(model=name, skew=skew, step_s=model.num_layers * layers["layer_s"])
+            base = whole[whole["variant"] == "megatron"].set_index("efficiency")["step_s"]
+            found.append(whole.assign(over_megatron=whole["efficiency"].map(base) / whole["step_s"]))
     every = pd.concat(found, ignore_index=True)[["model", "skew", "efficiency", "variant", "step_s", "over_megatron"]]
     printed = reported("hiermoe", "end-to-end")
     note = (
         f"Computation is counted in FLOPs and takes its time at {', '.join(f'{e:.0%}' for e in EFFICIENCIES)} of the "
-        "device's rate: the paper states neither its length nor its precision. Nothing overlaps."
+        "device's rate: the paper states neither its length nor its precision. The rank with most rows computes "
+        "longest; metadata travels before the rows; embedding, head, gradients and optimizer are left out."
     )
     text = printed[["system", "quantity", "value", "evidence"]].rename(columns={"system": "variant"})
     every["evidence"] = "simulated"
@@ -180,20 +200,13 @@ def steps(progress: Progress) -> Findings:
     return Findings(tables, (NOTE, note, *kept), {"lines": every.assign(axis=axis)})
 
 
-def compute_s(model: Model, cluster: Cluster, efficiency: float = EFFICIENCY) -> float:
-    """Seconds of one layer's computation on one rank, forward and backward, balanced experts."""
-    attention = attention_macs(model.hidden, TOKENS, model.seq, causal=False)
-    cost = Compute(3 * (attention + TOKENS * model.top_k * expert_macs(model)))
-    return float(Machine.data_sheet(cluster, efficiency).seconds(cost))
-
-
 # -------------------------------------------------------------------------------------------- sweeps and ablations
 
 
 def sweeps(progress: Progress) -> Findings:
     """Qwen3-30B-A3B over k, E and G: HD2-MoE, HD-MoE and HierMoE over Megatron."""
     base, cluster, rows = presets.model(MODELS["qwen3-30b-a3b"]), presets.cluster(CLUSTER), []
-    wanted = {name: VARIANTS[name] for name in ("megatron", "hd2", "hd", "hiermoe")}
+    wanted = {name: RIVALS[name] for name in ("megatron", "hd2", "hd", "hiermoe")}
     points: list[tuple[str, int, Model, Cluster]] = []
     points += [("k", k, base.model_copy(update={"top_k": k}), cluster) for k in (6, 8, 10)]
     points += [("E", e, base.model_copy(update={"num_experts": e}), cluster) for e in (64, 128, 256)]
@@ -221,10 +234,12 @@ def ablations(progress: Progress) -> Findings:
     choices += [("pairs", f"{n}", Swapping(time_model, row_bytes, pairs=n)) for n in (1, 2, 4)]
     rows = []
     drift = list(routings(workload(1, hot_experts=16, share=0.5, period=8), model, cluster, STEPS))
-    still = mean_times(replay(cluster, model, drift, {name: VARIANTS[name] for name in ("megatron", "hd")}))
+    fixed = {name: RIVALS[name] for name in ("megatron", "hd")}
+    still = mean_times(one_ways(cluster, replay(cluster, model, drift, fixed)))
     for option, value, swapping in choices:
         progress(f"{option} {value}")
-        one = mean_times(replay(cluster, model, drift, {"hiermoe": VARIANTS["hiermoe"]}, swapping))
+        played = replay(cluster, model, drift, {"hiermoe": RIVALS["hiermoe"]}, swapping)
+        one = mean_times(one_ways(cluster, played))
         own = pd.concat([still, one]).set_index("variant")["one_way_s"]
         rows.append(
             {
@@ -244,7 +259,7 @@ def nine(progress: Progress) -> Findings:
     rows, model = [], presets.model(MODELS["qwen3-30b-a3b"])
     for num_nodes in (4, 1):
         on = resized(presets.cluster(CLUSTER), num_nodes)
-        wanted = {n: v for n, v in NINE.items() if v.dimension is None or v.dimension <= len(on.shape)}
+        wanted = {n: v for n, v in NINE.items() if int(v.options.get("dimension", 1)) <= len(on.shape)}
         for skew in (1.0, 4.0):
             progress(f"{num_nodes} nodes, skew {skew:g}")
             one = times(on, model, workload(skew), wanted, steps=4, warm=0)
@@ -258,8 +273,8 @@ def stability(progress: Progress) -> Findings:
     model, cluster = presets.model(MODELS["qwen3-30b-a3b"]), presets.cluster(CLUSTER)
     progress("32 steps")
     drift = workload(1, hot_experts=16, share=0.5, period=8)
-    wanted = {name: VARIANTS[name] for name in ("megatron", "hd", "hiermoe")}
-    rows = pd.DataFrame(replay(cluster, model, routings(drift, model, cluster, 32), wanted))
+    wanted = {name: RIVALS[name] for name in ("megatron", "hd", "hiermoe")}
+    rows = pd.DataFrame(one_ways(cluster, replay(cluster, model, routings(drift, model, cluster, 32), wanted)))
     spread = rows[rows["step"] >= 4].groupby("variant", sort=False)["one_way_s"].agg(["mean", "std", "min", "max"])
     spread = spread.rename(columns=lambda c: f"{c}_s").reset_index()
     spread["deviation"] = spread["std_s"] / spread["mean_s"]
@@ -314,7 +329,7 @@ def stale(progress: Progress) -> Findings:
     """What old statistics cost on the recorded trace: a placement found some training steps earlier, and one found in
     hindsight, on the four recorded steps of each layer."""
     cluster = presets.cluster(CLUSTER)
-    time_model, topology = TimeModel(cluster), Topology(cluster.shape)
+    time_model, machine = TimeModel(cluster), Machine.published(cluster)
     model = presets.model(MODELS["qwen3-30b-a3b"]).model_copy(update={"num_experts": 64})
     row_bytes = model.hidden * ELEMENT_BYTES
     found = []
@@ -333,8 +348,10 @@ def stale(progress: Progress) -> Findings:
                 if source is not None:
                     swapping = Swapping(time_model, row_bytes, pairs=16)
                     placement = swapping.update(0, of_step[source], placement)
-                t = time_model.times(count(of_step[step], placement.owner, topology), row_bytes)
-                found.append({"layer": layer, "step": step, "from": source, "one_way_s": float(t.min())})
+                hd = RIVALS["hd"]
+                passage = hd.passage(hd.case(cluster, model, of_step[step], placement))
+                taken = Played(step, "hd", passage).row(machine)["one_way_s"]
+                found.append({"layer": layer, "step": step, "from": source, "one_way_s": taken})
     every = pd.DataFrame(found)
     base = every[every["from"].isna()][["layer", "step", "one_way_s"]]
     both = every[["layer", "step"]].merge(base, on=["layer", "step"], how="left", suffixes=("", "_base"))

@@ -27,9 +27,11 @@ import numpy as np
 from scipy.special import logsumexp
 
 from harness.errors import bad
+from harness.placement import Placement
+from harness.routing.types import Routing
 from harness.topology import Topology
-from methods.hiermoe.counts import Array, stages
-from methods.hiermoe.model import TimeModel
+from methods.hiermoe.counts import Array, count, stages
+from methods.hiermoe.model import TimeModel, choose
 
 MaxFunction = Literal["smooth", "plain", "log-sum-exp"]
 GAMMA = 10.0
@@ -166,3 +168,33 @@ def best_swap(statistics: Statistics, group: Array, objective: Objective, num_ra
     given = (statistics.load, statistics.sole, statistics.both, statistics.present, statistics.filled)
     r, c, before, after = kernels.search(*given, group, weights, scales, kind, objective.gamma)
     return Swap(int(r), int(c), objective.alpha_s + before / num_ranks, objective.alpha_s + after / num_ranks)
+
+
+@dataclasses.dataclass
+class Swapping:
+    """An update every ``every`` steps, from the routing of the step before, of ``pairs`` swaps."""
+
+    model: TimeModel
+    row_bytes: float
+    every: int = 1
+    pairs: int = 1
+    function: MaxFunction = "smooth"
+    gamma: float = GAMMA
+
+    def best(self, routing: Routing, placement: Placement) -> Swap:
+        topology = Topology(self.model.cluster.shape)
+        times = self.model.times(count(routing, placement.owner, topology), self.row_bytes)
+        objective = Objective.of(self.model, choose(times), self.row_bytes, self.function, self.gamma)
+        group = groups(placement.owner, topology, objective.levels)
+        return best_swap(collect(routing.ids, group, topology.num_ranks), group, objective, topology.num_ranks)
+
+    def update(self, step: int, routing: Routing, placement: Placement) -> Placement:
+        """The placement for the next step."""
+        if (step + 1) % self.every:
+            return placement
+        for _ in range(self.pairs):
+            swap = self.best(routing, placement)
+            if swap.r < 0:
+                break
+            placement = placement.swapped([(swap.r, swap.c)])
+        return placement

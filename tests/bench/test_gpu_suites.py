@@ -72,6 +72,18 @@ def test_what_is_not_here_is_said_in_one_line(here, monkeypatch):
         suite.load("gpu-node")
 
 
+def test_a_mask_that_names_no_device_is_no_machine_without_gpus(cards, monkeypatch):
+    cards(f"{H100.name}|9.0", f"{H100.name}|9.0", mask="7")
+    this_machine._asked.cache_clear()
+    for ask in (fitting, lambda: suite.load("gpu"), lambda: suite.load("gpu-node")):
+        with pytest.raises(UserError, match=r"CUDA_VISIBLE_DEVICES: '7': '7' names no device .*some of 0 to 1 or of"):
+            ask()
+    cards(f"{H100.name}|9.0", fails=999)
+    with pytest.raises(UserError, match=r"which has 0 \(.*CUDA error 999\); name another"):
+        suite.load("gpu")
+    this_machine._asked.cache_clear()
+
+
 def test_a_system_that_wants_two_levels_is_not_refused_by_the_comparison_on_one_gpu():
     assert [dry.refusal(experiment) for experiment in suite.load(suite_file("gpu")).experiments] == [None] * 4
 

@@ -19,7 +19,7 @@ from harness.routing.record import record
 from harness.studies import left_out
 from harness.topology import Topology
 from methods.hiermoe import studies
-from methods.hiermoe.variants import VARIANTS
+from methods.hiermoe.replay import RIVALS
 from tests.report.synthetic_run import RunMaker
 
 WHY = "deepseek-v3-half has 1 shared expert, and layers run without; give it num_shared_experts: 0 and another name"
@@ -66,8 +66,8 @@ def test_studies_keep_it_and_say_what_they_leave_out(monkeypatch: pytest.MonkeyP
     (note,) = left_out([presets.model("deepseek-v3-half"), presets.model("qwen3-30b-a3b")], "their time is left out")
     assert note == "Of deepseek-v3-half, shared experts (1 in each layer) have no part in this: their time is left out."
     monkeypatch.setattr(studies, "SKEWS", (1.0,))
-    model, two = presets.model("qwen3-30b-a3b"), {name: VARIANTS[name] for name in ("megatron", "hd2")}
-    small = studies.times(presets.cluster("hiermoe"), model, studies.workload(1.0, 64), two, 2, 0)
+    model, two = presets.model("qwen3-30b-a3b"), {name: RIVALS[name] for name in ("megatron", "hd2")}
+    small = studies.of_layers(presets.cluster("hiermoe"), model, studies.workload(1.0, 64), two, 2, 0)
     monkeypatch.setattr(studies, "_by_skew", lambda name, skew: small)
     for study in (studies.exchanges, studies.steps):
         found = study(lambda text: None)

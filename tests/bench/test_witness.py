@@ -35,14 +35,22 @@ FOUND: dict[str, dict[str, str]] = {
     },
     "train_step": EXCHANGE
     | LATER
-    | {"expert-gradient": "of w1 of expert 0", "sends-nothing": "weight_grad off by inf"},
+    | {
+        "expert-gradient": "of w1 of expert 0",
+        "sends-nothing": "weight_grad off by inf",
+        "sends-sums": "received 0 bytes",
+    },
+    "natural train_step": {"sends-sums": "received 0 bytes"},
     "prefill": {name: words for name, words in (EXCHANGE | LATER).items() if name != "equal-backward"},
     "decode": {name: words for name, words in (EXCHANGE | LATER).items() if name != "equal-backward"},
 }
 
 
 def experiments(phase: str, systems: list[str]) -> list[Experiment]:
+    *natural, phase = phase.split()
     workload = {"name": "w", "tokens_per_rank": 96, "generator": "zipf", "params": {"target": 1.5}, "seed": 3}
+    if natural:
+        workload |= {"generator": "natural", "params": {}}
     fields = {
         "cluster": presets.cluster("local-2"),
         "phase": phase,

@@ -25,15 +25,13 @@ from harness.registry import system
 from harness.report import predicted
 from harness.studies import study
 from harness.topology import Topology
-from methods.hecate import predict as hecate
-from methods.hiermoe import predict as hiermoe
 
 DATA = Path(__file__).parent / "data"
 MOST_ROWS = 200
 RELATIVE, OF_LARGEST = 1e-9, 1e-12  # what may differ: of the number itself, of the largest in its column
 #: calibrations of this day and before predict; later ones of this machine say other things
 CALIBRATED = datetime.datetime.fromisoformat("2026-11-24T00:00:00+00:00")
-SIMULATORS = {"fsmoe-emulated": predicted, "hiermoe-emulated": hiermoe, "hecate-emulated": hecate}
+SIMULATORS = {"fsmoe-emulated": predicted, "hiermoe-emulated": predicted, "hecate-emulated": predicted}
 SUITES = (*SIMULATORS, "moetuner-emulated")
 #: columns that hold times of this machine
 MEASURED = ("solve_s", "seconds", "time_s", "placing_s", "simulated_in_s")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from harness import presets
 from harness.placement import Placement
 from harness.registry import system
@@ -13,7 +11,7 @@ from harness.topology import Topology
 from methods.hiermoe import studies
 from methods.hiermoe.counts import count
 from methods.hiermoe.model import TimeModel
-from methods.hiermoe.variants import NINE, VARIANTS, Swapping, replay, routings
+from methods.hiermoe.replay import NINE, RIVALS, Swapping, replay, routings
 
 SMALL = Model(name="s", num_layers=1, hidden=16384, ffn=64, num_experts=64, top_k=4)
 
@@ -29,9 +27,10 @@ def test_swaps_help_on_skewed_routing_and_every_variant_has_its_time():
     cluster = presets.cluster("hiermoe")
     load = studies.workload(6.0, tokens=256)
     swapping = Swapping(TimeModel(cluster), 2.0 * SMALL.hidden, pairs=4)
-    frame = studies.mean_times(replay(cluster, SMALL, routings(load, SMALL, cluster, 6), VARIANTS, swapping), warm=3)
+    played = replay(cluster, SMALL, routings(load, SMALL, cluster, 6), RIVALS, swapping)
+    frame = studies.mean_times(studies.one_ways(cluster, played), warm=3)
     at = frame.set_index("variant")["one_way_s"]
-    assert list(frame["variant"]) == list(VARIANTS)
+    assert list(frame["variant"]) == list(RIVALS)
     assert at["hd"] <= at["hd2"]
     assert at.idxmax() == "tutel-2dh"
     assert at["hiermoe"] < at["hd"]
@@ -41,7 +40,8 @@ def test_swaps_help_on_skewed_routing_and_every_variant_has_its_time():
 def test_a_placement_is_for_the_next_step_only():
     """In the first step every placement is the contiguous one."""
     cluster = presets.cluster("hiermoe")
-    rows = list(replay(cluster, SMALL, routings(studies.workload(6.0, tokens=64), SMALL, cluster, 2)))
+    played = replay(cluster, SMALL, routings(studies.workload(6.0, tokens=64), SMALL, cluster, 2))
+    rows = list(studies.one_ways(cluster, played))
     first = {row["variant"]: row["one_way_s"] for row in rows if row["step"] == 0}
     assert first["hiermoe"] == first["hd"]
     assert first["hd2-smart"] == first["hd2"]
@@ -65,11 +65,16 @@ def test_on_one_node_hd2_is_plain_deduplication():
     case = Case(SMALL, "bfloat16", topology, placement, routing, options={"dimension": 1})
     plain, hd2 = (system(name).planned_bytes(case)["dispatch"] for name in ("hiermoe-hd", "hiermoe-hd2"))
     assert (plain == hd2).all()
-    frame = studies.times(one, SMALL, studies.workload(4.0, tokens=64), {"hd1": NINE["hd1"], **VARIANTS}, 2, 0)
+    frame = studies.times(one, SMALL, studies.workload(4.0, tokens=64), {"hd1": NINE["hd1"], **RIVALS}, 2, 0)
     at = frame.set_index("variant")["one_way_s"]
     assert at["hd2"] == at["hd1"] > at["hd"]
 
 
-def test_computation_is_at_a_share_of_the_devices_rate():
-    whole, model = presets.cluster("hiermoe"), presets.model("deepseek-v3-half")
-    assert studies.compute_s(model, whole, 0.5) == pytest.approx(2 * studies.compute_s(model, whole, 1.0))
+def test_a_layer_takes_longer_the_slower_its_device_and_by_more_than_its_rows_alone():
+    """Four ways of the rows, each behind the others, and computation that nothing hides."""
+    cluster = presets.cluster("hiermoe")
+    rivals = {name: RIVALS[name] for name in ("megatron", "tutel-2dh", "hd2", "hiermoe")}
+    one_way, layer = studies.of_layers(cluster, SMALL, studies.workload(1.0, tokens=64), rivals, 1, 0)
+    at = layer.pivot(index="variant", columns="efficiency", values="layer_s")
+    assert (at[0.2] > at[0.6]).all()
+    assert (at[0.6] > 4 * one_way.set_index("variant")["one_way_s"].loc[at.index]).all()

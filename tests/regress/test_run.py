@@ -114,3 +114,27 @@ def test_a_reference_of_another_machine_and_none_at_all(tmp_path, monkeypatch):
 def test_a_folder_that_is_no_checkout(tmp_path):
     with pytest.raises(UserError, match="holds no moebench"), run.checkout(str(tmp_path)):
         pass
+
+
+class Fails:
+    """A side whose head cannot run, in other words of the same kind in every session."""
+
+    def __init__(self, root: Path, suite_path: Path, log_dir: Path):
+        self.name, self.log = log_dir.name.partition("-")[0], log_dir
+
+    def run(self, race: int) -> dict[str, object]:
+        if self.name == "base":
+            return {"cells": []}
+        return {"error": f"RankFailure: rank 2 raised in phase 'p': RuntimeError: bad day (log: {self.log}/rank-2.log)"}
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+def test_what_fails_in_every_session_is_told_once_with_its_side_and_a_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "Side", Fails)
+    pairs, setbacks = run.race_pairs(tmp_path, tmp_path, suite_of(tmp_path, 64, 1), 8, tmp_path, lambda text: None)
+    assert pairs.empty
+    (said,) = setbacks
+    words = "head: RankFailure: rank 2 raised in phase 'p': RuntimeError: bad day"
+    assert said.endswith(f": {words} (log: {tmp_path}/head-0/rank-2.log)")

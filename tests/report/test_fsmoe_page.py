@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +183,29 @@ def test_page_without_a_run(tmp_path, monkeypatch):
         render("needy", None)
 
 
-def test_a_page_whose_process_is_killed_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", Failure, r"the process that executes mine\.ipynb was killed"),
+        ("print('x' * 300_000)", UserError, r"report folder: '.*report': cannot be written \(File too large\); free"),
+    ],
+)
+def test_a_page_that_ends_early_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, code, error, message):
     cells = [
         nbformat.v4.new_code_cell('run_dir = "?"', metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"),
+        nbformat.v4.new_code_cell(code),
     ]
     kernel = {"name": "python3", "display_name": "", "language": "python"}
     metadata = {"kernelspec": kernel, "moebench": {"suite": "mine"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), tmp_path / "mine.ipynb")
     monkeypatch.setattr(importlib.import_module("harness.report.render"), "NOTEBOOKS", tmp_path)
-    with pytest.raises(Failure, match=r"the process that executes mine\.ipynb was killed"):
-        render("mine", None, out=tmp_path / "report")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))  # as a disk that is full
+    try:
+        with pytest.raises(error, match=message):
+            render("mine", None, out=tmp_path / "report")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list((tmp_path / "report").iterdir())
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harness.bench.store import STATUSES
 from harness.errors import UserError
-from harness.sweep import profile, script, spec, submit
+from harness.sweep import profile, script, spec, states, submit
 from harness.sweep.folder import SweepFolder
 from tests.sweep.conftest import ONE_RANK
 
@@ -133,6 +134,22 @@ def test_bad_files(sweep_file, name, fields, message):
     change(file, name, **fields)
     with pytest.raises(UserError, match=message):
         spec.load(file)
+
+
+def test_stand_ins_on_gpus_are_refused_before_a_dry_run(sweep_file):
+    file = sweep_file("standing", cluster={"nodes": 2}, compute="stand-in")
+    interconnect = yaml.safe_load((file.parent / "cluster.yaml").read_text())["interconnect"]
+    with pytest.raises(UserError, match=r"experiments\[0\]\S*: 'stand-in': stand-in compute needs the gemm constants"):
+        spec.load(file)
+    change(file, "cluster.yaml", interconnect=interconnect | {"kind": "physical", "device": "H100"})
+    with pytest.raises(UserError, match="'stand-in': stand-in compute is for ranks that share a CPU; on a GPU give"):
+        spec.load(file)
+
+
+def test_every_state_is_well_open_or_failed():
+    well = {"ok", "cpu_bound", "refused"}
+    assert {*states.STATES} == well | {*states.OPEN, *states.FAILED, "unsubmitted", "cancelled"}
+    assert {*STATUSES} - well <= {*states.FAILED}
 
 
 def test_two_cells_with_one_identity(sweep_file):
