@@ -24,22 +24,39 @@ from harness.topology import Topology
 
 
 class Nearest:
-    """Which holders share the rows that each rank has for each expert. ``hosts`` bool [E, num_ranks]."""
+    """Which holders share the rows that each rank has for each expert. ``hosts`` bool [E, num_ranks]. Holdings (expert
+    and rank, n of them) are few, so arrays are [source, n] rather than [source, E, num_ranks]."""
 
     def __init__(self, hosts: np.ndarray, topology: Topology):
-        level = topology.level_between  # num_levels: the rank itself
-        held = np.where(hosts[None], level[:, None, :], -1)  # [source, E, rank]
-        self.share = hosts[None] & (held == held.max(2, keepdims=True))
-        self.count = self.share.sum(2)  # [source, E]
-        self.index = np.cumsum(self.share, axis=2) - 1  # of each holder among those that share
-        self.holders = np.argsort(~self.share, axis=2, kind="stable")  # [source, E, index]
+        self.shape = hosts.shape
+        self.expert, self.holder = np.nonzero(hosts)
+        first = np.searchsorted(self.expert, np.arange(len(hosts)))
+        level = topology.level_between[:, self.holder]  # num_levels: the rank itself
+        self.share = level == np.maximum.reduceat(level, first, axis=1)[:, self.expert]
+        self.count = np.add.reduceat(self.share, first, axis=1, dtype=np.int64)  # [source, E]
+        before = np.cumsum(self.share, axis=1, dtype=np.int32)
+        self.index = before - before[:, first][:, self.expert] + self.share[:, first][:, self.expert] - 1
+        # ^ of each holder among those that share
+
+    def dealt(self, counts: np.ndarray) -> np.ndarray:
+        """``counts`` int [source, E]: rows of each rank for each expert -> int [source, n]: who gets how many."""
+        whole, rest = np.divmod(counts, self.count)
+        turn = self.index - (np.arange(len(counts))[:, None] % self.count)[:, self.expert]
+        turn += np.where(turn < 0, self.count[:, self.expert], 0)
+        return np.where(self.share, whole[:, self.expert] + (turn < rest[:, self.expert]), 0)
 
     def rows(self, counts: np.ndarray) -> np.ndarray:
-        """``counts`` int [source, E]: rows of each rank for each expert -> int [source, E, rank]: who gets how many."""
-        first = np.arange(len(counts))[:, None, None]
-        whole, rest = np.divmod(counts, self.count)
-        turn = (self.index - first) % self.count[..., None]
-        return np.where(self.share, whole[..., None] + (turn < rest[..., None]), 0)
+        """``dealt`` as int [source, E, rank]."""
+        found = np.zeros((len(counts), *self.shape), dtype=np.int64)
+        found[:, self.expert, self.holder] = self.dealt(counts)
+        return found
+
+    def holders(self, rank: int) -> np.ndarray:
+        """Of the rows of ``rank``: holders of each expert that share them, int [E, most], in their order."""
+        here = self.share[rank]
+        found = np.zeros((self.shape[0], int(self.count[rank].max())), dtype=np.int64)
+        found[self.expert[here], self.index[rank, here]] = self.holder[here]
+        return found
 
 
 def nearest(hosts: np.ndarray, topology: Topology) -> Nearest:
@@ -99,7 +116,7 @@ class ReplicaExchange(FlatExchange):
             torch.arange(len(expert), device=device) - (own.cumsum(0) - own)[expert]
         )  # among the rows of its expert
         share = torch.as_tensor(near.count[rank], device=device)[expert]
-        target = torch.as_tensor(near.holders[rank], device=device)[expert, (number + rank) % share]
+        target = torch.as_tensor(near.holders(rank), device=device)[expert, (number + rank) % share]
         if only is not None:
             these = torch.as_tensor(only[rank], device=device)[expert, target]
             chosen, target = chosen[these], target[these]
@@ -142,14 +159,25 @@ def travel(counts: np.ndarray, hosts: np.ndarray, topology: Topology, masks: np.
         np.add.at(rows.T, owner, counts[:, single].T)
         computed[:, owner, single] = np.einsum("se,gse->ge", counts[:, single], between[:, :, owner])
         stays[owner, single] = counts[owner, single]
-    several, home = np.flatnonzero(hosts.sum(1) > 1), np.arange(num_ranks)
-    size = max(1, (1 << 22) // num_ranks**2)  # a few experts at a time: [source, E, rank] may be large
+    everywhere, home = hosts.all(1) & (num_ranks > 1), np.arange(num_ranks)
+    if everywhere.any():  # all stay
+        rows[home, home] += counts[:, everywhere].sum(1)
+        computed[:, :, everywhere] = counts[:, everywhere] * between[:, home, home][..., None]
+        stays[:, everywhere] = counts[:, everywhere]
+    several = np.flatnonzero((hosts.sum(1) > 1) & ~everywhere)
+    size = max(1, (1 << 22) // (num_ranks * max(1, int(hosts.sum(1).max()))))  # a few at a time: [source, n] is large
     for first in range(0, len(several), size):
         part = several[first : first + size]
-        dealt = nearest(hosts[part], topology).rows(counts[:, part])
-        rows += dealt.sum(1)
-        computed[..., part] = np.einsum("ser,gsr->gre", dealt, between)
-        stays[:, part] = dealt[home, :, home]
+        near = nearest(hosts[part], topology)
+        dealt, expert, holder = near.dealt(counts[:, part]), part[near.expert], near.holder
+        order = np.argsort(holder, kind="stable")
+        ranks, starts = np.unique(holder[order], return_index=True)
+        rows[:, ranks] += np.add.reduceat(dealt[:, order], starts, axis=1)
+        if masks is None:
+            computed[0, holder, expert] = dealt.sum(0)
+        else:
+            computed[:, holder, expert] = np.einsum("sn,gsn->gn", dealt, between[:, :, holder])
+        stays[holder, expert] = dealt[holder, np.arange(len(holder))]
     return Travel(rows, computed[0] if masks is None else computed, stays)
 
 
@@ -157,6 +185,6 @@ def replica_shares(routing: Routing, hosts: np.ndarray, topology: Topology) -> n
     """Share of each expert's rows that each of its ``hosts`` computes, float64 [E, num_ranks] (see
     ``System.planned_shares``); of an expert without rows, as if evenly."""
     counts = expert_counts(routing)
-    rows = nearest(hosts, topology).rows(counts).sum(0)
+    rows = travel(counts, hosts, topology).computed.T
     total = counts.sum(0)[:, None]
     return np.where(total > 0, rows / np.maximum(total, 1), hosts / hosts.sum(1, keepdims=True))

@@ -29,8 +29,8 @@ MOMENTS = 2  # of AdamW, each as large as the parameter; they move with it
 class Course:
     """Of one training. By default nothing changes from step to step.
 
-    ``moves``: whether a step ends with the task ``after-step``; ``learns``: whether a step changes what comes behind
-    it. A subclass overrides ``passages`` for what a step's layers look like, ``saw`` for what is learned from it."""
+    ``moves``: whether a step ends with the task ``after-step``; ``learns``: whether ``saw`` has to be told of steps. A
+    subclass overrides ``passages`` for what a step's layers look like, and ``saw`` for what is learned from it."""
 
     moves: bool = False
     learns: bool = False
@@ -55,8 +55,8 @@ class Course:
         return False
 
     def saw(self, step: int, routing: Sequence[Routing], timeline: Timeline | None = None) -> Cost | None:
-        """Behind ``step``: the ``routing`` that its layers had; ``timeline`` [num_tasks, W] of the step up to here
-        where it is known. What is done then; None: nothing."""
+        """Behind ``step``: the ``routing`` that its layers had; ``timeline`` [num_tasks, W] of the step up to here, if
+        it is known. What is done then; None: nothing."""
         return None
 
 

@@ -84,7 +84,7 @@ class Machine:
             raise bad(f"cluster {cluster.name}.device_flops_per_s", None, "is not stated; state the device's peak")
         *outer, inner = cluster.shape
         topology = Topology((*outer, inner // tensor_parallel))
-        lines = tuple(_wider(line, topology, tensor_parallel) for line in lines_of(cluster))
+        lines = lines_of_ranks(cluster, topology, tensor_parallel)
         peak, memory = (
             tensor_parallel * rate if rate is not None else None
             for rate in (cluster.device_flops_per_s, cluster.device_bytes_per_s)
@@ -142,6 +142,11 @@ class Machine:
         return np.array([np.broadcast_to(one, shape) for one in each]).reshape(len(each), *shape)
 
 
+def lines_of_ranks(cluster: Cluster, topology: Topology, tensor_parallel: int) -> tuple[Line, ...]:
+    """Lines of ``topology``, whose ranks are each ``tensor_parallel`` neighbouring devices of ``cluster``."""
+    return tuple(_wider(line, topology, tensor_parallel) for line in lines_of(cluster))
+
+
 def _wider(line: Line, topology: Topology, tensor_parallel: int) -> Line:
     """``line`` of single devices as ranks of ``tensor_parallel`` devices have it: those of a rank's ports are one."""
     ranks = topology.num_ranks // topology.num_units(line.level)  # of a unit
@@ -150,4 +155,4 @@ def _wider(line: Line, topology: Topology, tensor_parallel: int) -> Line:
     return dataclasses.replace(line, bytes_per_s=line.bytes_per_s * width, ports=ports)
 
 
-__all__ = ["Contention", "Machine"]
+__all__ = ["Contention", "Machine", "lines_of_ranks"]

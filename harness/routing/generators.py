@@ -351,7 +351,7 @@ def generate(workload: Workload, model: Model, topology: Topology, step: int, la
     return _generate(workload, model, topology, step, layer).copy()
 
 
-@functools.lru_cache(maxsize=1)  # the systems of a race ask for the same one after another
+@functools.lru_cache(maxsize=4)  # the systems of a race ask for the same ones: of a few layers, one after another
 def _generate(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray:
     draw = Draw.of(workload, model, topology, step, layer)
     found = _call(workload, draw)

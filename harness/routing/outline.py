@@ -27,9 +27,9 @@ class Outlined(Routing):
     def __init__(
         self, workload: Workload, model: Model, topology: Topology, *, step: int, layer: int, few: int | None = None
     ):
-        made = {"tokens": workload.tokens(topology.num_ranks), "num_experts": model.num_experts}
-        made |= {"few": few, "_of": (workload, model, topology), "_at": (step, layer)}
-        self.__dict__.update(made)
+        values = self.__dict__  # which is frozen otherwise
+        values["tokens"], values["num_experts"] = workload.tokens(topology.num_ranks), model.num_experts
+        values["few"], values["_of"], values["_at"] = few, (workload, model, topology), (step, layer)
 
     @functools.cached_property
     def ids(self) -> np.ndarray:  # type: ignore[override]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from harness.comm.replicas import nearest
+from harness.comm.replicas import travel
 from harness.comm.sparse import plan_sparse
 from harness.layer.work import expert_macs
 from harness.memory import expert_bytes
@@ -124,7 +124,7 @@ class Latency:
         return sum(2 * float(port_load(matrix, self.topology, level).max()) / width for level, width in known)
 
     def seconds(self, hosts: np.ndarray, counts: np.ndarray) -> float:
-        rows = nearest(hosts, self.topology).rows(counts).sum(1)  # [source, rank]
+        rows = travel(counts, hosts, self.topology).rows
         compute = 3 * float(rows.sum(0).max()) * self.macs_per_row * self.seconds_per_mac
         np.fill_diagonal(rows, 0)
         return 2 * self.transfer_s(rows * self.row_bytes) + compute

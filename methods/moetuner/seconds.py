@@ -29,6 +29,7 @@ import numpy as np
 from harness.errors import bad
 from harness.layer.work import expert_macs
 from harness.placing import Request
+from harness.plan.machine import lines_of_ranks
 from harness.specs import DTYPE_BYTES
 
 BATCHES = 32
@@ -57,14 +58,11 @@ def prices_of(request: Request) -> Prices:
         elif cluster.device_flops_per_s is not None:
             row_s = 2 * macs / (EFFICIENCY * cluster.device_flops_per_s)
         row_s /= request.tensor_parallel
-        row_bytes, last = model.hidden * DTYPE_BYTES[request.dtype], len(cluster.levels) - 1
-        for level, link in enumerate(cluster.levels):
-            if link.bandwidth_bytes_per_s is not None and topology.num_units(level) > 1:
-                size = topology.num_ranks // topology.num_units(level)
-                shared = math.gcd(link.ports, size)  # ports of a unit; those of one rank are one
-                rate = link.bandwidth_bytes_per_s * link.ports / shared
-                rate *= request.tensor_parallel if level == last else 1
-                ports.append((row_bytes / rate, size // shared))
+        row_bytes = model.hidden * DTYPE_BYTES[request.dtype]
+        for line in lines_of_ranks(cluster, topology, request.tensor_parallel):
+            if (num_units := topology.num_units(line.level)) > 1:
+                size = topology.num_ranks // num_units // line.ports
+                ports.append((row_bytes / line.bytes_per_s, size))
     if not ports and not row_s:
         if cluster is None:
             remedy = "does not say which ranks share a port, so seconds cannot be predicted"

@@ -26,7 +26,7 @@ from harness.studies import Findings, Progress, Study, reported
 from harness.topology import Topology
 from methods.moetuner import balance, joint, mapping
 from methods.moetuner.judge import ratios
-from methods.moetuner.latency import TRAFFIC, Served, serve, simulated_s
+from methods.moetuner.latency import TRAFFIC, Served, serve
 from methods.moetuner.objective import Problem, cost_of, score
 from methods.moetuner.placers import PLACERS, problem_of
 from methods.moetuner.profile import Profile
@@ -47,8 +47,9 @@ NOTE = (
 )
 MODEL_NOTE = (
     "Links and devices at the rates of their data sheets, GEMMs at a share of the peak (efficiency, 0.5 unless said), "
-    "no start-up times, nothing overlaps. Traffic 'dispatcher': tokens go from their home rank to their experts and "
-    "home again, as in Megatron-LM; 'paper': straight from expert to expert, as ILP 2 has it."
+    "no start-up times; the pass is that of moebench simulate, from embedding to head. Traffic 'dispatcher': tokens go "
+    "from their home rank to their experts and home again, as in Megatron-LM; 'paper': straight from expert to expert, "
+    "as ILP 2 has it."
 )
 
 
@@ -152,7 +153,7 @@ def waiting(progress: Progress) -> pd.DataFrame:
         progress(f"{testbed}, {name}, {links}")
         given = dataclasses.replace(served(testbed), links=links, efficiency=efficiency)
         held = routing(name)[1]
-        seconds = {method: simulated_s(given, held, owner) for method, owner in owners(testbed, name).items()}
+        seconds = {method: serve(given, held, owner).end_to_end_s for method, owner in owners(testbed, name).items()}
         where = {"testbed": testbed, "routing": name, "links": links, "basis": given.machine.basis}
         for method, end_to_end_s in seconds.items():
             gain = 100 * (seconds["contiguous"] / end_to_end_s - 1)
@@ -181,8 +182,8 @@ def sources(progress: Progress) -> Findings:
                 for method in ("two-stage", "joint"):
                     tuned = serve(served(testbed), held, of[method], traffic)
                     swaps = {
-                        "computation": dataclasses.replace(base, experts_s=tuned.experts_s),
-                        "all-to-all": dataclasses.replace(base, dispatch_s=tuned.dispatch_s, combine_s=tuned.combine_s),
+                        "computation": base.mixed(experts=tuned, exchange=base),
+                        "all-to-all": base.mixed(experts=base, exchange=tuned),
                         "both": tuned,
                     }
                     where = {"testbed": testbed, "routing": name, "traffic": traffic, "placement": method}

@@ -84,7 +84,7 @@ def experiment_of(system: str, phase: str, shape: Sequence[int], options: dict[s
         seq=8,
         vocab=64,
     )
-    workload = Workload(name="skewed", generator="zipf", params={"target": min(8, num_ranks)}, tokens_per_rank=64)
+    workload = Workload(name="skewed", generator="zipf", params={"target": min(8, num_ranks)}, tokens_per_rank=16)
     return Experiment(
         model=model,
         cluster=cluster,

@@ -68,25 +68,29 @@ def test_stages_cost_what_hiermoe_says_of_them(shape, chunks, seed):
         assert machine.seconds(InTurn(parts)) == pytest.approx(float(machine.seconds(Staged(parts, 1))[0]))
 
 
-@given(st.sampled_from(SHAPES), st.integers(1, 4), st.integers(0, 10**6))
+@given(st.sampled_from(SHAPES), st.integers(1, 4), st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 10.0]))
 @settings(max_examples=30, deadline=None)
-def test_a_pipeline_is_its_pieces_one_by_one(shape, chunks, seed):
+def test_a_pipeline_is_its_pieces_one_by_one(shape, chunks, seed, told):
     """Of models in which all meet, whatever the stage: the closed form; of shared ports: as tasks of their own."""
     topology, rng = Topology(shape), np.random.default_rng(seed)
     parts = tuple(Transfer("a2a", "flat", matrix_of(rng, topology.num_ranks)) for _ in range(3))
     begins = rng.random(topology.num_ranks)
     for links in models(shape):
         machine = Machine(links, Roofline(1.0, None, 1.0), "test")
-        whole, lanes = Plan(), ("compute", "0", "1", "2")
+        whole, lanes = Plan(), ("compute", "0", "1", "2", "ahead")
+        ahead = tuple(Transfer("a2a", "flat", told * part.matrix) for part in parts[1:] if told)
         whole.add("wait", COMPUTE, cost=Hold(begins))
-        whole.add("all", INTER, ["wait"], Staged(parts, chunks))
+        whole.add("all", INTER, ["wait"], Staged(parts, chunks, ahead))
         apart = Plan(lanes)
         apart.add("wait", COMPUTE, cost=Hold(begins))
+        known = ["wait"]
+        for i, part in enumerate(ahead):
+            known = [apart.add(f"ahead{i}", "ahead", known, part)]
         for c in range(chunks):
             last = "wait"
             for s, part in enumerate(parts):
                 piece = Transfer("a2a", "flat", part.matrix / chunks)
-                last = apart.add(f"{c}.{s}", lanes[s + 1], [last], piece)
+                last = apart.add(f"{c}.{s}", lanes[s + 1], [last, *(known if s else [])], piece)
         found, wanted = (simulate(plan, machine, topology) for plan in (whole, apart))
         np.testing.assert_allclose(found.of("all")[1], wanted.end_s[-1], rtol=1e-6)
         np.testing.assert_allclose(found.of("all")[0], wanted.of("0.0")[0], rtol=1e-6)
@@ -133,7 +137,11 @@ def test_early_prices_are_late_prices_without_a_matrix(shape):
                 "back",
                 INTER,
                 ["experts"],
-                Staged((Transfer("a2a", "inter1", one), Transfer("a2a", "intra1", other)), 3),
+                Staged(
+                    (Transfer("a2a", "inter1", one), Transfer("a2a", "intra1", other)),
+                    3,
+                    (Transfer("a2a", "intra1", 5 * one),),
+                ),
             )
             plan.add("layer", INTER, (), InTurn((Transfer("a2a", "flat", other), Hold(1.0), Even("a2a", "flat", 9.0))))
         late, early = (simulate(plan, machine, topology) for plan in plans)
