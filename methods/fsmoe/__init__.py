@@ -15,13 +15,14 @@ from harness.layer.moe import UnifiedSystem
 from harness.layer.order import ORDERS
 from harness.layer.weights import Weights
 from harness.plan.passage import Passage
+from harness.routing.types import Routing
 from harness.system import Case, GradientSlices, MoELayer
-from methods.fsmoe.cut import choose_cut, layer_sizes, padded_capacity, settle, sharded, with_degrees
+from methods.fsmoe.cut import Cut, LayerSizes, choose_cut, layer_sizes, padded_capacity, settle, sharded, with_degrees
 from methods.fsmoe.layer import FSMoELayer
 from methods.fsmoe.layout import PricedFSMoE
 from methods.fsmoe.mesh import node_mesh, rank_mesh
 from methods.fsmoe.step import POLICIES, Policy
-from methods.fsmoe.traffic import sharded_bytes
+from methods.fsmoe.traffic import planned
 
 ORDER = "tutel"
 
@@ -90,14 +91,17 @@ class FSMoE(UnifiedSystem):
 
     @classmethod
     def layout(cls, case: Case) -> Passage:
-        cut = choose_cut(case, cls.policy)
-        capacity = padded_capacity(case, cls.planned_routing(case) or case.routing, cut)
-        return PricedFSMoE(case, cls.policy, cut, layer_sizes(case, capacity))
+        return PricedFSMoE(case, cls.policy, *cls._planned(case, cls.planned_routing(case) or case.routing))
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
         routing = cls.planned_routing(case)
-        return None if routing is None else sharded_bytes(case, routing, choose_cut(case, cls.policy))
+        return None if routing is None else planned(case, *cls._planned(case, routing))
+
+    @classmethod
+    def _planned(cls, case: Case, routing: Routing) -> tuple[LayerSizes, Cut]:
+        cut = choose_cut(case, cls.policy)
+        return layer_sizes(case, padded_capacity(case, routing, cut)), cut
 
 
 class NoOverlap(FSMoE):

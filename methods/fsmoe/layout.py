@@ -35,7 +35,7 @@ class FSMoETasks(PlannedTasks):
 
 
 class PricedFSMoE(FSMoETasks):
-    def __init__(self, case: Case, policy: Policy, cut: Cut, sizes: LayerSizes):
+    def __init__(self, case: Case, policy: Policy, sizes: LayerSizes, cut: Cut):
         self.case, self.cut, self.sizes, self.overlap = case, cut, sizes, policy.overlap
         self.walk = Priced(self.sizes.forward, cut.degree_forward)
         self.walk_back = Priced(self.sizes.backward, cut.degree_backward)

@@ -1,44 +1,44 @@
-"""Planned bytes of the sharded layer: who sends how much to whom."""
+"""Planned bytes of FSMoE's layer: who sends how much to whom."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from harness.routing.types import Routing
-from harness.specs import DTYPE_BYTES
+from harness.plan.cost import Cost, Even, InTurn, Transfer
 from harness.system import Case
-from methods.fsmoe.cut import padded_capacity, sharded
-from methods.fsmoe.layer import Cut
+from harness.topology import Topology
+from methods.fsmoe.cut import Cut, LayerSizes
+from methods.fsmoe.schedule import Priced
 
 
-def sharded_bytes(case: Case, routing: Routing, cut: Cut) -> dict[str, np.ndarray]:
-    """Payload bytes [num_ranks, num_ranks] by part (``System.planned_bytes``).
+def planned(case: Case, sizes: LayerSizes, cut: Cut) -> dict[str, np.ndarray]:
+    """Payload bytes [num_ranks, num_ranks] by part (``System.planned_bytes``), of what the layer's tasks cost.
 
-    Sharded experts: every rank sends each node the slots of its experts, to the rank there with its own local index; an
-    all-gather gives every other rank of a node all that this one received, a reduce-scatter as much back. Whole ones:
-    by the all-to-all's algorithm. The gradient all-reduce between nodes is a ring: each rank sends its buffer
-    2 (nodes - 1) / nodes times to the next."""
-    topology = case.topology
-    nodes, num_ranks = topology.shape[0], topology.num_ranks
-    num_local = num_ranks // nodes
-    capacity = padded_capacity(case, routing, cut)
-    slot_bytes = float(case.model.num_experts * capacity * case.model.hidden * DTYPE_BYTES[case.dtype])
-    node, place = topology.unit_of(0), np.arange(num_ranks) % num_local
-    inside = (node[:, None] == node) & (place[:, None] != place)
-    rails = (place[:, None] == place) & (node[:, None] != node)
-    algorithm = case.options.get("all_to_all", "flat")
-    if sharded(case):
-        walk = rails * (slot_bytes / nodes) + inside * slot_bytes
-    elif algorithm == "2dh":
-        walk = inside * (slot_bytes / num_local) + rails * (slot_bytes / nodes)
-    elif algorithm == "1dh" and num_local > 1:
-        leads = place == 0
-        walk = (
-            inside * (leads[:, None] ^ leads) * slot_bytes
-            + rails * (leads[:, None] & leads) * slot_bytes * num_local / nodes
-        )
-    else:
-        walk = (1 - np.eye(num_ranks)) * (slot_bytes / num_ranks)
-    following = rails & ((node[:, None] + 1) % nodes == node)
-    gradients = following * (sum(cut.reduced_bytes) * 2 * (nodes - 1) / nodes)
-    return {"dispatch": walk, "combine": walk, "combine_grad": walk, "dispatch_grad": walk, "gradients": gradients}
+    The gradient all-reduce between nodes is a ring: each rank sends its buffer 2 (nodes - 1) / nodes times to the
+    next."""
+    topology, walk = case.topology, Priced(sizes.forward, 1)
+    nodes, ranks = topology.shape[0], np.arange(topology.num_ranks)
+    there = _sent(walk.dispatch(0).cost, topology) + _sent(walk.gather(0).cost, topology)
+    home = _sent(walk.scatter(0).cost, topology) + _sent(walk.combine(0).cost, topology)
+    following = np.roll(ranks, -topology.num_ranks // nodes)
+    gradients = np.zeros_like(there)
+    if nodes > 1:
+        gradients[ranks, following] = sum(cut.reduced_bytes) * 2 * (nodes - 1) / nodes
+    return {"dispatch": there, "combine": home, "combine_grad": there, "dispatch_grad": home, "gradients": gradients}
+
+
+def _sent(cost: Cost | None, topology: Topology) -> np.ndarray:
+    """Of collectives in which every rank has something of equal size for, or of, every other of its group."""
+    num_ranks, nodes = topology.num_ranks, topology.shape[0]
+    match cost:
+        case None:
+            return np.zeros((num_ranks, num_ranks))
+        case InTurn():
+            return np.sum([_sent(part, topology) for part in cost.parts], axis=0)
+        case Transfer():
+            return cost.matrix
+    assert isinstance(cost, Even), cost
+    node, place = np.divmod(np.arange(num_ranks), num_ranks // nodes)
+    alike = {"inter": place, "intra": node, "flat": np.zeros(num_ranks)}[cost.scope]
+    group = alike[:, None] == alike
+    return (group & ~np.eye(num_ranks, dtype=bool)) * (cost.num_bytes / group.sum(1))
