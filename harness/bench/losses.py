@@ -21,10 +21,18 @@ from harness.specs import GEMMS, Experiment
 AFFORDABLE_MACS = 4e9
 #: steps after which rounding may have grown once more to what a few steps are allowed
 GROWS_EVERY = 8
-#: where the gate chooses for itself, rounding sends a few tokens elsewhere: so many times more is allowed (seen in a
-#: few steps: 1.5e-4 in float32, 2e-3 in bfloat16), and this part of one token's loss
-#: (measured: 96 tokens a rank, 4 ranks, 2 layers, bfloat16, step 3: megatron and fsmoe 1.8e-2 where 1.5e-2 is allowed)
+#: where the gate chooses for itself, rounding sends a few tokens elsewhere: so many times more is allowed, and this part
+#: of one token's loss. Measured with 96 tokens a rank, 2 ranks, 2 layers, hidden 288, six steps: float32 no token that
+#: systems send differently, losses off by 3e-7 to 4e-5 of the oracle's in four steps (3.4e-4 in six), by 2e-6 of each
+#: other's; gradients not summed, or none of experts, by 1.7e-3 to 3.7e-3 in the second step and up to 1.1e-1
+#: in the fourth, where 1.9e-3 and 2.3e-3 are allowed: on some seeds it takes more than two steps to see them
 NATURAL, OF_A_TOKEN = 5, 0.3
+#: steps of such a training in bfloat16 that are compared so, and what is allowed later: nothing but what is far off.
+#: Measured as above: of 192 tokens systems send up to 6 differently in the second step and 9 to 190 after the third,
+#: and right ones are off by 6e-4, 4e-3, 6e-3 and then 5e-2 of the oracle's and 4e-2 of each other's. The same without
+#: a choice (all experts taken) is 5e-3, with a prescribed one 2e-3. The faults above are 2e-3 to 9e-2 there, no more
+#: than rounding: gradients are what finds them, off by 8e-2 and more where 2e-2 are allowed
+TOGETHER, LATER = 3, 0.25
 
 
 def affordable_steps(experiment: Experiment, num_steps: int) -> int:
@@ -37,9 +45,12 @@ def affordable_steps(experiment: Experiment, num_steps: int) -> int:
 
 
 def allowed(experiment: Experiment, step: int) -> float:
-    """Relative difference of two right losses of a step: steps build on each other's rounding."""
+    """Relative difference of two right losses of a step: steps build on each other's rounding, and on each other's
+    choices where rounding decides some."""
     limit = train.LOSS_TOLERANCE[experiment.dtype]
     if experiment.workload.generator == "natural":
+        if experiment.dtype == "bfloat16" and step >= TOGETHER:
+            return LATER
         limit = NATURAL * limit + OF_A_TOKEN / sum(experiment.workload.tokens(experiment.cluster.num_ranks))
     return limit * (1 + step / GROWS_EVERY)
 
