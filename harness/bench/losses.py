@@ -21,17 +21,18 @@ from harness.specs import GEMMS, Experiment
 AFFORDABLE_MACS = 4e9
 #: steps after which rounding may have grown once more to what a few steps are allowed
 GROWS_EVERY = 8
-#: where the gate chooses for itself, rounding sends a few tokens elsewhere: so many times more is allowed, and this part
-#: of one token's loss. Measured with 96 tokens a rank, 2 ranks, 2 layers, hidden 288, six steps: float32 no token that
-#: systems send differently, losses off by 3e-7 to 4e-5 of the oracle's in four steps (3.4e-4 in six), by 2e-6 of each
-#: other's; gradients not summed, or none of experts, by 1.7e-3 to 3.7e-3 in the second step and up to 1.1e-1
-#: in the fourth, where 1.9e-3 and 2.3e-3 are allowed: on some seeds it takes more than two steps to see them
+#: where the gate chooses for itself, rounding sends a few tokens elsewhere: so many times more is allowed, and this
+#: part of one token's loss. Measured with 96 tokens a rank, 2 ranks, 2 layers, hidden 288, float32: systems send no
+#: token differently; losses are off by 3e-7 to 4e-5 of the oracle's in four steps (3.4e-4 in six), by 2e-6 of each
+#: other's. Gradients of attention or gate that are not summed, or none of experts: 1.7e-3 to 2.3e-2 in the second step,
+#: where 1.9e-3 is allowed, up to 1.1e-1 in the fourth
 NATURAL, OF_A_TOKEN = 5, 0.3
-#: steps of such a training in bfloat16 that are compared so, and what is allowed later: nothing but what is far off.
-#: Measured as above: of 192 tokens systems send up to 6 differently in the second step and 9 to 190 after the third,
-#: and right ones are off by 6e-4, 4e-3, 6e-3 and then 5e-2 of the oracle's and 4e-2 of each other's. The same without
-#: a choice (all experts taken) is 5e-3, with a prescribed one 2e-3. The faults above are 2e-3 to 9e-2 there, no more
-#: than rounding: gradients are what finds them, off by 8e-2 and more where 2e-2 are allowed
+#: steps of such a training in bfloat16 that are compared so, and what is allowed later: all but what is far off.
+#: Measured as above, hidden 288 and 512: of 192 tokens systems send up to 20 differently in the second step and up to
+#: 190 after the third; right ones are off by 6e-4, 4e-3, 6e-3 and then 5e-2 of the oracle's and 4e-2 of each other's.
+#: Without a choice (all experts taken) it is 5e-3, with a prescribed one 2e-3. Attention that is not summed: 2.2e-2 or
+#: more in the second or third step, where 1.3e-2 and 1.4e-2 are allowed, and 5e-2 later, which rounding does, too; the
+#: other faults are up to 4e-3 there, and the check of gradients finds them (8e-2 and more, 2e-2 allowed)
 TOGETHER, LATER = 3, 0.25
 
 
