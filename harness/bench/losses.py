@@ -21,10 +21,19 @@ from harness.specs import GEMMS, Experiment
 AFFORDABLE_MACS = 4e9
 #: steps after which rounding may have grown once more to what a few steps are allowed
 GROWS_EVERY = 8
-#: where the gate chooses for itself, rounding sends a few tokens elsewhere: so many times more is allowed (seen in a
-#: few steps: 1.5e-4 in float32, 2e-3 in bfloat16), and this part of one token's loss
-#: (measured: 96 tokens a rank, 4 ranks, 2 layers, bfloat16, step 3: megatron and fsmoe 1.8e-2 where 1.5e-2 is allowed)
+#: where the gate chooses for itself, rounding sends a few tokens elsewhere: so many times more is allowed, and this
+#: part of one token's loss. Measured with 96 tokens a rank, 2 ranks, 2 layers, hidden 288, float32: systems send no
+#: token differently; losses are off by 3e-7 to 4e-5 of the oracle's in four steps (3.4e-4 in six), by 2e-6 of each
+#: other's. Gradients of attention or gate that are not summed, or none of experts: 1.7e-3 to 2.3e-2 in the second step,
+#: where 1.9e-3 is allowed, up to 1.1e-1 in the fourth
 NATURAL, OF_A_TOKEN = 5, 0.3
+#: steps of such a training in bfloat16 that are compared so, and what is allowed later: all but what is far off.
+#: Measured as above, hidden 288 and 512: of 192 tokens systems send up to 20 differently in the second step and up to
+#: 190 after the third; right ones are off by 6e-4, 4e-3, 6e-3 and then 5e-2 of the oracle's and 4e-2 of each other's.
+#: Without a choice (all experts taken) it is 5e-3, with a prescribed one 2e-3. Attention that is not summed: 2.2e-2 or
+#: more in the second or third step, where 1.3e-2 and 1.4e-2 are allowed, and 5e-2 later, which rounding does, too; the
+#: other faults are up to 4e-3 there, and the check of gradients finds them (8e-2 and more, 2e-2 allowed)
+TOGETHER, LATER = 3, 0.25
 
 
 def affordable_steps(experiment: Experiment, num_steps: int) -> int:
@@ -37,9 +46,12 @@ def affordable_steps(experiment: Experiment, num_steps: int) -> int:
 
 
 def allowed(experiment: Experiment, step: int) -> float:
-    """Relative difference of two right losses of a step: steps build on each other's rounding."""
+    """Relative difference of two right losses of a step: steps build on each other's rounding, and on each other's
+    choices where rounding decides some."""
     limit = train.LOSS_TOLERANCE[experiment.dtype]
     if experiment.workload.generator == "natural":
+        if experiment.dtype == "bfloat16" and step >= TOGETHER:
+            return LATER
         limit = NATURAL * limit + OF_A_TOKEN / sum(experiment.workload.tokens(experiment.cluster.num_ranks))
     return limit * (1 + step / GROWS_EVERY)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import presets, registry
-from harness.bench import train
+from harness.bench import losses, train
 from harness.comm.job import Job
 from harness.launch.session import Session
 from harness.plan import gradients, training
@@ -85,3 +85,32 @@ def test_gates_that_take_no_prescribed_routing_train_on_their_own(
     for row in session("local-2").call("tests.bench.test_train:loss_gate", payload):
         assert row["status"] == "ok", row
         assert row["errors"]["loss"] < 1e-5
+
+
+#: dtype, routing, step, how far off its loss is, whether it is a right system's: as measured (``losses.NATURAL``)
+OFF = [
+    ("float32", "natural", 3, 4e-5, True),
+    ("float32", "natural", 5, 3.4e-4, True),
+    ("float32", "natural", 1, 3.7e-3, False),  # gradients that are not summed
+    ("float32", "natural", 3, 2.4e-3, False),
+    ("float32", "natural", 1, 2.3e-3, False),  # experts without gradients
+    ("bfloat16", "natural", 1, 4e-3, True),
+    ("bfloat16", "natural", 2, 6.2e-3, True),
+    ("bfloat16", "natural", 3, 5.1e-2, True),  # by then rounding has sent tokens elsewhere
+    ("bfloat16", "natural", 1, 2.2e-2, False),  # attention that is not summed
+    ("bfloat16", "natural", 2, 2.5e-2, False),
+    ("bfloat16", "natural", 4, 0.3, False),
+    ("bfloat16", "uniform", 3, 2e-3, True),
+    ("bfloat16", "uniform", 3, 5.1e-2, False),
+    ("bfloat16", "natural", 4, float("nan"), False),
+]
+
+
+@pytest.mark.parametrize(("dtype", "generator", "step", "off", "right"), OFF)
+def test_losses_of_a_race_may_differ_as_rounding_makes_them(
+    dtype: str, generator: str, step: int, off: float, right: bool
+) -> None:
+    training = flat_training(generator)
+    training["workload"]["tokens_per_rank"], training["dtype"] = 96, dtype
+    found = losses._against(Experiment.model_validate(training), {step: 4 * (1 + off)}, {step: 4.0}, "the oracle's")
+    assert (not found.reason) is right, found
