@@ -34,9 +34,9 @@ from methods.hiermoe.planner import PlannerModel
 
 
 class HierExchange(Exchange):
-    """HierD-AlltoAll. ``dimension``: d of HDd, 1 (all ranks at once) to the number of link levels; or what every routing
-    chooses its own by. ``deduplicate``: no for the paper's Hd, which send every (token, expert)
-    pair. ``padded``: as the paper's sizes, all messages of a stage as long as its longest; else as they are."""
+    """HierD-AlltoAll. ``dimension``: d of HDd, 1 (all ranks at once) to the number of link levels; or by what every
+    routing chooses its own. ``deduplicate``: no for the paper's Hd, which send every (token, expert) pair. ``padded``:
+    as the paper's sizes, all messages of a stage as long as its longest; else as they are."""
 
     def __init__(
         self,
