@@ -20,7 +20,7 @@ from methods.hiermoe.between import MAX_SHARE, SwapOptions, Swaps
 from methods.hiermoe.counts import count
 from methods.hiermoe.hierd import HierExchange
 from methods.hiermoe.layout import PricedHier
-from methods.hiermoe.model import TimeModel, calibrated_costs, stage_costs
+from methods.hiermoe.planner import PlannerModel, calibrated_costs, stage_costs
 from methods.hiermoe.swap import GAMMA
 from methods.hiermoe.traffic import HierTravel, Wire
 from methods.hiermoe.training import Swapper
@@ -78,7 +78,7 @@ class HierD(NativeSystem):
             return None
         owner, wire, dimension = case.placement.owner, cls.wire(case), cls.dimension(case)
         counts = count(routing, owner, case.topology)
-        if chosen := isinstance(dimension, TimeModel):
+        if chosen := isinstance(dimension, PlannerModel):
             dimension = dimension.best(counts, wire.row_bytes, padded=wire.padded, chunks=wire.num_chunks)
         return HierTravel.of(routing, owner, case.topology, dimension, wire, counts=counts, chosen=chosen)
 
@@ -96,14 +96,14 @@ class HierD(NativeSystem):
         return None if travel is None else PricedHier(case, travel, computed(cls, case))
 
     @classmethod
-    def dimension(cls, case: Case) -> int | TimeModel:
+    def dimension(cls, case: Case) -> int | PlannerModel:
         """d, or by what every routing chooses its own."""
         if cls.fixed is not None:
             return min(cls.fixed, case.topology.num_levels)
         if "dimension" in case.options:
             return whole(case, "dimension", 0, case.topology.num_levels)
         costs = known_costs(case.cluster)
-        return min(2, case.topology.num_levels) if costs is None else TimeModel(costs)
+        return min(2, case.topology.num_levels) if costs is None else PlannerModel(costs)
 
     @classmethod
     def wire(cls, case: Case) -> Wire:
@@ -143,7 +143,7 @@ class HierMoE(HierD):
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
         dimension = cls.dimension(case)
-        model = dimension if isinstance(dimension, TimeModel) else None
+        model = dimension if isinstance(dimension, PlannerModel) else None
         return Swapper(job, layers, cls.swaps(case), model, cls.wire(case).row_bytes)  # type: ignore[arg-type]
 
     @classmethod

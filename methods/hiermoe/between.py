@@ -22,7 +22,7 @@ from harness.routing.types import Routing
 from harness.system import Case, System
 from harness.topology import Topology
 from methods.hiermoe.counts import Stage, count
-from methods.hiermoe.model import TimeModel
+from methods.hiermoe.planner import PlannerModel
 from methods.hiermoe.swap import (
     GAMMA,
     MaxFunction,
@@ -61,7 +61,7 @@ class Updates(abc.ABC):
     steps since the last one: neither the search, as the clock has it, nor the transfer, as predicted. ``made``: all
     swaps so far, [(step, layer, swap)]."""
 
-    def __init__(self, topology: Topology, options: SwapOptions, model: TimeModel | None, row_bytes: float):
+    def __init__(self, topology: Topology, options: SwapOptions, model: PlannerModel | None, row_bytes: float):
         self.topology, self.options, self.model, self.row_bytes = topology, options, model, row_bytes
         self.made: list[tuple[int, int, Swap]] = []
         self.skipped = 0  # updates that would have cost too much
@@ -157,11 +157,11 @@ class Swaps(PlacedCourse, Updates):
         system: type[System],
         cases: Sequence[Case],
         options: SwapOptions,
-        dimension: int | TimeModel,
+        dimension: int | PlannerModel,
         wire: Wire,
     ):
         PlacedCourse.__init__(self, system, cases)
-        model = dimension if isinstance(dimension, TimeModel) else None
+        model = dimension if isinstance(dimension, PlannerModel) else None
         Updates.__init__(self, cases[0].topology, options, model, wire.row_bytes)
         self.dimension, self.wire = dimension, wire
         self.clock_s, self.step_s = FIRST_S, 0.0
@@ -210,7 +210,7 @@ class Swaps(PlacedCourse, Updates):
         return share
 
     def _used(self, routing: Routing, owner: np.ndarray) -> int:
-        if not isinstance(self.dimension, TimeModel):
+        if not isinstance(self.dimension, PlannerModel):
             return self.dimension
         wire, counts = self.wire, count(routing, owner, self.topology)
         return self.dimension.best(counts, wire.row_bytes, padded=wire.padded, chunks=wire.num_chunks)

@@ -29,20 +29,20 @@ from harness.comm.rows import dot_rows, scale_rows
 from harness.placement import Placement
 from harness.topology import Topology
 from methods.hiermoe.counts import Counts, needed, stages
-from methods.hiermoe.model import TimeModel
 from methods.hiermoe.plan import HierPlan, Hop, Returning, Waits
+from methods.hiermoe.planner import PlannerModel
 
 
 class HierExchange(Exchange):
-    """HierD-AlltoAll. ``dimension``: d of HDd, 1 (all ranks at once) to the number of link levels; or a ``TimeModel``
-    by which every routing chooses its own. ``deduplicate``: no for the paper's Hd, which send every (token, expert)
-    pair. ``padded``: as the paper's sizes, all messages of a stage as long as its longest; else as they are."""
+    """HierD-AlltoAll. ``dimension``: d of HDd, 1 (all ranks at once) to the number of link levels; or by what every
+    routing chooses its own. ``deduplicate``: no for the paper's Hd, which send every (token, expert) pair. ``padded``:
+    as the paper's sizes, all messages of a stage as long as its longest; else as they are."""
 
     def __init__(
         self,
         job: Job,
         placement: Placement,
-        dimension: int | TimeModel = 2,
+        dimension: int | PlannerModel = 2,
         *,
         num_chunks: int = 4,
         deduplicate: bool = True,
@@ -59,13 +59,13 @@ class HierExchange(Exchange):
         """Experts are where ``placement`` says from now on."""
         self.placement = placement
         num_levels = self.job.topology.num_levels
-        wanted = range(1, num_levels + 1) if isinstance(self.dimension, TimeModel) else [self.dimension]
+        wanted = range(1, num_levels + 1) if isinstance(self.dimension, PlannerModel) else [self.dimension]
         #: per dimension that may be used, its stages
         self.hops = {d: self._chain(d) for d in wanted}
 
     def choose(self, ids: torch.Tensor, kept: torch.Tensor | None) -> int:
         """d of this routing; collective where it is chosen: every rank tells all how many of its tokens go where."""
-        if not isinstance(self.dimension, TimeModel):
+        if not isinstance(self.dimension, PlannerModel):
             return self.dimension
         topology, num_ranks = self.job.topology, self.job.num_ranks
         taken = None if kept is None else kept.cpu().numpy()

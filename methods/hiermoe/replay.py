@@ -24,7 +24,7 @@ from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES, Cluster, Dtype, Model, Workload
 from harness.system import Case
 from harness.topology import Topology
-from methods.hiermoe.model import TimeModel
+from methods.hiermoe.planner import PlannerModel
 from methods.hiermoe.swap import Swapping
 
 DTYPE: Dtype = "bfloat16"  # the paper does not state its precision
@@ -113,7 +113,7 @@ def replay(
     """Steps of training of one layer, each with the placement that earlier steps led to."""
     wanted = RIVALS if rivals is None else rivals
     start = Placement.contiguous(model.num_experts, cluster.num_ranks)
-    swapping = swapping or Swapping(TimeModel(cluster), model.hidden * ELEMENT_BYTES)
+    swapping = swapping or Swapping(PlannerModel(cluster), model.hidden * ELEMENT_BYTES)
     swapped = start
     courses: dict[str, Course] = {}
     for step, routing in enumerate(routings):

@@ -22,7 +22,7 @@ from harness.specs import Cluster, Model, Workload
 from harness.studies import Findings, Progress, Study, left_out, reported
 from harness.topology import Topology
 from methods.hiermoe.counts import counted_duplication, duplication
-from methods.hiermoe.model import TimeModel
+from methods.hiermoe.planner import PlannerModel
 from methods.hiermoe.replay import ELEMENT_BYTES, NINE, RIVALS, Played, Rival, Swapping, computing, replay, routings
 from methods.hiermoe.swap import Objective, best_swap, collect, groups
 
@@ -226,7 +226,7 @@ def sweeps(progress: Progress) -> Findings:
 def ablations(progress: Progress) -> Findings:
     """HierMoE on Qwen3-30B-A3B with other max functions, gammas, intervals and numbers of pairs, under drift."""
     model, cluster = presets.model(MODELS["qwen3-30b-a3b"]), presets.cluster(CLUSTER)
-    time_model, row_bytes = TimeModel(cluster), model.hidden * ELEMENT_BYTES
+    time_model, row_bytes = PlannerModel(cluster), model.hidden * ELEMENT_BYTES
     choices: list[tuple[str, str, Swapping]] = []
     choices += [("max", f, Swapping(time_model, row_bytes, function=f)) for f in ("smooth", "plain", "log-sum-exp")]  # type: ignore[arg-type]
     choices += [("gamma", f"{g}", Swapping(time_model, row_bytes, gamma=g)) for g in range(5, 20, 2)]
@@ -287,7 +287,7 @@ def search(progress: Progress) -> Findings:
     """How long all layers' swaps take to find on this machine: E = 256, 58 layers, 1,024 tokens a rank, 32 ranks."""
     num_layers, num_ranks = 58, 32
     cluster, model = presets.cluster(CLUSTER), presets.model("deepseek-v3-half")
-    topology, time_model = Topology(cluster.shape), TimeModel(cluster)
+    topology, time_model = Topology(cluster.shape), PlannerModel(cluster)
     owner = Placement.contiguous(model.num_experts, num_ranks).owner
     rows = []
     for skew in (1.0, 1.5, 2.0, 4.0):
@@ -329,7 +329,7 @@ def stale(progress: Progress) -> Findings:
     """What old statistics cost on the recorded trace: a placement found some training steps earlier, and one found in
     hindsight, on the four recorded steps of each layer."""
     cluster = presets.cluster(CLUSTER)
-    time_model, machine = TimeModel(cluster), Machine.published(cluster)
+    time_model, machine = PlannerModel(cluster), Machine.published(cluster)
     model = presets.model(MODELS["qwen3-30b-a3b"]).model_copy(update={"num_experts": 64})
     row_bytes = model.hidden * ELEMENT_BYTES
     found = []

@@ -13,7 +13,7 @@ All are sums over tokens, so ranks add theirs up in one all-reduce for all layer
 of the dimension in use, with the maximum over groups made smooth, as otherwise most swaps change nothing.
 
 Interpretations: Z counts the tokens of all ranks (the statistics say nothing finer), over G, so that sizes are one
-rank's on average, as in ``methods.hiermoe.model``. A swap is proposed only if it lowers the objective; of equals the
+rank's on average, as in ``methods.hiermoe.planner``. A swap is proposed only if it lowers the objective; of equals the
 first pair by index.
 """
 
@@ -31,7 +31,7 @@ from harness.placement import Placement
 from harness.routing.types import Routing
 from harness.topology import Topology
 from methods.hiermoe.counts import Array, count, stages
-from methods.hiermoe.model import TimeModel, choose
+from methods.hiermoe.planner import PlannerModel, choose
 
 MaxFunction = Literal["smooth", "plain", "log-sum-exp"]
 GAMMA = 10.0
@@ -67,7 +67,7 @@ class Objective:
     @classmethod
     def of(
         cls,
-        model: TimeModel,
+        model: PlannerModel,
         dimension: int,
         row_bytes: float,
         function: MaxFunction = "smooth",
@@ -174,7 +174,7 @@ def best_swap(statistics: Statistics, group: Array, objective: Objective, num_ra
 class Swapping:
     """An update every ``every`` steps, from the routing of the step before, of ``pairs`` swaps."""
 
-    model: TimeModel
+    model: PlannerModel
     row_bytes: float
     every: int = 1
     pairs: int = 1

@@ -15,7 +15,7 @@ from harness.plan.native import NativeLayer
 from harness.system import AfterStep
 from methods.hiermoe.between import SwapOptions, Updates
 from methods.hiermoe.hierd import HierExchange
-from methods.hiermoe.model import TimeModel
+from methods.hiermoe.planner import PlannerModel
 from methods.hiermoe.swap import Swap, best_swap
 
 
@@ -27,7 +27,7 @@ class Swapper(AfterStep, Updates):
         job: Job,
         layers: Sequence[NativeLayer],
         options: SwapOptions,
-        model: TimeModel | None,
+        model: PlannerModel | None,
         row_bytes: float,
     ):
         super().__init__(job.topology, options, model, row_bytes)

@@ -21,7 +21,7 @@ from harness.topology import Topology
 from harness.traffic import PARTS
 from methods.hiermoe import HierD
 from methods.hiermoe.counts import count, longest, stages
-from methods.hiermoe.model import TimeModel
+from methods.hiermoe.planner import PlannerModel
 from tests.baselines.recorded import make_case
 
 GIVEN = {"dtype": "bfloat16", "tokens": (9, 4, 13, 0), "model": {"top_k": 4}}
@@ -70,7 +70,7 @@ def test_the_choice_of_a_dimension_is_paid_and_is_the_executed_rule():
     wire = HierD.wire(case)
     counts = count(case.routing, case.placement.owner, case.topology)
     assert passage.travel.chosen
-    assert passage.travel.dimension == TimeModel(known).best(
+    assert passage.travel.dimension == PlannerModel(known).best(
         counts, wire.row_bytes, padded=False, chunks=wire.num_chunks
     )
     told, _ = transfers(plan_alone(passage, "forward").tasks[1].cost)
@@ -95,7 +95,9 @@ def test_the_judge_says_of_rows_what_the_planner_says(padded, chunks):
         )
         counts = count(case.routing, case.placement.owner, case.topology)
         row_bytes = 2 * case.model.hidden
-        wanted = TimeModel(cluster).times(counts, row_bytes, deduplicated=deduplicate, exact=not padded, chunks=chunks)
+        wanted = PlannerModel(cluster).times(
+            counts, row_bytes, deduplicated=deduplicate, exact=not padded, chunks=chunks
+        )
         found = float(Machine.published(cluster).seconds(HierD.layout(case).sent("dispatch"))[0])
         if padded and chunks > 1:
             assert found >= wanted[dimension - 1]  # every piece has a longest message of its own

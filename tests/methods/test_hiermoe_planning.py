@@ -15,7 +15,7 @@ from harness.placement import Placement
 from harness.routing.types import Routing
 from harness.topology import Topology
 from methods.hiermoe.counts import Stage, count, counted_duplication, duplication, stages
-from methods.hiermoe.model import TimeModel, choose, stage_costs
+from methods.hiermoe.planner import PlannerModel, choose, stage_costs
 from methods.hiermoe.swap import Objective, Statistics, best_swap, collect, groups
 
 SHAPES = [(2, 4), (4, 2), (2, 2, 2), (2, 2, 2, 2)]
@@ -76,7 +76,7 @@ def test_duplication_is_that_of_table_2_and_is_what_uniform_routing_has(num_grou
 
 
 def test_the_time_is_the_sum_over_stages_of_alpha_and_the_largest_message():
-    model = TimeModel(presets.cluster("hiermoe"))
+    model = PlannerModel(presets.cluster("hiermoe"))
     topology = Topology(model.cluster.shape)
     routing = random_routing(1, 32, 64, 4, most=60)
     counts = count(routing, Placement.contiguous(64, 32).owner, topology)
@@ -99,7 +99,7 @@ def test_the_time_is_the_sum_over_stages_of_alpha_and_the_largest_message():
 
 def test_the_paper_s_constants_choose_three_dimensions_for_uniform_routing():
     """With 1,024 tokens a rank and k = 8: HD3 is best, and by little (the two models' times: derived from Fig. 9)."""
-    model = TimeModel(presets.cluster("hiermoe"))
+    model = PlannerModel(presets.cluster("hiermoe"))
     rng = np.random.default_rng(0)
     for num_experts, hidden, wanted in ((256, 3584, (31.1, 21.9, 20.9, 21.6)), (128, 2048, (18.3, 13.0, 12.4, 12.9))):
         ids = rng.random((32 * 1024, num_experts)).argpartition(8, axis=1)[:, :8].astype(np.int32)
@@ -133,7 +133,7 @@ def test_costs_by_level_are_costs_by_stage():
     assert known.collectives["a2a.inter1"] == costs["a2a.node"]
     assert known.collectives["a2a.intra1"] == costs["a2a.rank"]
     with pytest.raises(UserError, match="moebench profile emulated-2x4"):
-        TimeModel(presets.cluster("emulated-2x4")).cost(Stage(0, 1))
+        PlannerModel(presets.cluster("emulated-2x4")).cost(Stage(0, 1))
 
 
 # ---- swaps ----------------------------------------------------------------------------------------------------------

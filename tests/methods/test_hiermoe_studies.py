@@ -10,7 +10,7 @@ from harness.system import Case
 from harness.topology import Topology
 from methods.hiermoe import studies
 from methods.hiermoe.counts import count
-from methods.hiermoe.model import TimeModel
+from methods.hiermoe.planner import PlannerModel
 from methods.hiermoe.replay import NINE, RIVALS, Swapping, replay, routings
 
 SMALL = Model(name="s", num_layers=1, hidden=16384, ffn=64, num_experts=64, top_k=4)
@@ -26,7 +26,7 @@ def test_table_2_is_beside_what_is_counted():
 def test_swaps_help_on_skewed_routing_and_every_variant_has_its_time():
     cluster = presets.cluster("hiermoe")
     load = studies.workload(6.0, tokens=256)
-    swapping = Swapping(TimeModel(cluster), 2.0 * SMALL.hidden, pairs=4)
+    swapping = Swapping(PlannerModel(cluster), 2.0 * SMALL.hidden, pairs=4)
     played = replay(cluster, SMALL, routings(load, SMALL, cluster, 6), RIVALS, swapping)
     frame = studies.mean_times(studies.one_ways(cluster, played), warm=3)
     at = frame.set_index("variant")["one_way_s"]
@@ -54,7 +54,7 @@ def test_on_one_node_hd2_is_plain_deduplication():
     assert one.shape == (1, 2, 2, 2)
     assert one.collectives["a2a.flat"] == whole.collectives["a2a.intra1"]
     assert studies.resized(whole, 2).shape == (2, 2, 2, 2)
-    model, topology = TimeModel(one), Topology(one.shape)
+    model, topology = PlannerModel(one), Topology(one.shape)
     placement = Placement.contiguous(SMALL.num_experts, one.num_ranks)
     (routing,) = routings(studies.workload(4.0, tokens=64), SMALL, one, 1)
     for deduplicated in (True, False):

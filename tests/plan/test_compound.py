@@ -18,7 +18,7 @@ from harness.plan.simulate import simulate
 from harness.specs import Cluster, with_levels
 from harness.topology import Topology
 from methods.hiermoe.counts import Counts, stages
-from methods.hiermoe.model import TimeModel
+from methods.hiermoe.planner import PlannerModel
 
 SHAPES = [(2, 2), (2, 4), (4, 2), (2, 2, 2), (2, 3, 2), (3, 2, 2), (1, 2, 2)]
 COSTS = {
@@ -56,10 +56,10 @@ def test_stages_cost_what_hiermoe_says_of_them(shape, chunks, seed):
     ]
     counts = Counts(topology, tuple(tables), tuple(tables))
     cluster = cluster_of(shape, **OPEN)
-    wanted = TimeModel(cluster).times(counts, 3.0, exact=True, chunks=chunks)
+    wanted = PlannerModel(cluster).times(counts, 3.0, exact=True, chunks=chunks)
     machine = Machine(AlphaBeta(cluster), Roofline(1.0, None, 1.0), "test")
     for dimension, seconds in enumerate(wanted, 1):
-        hops = [stage for stage in stages(dimension, topology.num_levels) if TimeModel(cluster).size(stage) > 1]
+        hops = [stage for stage in stages(dimension, topology.num_levels) if PlannerModel(cluster).size(stage) > 1]
         parts = tuple(
             Transfer("a2a", stage.key(topology.num_levels).removeprefix("a2a."), counts.rows(stage) * 3.0)
             for stage in hops

@@ -1,4 +1,5 @@
-"""HierMoE's time model of the d-dimensional all-to-all, and the choice of d (arXiv 2508.09591, eqs. 1 to 6).
+"""HierMoE's own model of the d-dimensional all-to-all, and the choice of d (arXiv 2508.09591, eqs. 1 to 6): what its
+planners believe. What a step takes is for ``harness.plan.machine`` to say.
 
 Interpretations: sizes are one rank's (as in nccl-tests, to which the published constants were fitted), so that
 ``max(p)`` is the largest number of rows that any rank sends to any unit; what stays on a rank counts, as it does in an
@@ -48,7 +49,7 @@ def calibrated_costs(calibration: Calibration) -> Cluster | None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TimeModel:
+class PlannerModel:
     """Costs of every stage of every dimension on ``cluster``; ``UserError`` that names a missing one."""
 
     cluster: Cluster
