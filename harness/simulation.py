@@ -7,7 +7,7 @@ what the system learns counts, and then ``steps`` priced ones.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -143,15 +143,20 @@ def _training(
         if progress is not None:
             progress(f"step {step + 1} of {warm + steps}")
     assert timeline is not None
-    routing = training.cases[0].routing
-    return Simulation({"total": tuple(totals)}, {"step": timeline}, machine.basis, notes_of(routing))
+    notes = notes_of([case.routing for case in training.cases])
+    return Simulation({"total": tuple(totals)}, {"step": timeline}, machine.basis, notes)
 
 
-def notes_of(routing: Routing) -> tuple[str, ...]:
-    if not (isinstance(routing, Outlined) and routing.few is not None):
+def notes_of(routings: Sequence[Routing]) -> tuple[str, ...]:
+    """What was told from a sample, in the last step."""
+    outlines = [each for each in routings if isinstance(each, Outlined) and each.few is not None]
+    of = [each for each in outlines if each.sampled or each.estimated]
+    if not of:
         return ()
-    few = f"{routing.few} of {max(routing.tokens)} tokens a rank, in every layer"
-    return (f"which tokens need several ranks is told from a sample: {few}; loads are those of all",)
+    told = ["which tokens share a rank or node"] if any(each.sampled for each in of) else []
+    told += ["loads of experts"] if any(each.estimated for each in of) else []
+    few = f"{of[0].few} of {max(of[0].tokens)} tokens a rank in {len(of)} of {len(routings)} layers"
+    return (f"from a sample, {few}, fewer in steps of warm-up: {' and '.join(told)}",)
 
 
 def ended(timeline: Timeline, moved: Cost, machine: Machine, topology: Topology) -> Timeline:

@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 
+from harness.routing.groups import limits_groups
 from harness.routing.make import counts_of, planned_routing, sampled_routing
 from harness.routing.types import Routing
 from harness.specs import Model, Workload
@@ -21,6 +22,7 @@ class Outlined(Routing):
     none do."""
 
     few: int | None
+    sampled: bool = False  # whether a sample has been asked for
     _of: tuple[Workload, Model, Topology]
     _at: tuple[int, int]  # step and layer
 
@@ -44,9 +46,16 @@ class Outlined(Routing):
         return _counts(self._of, self._at, self.few)
 
     @property
+    def estimated(self) -> bool:
+        """Whether loads are from a sample too."""
+        workload, model, _ = self._of
+        return self.few is not None and (workload.generator == "markov" or limits_groups(model))
+
+    @property
     def sample(self) -> Routing:
         if self.few is None:
             return self
+        self.__dict__["sampled"] = True
         return sampled_routing(*self._of, step=self._at[0], layer=self._at[1], most_tokens=self.few)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from harness import registry
-from harness.case import cases_of
 from harness.memory import expert_bytes
 from harness.placement import Placement
 from harness.plan.cost import Cost, InTurn, Transfer
@@ -172,6 +171,9 @@ def test_what_a_sample_tells_comes_near_to_all_tokens(monkeypatch):
     assert some.samples["total"][0] == pytest.approx(whole.samples["total"][0], rel=0.03)
     assert some.samples != whole.samples
     flat = experiment.model_copy(update={"system": "flat"})
-    cases = cases_of(flat, routings=Training(flat).cases and [case.routing for case in Training(flat).cases])
-    assert all(isinstance(case.routing, Outlined) and "ids" not in vars(case.routing) for case in cases)
-    assert simulate(flat, machine).samples == simulate(flat, machine, whole=True).samples  # loads alone decide
+    training = Training(flat)
+    training.lay_out()
+    assert all(isinstance(case.routing, Outlined) and "ids" not in vars(case.routing) for case in training.cases)
+    found = simulate(flat, machine)
+    assert found.notes == ()
+    assert found.samples == simulate(flat, machine, whole=True).samples  # loads alone decide
