@@ -189,15 +189,17 @@ def take_in(run: Path, folder: Path = ledger.LEDGER) -> pd.DataFrame:
     cells = [cell for cell in cells_of(run) if ledger.latest(cell.experiment.cluster, folder) is not None]
     if not cells:
         raise bad("run", str(run), "has no timed cell on a profiled cluster; moebench profile NAME first")
+    known, known_hosts = read(folder), read_hosts(folder)
+    for name in (ERRORS, HOSTS):
+        outputs.check(folder / name, "ledger", lambda path: True)  # which was read
     rows, hosts = compared(cells, folder)
     rows.insert(0, "run", run.name)
     rows.insert(1, "machine", machine_here())
-    known = read(folder)
     kept = known[~known["run"].isin([run.name])] if len(known) else known
     whole = pd.concat([kept, rows]) if len(kept) else rows
     with outputs.whole(folder / ERRORS) as file:
         whole.to_csv(file, index=False, float_format="%.6g")
-    every = read_hosts(folder) | {name: {"run": run.name, "seconds": seconds} for name, seconds in hosts.items()}
+    every = known_hosts | {name: {"run": run.name, "seconds": seconds} for name, seconds in hosts.items()}
     with outputs.whole(folder / HOSTS) as file:
         file.write(json.dumps(every, indent=0, sort_keys=True).encode())
     return rows

@@ -111,6 +111,17 @@ def test_what_is_fitted_is_not_tested_and_what_cores_decided_is_counted(tmp_path
     assert "extrapolated" in heldout.known(other, heldout.machine_of(other, folder), folder)[0].basis
 
 
+def test_the_ledger_is_tried_before_anything_is_simulated(tmp_path: Path, folder: Path, monkeypatch) -> None:
+    run = stored(tmp_path / "one", folder, slower={("flat", 1): 1.5})
+    own = tmp_path / "ledger"
+    shutil.copytree(folder, own)
+    (own / heldout.HOSTS).unlink(missing_ok=True)
+    (own / heldout.HOSTS).mkdir()
+    monkeypatch.setattr(heldout, "compared", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(UserError, match=heldout.HOSTS):
+        heldout.take_in(run, own)
+
+
 def test_rows_of_a_run_that_comes_again_replace_its_old_ones(tmp_path: Path, folder: Path) -> None:
     own = tmp_path / "ledger"
     shutil.copytree(folder, own)
