@@ -4,9 +4,9 @@
     python -m harness.heldout results/runs/judge-emulated  take a run in first
 
 Costs of links, products and contention are the profile's. What the processor does beside (``harness.plan.host``) is
-fitted on executed cells: of each system and shape on its first routing, and tested on the others; where there is one
-routing only, on ``flat``, and tested on the other systems. Fitted cells have no part in an error. Nor have cells that
-are marked ``cpu_bound``: there cores decide that no simulated cluster has; they are counted.
+fitted on executed cells: of each system and shape on one routing (by the cell's digest), and tested on the others;
+where there is one routing only, on ``flat``, and tested on the other systems. Fitted cells have no part in an error.
+Nor have cells that are marked ``cpu_bound``: there cores decide that no simulated cluster has; they are counted.
 
 Rows are kept in ``results/ledger/errors.csv`` and fitted host time beside it in ``host.json``; a row of a run that
 comes again replaces the one before. A ledger that another machine made serves too, and says so.
@@ -40,6 +40,8 @@ from harness.specs import Experiment
 
 ERRORS, HOSTS = "errors.csv", "host.json"
 REFERENCE = "flat"  # whose cells tell the host time of a shape that other systems ran under one routing only
+NUMBERS = ["measured_s", "predicted_s"]
+MAY_LACK = ["low_s", "high_s"]  # the interval of one repetition alone
 PROBES = 4  # simulations in which host time is scaled to what ran
 
 
@@ -66,7 +68,7 @@ class Cell:
 
 
 def cells_of(run: Path) -> list[Cell]:
-    """Timed cells of a stored run whose clusters were profiled, in the order of its experiments."""
+    """Timed cells of a stored run whose clusters were profiled, in the order of their digests."""
     store = Store(run)
     rows = store.read(damaged="skip")
     rows = rows[(rows["metric"] == "time_s") & rows["status"].isin(["ok", "cpu_bound"])]
@@ -191,15 +193,17 @@ def take_in(run: Path, folder: Path = ledger.LEDGER) -> pd.DataFrame:
     cells = [cell for cell in cells_of(run) if ledger.latest(cell.experiment.cluster, folder) is not None]
     if not cells:
         raise bad("run", str(run), "has no timed cell on a profiled cluster; moebench profile NAME first")
+    known, known_hosts = read(folder), read_hosts(folder)
+    for name in (ERRORS, HOSTS):
+        outputs.check(folder / name, "ledger", lambda path: True)  # which was read
     rows, hosts = compared(cells, folder)
     rows.insert(0, "run", run.name)
     rows.insert(1, "machine", machine_here())
-    known = read(folder)
     kept = known[~known["run"].isin([run.name])] if len(known) else known
     whole = pd.concat([kept, rows]) if len(kept) else rows
     with outputs.whole(folder / ERRORS) as file:
         whole.to_csv(file, index=False, float_format="%.6g")
-    every = read_hosts(folder) | {name: {"run": run.name, "seconds": seconds} for name, seconds in hosts.items()}
+    every = known_hosts | {name: {"run": run.name, "seconds": seconds} for name, seconds in hosts.items()}
     with outputs.whole(folder / HOSTS) as file:
         file.write(json.dumps(every, indent=0, sort_keys=True).encode())
     return rows
@@ -210,8 +214,9 @@ def read(folder: Path = ledger.LEDGER) -> pd.DataFrame:
     path = folder / ERRORS
     try:
         rows = pd.read_csv(path, keep_default_na=False)
-        numbers = ["measured_s", "low_s", "high_s", "predicted_s"]
-        rows[numbers] = rows[numbers].apply(pd.to_numeric, errors="coerce")
+        rows[[*NUMBERS, *MAY_LACK]] = rows[[*NUMBERS, *MAY_LACK]].apply(pd.to_numeric)
+        if not (np.isfinite(rows[NUMBERS]) & (rows[NUMBERS] > 0)).all(axis=None):
+            raise ValueError("a time is no positive number")
         if missing := {"run", "machine", "role", "status", "phase", "system", "race"} - set(rows.columns):
             raise ValueError(f"lacks {min(missing)}")
         return rows
@@ -226,12 +231,13 @@ def read_hosts(folder: Path = ledger.LEDGER) -> dict[str, Any]:
     path = folder / HOSTS
     try:
         found = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(each, dict) and isinstance(each.get("seconds"), dict) for each in found.values()):
-            raise ValueError("holds no seconds by task")
+        for each in found.values():
+            if not isinstance(each["run"], str) or not all(0 <= s < np.inf for s in each["seconds"].values()):
+                raise ValueError("holds no seconds by task")
         return dict(found)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise bad("ledger of host time", str(path), f"is damaged ({error}); restore it or move it away") from None
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from harness import sealed
+from harness import outputs, sealed
 from harness.comm.fits import Fit, GemmFit, Judged, TokensFit
 from harness.errors import UserError, bad
 from harness.specs import Cluster, Collective, Gemm, Spec
@@ -136,6 +136,13 @@ def record(calibration: Calibration, folder: Path = LEDGER) -> Path:
             Path(name).unlink(missing_ok=True)
             raise
     return path
+
+
+def check(name: str, folder: Path = LEDGER) -> None:
+    """``UserError`` now and not after minutes of measuring, where ``record`` could not add to the clusters of this
+    name: the file is damaged or newer, or the folder cannot be written. Nothing is made."""
+    history(name, folder)
+    outputs.check(folder / f"{name}.json", "ledger", lambda path: True)
 
 
 def latest(cluster: Cluster, folder: Path = LEDGER) -> Calibration | None:

@@ -110,7 +110,7 @@ def profile(
     folder: Path = ledger.LEDGER,
 ) -> tuple[Calibration, Path]:
     """All ``parts`` on ranks of this machine. The calibration, and the file of the ledger that it was added to."""
-    ledger.history(cluster.name, folder)  # a damaged one is found before anything is measured
+    ledger.check(cluster.name, folder)
     systems = list(systems)
     wanted = parts(cluster, systems, model)
     since = time.monotonic()

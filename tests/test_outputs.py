@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from harness import cli, outputs, placing, studies
+from harness import cli, outputs, placing, presets, profiling, studies
 from harness.errors import UserError
 from harness.layer import stored
 from harness.regress import run as regress
@@ -84,6 +84,18 @@ def test_commands_try_their_outputs_before_the_work(tmp_path: Path, monkeypatch,
         assert "written" in said or "the same file" in said, said
         assert len(said.splitlines()) <= 2, said
     assert (mine / "notes").read_text() == (mine / study / "numbers.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["/proc/none", "a-file"])
+def test_the_ledger_is_tried_before_anything_is_measured(folder: str, tmp_path: Path, monkeypatch) -> None:
+    def started(*_, **__):
+        raise AssertionError("the work has begun")
+
+    (tmp_path / "a-file").touch()
+    monkeypatch.setattr(profiling, "open_session", started)
+    with pytest.raises(UserError, match=r"ledger: .*; choose an?\w* ") as raised:
+        profiling.profile(presets.cluster("local-2"), print, folder=tmp_path / folder)
+    assert "\n" not in str(raised.value)
 
 
 def test_regress_deletes_nothing_and_knows_its_arguments_first(tmp_path: Path, monkeypatch, capsys) -> None:

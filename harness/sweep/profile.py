@@ -43,7 +43,7 @@ def job(slurm: ClusterFile, nodes: int | None, systems: Sequence[str], model: st
     if nodes is not None and not 1 <= nodes <= known.shape[0]:
         raise bad("--nodes", nodes, f"must be 1 to {known.shape[0]}, the nodes that {slurm.path} describes")
     cluster = known.resized(nodes or known.shape[0])
-    ledger.history(cluster.name, folder)  # a damaged one is found before anything is measured
+    ledger.check(cluster.name, folder)
     names = [part.name for part in profiling.parts(cluster, systems, model)]
     tasks = [[0, {"digest": _digest(cluster, name, model), "part": name}] for name in [*names, LEDGER]]
     wanted = {"systems": list(systems), "model": model, "ledger": str(folder.resolve())}

@@ -1,0 +1,202 @@
+"""The ledger of errors: what is fitted has no part in it, what cores decided is counted, and tau is over pairs that are
+really different. The run is a few rows and traces; what is simulated is real."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from harness import heldout, ledger, presets
+from harness.bench.store import BLANK, SCHEMA_VERSION, Store, identity
+from harness.errors import UserError
+from harness.simulation import Simulation, simulate
+from harness.specs import Experiment
+from tests.test_ledger import calibration
+
+#: how much slower than its simulation without host time a cell ran
+SLOWER = {("flat", 1): 1.5, ("flat", 2): 1.4, ("fsdp-experts", 1): 1.3, ("fsdp-experts", 2): 1.45, ("eplb", 1): 1.2}
+
+
+def experiment(system: str, seed: int) -> Experiment:
+    workload = {"name": f"w{seed}", "tokens_per_rank": 64, "generator": "zipf", "params": {"target": 1.5}, "seed": seed}
+    fields = {"model": presets.model("gpt-tiny-moe"), "cluster": presets.cluster("emulated-2x4"), "workload": workload}
+    return Experiment.model_validate(fields | {"system": system, "phase": "exchange", "dtype": "float32"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ledger with a calibration of the cluster."""
+    made = tmp_path_factory.mktemp("ledger")
+    ledger.record(calibration("emulated-2x4"), made)
+    return made
+
+
+@functools.cache
+def plain(system: str, seed: int, folder: Path) -> Simulation:
+    cell = experiment(system, seed)
+    return simulate(cell, heldout.machine_of(cell, folder))
+
+
+def stored(
+    path: Path,
+    folder: Path,
+    bound: tuple[tuple[str, int], ...] = (),
+    slower: dict[tuple[str, int], float] = SLOWER,
+    launch: int = 0,
+) -> Path:
+    """A run of those cells, ``bound`` ones ``cpu_bound``; traces of all but eplb's."""
+    store = Store(path)
+    store.prepare()
+    rows: list[dict[str, Any]] = []
+    for (system, seed), factor in slower.items():
+        cell, found = experiment(system, seed), plain(system, seed, folder)
+        status = "cpu_bound" if (system, seed) in bound else "ok"
+        base = BLANK | identity(cell) | {"run": path.name, "launch": launch, "cell": cell.digest, "metric": "time_s"}
+        base |= {"evidence": "emulated", "network": "shaped", "unit": "s", "status": status, "rank": -1}
+        base |= {"direction": "total", "time_utc": "2026-01-01T00:00:00", "schema_version": SCHEMA_VERSION}
+        time_s = factor * heldout._total(found.samples)
+        rows += [base | {"rep": rep, "value": time_s * (1 + 0.001 * (rep - 1))} for rep in range(3)]
+        if system != "eplb":
+            longer = {
+                name: dataclasses.replace(line, start_s=factor * line.start_s, end_s=factor * line.end_s)
+                for name, line in found.timelines.items()
+            }
+            store.write_trace(cell.digest, longer)
+    store.append(pd.DataFrame(rows))
+    cells = [experiment(*each) for each in slower]
+    record = {"evidence": "emulated", "experiments": {cell.digest: cell.model_dump(mode="json") for cell in cells}}
+    store.write_record(str(launch), record)
+    return path
+
+
+def test_what_is_fitted_is_not_tested_and_what_cores_decided_is_counted(tmp_path: Path, folder: Path) -> None:
+    (_, fit), (_, left) = sorted((experiment("flat", seed).digest, seed) for seed in (1, 2))  # which digest is first
+    (_, own), (_, busy) = sorted((experiment("fsdp-experts", seed).digest, seed) for seed in (1, 2))
+    run = stored(tmp_path / "one", folder, bound=(("fsdp-experts", busy),))
+    rows = heldout.take_in(run, folder).set_index(["system", "workload"])
+    assert rows["role"].to_dict() == {
+        ("flat", f"w{fit}"): "fitted",
+        ("flat", f"w{left}"): "tested",
+        ("fsdp-experts", f"w{own}"): "fitted",
+        ("fsdp-experts", f"w{busy}"): "tested",
+        ("eplb", "w1"): "tested",  # of one routing alone: by flat's host time
+    }
+    error = rows["predicted_s"] / rows["measured_s"] - 1
+    assert error[("flat", f"w{fit}")] == pytest.approx(0, abs=0.02)
+    assert error[("flat", f"w{left}")] == pytest.approx(SLOWER["flat", fit] / SLOWER["flat", left] - 1, abs=0.05)
+    table = heldout.summary(heldout.read(folder)).set_index(["phase", "system"])
+    of_all = table.loc[("all", "all")]
+    assert (of_all["tested"], of_all["cpu_bound"]) == (2, 1)
+    tested = error[[("flat", f"w{left}"), ("eplb", "w1")]]
+    assert of_all["mean"] == pytest.approx(tested.abs().mean(), rel=1e-3)
+    assert of_all["largest"] == pytest.approx(tested.abs().max(), rel=1e-3)
+    assert of_all["bias"] == pytest.approx(tested.mean(), rel=1e-3)
+    of_busy = table.loc[("exchange", "fsdp-experts")]
+    assert (of_busy["tested"], of_busy["cpu_bound"]) == (0, 1)
+    assert pd.isna(of_busy["mean"])
+
+    cell = experiment("flat", fit)
+    machine, known = heldout.known(cell, heldout.machine_of(cell, folder), folder)
+    assert known == pytest.approx(abs(error[("flat", f"w{left}")]), rel=1e-3)
+    assert machine.basis.endswith("; host time of one")
+    measured = rows["measured_s"][("flat", f"w{fit}")]
+    assert heldout._total(simulate(cell, machine).samples) == pytest.approx(measured, rel=0.02)
+    other = cell.model_copy(update={"dtype": "bfloat16"})
+    assert "extrapolated" in heldout.known(other, heldout.machine_of(other, folder), folder)[0].basis
+
+
+def test_the_ledger_is_tried_before_anything_is_simulated(tmp_path: Path, folder: Path, monkeypatch) -> None:
+    run = stored(tmp_path / "one", folder, slower={("flat", 1): 1.5})
+    own = tmp_path / "ledger"
+    shutil.copytree(folder, own)
+    (own / heldout.HOSTS).unlink(missing_ok=True)
+    (own / heldout.HOSTS).mkdir()
+    monkeypatch.setattr(heldout, "compared", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(UserError, match=heldout.HOSTS):
+        heldout.take_in(run, own)
+
+
+def test_rows_of_a_run_that_comes_again_replace_its_old_ones(tmp_path: Path, folder: Path) -> None:
+    own = tmp_path / "ledger"
+    shutil.copytree(folder, own)
+    (own / heldout.ERRORS).unlink(missing_ok=True)
+    few = {cell: factor for cell, factor in SLOWER.items() if cell[0] == "flat"}
+    heldout.take_in(stored(tmp_path / "one", folder, slower=few), own)
+    heldout.take_in(stored(tmp_path / "two", folder, slower=few), own)
+    before = heldout.read(own)
+    assert list(before["run"]) == ["one", "one", "two", "two"]
+    shutil.rmtree(tmp_path / "one")
+    heldout.take_in(stored(tmp_path / "one", folder, slower={cell: 2 * factor for cell, factor in few.items()}), own)
+    after = heldout.read(own)
+    assert list(after["run"]) == ["two", "two", "one", "one"]
+    assert list(after["measured_s"][2:]) == pytest.approx(list(2 * before["measured_s"][:2]), rel=1e-4)
+    assert {each["run"] for each in heldout.read_hosts(own).values()} == {"one"}
+
+
+def test_tau_is_over_pairs_that_are_really_different() -> None:
+    def cell(race: str, measured: float, width: float, predicted: float) -> dict[str, Any]:
+        low, high = measured - width, measured + width
+        return {"race": race, "measured_s": measured, "low_s": low, "high_s": high, "predicted_s": predicted}
+
+    race = [cell("a", 1.0, 0.1, 2.0), cell("a", 2.0, 0.1, 3.0), cell("a", 2.1, 0.1, 1.0)]  # the last two overlap
+    assert heldout.ordered(pd.DataFrame(race)) == (0.0, 2)  # one pair as it ran, one the other way round
+    race += [cell("b", 9.0, 0.1, 1.0)]  # of another race: no pair
+    assert heldout.ordered(pd.DataFrame(race)) == (0.0, 2)
+    race += [cell("b", 8.0, 0.1, 0.5)]
+    assert heldout.ordered(pd.DataFrame(race)) == (pytest.approx(1 / 3), 3)
+    tau, pairs = heldout.ordered(pd.DataFrame(race[1:3]))
+    assert (pairs, tau != tau) == (0, True)
+
+
+HEAD = "run,machine,role,status,phase,system,race,measured_s,low_s,high_s,predicted_s"
+LINE = "one,here,tested,ok,layer,flat,a,1.0,0.9,1.1,1.2"
+
+
+def test_the_least_that_a_ledger_holds(tmp_path: Path) -> None:
+    (tmp_path / heldout.ERRORS).write_text(f"{HEAD}\n{LINE}\n")
+    assert heldout.summary(heldout.read(tmp_path))["bias"][0] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (heldout.ERRORS, ""),
+        (heldout.ERRORS, "run,machine\n1,2\n"),
+        (heldout.ERRORS, 'run,"machine\n'),
+        (heldout.ERRORS, b"\xff\xfe\x00"),
+        (heldout.ERRORS, f"{HEAD}\n{LINE.replace('1.0', 'soon')}\n"),
+        (heldout.ERRORS, f"{HEAD}\n{LINE.replace('1.0', 'nan')}\n"),
+        (heldout.ERRORS, f"{HEAD}\n{LINE.replace('1.0', '')}\n"),
+        (heldout.ERRORS, f"{HEAD}\n{LINE.replace('1.0', '-1.0')}\n"),
+        (heldout.HOSTS, "{"),
+        (heldout.HOSTS, "[]"),
+        (heldout.HOSTS, '{"a": {"seconds": 1}}'),
+        (heldout.HOSTS, '{"a": {"run": "x", "seconds": {"t": "long"}}}'),
+        (heldout.HOSTS, '{"a": {"run": "x", "seconds": {"t": -1.0}}}'),
+        (heldout.HOSTS, '{"a": {"run": "x", "seconds": {"t": NaN}}}'),
+        (heldout.HOSTS, '{"a": {"seconds": {"t": 1.0}}}'),
+        (heldout.HOSTS, b"\xff\xfe"),
+    ],
+)
+def test_damaged_files_are_one_line(tmp_path: Path, folder: Path, name: str, text: str | bytes) -> None:
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=rf"{name}'?: is damaged \(.*restore it or move it away") as raised:
+        heldout.read(tmp_path) if name == heldout.ERRORS else heldout.read_hosts(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_without_cells_that_can_be_compared(tmp_path: Path, folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Store(tmp_path / "empty").prepare()
+    with pytest.raises(UserError, match="has no timed cell on a profiled cluster"):
+        heldout.take_in(tmp_path / "empty", folder)
+    assert heldout.main(["empty"]) == 2
+    assert capsys.readouterr().err.startswith("run: 'empty': has no timed cell")
+    assert heldout.main([]) == 2
+    assert capsys.readouterr().err.startswith("ledger of errors: empty")
