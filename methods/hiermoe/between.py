@@ -143,8 +143,8 @@ class Updates(abc.ABC):
 
 # ------------------------------------------------------------------------------------------------------------- priced
 
-#: estimates of the search on one core, as found on one of a server: of a token's pair of experts, and of a pair of
-#: experts, for each level in use
+#: assumed, not measured: what the search takes on one core, of a token's pair of experts, and of a pair of experts, for
+#: each level in use. They decide how often an update is due where the cluster's costs are known
 COLLECT_S, SEARCH_S = 2e-9, 4e-9
 FIRST_S = 1.0  # at which a clock that stands for a real one begins
 
