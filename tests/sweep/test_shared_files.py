@@ -3,6 +3,7 @@ told, and how a job ended is told by Slurm's words on the node itself. On a real
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import os
 import subprocess
@@ -191,7 +192,8 @@ def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_sees(tmp_path, monkeypa
 
 def lone(rank: int, folder: str) -> None:
     """Rank 1 fails where rank 0 waits for it in a collective."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    patience = datetime.timedelta(seconds=20)  # of rank 0, if nobody ends rank 1
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=patience)
     tasks.LOST_S = 0.5
     watch = tasks.Watch()
     job = Job(Topology((1, 2)), failing=watch.failing, recovered=watch.recovered, log_path="its.err")
