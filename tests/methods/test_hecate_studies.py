@@ -15,7 +15,7 @@ from methods.hecate import assumptions, cells, studies
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Findings]:
-    small = functools.partial(cells.Cell, steps=26, layers=2)
+    small = functools.partial(cells.Cell, steps=6, layers=2)
     with pytest.MonkeyPatch.context() as patch:
         for module in (studies, assumptions):
             patch.setattr(module, "Cell", small)
