@@ -91,7 +91,7 @@ def assumptions(progress: Progress) -> Findings:
         progress(f"{cluster}: {change}")
         ratios = []
         for model in MODELS:
-            cell = dataclasses.replace(Cell(model, cluster).with_samples(), steps=50, layers=2)
+            cell = dataclasses.replace(Cell(model, cluster).with_samples(), layers=2)
             cell = dataclasses.replace(cell, **fields)  # type: ignore[arg-type]
             times = {name: found.step_s for name, found in everyone(cell).items()}
             best = min(times[name] for name in RIVALS)

@@ -139,7 +139,7 @@ def crossover(progress: Progress) -> Findings:
         progress(f"{model} on {cluster}")
         samples = Cell(model, cluster, skew=SKEWS[-1]).with_samples().samples  # fits, and is the same, at every skew
         for skew in SKEWS:
-            cell = Cell(model, cluster, skew=skew, samples=samples, steps=50, layers=2)
+            cell = Cell(model, cluster, skew=skew, samples=samples, layers=2)
             times = {name: found.step_s for name, found in everyone(cell).items()}
             best = {
                 "ep": times["ep"],

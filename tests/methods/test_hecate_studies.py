@@ -10,21 +10,26 @@ import pytest
 
 from harness.report import claims
 from harness.studies import Findings
-from methods.hecate import assumptions, cells, studies
+from methods.hecate import assumptions, cells, played, studies
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Findings]:
-    small = functools.partial(cells.Cell, steps=26, layers=2)
+    small = functools.partial(cells.Cell, steps=6, layers=2)
     with pytest.MonkeyPatch.context() as patch:
         for module in (studies, assumptions):
             patch.setattr(module, "Cell", small)
             patch.setattr(module, "MODELS", ("gpt-moe-s",))
+        for module in (played, cells):
+            patch.setattr(module, "WARM", 8)
         patch.setattr(studies, "SKEWS", (1.0, 4.0))
         patch.setattr(assumptions, "HALF_LIVES", (100.0,))
         patch.setattr(assumptions, "INTERVALS", (10, 0))
         patch.setattr(assumptions, "CHANGES", {"default": {}})
-        return {name: study.run(lambda text: None) for name, study in studies.STUDIES.items()}
+        tables = {name: study.run(lambda text: None) for name, study in studies.STUDIES.items()}
+    for kept in (cells.setup, cells.loads, cells._run, cells.largest_batch):
+        kept.cache_clear()
+    return tables
 
 
 def test_every_study_finds_something_and_says_what_was_left_open(found):
