@@ -130,6 +130,12 @@ def test_what_a_lane_raises_is_told_though_its_rank_waits(tmp_path, monkeypatch)
     assert "bad day" in error.log_path.read_text()
 
 
+def test_ranks_that_have_failed_alike_go_on(session, monkeypatch):
+    monkeypatch.setattr(session_module, "LOST_S", 1.0)
+    for reason in session(LOCAL).call(WORK + "recover", 2.5, timeout_s=60):
+        assert "ZeroDivisionError: division by zero" in reason
+
+
 def test_a_death_explains_what_others_hear_of_it():
     heard = Raised(0, "raised", "RuntimeError: Connection closed by peer", False, 1.0)
     death = Raised(2, "died", "was killed by SIGABRT: op.preamble.length <= op.nbytes. 8 vs 4", False, 2.0)

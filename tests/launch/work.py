@@ -11,7 +11,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from harness.comm.agree import first_said
+from harness.comm.agree import attempt, failed, first_said
 from harness.errors import UserError
 from harness.launch.allocation import report
 from harness.launch.network import address
@@ -85,6 +85,14 @@ def go_wrong(job, payload):
                 time.sleep(1000)
     dist.barrier()
     job.phase("after the barrier")
+
+
+def recover(job, payload):
+    """All fail alike, agree on it, and take their time afterwards."""
+    _, error = attempt(job, lambda: 1 / 0)
+    reason = failed(job, error)
+    time.sleep(payload)
+    return reason
 
 
 def lose_a_lane(job, payload):
