@@ -31,7 +31,9 @@ Array = np.ndarray
 #: of what a device can do, that computation reaches; no paper states it
 EFFICIENCY = 0.4
 WARM = 100  # steps before those that count, so that everything has been placed by loads that were seen
-PRICED = 3  # of those that count, evenly spaced
+#: which steps are priced, in hundredths of those that count: as long after a rearrangement, for intervals of 5 to 100
+#: steps, as a step is in the mean
+PRICED = (13, 41, 77)
 REARRANGE_EVERY, RESHARD_EVERY = 25, 100
 RIVALS = ("fastermoe", "smartmoe", "flexmoe")  # that the paper compares with, beside EP
 #: by the name in tables: the registered system
@@ -297,7 +299,7 @@ def play(setup: Setup, loads: Array, name: str, options: Options) -> Result:
     num_steps, num_layers = loads.shape[:2]
     machine, topology = setup.machine, Topology(setup.cluster.shape)
     training = Training(setup.experiment(name, num_layers, options), priced=False)
-    priced = WARM + (num_steps - WARM) * (2 * np.arange(PRICED) + 1) // (2 * PRICED)
+    priced = WARM + (num_steps - WARM) * np.array(PRICED) // 100
     steps, moves, received, added, owned = [], [], [], [], 0
     for step, of_layers in enumerate(loads):
         routings = [Loads(counts, setup.model.top_k) for counts in of_layers]
