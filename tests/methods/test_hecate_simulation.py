@@ -147,7 +147,7 @@ def test_loads_are_a_routing_without_tokens():
 
 def test_rows_take_as_long_as_the_busiest_port_and_the_busiest_rank():
     """Of a training whose steps are all alike."""
-    alike = np.repeat(skewed(0)[None], WARM + PRICED, axis=0)
+    alike = np.repeat(skewed(0)[None], WARM + len(PRICED), axis=0)
     found = play(SETUP, alike, "ep", Options())
     port_s, rank_s, macs_s = 0.0, 0.0, 2 * 2 * 768 * 1536 / (0.4 * 125e12)
     for counts in alike[0]:
@@ -167,7 +167,7 @@ def test_rows_take_as_long_as_the_busiest_port_and_the_busiest_rank():
 
 def test_a_layer_more_is_a_layer_more_of_the_step():
     """Of even loads, under systems that have nothing to decide then."""
-    even = np.full((WARM + PRICED, 12, 16, 32), SETUP.tokens * 2 // 32)
+    even = np.full((WARM + len(PRICED), 12, 16, 32), SETUP.tokens * 2 // 32)
     for name, near in (("ep", 1e-9), ("hecate-rm", 1e-9), ("fsdp", 2e-4)):  # FSDP's first layer gathers before all else
         few, all_of_them = (play(SETUP, even[:, :layers], name, Options(t=2, m=2)) for layers in (3, 12))
         assert few.step_s == pytest.approx(all_of_them.step_s, rel=near)
@@ -233,7 +233,7 @@ def test_rearrangement_pays_its_moves_at_its_boundaries():
 
 
 def test_fastermoe_overlaps_what_is_even():
-    even = np.full((WARM + PRICED, 2, 16, 32), SETUP.tokens * 2 // 32)
+    even = np.full((WARM + len(PRICED), 2, 16, 32), SETUP.tokens * 2 // 32)
     fused, plain = (play(SETUP, even, name, Options()) for name in ("fastermoe", "ep"))
     assert fused.copies.widest == 0
     assert plain.seconds()["all-to-all"] * 0.99 * 3 / 4 < fused.layer_s < plain.layer_s
