@@ -8,7 +8,7 @@ fitted on executed cells: of each system and shape on one routing (by the cell's
 where there is one routing only, on ``flat``, and tested on the other systems. Fitted cells have no part in an error.
 Nor have cells that are marked ``cpu_bound``: there cores decide that no simulated cluster has; they are counted.
 
-Rows are kept in ``results/ledger/errors.csv`` and fitted host time beside it in ``host.json``; a row of a run that
+Rows are kept in ``results/ledger/_errors.csv`` and fitted host time beside it in ``_host.json``; a row of a run that
 comes again replaces the one before. A ledger that another machine made serves too, and says so.
 """
 
@@ -38,7 +38,7 @@ from harness.plan.profiled import Profiled
 from harness.simulation import simulate
 from harness.specs import Experiment
 
-ERRORS, HOSTS = "errors.csv", "host.json"
+ERRORS, HOSTS = "_errors.csv", "_host.json"  # no cluster is called so
 REFERENCE = "flat"  # whose cells tell the host time of a shape that other systems ran under one routing only
 NUMBERS = ["measured_s", "predicted_s"]
 MAY_LACK = ["low_s", "high_s"]  # the interval of one repetition alone
