@@ -301,7 +301,9 @@ def test_the_judge_itself_fills_a_folder(moebench, tmp_path):
     rows = Store(tmp_path / "runs" / "mine-sim").read()
     steps = rows[(rows["metric"] == "time_s") & (rows["phase"] == "train_step") & (rows["system"] == "flat")]
     assert list(steps["direction"]) == ["total"] * 2
-    assert set(rows["basis"].dropna()) == {f"profile of emulated-2x4, {_date()}"}
+    assert set(rows["basis"].dropna()) == {
+        f"profile of emulated-2x4, {_date()}; extrapolated: nothing of this shape has run"
+    }
     traces = Store(tmp_path / "runs" / "mine-sim").trace(steps["cell"].iloc[0])
     assert all(each.start_s.shape[1] == 8 for each in traces.values())
     assert traces

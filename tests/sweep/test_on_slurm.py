@@ -138,7 +138,8 @@ def test_the_submitter_is_killed_and_status_answers(one_machine, sweep_file, tmp
     command = [sys.executable, "-m", "harness", "sweep", str(file), "--on", "slurm", "--results", str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as submitter:
         deadline = time.monotonic() + 200
-        while not (tmp_path / "orphan" / "sweep" / "submissions.jsonl").exists():
+        told = tmp_path / "orphan" / "sweep" / "submissions.jsonl"
+        while not (told.exists() and told.read_bytes().endswith(b"\n")):
             assert time.monotonic() < deadline
             assert submitter.poll() in (None, 0)
             time.sleep(0.005)
