@@ -97,6 +97,7 @@ def test_fifty_random_kills_lose_and_double_no_row(sweep_file, tmp_path):
     assert sweep.counts() == {"refused": num_races}
 
 
+@pytest.mark.long
 def test_status_of_ten_thousand_cells(sweep_file, tmp_path, monkeypatch):
     folder = SweepFolder(tmp_path / "large")
     store = Store(folder.run_dir)
