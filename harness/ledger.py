@@ -158,6 +158,11 @@ def profiled(cluster: Cluster, folder: Path = LEDGER) -> Calibration:
     return found
 
 
+def files(folder: Path = LEDGER) -> list[Path]:
+    """Of clusters that were profiled, by name; other files of the folder begin with ``_``."""
+    return sorted(path for path in folder.glob("*.json") if not path.name.startswith("_"))
+
+
 def history(name: str, folder: Path = LEDGER) -> list[Calibration]:
     """All calibrations of the clusters of this name, oldest first. ``UserError`` for a damaged file or a newer one."""
     path = folder / f"{name}.json"
@@ -233,4 +238,4 @@ def _locked(folder: Path) -> Iterator[None]:
         raise bad("ledger", str(folder), f"{error.strerror}; choose a folder that can be written") from None
 
 
-__all__ = ["LEDGER", "Calibration", "LayerFit", "contention_rows", "fit_rows", "history", "latest", "record"]
+__all__ = ["LEDGER", "Calibration", "LayerFit", "contention_rows", "files", "fit_rows", "history", "latest", "record"]

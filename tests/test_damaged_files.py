@@ -124,7 +124,7 @@ def timeline(folder: Path) -> Format:
 
 
 def calibrations(folder: Path) -> Format:
-    shipped = next(path for path in sorted((spec.ROOT / "results" / "ledger").glob("[a-z]*.json")))
+    shipped = next(iter(ledger.files(spec.ROOT / "results" / "ledger")))
     made = Calibration.model_validate(json.loads(shipped.read_text())["calibrations"][-1])
     ledger.record(made, folder)
     path = folder / f"{made.profiled.name}.json"

@@ -230,7 +230,7 @@ def calibrations(folder: Path) -> pd.DataFrame:
     """Every fit in the ledger, refused ones too, one a row: cluster, date, evidence, and ``ledger.fit_rows``."""
     found = [
         {"cluster": path.stem, "date": each.date, "evidence": each.evidence, "duration_s": each.duration_s, **row}
-        for path in sorted(folder.glob("*.json"))
+        for path in ledger.files(folder)
         for each in ledger.history(path.stem, folder)
         for row in ledger.fit_rows(each)
     ]

@@ -122,7 +122,7 @@ def _simulated(table: pd.DataFrame) -> pd.DataFrame:
 
 def _calibrations(every: Path, folder: Path) -> None:
     """Those of the repository that are not younger than what is frozen."""
-    for path in every.glob("*.json"):
+    for path in ledger.files(every):
         for each in ledger.history(path.stem, every):
             if datetime.datetime.fromisoformat(each.date) < CALIBRATED:
                 ledger.record(each, folder)
