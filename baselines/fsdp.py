@@ -15,12 +15,6 @@ from harness.plan.replicated import Policy, ReplicatedSystem
 from harness.system import Case
 
 
-def gathered_bytes(num_experts: int, expert_bytes: float, num_units: int) -> float:
-    """What passes the port of one of ``num_units`` (ranks or nodes) when all of them gather all experts that they share
-    out evenly; as much when gradients are reduced."""
-    return num_experts * expert_bytes * (num_units - 1) / num_units
-
-
 class Everything(Policy):
     """All experts everywhere, in every batch."""
 

@@ -30,6 +30,7 @@ from harness import ledger, outputs
 from harness.bench import stats
 from harness.bench.store import Store
 from harness.errors import UserError, bad
+from harness.plan.agreement import agreement
 from harness.plan.choice import PROFILED
 from harness.plan.graph import Timeline
 from harness.plan.host import Seconds, amount, beside, merged, unlayered
@@ -56,15 +57,18 @@ class Cell:
 
     @property
     def shape(self) -> str:
-        """What host time depends on beside the system."""
-        e = self.experiment
-        tokens = e.workload.tokens_per_rank
-        return f"{e.cluster.digest} {e.phase} {e.model.digest} {e.dtype} {e.compute} {e.backward} {tokens}"
+        return shape_of(self.experiment)
 
     @property
     def group(self) -> str:
         """What one fit holds for: a system with its options, at one shape."""
         return f"{self.shape} {self.experiment.system} {json.dumps(self.experiment.options, sort_keys=True)}"
+
+
+def shape_of(experiment: Experiment) -> str:
+    """What host time depends on beside the system."""
+    e, tokens = experiment, experiment.workload.tokens_per_rank
+    return f"{e.cluster.digest} {e.phase} {e.model.digest} {e.dtype} {e.compute} {e.backward} {tokens}"
 
 
 def cells_of(run: Path) -> list[Cell]:
@@ -259,7 +263,7 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
     for (phase, system), here in parts:
         clean = here[here["status"] == "ok"]
         tested = clean[clean["role"] == "tested"]
-        error = tested["predicted_s"] / tested["measured_s"] - 1
+        met = agreement(tested) if len(tested) else None
         tau, pairs = ordered(clean)
         found.append(
             {
@@ -267,10 +271,10 @@ def summary(rows: pd.DataFrame) -> pd.DataFrame:
                 "system": system,
                 "tested": len(tested),
                 "cpu_bound": int((here["status"] == "cpu_bound").sum()),
-                "mean": float(error.abs().mean()) if len(error) else np.nan,
-                "p95": float(np.quantile(error.abs(), 0.95)) if len(error) else np.nan,
-                "largest": float(error.abs().max()) if len(error) else np.nan,
-                "bias": float(error.mean()) if len(error) else np.nan,
+                "mean": met.mean_error if met else np.nan,
+                "p95": met.p95_error if met else np.nan,
+                "largest": met.largest_error if met else np.nan,
+                "bias": met.bias if met else np.nan,
                 "tau": tau if system == "all" else np.nan,
                 "pairs": pairs if system == "all" else 0,
             }
@@ -310,7 +314,7 @@ def known(experiment: Experiment, machine: Machine, folder: Path = ledger.LEDGER
         return machine, None
     here = rows[(rows["phase"] == experiment.phase) & (rows["system"] == experiment.system)]
     here = here[(here["role"] == "tested") & (here["status"] == "ok")]
-    return machine, float((here["predicted_s"] / here["measured_s"] - 1).abs().mean()) if len(here) else None
+    return machine, agreement(here).mean_error if len(here) else None
 
 
 def main(arguments: list[str]) -> int:

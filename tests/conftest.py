@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +26,23 @@ from tests.side_by_side import (  # noqa: F401
 #: leaves those in sight
 if not os.environ.get("MOEBENCH_TEST_GPUS"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture
+def moebench(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line -> exit status, stdout, stderr."""
+    from harness import cli
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(exit_.value.code or 0), out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -19,20 +19,6 @@ from harness.registry import systems
 from tests.bench import systems as bad_systems
 
 
-@pytest.fixture
-def moebench(monkeypatch, capsys):
-    """Run a command line -> exit status, stdout, stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
-
-
 def test_help_answers_fast_and_without_torch():
     script = "import sys, harness.cli; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], stdin=subprocess.DEVNULL).returncode == 0

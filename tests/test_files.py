@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from harness import cli, presets
+from harness import presets
 from harness.bench import suite
 from harness.errors import UserError
 
@@ -30,18 +29,6 @@ def folder(tmp_path):
     (tmp_path / "shapes" / "my-model.yaml").write_text(MODEL)
     (tmp_path / "mine.yaml").write_text(EXPERIMENTS)
     return tmp_path
-
-
-@pytest.fixture
-def moebench(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def test_in_an_experiments_file_their_paths_are_relative_to_it(folder):

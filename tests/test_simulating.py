@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from harness import cli, ledger, presets, simulating
+from harness import ledger, presets, simulating
 from harness.bench import run, suite
 from harness.bench.store import Store
 from harness.errors import UserError
@@ -45,17 +44,12 @@ def changed(**fields):
 
 
 @pytest.fixture
-def moebench(monkeypatch, capsys, tmp_path):
+def simulate(moebench, tmp_path):
     """An experiments file as data and words of a command line -> exit status, stdout, stderr."""
 
     def call(data, *words):
         (tmp_path / "mine.yaml").write_text(yaml.safe_dump(data))
-        command = ["moebench", "simulate", tmp_path / "mine.yaml", "--results", tmp_path / "runs", *words]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
+        return moebench("simulate", tmp_path / "mine.yaml", "--results", tmp_path / "runs", *words)
 
     return call
 
@@ -111,8 +105,8 @@ def test_a_machine_is_what_was_asked_for():
         (["--name", "../x"], "--name: '../x': must be a word"),
     ],
 )
-def test_an_unknown_basis_or_one_that_the_cluster_lacks(moebench, tmp_path, words, message):
-    status, out, err = moebench(changed(), *words)
+def test_an_unknown_basis_or_one_that_the_cluster_lacks(simulate, tmp_path, words, message):
+    status, out, err = simulate(changed(), *words)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert message in err
     assert not (tmp_path / "runs").exists()
@@ -158,9 +152,9 @@ RECORDED = ENTRY["model"] | {"num_experts": 64, "top_k": 8}
         ({"workload": "zipf-44"}, ["did you mean 'zipf-4'?"]),
     ],
 )
-def test_bad_input_is_one_line_within_seconds(moebench, tmp_path, fields, messages):
+def test_bad_input_is_one_line_within_seconds(simulate, tmp_path, fields, messages):
     began = time.monotonic()
-    status, out, err = moebench(changed(**fields))
+    status, out, err = simulate(changed(**fields))
     assert time.monotonic() - began < 10
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert all(each in err for each in messages), err
@@ -270,29 +264,29 @@ def test_a_cell_without_a_machine_is_a_row_and_the_others_are_priced(mine, judge
     assert set(rows[rows["status"] == "failed"]["evidence"]) == {"simulated"}
 
 
-def test_the_command_prints_json_alone_and_the_shortest_first(moebench, tmp_path, monkeypatch):
+def test_the_command_prints_json_alone_and_the_shortest_first(simulate, tmp_path, monkeypatch):
     def answer(experiment, machine, steps, warm, progress):
         return said({"flat": 2.0, "hiermoe-hd2": 1.0}[experiment.system], steps)
 
     monkeypatch.setattr(simulating, "judged", answer)
-    status, out, _ = moebench(changed(), "--json")
+    status, out, _ = simulate(changed(), "--json")
     found = json.loads(out)
     assert status == 0
     assert found["run"] == str(tmp_path / "runs" / "mine-sim")
     assert found["cells"] == {"ok": 2}
     assert [row["system"] for row in found["times"]] == ["hiermoe-hd2", "flat"]
     assert {row["evidence"] for row in found["times"]} == {"simulated"}
-    status, out, err = moebench(changed())
+    status, out, err = simulate(changed())
     assert status == 0
     assert "exchange of inline, inline, on own: simulated, profile of emulated-2x4" in out
     assert "unknown" in out
     assert "is simulated already" in err
 
 
-def test_the_judge_itself_fills_a_folder(moebench, tmp_path):
+def test_the_judge_itself_fills_a_folder(simulate, tmp_path):
     """Of two phases, by a profile; a system whose bytes nobody can plan is refused, one that cannot be priced fails."""
     data = changed(cluster="emulated-2x4", phase=["exchange", "train_step"], system=["flat", "hiermoe-hd2", "megatron"])
-    status, out, err = moebench(data, "--json", "--steps", "2", "--warm", "1")
+    status, out, err = simulate(data, "--json", "--steps", "2", "--warm", "1")
     found = json.loads(out)
     assert status == 0, err
     assert set(found["cells"]) <= {"ok", "refused"}

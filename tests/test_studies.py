@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pandas as pd
 import pytest
 
-from harness import cli, studies
+from harness import studies
 from harness.errors import UserError
 from methods.fsmoe import sensitivity
 from methods.fsmoe import studies as fsmoe
-
-
-@pytest.fixture
-def moebench(monkeypatch, capsys):
-    """Run a command line -> exit status, stdout, stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["moebench", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        out, err = capsys.readouterr()
-        return exit_.value.code or 0, out, err
-
-    return run
 
 
 def test_the_studies_of_every_method_are_found():

@@ -130,9 +130,14 @@ class ReplicaExchange(FlatExchange):
 def replica_bytes(routing: Routing, hosts: np.ndarray, topology: Topology, row_bytes: float) -> dict[str, np.ndarray]:
     """Planned bytes of ``ReplicaExchange``, [num_ranks, num_ranks] from -> to, by part (see
     ``System.planned_bytes``)."""
-    matrix = travel(expert_counts(routing), hosts, topology).rows * row_bytes
+    return bytes_of_rows(travel(expert_counts(routing), hosts, topology).rows, len(hosts), row_bytes)
+
+
+def bytes_of_rows(rows: np.ndarray, num_experts: int, row_bytes: float) -> dict[str, np.ndarray]:
+    """The same of ``rows`` [source, rank] that go from each rank to each."""
+    matrix = rows * float(row_bytes)
     np.fill_diagonal(matrix, 0)
-    metadata = np.full(matrix.shape, 8.0 * len(hosts))  # int64 per expert
+    metadata = np.full(matrix.shape, 8.0 * num_experts)  # int64 per expert
     np.fill_diagonal(metadata, 0)
     return there_and_back(metadata, matrix)
 

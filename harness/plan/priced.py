@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness.comm.replicas import Travel, travel
+from harness.comm.replicas import Travel, bytes_of_rows, travel
 from harness.comm.sparse import SparsePlan, plan_sparse
 from harness.layer.work import expert_products, gate_macs
 from harness.memory import expert_bytes
@@ -156,6 +156,19 @@ class _Transfers:
         return work
 
 
+def decided(case: Case, policy: Policy, counts: Array) -> tuple[Array, Array]:
+    """P' of a batch with ``counts`` [W, E], bool [E, num_ranks], by what ``policy`` knows ahead of it: before the gate
+    and after. Phase ``exchange`` copies nothing."""
+    if case.identity_experts:
+        return case.placement.hosts, case.placement.hosts
+    early = policy.expect(case.placement.owner, case.topology.num_ranks)
+    return early, policy.revise(early, counts) if policy.revises else early
+
+
+def _replica_bytes(case: Case, rows: Array) -> dict[str, Array]:
+    return bytes_of_rows(rows, case.model.num_experts, _token_bytes(case))
+
+
 class PricedReplicated(ReplicatedTasks, PricedNative):
     """``policy``: with what it knows before the batch of ``case``."""
 
@@ -164,16 +177,13 @@ class PricedReplicated(ReplicatedTasks, PricedNative):
         counts = expert_counts(case.routing)
         self.revises = policy.revises and not case.identity_experts
         self.rematerialises = policy.rematerialises
-        early = hosts = case.placement.hosts
-        if not case.identity_experts:
-            early = policy.expect(owner, case.topology.num_ranks)
-            hosts = policy.revise(early, counts) if self.revises else early
+        early, hosts = decided(case, policy, counts)
         self.early = plan_sparse(owner, early, self.topology)
         self.late = plan_sparse(owner, (hosts & ~early) | case.placement.hosts, self.topology)
         self.whole = plan_sparse(owner, hosts, self.topology)
         self.hosts, self.transfers = hosts, _Transfers(case)
         self.travels: Travel = travel(counts, hosts, self.topology)
-        super().__init__(case, replica_parts(case, self.travels.rows), self.travels.computed)
+        super().__init__(case, _replica_bytes(case, self.travels.rows), self.travels.computed)
 
     def transfer(self, what: str, num_tasks: int) -> StageWork:
         sparse = {"gather": self.early, "late": self.late}.get(what, self.whole)
@@ -188,26 +198,11 @@ class PricedCopied(CopiedTasks, PricedNative):
         self.sparse = None if case.identity_experts else plan_sparse(placement.owner, placement.hosts, self.topology)
         self.transfers = _Transfers(case)
         moved = travel(expert_counts(case.routing), placement.hosts, self.topology)
-        super().__init__(case, replica_parts(case, moved.rows), moved.computed)
+        super().__init__(case, _replica_bytes(case, moved.rows), moved.computed)
 
     def transfer(self, what: str, num_tasks: int) -> StageWork:
         assert self.sparse is not None
         return self.transfers.of(self.sparse, home=what == "reduce")
-
-
-def replica_parts(case: Case, rows: Array) -> dict[str, Array]:
-    """Parts of ``System.planned_bytes`` of a ``ReplicaExchange``, of ``rows`` [W, W] from each rank to each."""
-    matrix = rows * float(_token_bytes(case))
-    np.fill_diagonal(matrix, 0)
-    metadata = np.full(matrix.shape, 8.0 * case.model.num_experts)  # int64 per expert
-    np.fill_diagonal(metadata, 0)
-    return {
-        "metadata": metadata,
-        "dispatch": matrix,
-        "combine": matrix.T,
-        "combine_grad": matrix,
-        "dispatch_grad": matrix.T,
-    }
 
 
 __all__ = [
@@ -217,9 +212,9 @@ __all__ = [
     "PricedReplicated",
     "all_to_all",
     "computed",
+    "decided",
     "expert_work",
     "gate_work",
     "mix_work",
     "native",
-    "replica_parts",
 ]

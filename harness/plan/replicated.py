@@ -54,7 +54,7 @@ from harness.plan.graph import Timeline, Work
 from harness.plan.layouts import ReplicatedTasks, StageWork
 from harness.plan.native import NativeLayer, NativePassage
 from harness.plan.passage import Passage
-from harness.plan.priced import PricedReplicated
+from harness.plan.priced import PricedReplicated, decided
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES
@@ -252,16 +252,8 @@ class ReplicatedSystem(UnifiedSystem):
         return ReplicatedLayer(case, job, weights, cls.policy(case, job))
 
     @classmethod
-    def planned_hosts(cls, case: Case, policy: Policy, routing: Routing) -> tuple[np.ndarray, np.ndarray]:
-        """P' of the batch whose placement is decided by what the policy knows at first, before the gate and after."""
-        if case.identity_experts:
-            return case.placement.hosts, case.placement.hosts
-        early = policy.expect(case.placement.owner, case.topology.num_ranks)
-        return early, policy.revise(early, expert_counts(routing)) if policy.revises else early
-
-    @classmethod
     def planned_shares(cls, case: Case) -> np.ndarray:
-        _, hosts = cls.planned_hosts(case, cls.policy(case, None), case.routing)
+        _, hosts = decided(case, cls.policy(case, None), expert_counts(case.routing))
         return replica_shares(case.routing, hosts, case.topology)
 
     @classmethod
@@ -270,7 +262,7 @@ class ReplicatedSystem(UnifiedSystem):
         if routing is None:
             return None
         policy, owner = cls.policy(case, None), case.placement.owner
-        early, hosts = cls.planned_hosts(case, policy, routing)
+        early, hosts = decided(case, policy, expert_counts(routing))
         exchange = replica_bytes(routing, hosts, case.topology, case.model.hidden * DTYPE_BYTES[case.dtype])
         if case.identity_experts:
             return exchange

@@ -16,10 +16,10 @@ import pandas as pd
 from harness import ledger
 from harness.bench.store import Store
 from harness.errors import UserError
+from harness.heldout import machine_of, shape_of
 from harness.plan.agreement import Agreement, agreement
 from harness.plan.graph import Timeline
 from harness.plan.host import Seconds, beside, merged
-from harness.plan.machine import Machine
 from harness.simulation import Simulation, simulate
 from harness.specs import Experiment
 
@@ -41,7 +41,7 @@ class Simulator:
         hosts = self._hosts_of(run)
         for cell, experiment in _experiments(run).items():
             try:
-                found = self._simulated(experiment, hosts.get(_same_host(experiment), {}))
+                found = self._simulated(experiment, hosts.get(shape_of(experiment), {}))
             except UserError as error:
                 why = why or error
                 continue
@@ -54,15 +54,14 @@ class Simulator:
     def timelines(self, run: Any, cell: str) -> dict[str, Timeline]:
         """Of a predicted cell by direction, [num_tasks, W]."""
         experiment = _experiments(run)[cell]
-        return dict(self._simulated(experiment, self._hosts_of(run).get(_same_host(experiment), {})).timelines)
+        return dict(self._simulated(experiment, self._hosts_of(run).get(shape_of(experiment), {})).timelines)
 
     def agreement(self, frame: pd.DataFrame) -> Agreement:
         """Of a table of cell, race, measured_s and predicted_s; of the cells from which nothing was taken."""
         return agreement(frame[~frame["cell"].isin(self.fitted)])
 
     def _simulated(self, experiment: Experiment, host: Seconds) -> Simulation:
-        calibration = ledger.profiled(experiment.cluster, self.folder)
-        machine = Machine.profiled(experiment.cluster, calibration, experiment.compute)
+        machine = machine_of(experiment, self.folder)
         return simulate(experiment, dataclasses.replace(machine, host=host), steps=STEPS, warm=WARM)
 
     def _hosts_of(self, run: Any) -> dict[str, Seconds]:
@@ -78,7 +77,7 @@ class Simulator:
                 continue
             each = [beside(executed[name], simulated[name]) for name in simulated.keys() & executed.keys()]
             if each:
-                found.setdefault(_same_host(experiment), []).append({k: v for part in each for k, v in part.items()})
+                found.setdefault(shape_of(experiment), []).append({k: v for part in each for k, v in part.items()})
                 self.fitted.add(cell)
         self._hosts[run.path] = {same: merged(several) for same, several in found.items()}
         return self._hosts[run.path]
@@ -86,12 +85,6 @@ class Simulator:
 
 def _experiments(run: Any) -> dict[str, Experiment]:
     return {cell: Experiment.model_validate(data) for cell, data in run.experiments.items()}
-
-
-def _same_host(experiment: Experiment) -> str:
-    """What the processor's part depends on beside the system."""
-    where = (experiment.phase, experiment.compute, experiment.model, experiment.cluster.name, experiment.dtype)
-    return repr((*where, experiment.workload.tokens_per_rank))
 
 
 __all__ = ["Simulator"]
