@@ -22,14 +22,12 @@ groups, and groups of ranks cost no bandwidth.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import numpy as np
 
-from baselines._smart_schedule import FasterLayer, PricedSmart
+from baselines._smart_schedule import GROUPS, GroupedLayer, Groups, PricedGroups
 from harness.comm.job import Job
-from harness.errors import bad
 from harness.layer.weights import Weights
 from harness.options import whole
 from harness.plan.passage import Passage
@@ -38,7 +36,6 @@ from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case
 
 FLOPS_PER_S, NET_BYTES_PER_S = 11.5e12, 6.25e9  # defaults of the public code, where a cluster does not say
-GROUPS = 4  # of the smart schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,8 +171,9 @@ class FasterMoE(ReplicatedSystem):
     source = "PPoPP 2022 (He et al.), dynamic shadowing with the loads of experts, and the pairwise schedule"
     options: ClassVar[dict[str, str]] = {
         "shadows": "popular experts to shadow in every batch (default: as many as its latency model finds best)",
-        "groups": f"of ranks in the smart schedule, 1: none (default: {GROUPS}, or as many as divide the ranks)",
+        **Groups.options,
     }
+    schedule = Groups()
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"three shadows": {"shadows": 3}}
 
     @classmethod
@@ -186,27 +184,12 @@ class FasterMoE(ReplicatedSystem):
     @classmethod
     def laid(cls, case: Case, policy: Policy) -> Passage | None:
         routing = cls.planned_routing(case)
-        return (
-            None
-            if routing is None
-            else PricedSmart(dataclasses.replace(case, routing=routing), policy, num_groups(case))
-        )
+        return None if routing is None else PricedGroups(cls, dataclasses.replace(case, routing=routing), policy)
 
     @classmethod
-    def build(cls, case: Case, job: Job, weights: Weights) -> FasterLayer:
-        layer = FasterLayer(case, job, weights, cls.policy(case, job))
-        layer.num_groups = num_groups(case)
-        return layer
+    def build(cls, case: Case, job: Job, weights: Weights) -> GroupedLayer:
+        return GroupedLayer(cls, case, job, weights)
 
     @classmethod
     def copied_parameters(cls, case: Case) -> int:
         return (case.model.num_layers + 1) * (cls.policy(case, None).num_shadows or 0)  # with one layer's gradients
-
-
-def num_groups(case: Case) -> int:
-    """Of the smart schedule, by a case's options."""
-    num_ranks = case.topology.num_ranks
-    wanted = whole(case, "groups", math.gcd(GROUPS, num_ranks), num_ranks)
-    if num_ranks % wanted:
-        raise bad("options.groups", wanted, f"must divide the {num_ranks} ranks")
-    return wanted

@@ -1,28 +1,28 @@
 """The exchange: how tokens travel to experts and back, and the flat all-to-all-v that is everyone's control.
 
-An exchange plans once per routing (metadata travels), then dispatches and combines. Dispatch and combine are
-transposes of each other, so the backward of one moves exactly the bytes of the other's forward.
+An exchange makes a ``Journey`` of every batch. Who computes a row is decided before, by one rule for all exchanges
+(``harness.comm.assign``); how the row gets there is the exchange's.
 """
 
 from __future__ import annotations
 
 import abc
-import dataclasses
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from harness.comm.assign import Hosting, assign, dealt_pieces
 from harness.comm.job import Job
-from harness.comm.rows import Spread, dot_rows, scale_rows
+from harness.comm.journey import Cut, Journey, Leg, all_to_all, bounds
+from harness.comm.replicas import there_and_back
+from harness.comm.rows import stable_order
 from harness.placement import Placement
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 
 
 class Exchange(abc.ABC):
-    """Tokens to experts and back, on one rank of ``job``."""
+    """Tokens to experts and back, on one rank of ``job``. ``placement``: the experts' owners, or all that hold one."""
 
     def __init__(self, job: Job, placement: Placement):
         self.job = job
@@ -32,154 +32,151 @@ class Exchange(abc.ABC):
         """Experts are where ``placement`` says from now on."""
         self.placement = placement
 
-    @abc.abstractmethod
-    def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> Any:
-        """Collective: ids int64 [T, k], weights [T, k], kept bool [T, k] or None -> what dispatch and combine need.
-
-        Differentiable in the weights, which combine applies. After dispatch the plan has ``counts`` int64 [E_local]
-        on the CPU: rows of every local expert."""
+    @property
+    def hosting(self) -> Hosting:
+        """Of the placement alone."""
+        return Hosting(self.placement.hosts, self.placement.local(self.job.rank))
 
     @abc.abstractmethod
-    def dispatch(self, x: torch.Tensor, plan: Any) -> torch.Tensor:
-        """x [T, M] -> rows [R, M] sorted by local expert, differentiable."""
+    def journey(
+        self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None, hosting: Hosting, cut: Cut
+    ) -> Journey:
+        """ids int64 [T, k], weights [T, k], kept bool [T, k] or None: the way of a batch, of which nothing is told."""
 
-    @abc.abstractmethod
-    def combine(self, rows: torch.Tensor, plan: Any) -> torch.Tensor:
-        """expert outputs [R, M] -> their weighted sums per token [T, M], differentiable."""
+    def count(self, ids: torch.Tensor, kept: torch.Tensor | None, pieces: int = 1) -> np.ndarray:
+        """Collective: rows of every rank for every expert, int64 [pieces, num_ranks, E]."""
+        num_experts, num_ranks = self.placement.hosts.shape
+        chosen = taken(ids, kept)
+        key = ids.flatten()[chosen]
+        if pieces > 1:
+            key = key + num_experts * piece_of(chosen // ids.shape[1], len(ids), pieces)
+        own = torch.bincount(key, minlength=pieces * num_experts)
+        if num_ranks == 1:
+            return own.cpu().numpy().reshape(pieces, 1, num_experts)
+        each = [len(own)] * num_ranks
+        every = all_to_all(own.repeat(num_ranks), each, each, self.job.world)
+        return every.cpu().numpy().reshape(num_ranks, pieces, num_experts).transpose(1, 0, 2)
 
 
-def all_to_all(
-    send: torch.Tensor,
-    send_rows: list[int],
-    receive_rows: list[int],
-    group: dist.ProcessGroup | None,
-    async_op: bool = False,
-) -> tuple[torch.Tensor, Any]:
-    """All-to-all-v over dimension 0 through the installed wire; a rank alone in its group keeps its rows."""
-    if group is None:
-        return send, None
-    received = send.new_empty(sum(receive_rows), *send.shape[1:])
-    work = dist.all_to_all_single(received, send.contiguous(), receive_rows, send_rows, group=group, async_op=async_op)
-    return received, work
+def piece_of(token: torch.Tensor, num_tokens: int, pieces: int) -> torch.Tensor:
+    """Of tokens int64 [R] the piece in which each lies."""
+    edges = torch.tensor(bounds(num_tokens, pieces)[1:], device=token.device)
+    return torch.searchsorted(edges, token, right=True)
+
+
+def taken(ids: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Flat indices into [T, k] of the assignments that the gate did not drop, int64 [R]."""
+    choice = torch.arange(ids.numel(), device=ids.device)
+    return choice if kept is None else choice[kept.flatten()]
 
 
 # --- flat: one copy of a token per chosen expert, one all-to-all-v over all ranks ---------------------------------
 
 
-@dataclasses.dataclass(eq=False)
-class FlatPlan:
-    weights: torch.Tensor  # [T, k]
-    counts: torch.Tensor  # int64 [E_local]
-    sent: Spread  # row sent -> token
-    choice: torch.Tensor  # int64 [R_sent]: flat index into [T, k] of each row sent
-    send_rows: list[int]
-    receive_rows: list[int]
-    by_expert: torch.Tensor  # int64 [R]: row received at each place of the expert-sorted order
-    by_source: torch.Tensor  # its inverse
-
-
-def taken(ids: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    """Flat indices into [T, k] of the assignments that the gate did not drop, int64 [R_sent]."""
-    choice = torch.arange(ids.numel(), device=ids.device)
-    return choice if kept is None else choice[kept.flatten()]
-
-
-def flat_plan(
-    weights: torch.Tensor,
-    choice: torch.Tensor,
-    send_rows: list[int],
-    received: torch.Tensor,
-    slot: torch.Tensor | None = None,
-) -> FlatPlan:
-    """``choice``: assignments in the order in which they are sent, ``send_rows`` to each rank; ``received`` int64
-    [num_ranks, E_local] on the CPU: rows from each rank for each local expert, in the order in which each rank sends
-    them; ``slot`` int64 [E_local]: the place of each among the local experts; None: that order."""
-    if slot is None:
-        slot = torch.arange(received.shape[1])
-    expert = slot.repeat(len(received)).repeat_interleave(received.flatten())
-    by_expert = expert.argsort(stable=True).to(choice.device)
-    by_source = torch.empty_like(by_expert)
-    by_source[by_expert] = torch.arange(len(by_expert), device=choice.device)
-    # A token's rows are added in the order of its choices: so sums do not depend on where experts are.
-    top_k = weights.shape[1]
-    sent = Spread(choice // top_k, len(weights), rank_in_item=choice % top_k)
-    receive_rows = [int(rows) for rows in received.sum(1)]
-    counts = torch.empty_like(slot)
-    counts[slot] = received.sum(0)
-    return FlatPlan(weights, counts, sent, choice, send_rows, receive_rows, by_expert, by_source)
-
-
 class FlatExchange(Exchange):
-    """All-to-all-v expert parallelism. Rows leave sorted by expert, so only counts travel as metadata; gate weights
-    stay with the token and are applied when the rows come home."""
+    """One all-to-all-v over all ranks. Rows are sorted by expert before they are sent, so only counts travel as metadata;
+    gate weights stay with the token and are applied when the rows come home."""
 
-    def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> FlatPlan:
-        placement, num_ranks = self.placement, self.job.num_ranks
-        order = np.concatenate([placement.local(rank) for rank in range(num_ranks)])
-        order_of_expert = torch.as_tensor(order, device=ids.device)
-        rank_order = torch.empty_like(order_of_expert)  # expert -> its place when experts are sorted by owner
-        rank_order[order_of_expert] = torch.arange(len(rank_order), device=ids.device)
+    def journey(
+        self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None, hosting: Hosting, cut: Cut
+    ) -> FlatJourney:
+        if hosting.several and hosting.counts is None:
+            hosting = hosting.counted(self.count(ids, kept, cut.pieces))
+        return FlatJourney(self.job, ids, weights, kept, hosting, cut)
 
-        chosen = taken(ids, kept)
-        key = rank_order[ids.flatten()[chosen]]
-        rows_of_slot = torch.bincount(key, minlength=len(rank_order)).cpu()
-        local = [len(placement.local(rank)) for rank in range(num_ranks)]
-        received, _ = all_to_all(
-            rows_of_slot.to(ids.device),
-            local,
-            [local[self.job.rank]] * num_ranks,
-            self.job.world if num_ranks > 1 else None,
+
+class FlatJourney(Journey):
+    """Where experts have several hosts, every rank knows how many rows the others have (``Hosting.counts``), and
+    nothing else travels as metadata; else each rank is told how many it gets. ``groups``: of ranks; a piece then is what
+    goes between ranks so many groups apart, and the last one what stays with a copy (FasterMoE's smart schedule)."""
+
+    num_hops = 1
+    one_each = True
+
+    def __init__(
+        self,
+        job: Job,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        kept: torch.Tensor | None,
+        hosting: Hosting,
+        cut: Cut,
+        groups: int = 0,
+    ):
+        super().__init__(cut, weights.requires_grad)
+        self.job, self.ids, self.weights, self.kept, self.hosting = job, ids, weights.detach(), kept, hosting
+        self.groups, self.shared = groups, bool(groups)
+        self.item_bounds = [len(ids)] * (cut.pieces + 1) if groups else bounds(len(ids), cut.pieces)
+
+    def tell(self, hop: int) -> None:
+        job, hosting, pieces, (num_tokens, top_k) = self.job, self.hosting, self.cut.pieces, self.ids.shape
+        choice = taken(self.ids, self.kept)
+        expert = self.ids.flatten()[choice]
+        held = assign(expert, hosting, job.topology, job.rank)
+        rank_of = torch.as_tensor(hosting.holder, device=held.device)
+        order = stable_order(held, len(rank_of))
+        choice, held = choice[order], held[order]
+        if pieces > 1:
+            if self.groups:
+                to = torch.as_tensor(self._apart()[job.rank], device=held.device)  # [E, rank]
+                piece = to[torch.as_tensor(hosting.expert, device=held.device)[held], rank_of[held]]
+            else:
+                piece = piece_of(choice // top_k, num_tokens, pieces)
+            order = stable_order(piece, pieces)
+            choice, held, piece = choice[order], held[order], piece[order]
+        else:
+            piece = torch.zeros_like(held)
+        sent = torch.bincount(piece * job.num_ranks + rank_of[held], minlength=pieces * job.num_ranks).cpu()
+        received = self._received(piece, held)
+        slots = torch.as_tensor(np.argsort(hosting.held, kind="stable"))  # rows come by ascending expert
+        self.counts = torch.empty(pieces, len(slots), dtype=torch.int64)
+        self.counts[:, slots] = received.sum(1)
+        self.slot = slots.repeat(pieces * job.num_ranks).repeat_interleave(received.flatten()).to(held.device)
+        self.item = torch.arange(len(self.slot), device=held.device)
+        self.choice, self.staying = choice, self.weights.flatten()[choice]
+        group = job.world if job.num_ranks > 1 else None
+        # A token's rows are added in the order of its choices: so sums do not depend on where experts are.
+        self.legs.append(
+            Leg(
+                group,
+                choice // top_k,
+                sent.view(pieces, -1),
+                received.sum(2),
+                order=choice % top_k,
+                stays=self.groups or None,
+            )
         )
-        received = received.cpu().view(num_ranks, local[self.job.rank])  # [source, local expert]
-        send_rows = [int(part.sum()) for part in rows_of_slot.split(local)]
-        return flat_plan(weights, chosen[key.argsort(stable=True)], send_rows, received)
 
-    def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
-        return _FlatDispatch.apply(x, self, plan)
+    def _received(self, piece: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        """Rows of each piece from each rank for each own expert, ascending: int64 [pieces, num_ranks, held] on the CPU."""
+        job, hosting, pieces = self.job, self.hosting, self.cut.pieces
+        if hosting.counts is not None and hosting.several:
+            masks = None if not self.groups else self._apart()[:, :, job.rank]
+            return torch.as_tensor(dealt_pieces(hosting, job.topology, job.rank, pieces, masks))
+        num_held = np.bincount(hosting.holder, minlength=job.num_ranks).tolist()
+        own = num_held[job.rank]
+        table = torch.bincount(held * pieces + piece, minlength=len(hosting.holder) * pieces).view(-1, pieces)
+        every = all_to_all(table, num_held, [own] * job.num_ranks, job.world if job.num_ranks > 1 else None)
+        return every.view(job.num_ranks, own, pieces).permute(2, 0, 1).cpu()
 
-    def combine(self, rows: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
-        return _FlatCombine.apply(rows, plan.weights, self, plan)
+    def _apart(self) -> np.ndarray:
+        """Piece of what goes from each rank for each expert to each rank, int [source, E, rank]."""
+        num_ranks, hosting = self.job.num_ranks, self.hosting
+        found = np.broadcast_to(apart(num_ranks, self.groups)[:, None, :], (num_ranks, *hosting.hosts.shape)).copy()
+        rank = np.arange(num_ranks)
+        found[rank, :, rank] = np.where(hosting.copied.T, self.groups, found[rank, :, rank])
+        return found
 
-    def _out(self, rows: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
-        """Rows in sending order -> rows by local expert at their experts."""
-        group = self.job.world if self.job.num_ranks > 1 else None
-        received, _ = all_to_all(rows, plan.send_rows, plan.receive_rows, group)
-        return received.index_select(0, plan.by_expert)
-
-    def _home(self, rows: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
-        """The way back."""
-        group = self.job.world if self.job.num_ranks > 1 else None
-        return all_to_all(rows.index_select(0, plan.by_source), plan.receive_rows, plan.send_rows, group)[0]
-
-
-class _FlatDispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, exchange, plan):  # type: ignore[no-untyped-def, override]
-        ctx.exchange, ctx.plan = exchange, plan
-        return exchange._out(plan.sent.spread(x), plan)
-
-    @staticmethod
-    def backward(ctx, drows):  # type: ignore[no-untyped-def, override]
-        return ctx.plan.sent.gather(ctx.exchange._home(drows, ctx.plan)), None, None
+    def gradients(self) -> torch.Tensor:
+        found = torch.zeros(self.ids.numel(), dtype=self.weights.dtype, device=self.ids.device)
+        found[self.choice] = self.dweight
+        return found.view(self.ids.shape)
 
 
-class _FlatCombine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, weights, exchange, plan):  # type: ignore[no-untyped-def, override]
-        home = exchange._home(rows, plan)
-        chosen = weights.flatten()[plan.choice]
-        ctx.save_for_backward(home, weights)
-        ctx.exchange, ctx.plan = exchange, plan
-        return plan.sent.gather(home, chosen)
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
-        home, weights = ctx.saved_tensors
-        plan = ctx.plan
-        dweights = torch.zeros_like(weights).flatten()
-        dweights[plan.choice] = dot_rows(dy, plan.sent.item, home).to(weights.dtype)
-        scaled = scale_rows(dy, plan.sent.item, weights.flatten()[plan.choice])
-        return ctx.exchange._out(scaled, plan), dweights.view_as(weights), None, None
+def apart(num_ranks: int, num_groups: int) -> np.ndarray:
+    """How many groups lie from one rank to another, going around, int [source, rank]."""
+    group = np.arange(num_ranks) * num_groups // num_ranks
+    return (group[None, :] - group[:, None]) % num_groups
 
 
 def flat_bytes(
@@ -198,14 +195,3 @@ def flat_bytes(
     counts = np.broadcast_to(placement.hosts.sum(0) * 8.0, (num_ranks, num_ranks)).copy()  # int64 per expert
     np.fill_diagonal(counts, 0)
     return there_and_back(counts, matrix)
-
-
-def there_and_back(metadata: np.ndarray, dispatch: np.ndarray) -> dict[str, np.ndarray]:
-    """Parts of ``System.planned_bytes`` of an exchange whose rows come home the way they went, and again backward."""
-    return {
-        "metadata": metadata,
-        "dispatch": dispatch,
-        "combine": dispatch.T.copy(),
-        "combine_grad": dispatch,
-        "dispatch_grad": dispatch.T.copy(),
-    }

@@ -1,4 +1,4 @@
-"""Tokens to experts that have replicas, over the flat all-to-all-v: to the nearest, evenly among those as near.
+"""Tokens to experts that have replicas: to the nearest, evenly among those as near.
 
 A token on a rank that holds its expert stays; else the rows for this expert are dealt out evenly to the holders in
 the rank's node; else evenly to all holders (Hecate, arXiv 2502.02581, topology-aware dispatch). With more than two
@@ -14,10 +14,7 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from harness.comm.exchange import FlatExchange, FlatPlan, all_to_all, flat_plan, taken, there_and_back
-from harness.comm.rows import stable_order
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.topology import Topology
@@ -70,65 +67,8 @@ def _nearest(packed: bytes, shape: tuple[int, int], topology: Topology) -> Neare
     return Nearest(bits.reshape(shape).astype(bool), topology)
 
 
-class ReplicaExchange(FlatExchange):
-    """``placement``: the owners. Replicas come with every plan (``plan_to``)."""
-
-    def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> FlatPlan:
-        """Without replicas."""
-        own = self.placement.local(self.job.rank)
-        return self.plan_to(self.placement.hosts, own, ids, weights, kept, self.count(ids, kept))
-
-    def count(self, ids: torch.Tensor, kept: torch.Tensor | None) -> np.ndarray:
-        """Collective: rows of every rank for every expert, int64 [num_ranks, E]."""
-        num_ranks, num_experts = self.placement.hosts.shape[::-1]
-        own = torch.bincount(ids.flatten()[taken(ids, kept)], minlength=num_experts)
-        if num_ranks == 1:
-            return own.cpu().numpy()[None]
-        each = [num_experts] * num_ranks
-        every, _ = all_to_all(own.repeat(num_ranks), each, each, self.job.world)
-        return every.cpu().numpy().reshape(num_ranks, num_experts)
-
-    def plan_to(
-        self,
-        hosts: np.ndarray,
-        held: np.ndarray,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        kept: torch.Tensor | None,
-        counts: np.ndarray,
-        only: np.ndarray | None = None,
-    ) -> FlatPlan:
-        """``hosts`` bool [E, num_ranks]: who holds what in this batch; ``held``: this rank's experts in the order in
-        which it computes them; ``counts``: as of ``count``; ``only`` bool [source, E, rank]: the part of the rows that
-        this plan is for."""
-        rank, device = self.job.rank, ids.device
-        near = nearest(hosts, self.job.topology)
-        rows = near.rows(counts)  # [source, E, rank]
-        if only is not None:
-            rows = np.where(only, rows, 0)
-
-        chosen = taken(ids, kept)
-        expert = ids.flatten()[chosen]
-        order = stable_order(expert, len(hosts))
-        expert, chosen = expert[order], chosen[order]
-        own = torch.as_tensor(counts[rank], device=device)
-        number = (
-            torch.arange(len(expert), device=device) - (own.cumsum(0) - own)[expert]
-        )  # among the rows of its expert
-        share = torch.as_tensor(near.count[rank], device=device)[expert]
-        target = torch.as_tensor(near.holders(rank), device=device)[expert, (number + rank) % share]
-        if only is not None:
-            these = torch.as_tensor(only[rank], device=device)[expert, target]
-            chosen, target = chosen[these], target[these]
-        send = chosen[stable_order(target, len(counts))]
-
-        ascending = np.argsort(held, kind="stable")  # as ranks send them
-        received = torch.as_tensor(np.ascontiguousarray(rows[:, np.asarray(held)[ascending], rank]))
-        return flat_plan(weights, send, rows[rank].sum(0).tolist(), received, torch.as_tensor(ascending))
-
-
 def replica_bytes(routing: Routing, hosts: np.ndarray, topology: Topology, row_bytes: float) -> dict[str, np.ndarray]:
-    """Planned bytes of ``ReplicaExchange``, [num_ranks, num_ranks] from -> to, by part (see
+    """Planned bytes of the flat exchange to copies, [num_ranks, num_ranks] from -> to, by part (see
     ``System.planned_bytes``)."""
     return bytes_of_rows(travel(expert_counts(routing), hosts, topology).rows, len(hosts), row_bytes)
 
@@ -193,3 +133,14 @@ def replica_shares(routing: Routing, hosts: np.ndarray, topology: Topology) -> n
     rows = travel(counts, hosts, topology).computed.T
     total = counts.sum(0)[:, None]
     return np.where(total > 0, rows / np.maximum(total, 1), hosts / hosts.sum(1, keepdims=True))
+
+
+def there_and_back(metadata: np.ndarray, dispatch: np.ndarray) -> dict[str, np.ndarray]:
+    """Parts of ``System.planned_bytes`` of an exchange whose rows come home the way they went, and again backward."""
+    return {
+        "metadata": metadata,
+        "dispatch": dispatch,
+        "combine": dispatch.T.copy(),
+        "combine_grad": dispatch,
+        "dispatch_grad": dispatch.T.copy(),
+    }

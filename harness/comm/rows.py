@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from harness.comm.handover import Handover
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Spread:
+class Spread(Handover):
     """Row r copies item ``item[r]``; ``item`` int64 [R], values in 0..num_items - 1.
 
     ``place`` int64 [R]: where row r stands in the buffer of rows, if not in order. ``rank_in_item`` int64 [R], below

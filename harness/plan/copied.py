@@ -22,11 +22,10 @@ import numpy as np
 import torch
 
 from harness.comm.job import Job
-from harness.comm.replicas import ReplicaExchange, replica_bytes, replica_shares
+from harness.comm.replicas import replica_shares
 from harness.comm.sparse import Chunks, Transfer, plan_sparse
 from harness.layer.experts import Experts
 from harness.layer.gates import Gated
-from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
 from harness.memory import expert_bytes
 from harness.options import whole
@@ -35,28 +34,19 @@ from harness.plan.course import FollowedCourse
 from harness.plan.following import Following, Planner
 from harness.plan.graph import Work
 from harness.plan.layouts import CopiedTasks, StageWork
-from harness.plan.native import NativeLayer, NativePassage
+from harness.plan.native import NativeLayer, NativePassage, NativeSystem
 from harness.plan.passage import Passage
 from harness.plan.priced import PricedCopied
 from harness.plan.rearrange import Rearranger
 from harness.routing.certificate import expert_counts
-from harness.specs import DTYPE_BYTES
 from harness.system import AfterStep, Case, MoELayer
 
 
 class CopiedLayer(NativeLayer):
     """``placement``: who holds what."""
 
-    exchange_: ReplicaExchange
-
-    def __init__(self, case: Case, job: Job, weights: Weights, placement: Placement):
-        super().__init__(
-            dataclasses.replace(case, placement=placement), ReplicaExchange(job, placement), weights, job.rank
-        )
-
-    @property
-    def placement(self) -> Placement:
-        return self.exchange_.placement
+    def __init__(self, system: type[CopiedSystem], case: Case, job: Job, weights: Weights):
+        super().__init__(system, case.placed(system.first(case)), job, weights)
 
     def passage(self, gated: Gated | None = None) -> CopiedPassage:
         return CopiedPassage(self, gated)
@@ -92,11 +82,10 @@ class CopiedPassage(CopiedTasks, NativePassage):
         return Chunks(experts.local, [parameter.grad for parameter in own])
 
 
-class CopiedSystem(UnifiedSystem):
+class CopiedSystem(NativeSystem):
     """A native system that differs by its planner alone. A layer begins with what the planner makes of the case's
     routing, as if training had been going on; ``rearrange_every`` and ``slots`` are options of all of them."""
 
-    stands_in = True
     every: ClassVar[int]
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"rearranged": {"rearrange_every": 3}}
     options: ClassVar[dict[str, str]] = {
@@ -112,7 +101,7 @@ class CopiedSystem(UnifiedSystem):
     @classmethod
     def refuse(cls, case: Case) -> str | None:
         most, slots = int(case.placement.hosts.sum(0).max()), num_slots(case)
-        return f"{slots} slots are fewer than the {most} experts of a rank" if slots < most else None
+        return f"{slots} slots are fewer than the {most} experts of a rank" if slots < most else super().refuse(case)
 
     @classmethod
     def first(cls, case: Case) -> Placement:
@@ -129,7 +118,7 @@ class CopiedSystem(UnifiedSystem):
     def laid(cls, case: Case) -> Passage | None:
         """With copies where the case's placement has them."""
         routing = cls.planned_routing(case)
-        return None if routing is None else PricedCopied(dataclasses.replace(case, routing=routing))
+        return None if routing is None else PricedCopied(cls, dataclasses.replace(case, routing=routing))
 
     @classmethod
     def course(cls, cases: Sequence[Case]) -> CopiedCourse:
@@ -141,7 +130,7 @@ class CopiedSystem(UnifiedSystem):
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> CopiedLayer:
-        return CopiedLayer(case, job, weights, cls.first(case))
+        return CopiedLayer(cls, case, job, weights)
 
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
@@ -161,8 +150,8 @@ class CopiedSystem(UnifiedSystem):
         routing = cls.planned_routing(case)
         if routing is None:
             return None
-        placement, row_bytes = cls.first(case), case.model.hidden * DTYPE_BYTES[case.dtype]
-        parts = replica_bytes(routing, placement.hosts, case.topology, row_bytes)
+        placement, cut = cls.first(case), cls.schedule.cut(case, cls.exchange)
+        parts = cls.exchange.fares(case.placed(placement), routing, placement.hosts, cut).parts()
         if not case.identity_experts:
             sent = plan_sparse(placement.owner, placement.hosts, case.topology)
             spread = sent.bytes(expert_bytes(case.model, case.dtype))

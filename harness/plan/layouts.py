@@ -15,9 +15,11 @@ import abc
 from collections.abc import Callable, Iterable
 from typing import Literal
 
+from harness.comm.journey import Cut
 from harness.comm.sparse import SparsePlan
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
 from harness.plan.passage import Passage
+from harness.plan.schedule import Schedule
 from harness.topology import Topology
 
 #: of one task of a transfer: its stages, and which hops (``SparsePlan.near``; None: all)
@@ -68,6 +70,12 @@ class PlannedTasks(Passage):
 
 
 class NativeTasks(PlannedTasks):
+    """``schedule``: lays out the tasks between gate and mix, of ``num_hops`` hops and a batch cut by ``cut``."""
+
+    schedule: Schedule
+    num_hops: int
+    cut: Cut
+
     def ready(self, plan: Plan, prefix: str) -> list[str]:
         """What the experts' forward waits for beside the tokens. Called when these have their place in the plan."""
         return []
@@ -79,23 +87,17 @@ class NativeTasks(PlannedTasks):
     def there_and_back(
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
-        plan.put(f"{prefix}metadata", INTER, after, self.work("forward", "metadata"))
-        arrived = plan.put(f"{prefix}dispatch", INTER, (), self.work("forward", "dispatch"))
-        needed = [arrived, *self.ready(plan, prefix)]
-        if gradients is not None:
-            plan.put(f"{prefix}gradients", INTER, (), gradients)
-        last = plan.put(f"{prefix}experts", COMPUTE, needed, self.work("forward", "experts"))
-        return [plan.put(f"{prefix}combine", INTER, [last], self.work("forward", "combine"))]
+        return self.schedule.lay(plan, self, "forward", prefix, after, gradients)
 
     def back_and_there(
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
-        last = plan.put(f"{prefix}combine", INTER, after, self.work("backward", "combine"))
-        last = plan.put(f"{prefix}experts", COMPUTE, [last, *self.ready_back()], self.work("backward", "experts"))
-        if gradients is not None:
-            plan.put(f"{prefix}gradients", INTER, (), gradients)
-        plan.put(f"{prefix}dispatch", INTER, [last], self.work("backward", "dispatch"))
-        return [plan.put(f"{prefix}metadata", INTER, (), self.work("backward", "metadata"))]
+        return self.schedule.lay(plan, self, "backward", prefix, after, gradients)
+
+    def last_experts(self, prefix: str) -> str:
+        """The task behind which a backward's gradients of parameters are complete."""
+        names = self.schedule.names(self, "backward")
+        return f"{prefix}{names[-1]}"
 
 
 class ReplicatedTasks(NativeTasks):
@@ -139,7 +141,7 @@ class ReplicatedTasks(NativeTasks):
 
     def behind(self, plan: Plan, prefix: str = "", after: Iterable[str] = ()) -> list[str]:
         known = None if self.revises else self.early
-        last = self._stages(plan, prefix, "reduce", [*after, f"{prefix}experts"], known)
+        last = self._stages(plan, prefix, "reduce", [*after, self.last_experts(prefix)], known)
         return [plan.put(f"{prefix}release", INTER, last, self.work("backward", "release"))] if last else []
 
     def _stages(
@@ -191,7 +193,7 @@ class CopiedTasks(NativeTasks):
         if sparse is None or not any(len(hops.chunk) for hops in sparse.stages):
             return []
         inside = tuple(range(1, self.topology.num_levels))
-        last = [*after, f"{prefix}experts"]
+        last = [*after, self.last_experts(prefix)]
         ways = {"reduce": ((INTRA, inside[::-1]), (INTER, (0,))), "spread": ((INTER, (0,)), (INTRA, inside))}
         for what, parts in ways.items():
             work = self.transfer(what, 2)  # type: ignore[arg-type]

@@ -1,14 +1,22 @@
-"""Native systems that differ by their exchange alone: whole experts behind metadata, dispatch and combine."""
+"""Native systems: whole experts behind an exchange, in the order of a schedule.
+
+class Mine(NativeSystem):
+    exchange = MyExchange()  # an ``ExchangeSlot``; by default the flat all-to-all
+    schedule = MySchedule()  # a ``ScheduleSlot``; by default one thing after another
+"""
 
 from __future__ import annotations
 
-import abc
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
+from harness.comm.assign import Hosting
 from harness.comm.exchange import Exchange
 from harness.comm.handover import pop
 from harness.comm.job import Job
+from harness.comm.journey import Cut, Journey, Trip
 from harness.layer.experts import Experts, IdentityExperts
 from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedSystem
@@ -16,28 +24,35 @@ from harness.layer.weights import Weights
 from harness.placement import Placement
 from harness.plan.layouts import NativeTasks
 from harness.plan.moving import resize
-from harness.plan.passage import Passage
+from harness.plan.passage import Direction, Passage
 from harness.plan.planned import PlannedLayer, PlannedPassage
-from harness.plan.priced import native
+from harness.plan.priced import PricedNative, computed
 from harness.plan.segment import Segment
+from harness.plan.slots import ExchangeSlot, FlatSlot, ScheduleSlot, Serial
 from harness.system import Case
 
 
 class NativeLayer(PlannedLayer):
-    """Whole experts on their ranks behind an exchange."""
+    """Whole experts on their ranks behind an exchange. ``cut``: of the next batches."""
 
-    def __init__(self, case: Case, exchange: Exchange, weights: Weights, rank: int):
-        super().__init__(case, exchange.job, weights)
-        self.exchange_ = exchange
+    def __init__(self, system: type[NativeSystem], case: Case, job: Job, weights: Weights):
+        super().__init__(case, job, weights)
+        self.exchange_: Exchange = system.exchange.make(case, job)
+        self.schedule, self.cut = system.schedule, system.schedule.cut(case, system.exchange)
+        self.num_hops = system.exchange.num_hops(case)
         if case.identity_experts:
             self.experts = IdentityExperts()
         else:
-            self.experts = Experts(weights, case.placement.local(rank).tolist(), case.device)
+            self.experts = Experts(weights, case.placement.local(job.rank).tolist(), case.device)
             self.experts.stand_in = case.stand_in_costs
 
         self.routed: tuple[torch.Tensor, torch.Tensor | None] | None = (
             None  # the gate's ids and kept, of the last batch
         )
+
+    @property
+    def placement(self) -> Placement:
+        return self.exchange_.placement
 
     def place(self, placement: Placement) -> None:
         """Experts, which have been moved, are where ``placement`` says from now on."""
@@ -51,81 +66,142 @@ class NativeLayer(PlannedLayer):
 
 
 class NativePassage(NativeTasks, PlannedPassage):
+    """``journey``: of the batch, once its metadata is there."""
+
     layer: NativeLayer
+    journey: Journey
+    there: Trip
+    back: Trip
 
     def __init__(self, layer: NativeLayer, gated: Gated | None):
         super().__init__(layer, gated)
-        self.metadata, self.dispatch, self.experts, self.combine = (Segment() for _ in range(4))
+        self.schedule, self.num_hops = layer.schedule, layer.num_hops
+        self.cut = layer.cut
+        self.segments = [Segment() for _ in range(1 if self.cut.whole else self.cut.pieces)]
 
-    def _metadata(self, weights: torch.Tensor) -> torch.Tensor:
-        self.layer.routed = (self.ids, self.kept)
-        self.plan = self.layer.exchange_.plan(self.ids, weights, self.kept)
-        return self.plan.weights
+    # ------------------------------------------------------------------ what the experts do; a subclass has copies
 
-    def _dispatch(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.layer.exchange_.dispatch(rows, self.plan)
+    def hosting(self) -> Hosting:
+        """Collective where it has to ask: who holds what in this batch."""
+        return self.layer.exchange_.hosting
 
-    def _experts(self, arrived: torch.Tensor) -> torch.Tensor:
-        return self.layer.experts(arrived, self.plan.counts)
+    def _experts(self, arrived: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return self.layer.experts(arrived, counts)
 
-    def _experts_back(self, dmade: torch.Tensor | None) -> torch.Tensor | None:
-        return self.experts.backward(dmade)[0]
+    def _experts_back(self, segment: Segment, dmade: torch.Tensor) -> torch.Tensor | None:
+        return segment.backward(dmade)[0]
 
-    def _combine(self, made: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        self.plan.weights = weights
-        return self.layer.exchange_.combine(made, self.plan)
+    def start(self) -> Journey:
+        return self.layer.exchange_.journey(self.ids, self.weights, self.kept, self.hosting(), self.cut)
+
+    # ------------------------------------------------------------------ between gate and mix
 
     def depart(self, rows: torch.Tensor) -> None:
-        self.rows = rows
+        self.rows = rows.detach()
 
     def arrive(self) -> torch.Tensor:
-        return pop(self, "home")
+        home = self.there.end()
+        return home.requires_grad_(torch.is_grad_enabled() and not home.requires_grad)
 
     def depart_back(self, dhome: torch.Tensor | None) -> None:
         self.dhome = dhome
 
-    def arrive_back(self) -> torch.Tensor | None:
-        return pop(self, "drows")
+    def arrive_back(self) -> torch.Tensor:
+        if self.journey.learns:
+            self.dweights = self.journey.gradients().to(self.weights_dtype)
+        return self.back.end()
 
-    def forward_metadata(self) -> None:
-        self.at_experts = self.metadata.forward(self._metadata, self.weights)
+    # ------------------------------------------------------------------ tasks
 
-    def forward_dispatch(self) -> None:
-        self.arrived = self.dispatch.forward(self._dispatch, pop(self, "rows"))
+    @torch.no_grad()
+    def forward_metadata(self, hop: int) -> None:
+        if not hop:
+            self.layer.routed = (self.ids, self.kept)
+            self.weights_dtype = self.weights.dtype
+            self.journey = self.start()
+        self.journey.tell(hop)
+        if not hop:
+            rows = pop(self, "rows")
+            self.none = rows.new_zeros(1, 1).expand(rows.shape)
+            self.there = Trip(self.journey, "forward")
+            self.there.begin(rows)
 
-    def forward_experts(self) -> None:
-        self.made = self.experts.forward(self._experts, pop(self, "arrived"))
+    @torch.no_grad()
+    def forward_out(self, hop: int, chunk: int) -> None:
+        self.there.out(hop, chunk)
 
-    def forward_combine(self) -> None:
-        self.home = self.combine.forward(self._combine, pop(self, "made"), pop(self, "at_experts"))
+    def forward_experts(self, batch: int) -> None:
+        for piece in self._pieces("forward", batch):
+            counts = self.journey.counts.sum(0) if piece is None else self.journey.counts[piece]
+            arrived = self.there.arrived(piece).requires_grad_(torch.is_grad_enabled())
+            made = self.segments[piece or 0].forward(lambda rows, counts=counts: self._experts(rows, counts), arrived)
+            self.there.give(piece, made.detach())
 
-    def backward_combine(self) -> None:
-        self.dmade, self.dat_experts = self.combine.backward(pop(self, "dhome"))
+    @torch.no_grad()
+    def forward_home(self, hop: int, chunk: int) -> None:
+        self.there.home(hop, chunk)
 
-    def backward_experts(self) -> None:
-        self.darrived = self._experts_back(pop(self, "dmade"))
+    @torch.no_grad()
+    def backward_out(self, hop: int, chunk: int) -> None:
+        if not hop and not chunk:
+            dhome = pop(self, "dhome")
+            self.back = Trip(self.journey, "backward")
+            self.back.begin(self.none if dhome is None else dhome)
+        self.back.out(hop, chunk)
 
-    def backward_dispatch(self) -> None:
-        (self.drows,) = self.dispatch.backward(pop(self, "darrived"))
+    @torch.no_grad()
+    def backward_metadata(self, hop: int) -> None:
+        self.journey.tell_back(hop)
 
-    def backward_metadata(self) -> None:
-        (self.dweights,) = self.metadata.backward(pop(self, "dat_experts"))
+    def backward_experts(self, batch: int) -> None:
+        for piece in self._pieces("backward", batch):
+            dmade = self.back.arrived(piece)
+            drows = self._experts_back(self.segments[piece or 0], dmade)
+            self.back.give(piece, torch.zeros_like(dmade) if drows is None else drows)
+
+    @torch.no_grad()
+    def backward_home(self, hop: int, chunk: int) -> None:
+        self.back.home(hop, chunk)
+
+    def _pieces(self, direction: Direction, batch: int) -> list[int | None]:
+        return [None] if self.cut.whole else list(self.cut.of_chunk(direction, batch))
 
 
 class NativeSystem(UnifiedSystem):
-    """A native system that differs by its exchange alone."""
+    """A choice of exchange and schedule, whose experts stay with their owners."""
 
     stands_in = True
+    exchange: ClassVar[ExchangeSlot] = FlatSlot()
+    schedule: ClassVar[ScheduleSlot] = Serial()
 
     @classmethod
-    @abc.abstractmethod
-    def exchange(cls, case: Case, job: Job) -> Exchange:
-        """Collective: the exchange of this rank."""
+    def refuse(cls, case: Case) -> str | None:
+        return cls.exchange.refuse(case) or cls.schedule.refuse(case, cls.exchange) or super().refuse(case)
+
+    @classmethod
+    def hosts(cls, case: Case) -> np.ndarray:
+        """Who holds what in a batch of ``case``, by what is known before it, bool [E, num_ranks]."""
+        return case.placement.hosts
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        return cls.exchange.fares(case, routing, cls.hosts(case), cls.schedule.cut(case, cls.exchange)).parts()
 
     @classmethod
     def layout(cls, case: Case) -> Passage | None:
-        return native(cls, case)
+        routing = cls.planned_routing(case)
+        if routing is None:
+            return None
+        cut = cls.schedule.cut(case, cls.exchange)
+        fares = cls.exchange.fares(case, routing, cls.hosts(case), cut)
+        return PricedNative(case, cls.schedule, cut, fares, computed(cls, case))
 
     @classmethod
-    def build(cls, case: Case, job: Job, weights: Weights) -> NativeLayer:
-        return NativeLayer(case, cls.exchange(case, job), weights, job.rank)
+    def build(cls, case: Case, job: Job, weights: Weights) -> Any:
+        return NativeLayer(cls, case, job, weights)
+
+
+__all__ = ["Cut", "NativeLayer", "NativePassage", "NativeSystem"]

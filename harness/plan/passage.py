@@ -102,8 +102,8 @@ class Passage(abc.ABC):
     turns: bool = False  # the last layer of a step: its backward follows its forward at once
 
     @abc.abstractmethod
-    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
-        """Of the task called so, or of its ``part``."""
+    def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
+        """Of the task called so, or of its ``part``: a hop and a chunk, for instance."""
 
     @abc.abstractmethod
     def forward(
@@ -141,7 +141,7 @@ class Passage(abc.ABC):
 
 class Way(Handover, Passage):
     """One batch's way through one MoE layer: a passage that runs; for one step. A task ``t`` of forward is the method
-    ``forward_t``, its part j ``forward_t(j)``.
+    ``forward_t``, its part (i, j) ``forward_t(i, j)``.
 
     ``x`` [T, M] is there when the first task of ``forward`` runs, ``y`` [T, M] after its last; ``dy`` and ``dx``
     likewise for ``backward``. ``y`` still has its graph, and what it is handed to cuts it off (``segment.cut``).
@@ -152,9 +152,9 @@ class Way(Handover, Passage):
     dy: torch.Tensor
     dx: torch.Tensor | None
 
-    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+    def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
         run = getattr(self, f"{direction}_{task}")
-        return Work(run=run if part is None else functools.partial(run, part))
+        return Work(run=functools.partial(run, *part) if part else run)
 
 
 def plan_alone(way: Passage, direction: Direction) -> Plan:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from harness.comm.replicas import Travel, bytes_of_rows, travel
+from harness.comm.journey import Cut
+from harness.comm.replicas import Travel, travel
 from harness.comm.sparse import SparsePlan, plan_sparse
 from harness.layer.work import expert_products, gate_macs
 from harness.memory import expert_bytes
@@ -20,12 +21,15 @@ from harness.plan.cost import Compute, Cost, Experts, InTurn, Transfer
 from harness.plan.graph import Work
 from harness.plan.layouts import CopiedTasks, NativeTasks, OpaqueTasks, ReplicatedTasks, StageWork
 from harness.plan.passage import Direction
+from harness.plan.schedule import AWAY, Schedule
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, GEMMS
 from harness.system import Case, System
 
 if TYPE_CHECKING:
+    from harness.plan.native import NativeSystem
     from harness.plan.replicated import Policy
+    from harness.plan.slots import Fares
 
 Array = np.ndarray
 
@@ -36,15 +40,15 @@ PARTS: dict[Direction, dict[str, str]] = {
 }
 
 
-def expert_work(case: Case, rows: Array, direction: Direction = "forward") -> Compute | None:
-    """Of ``rows`` [.., W, E], of each expert on each rank; a backward computes twice as many products. None in phase
-    ``exchange``."""
+def expert_work(case: Case, rows: Array, direction: Direction = "forward", pieces: int = 1) -> Compute | None:
+    """Of ``rows`` [.., W, E], of each expert on each rank, in so many ``pieces`` one after another; a backward computes
+    twice as many products. None in phase ``exchange``."""
     if case.identity_experts:
         return None
     times, model = {"forward": 1, "backward": 2}[direction], case.model
     products = expert_products(model) * times
     whole = Compute.of(Experts(rows, products, DTYPE_BYTES[case.dtype]))
-    return Compute(whole.macs, times * GEMMS[model.ffn_type], whole.read_bytes, whole.experts)
+    return Compute(whole.macs, times * pieces * GEMMS[model.ffn_type], whole.read_bytes, whole.experts)
 
 
 def gate_work(case: Case, direction: Direction) -> Compute | None:
@@ -80,7 +84,7 @@ class PricedOpaque(OpaqueTasks):
         self.system, self.case, self.parts = system, case, parts
         self.rows = computed(system, case)
 
-    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+    def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
         case, forward = self.case, direction == "forward"
         found: list[Cost | None] = [gate_work(case, direction)] if forward else [mix_work(case)]
         names = PARTS[direction]
@@ -104,34 +108,32 @@ class PricedOpaque(OpaqueTasks):
 
 
 class PricedNative(NativeTasks):
-    """``parts``: as ``System.planned_bytes``; ``rows`` [W, E]: that each rank computes of each expert."""
+    """``fares``: of the exchange; ``rows`` [W, E]: that each rank computes of each expert."""
 
-    def __init__(self, case: Case, parts: Mapping[str, Array], rows: Array):
-        self.case, self.parts, self.rows = case, parts, rows
+    def __init__(self, case: Case, schedule: Schedule, cut: Cut, fares: Fares, rows: Array):
+        self.case, self.schedule, self.cut, self.fares, self.rows = case, schedule, cut, fares, rows
+        self.num_hops = fares.num_hops
 
-    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+    def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
+        names, degree = PARTS[direction], self.cut.degree(direction)
+        away, home = AWAY[direction]
         match task:
             case "gate":
                 return Work(gate_work(self.case, direction))
             case "restore":
                 return Work(mix_work(self.case))
             case "experts":
-                return Work(expert_work(self.case, self.rows, direction))
-            case "release":
-                return Work()
-        return Work(self.sent(PARTS[direction][task]))
+                return Work(self.experts(direction))
+            case "metadata":
+                return Work(self.fares.cost(names["metadata"], part[0], 1))
+            case "out" | "home":
+                return Work(self.fares.cost(names[away if task == "out" else home], part[0], degree))
+        return Work()
 
-    def sent(self, part: str) -> Cost | None:
-        """What a part of the exchange costs."""
-        return all_to_all(self.parts.get(part))
-
-
-def native(system: type[System], case: Case) -> PricedNative | None:
-    """Experts where the case's placement has them; None where bytes cannot be planned."""
-    parts = system.planned_bytes(case)
-    if parts is None:
-        return None
-    return PricedNative(case, parts, computed(system, case))
+    def experts(self, direction: Direction) -> Cost | None:
+        """Of one batch of rows."""
+        batches = self.cut.batches(direction)
+        return expert_work(self.case, self.rows / batches, direction, self.cut.pieces // self.cut.degree(direction))
 
 
 def computed(system: type[System], case: Case) -> Array:
@@ -165,14 +167,10 @@ def decided(case: Case, policy: Policy, counts: Array) -> tuple[Array, Array]:
     return early, policy.revise(early, counts) if policy.revises else early
 
 
-def _replica_bytes(case: Case, rows: Array) -> dict[str, Array]:
-    return bytes_of_rows(rows, case.model.num_experts, _token_bytes(case))
-
-
 class PricedReplicated(ReplicatedTasks, PricedNative):
     """``policy``: with what it knows before the batch of ``case``."""
 
-    def __init__(self, case: Case, policy: Policy):
+    def __init__(self, system: type[NativeSystem], case: Case, policy: Policy):
         self.topology, owner = case.topology, case.placement.owner
         counts = expert_counts(case.routing)
         self.revises = policy.revises and not case.identity_experts
@@ -183,7 +181,9 @@ class PricedReplicated(ReplicatedTasks, PricedNative):
         self.whole = plan_sparse(owner, hosts, self.topology)
         self.hosts, self.transfers = hosts, _Transfers(case)
         self.travels: Travel = travel(counts, hosts, self.topology)
-        super().__init__(case, _replica_bytes(case, self.travels.rows), self.travels.computed)
+        cut = system.schedule.cut(case, system.exchange)
+        fares = system.exchange.fares(case, case.routing, hosts, cut, counted=True)
+        super().__init__(case, system.schedule, cut, fares, self.travels.computed)
 
     def transfer(self, what: str, num_tasks: int) -> StageWork:
         sparse = {"gather": self.early, "late": self.late}.get(what, self.whole)
@@ -193,12 +193,14 @@ class PricedReplicated(ReplicatedTasks, PricedNative):
 class PricedCopied(CopiedTasks, PricedNative):
     """``case``: whose placement has the copies."""
 
-    def __init__(self, case: Case):
+    def __init__(self, system: type[NativeSystem], case: Case):
         self.topology, placement = case.topology, case.placement
         self.sparse = None if case.identity_experts else plan_sparse(placement.owner, placement.hosts, self.topology)
         self.transfers = _Transfers(case)
         moved = travel(expert_counts(case.routing), placement.hosts, self.topology)
-        super().__init__(case, _replica_bytes(case, moved.rows), moved.computed)
+        cut = system.schedule.cut(case, system.exchange)
+        fares = system.exchange.fares(case, case.routing, placement.hosts, cut)
+        super().__init__(case, system.schedule, cut, fares, moved.computed)
 
     def transfer(self, what: str, num_tasks: int) -> StageWork:
         assert self.sparse is not None
@@ -216,5 +218,4 @@ __all__ = [
     "expert_work",
     "gate_work",
     "mix_work",
-    "native",
 ]

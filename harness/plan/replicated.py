@@ -37,27 +37,26 @@ from functools import partial
 import numpy as np
 import torch
 
+from harness.comm.assign import Hosting
 from harness.comm.handover import Moment, used_here
 from harness.comm.job import Job
-from harness.comm.replicas import ReplicaExchange, replica_bytes, replica_shares
+from harness.comm.replicas import replica_shares
 from harness.comm.sparse import Chunks, SparsePlan, Transfer, plan_sparse
 from harness.layer.experts import Experts
 from harness.layer.gates import Gated
-from harness.layer.moe import UnifiedSystem
 from harness.layer.weights import Weights
 from harness.memory import expert_bytes
-from harness.placement import Placement
 from harness.plan.copies import Copies, meter_of
 from harness.plan.cost import Cost
 from harness.plan.course import Course, PlacedCourse
 from harness.plan.graph import Timeline, Work
 from harness.plan.layouts import ReplicatedTasks, StageWork
-from harness.plan.native import NativeLayer, NativePassage
+from harness.plan.native import NativeLayer, NativePassage, NativeSystem
 from harness.plan.passage import Passage
 from harness.plan.priced import PricedReplicated, decided
+from harness.plan.segment import Segment
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
-from harness.specs import DTYPE_BYTES
 from harness.system import Case
 
 
@@ -82,16 +81,10 @@ class Policy:
 class ReplicatedLayer(NativeLayer):
     """Owned experts, and copies by ``policy``. ``placement``: P, each expert's owner."""
 
-    exchange_: ReplicaExchange
-
-    def __init__(self, case: Case, job: Job, weights: Weights, policy: Policy):
-        super().__init__(case, ReplicaExchange(job, case.placement), weights, job.rank)
-        self.policy = policy
+    def __init__(self, system: type[ReplicatedSystem], case: Case, job: Job, weights: Weights):
+        super().__init__(system, case, job, weights)
+        self.policy = system.policy(case, job)
         self.hosts = case.placement.hosts  # P' of the last batch
-
-    @property
-    def placement(self) -> Placement:
-        return self.exchange_.placement
 
     def passage(self, gated: Gated | None = None) -> ReplicatedPassage:
         return ReplicatedPassage(self, gated)
@@ -189,43 +182,36 @@ class ReplicatedPassage(ReplicatedTasks, NativePassage):
             found.append(Chunks(ids, [tensor.grad for tensor in tensors]))  # type: ignore[misc]
         return found
 
-    def _metadata(self, weights: torch.Tensor) -> torch.Tensor:
-        layer, exchange = self.layer, self.layer.exchange_
-        layer.routed = (self.ids, self.kept)
-        counts = exchange.count(self.ids, self.kept)
-        early = self.hosts
+    def hosting(self) -> Hosting:
+        layer = self.layer
+        counts = layer.exchange_.count(self.ids, self.kept, self.cut.pieces)
+        early, every = self.hosts, counts.sum(0)
         if self.revises:
-            self.hosts = layer.policy.revise(early, counts)
+            self.hosts = layer.policy.revise(early, every)
             self.late = self._sparse((self.hosts & ~early) | self.own.hosts)
-        layer.policy.saw(counts)
+        layer.policy.saw(every)
         layer.hosts = self.hosts
         held = np.concatenate([self.own.local(layer.rank), self._mine(self.early), self._mine(self.late)])
-        return self._plan(held, weights, counts)
+        return Hosting(self.hosts, held, counts, self.own.hosts)
 
-    def _plan(self, held: np.ndarray, weights: torch.Tensor, counts: np.ndarray) -> torch.Tensor:
-        """Where this rank's rows go, of ``counts`` [num_ranks, E], and what it computes, ``held``."""
-        self.plan = self.layer.exchange_.plan_to(self.hosts, held, self.ids, weights, self.kept, counts)
-        return self.plan.weights
+    def _experts(self, arrived: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return self.layer.experts(arrived, counts, [each.tensors for each in self.copies])
 
-    def _experts(self, arrived: torch.Tensor) -> torch.Tensor:
-        if not self.copies:
-            return self.layer.experts(arrived, self.plan.counts)
-        made = self.layer.experts(arrived, self.plan.counts, [each.tensors for each in self.copies])
-        if self.releases:
+    def forward_experts(self, batch: int) -> None:
+        super().forward_experts(batch)
+        if self.releases and batch == self.cut.batches("forward") - 1:
             for each in self.copies:
                 each.release()
-        return made
 
-    def _experts_back(self, dmade: torch.Tensor | None) -> torch.Tensor | None:
+    def _experts_back(self, segment: Segment, dmade: torch.Tensor) -> torch.Tensor | None:
         for each in self.copies:  # autograd has them, but not their memory since it was let go and restored elsewhere
             used_here(each.tensors)
-        return super()._experts_back(dmade)
+        return super()._experts_back(segment, dmade)
 
 
-class ReplicatedSystem(UnifiedSystem):
+class ReplicatedSystem(NativeSystem):
     """A native system that differs by its policy alone."""
 
-    stands_in = True
     remembers = True  # as most policies do
 
     @classmethod
@@ -241,7 +227,7 @@ class ReplicatedSystem(UnifiedSystem):
     def laid(cls, case: Case, policy: Policy) -> Passage | None:
         """By what ``policy`` knows before the batch."""
         routing = cls.planned_routing(case)
-        return None if routing is None else PricedReplicated(dataclasses.replace(case, routing=routing), policy)
+        return None if routing is None else PricedReplicated(cls, dataclasses.replace(case, routing=routing), policy)
 
     @classmethod
     def course(cls, cases: Sequence[Case]) -> Course:
@@ -249,7 +235,7 @@ class ReplicatedSystem(UnifiedSystem):
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> ReplicatedLayer:
-        return ReplicatedLayer(case, job, weights, cls.policy(case, job))
+        return ReplicatedLayer(cls, case, job, weights)
 
     @classmethod
     def planned_shares(cls, case: Case) -> np.ndarray:
@@ -263,7 +249,8 @@ class ReplicatedSystem(UnifiedSystem):
             return None
         policy, owner = cls.policy(case, None), case.placement.owner
         early, hosts = decided(case, policy, expert_counts(routing))
-        exchange = replica_bytes(routing, hosts, case.topology, case.model.hidden * DTYPE_BYTES[case.dtype])
+        cut = cls.schedule.cut(case, cls.exchange)
+        exchange = cls.exchange.fares(case, routing, hosts, cut, counted=True).parts()
         if case.identity_experts:
             return exchange
         each = expert_bytes(case.model, case.dtype)

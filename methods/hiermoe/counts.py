@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from harness.comm.assign import targets
+from harness.comm.replicas import travel
 from harness.routing.types import Routing
 from harness.topology import Topology
 
@@ -67,36 +69,41 @@ def needed(unit: Array, num_units: int) -> Array:
     return found[:, :num_units]
 
 
-def count(routing: Routing, owner: Array, topology: Topology) -> Counts:
-    """``owner`` int [E]: the rank of each expert. O(T k (log k + D)). Where a sample stands for the tokens, copies are
+def count(routing: Routing, where: Array, topology: Topology) -> Counts:
+    """``where``: the rank of each expert int [E], or its hosts bool [E, G]. O(T k (log k + D)). Where a sample stands for the tokens, copies are
     those of all, and as many of them are duplicates as in the sample."""
     few, num_ranks = routing.sample, topology.num_ranks
-    distinct = _distinct(few, owner, topology, few.source, num_ranks)
-    copies = _copies(routing, owner, topology)
+    distinct = _distinct(_ranks(few, where, topology), topology, few.source, num_ranks)
+    copies = _copies(routing, where, topology)
     if few is not routing:
-        pairs = zip(distinct, _copies(few, owner, topology), copies, strict=True)
+        pairs = zip(distinct, _copies(few, where, topology), copies, strict=True)
         distinct = tuple(_as_in_sample(*each) for each in pairs)
     return Counts(topology, distinct, copies)
 
 
 def longest(
-    routing: Routing, owner: Array, topology: Topology, stage: Stage, chunks: int, *, deduplicated: bool
+    routing: Routing, where: Array, topology: Topology, stage: Stage, chunks: int, *, deduplicated: bool
 ) -> int:
     """Rows of a message of ``stage`` if all are as long as the longest, each rank's tokens in so many pieces; summed
     over these."""
     few, num_ranks = routing.sample, topology.num_ranks
     place = np.arange(len(few.ids)) - few.offsets[few.source]
     source = ((place + 1) * chunks - 1) // np.asarray(few.tokens)[few.source] * num_ranks + few.source
-    tables = (_distinct if deduplicated else _pairs)(few, owner, topology, source, chunks * num_ranks)
+    tables = (_distinct if deduplicated else _pairs)(_ranks(few, where, topology), topology, source, chunks * num_ranks)
     pieces = zip(*(np.split(table, chunks) for table in tables), strict=True)
     most = sum(int(Counts(topology, piece, piece).rows(stage).max(initial=0)) for piece in pieces)
     return most if few is routing else round(most * sum(routing.tokens) / max(1, sum(few.tokens)))
 
 
-def _distinct(routing: Routing, owner: Array, topology: Topology, source: Array, num_sources: int) -> tuple[Array, ...]:
-    """``Counts.distinct``, of tokens that come from ``source`` int [T]."""
+def _ranks(routing: Routing, where: Array, topology: Topology) -> Array:
+    """That compute each token's rows, int [T, k]."""
+    return where[routing.ids] if where.ndim == 1 else targets(routing.ids, routing.source, where, topology)
+
+
+def _distinct(ranks: Array, topology: Topology, source: Array, num_sources: int) -> tuple[Array, ...]:
+    """``Counts.distinct``, of tokens that come from ``source`` int [T]; ``ranks`` int [T, k]."""
     found = []
-    ranks = np.sort(owner.astype(np.int32)[routing.ids], axis=1)  # units of equal rank follow each other on any level
+    ranks = np.sort(ranks.astype(np.int32), axis=1)  # units of equal rank follow each other on any level
     for level in range(topology.num_levels):
         num_units = topology.num_units(level)
         unit = ranks // (topology.num_ranks // num_units)  # [T, k]
@@ -107,16 +114,18 @@ def _distinct(routing: Routing, owner: Array, topology: Topology, source: Array,
     return tuple(found)
 
 
-def _pairs(routing: Routing, owner: Array, topology: Topology, source: Array, num_sources: int) -> tuple[Array, ...]:
+def _pairs(ranks: Array, topology: Topology, source: Array, num_sources: int) -> tuple[Array, ...]:
     """``Counts.copies``, likewise."""
-    keys = (source * topology.num_ranks)[:, None] + owner[routing.ids]
+    keys = (source * topology.num_ranks)[:, None] + ranks
     found = np.bincount(keys.ravel(), minlength=num_sources * topology.num_ranks)
     return _by_level(found.reshape(num_sources, -1), topology)
 
 
-def _copies(routing: Routing, owner: Array, topology: Topology) -> tuple[Array, ...]:
+def _copies(routing: Routing, where: Array, topology: Topology) -> tuple[Array, ...]:
     """``Counts.copies``."""
-    there = owner[:, None] == np.arange(topology.num_ranks)  # [E, G]
+    if where.ndim > 1:
+        return _by_level(np.rint(travel(routing.counts, where, topology).rows).astype(np.int64), topology)
+    there = where[:, None] == np.arange(topology.num_ranks)  # [E, G]
     return _by_level(np.rint(routing.counts.astype(np.float64) @ there).astype(np.int64), topology)
 
 

@@ -8,35 +8,39 @@ two stages: across nodes among ranks with equal local index, then inside the nod
 Combine is the transpose: each stage sums the copies of an item in float32 before it sends one row on, so a node
 returns one partial weighted sum per token. Backward of dispatch is combine's walk, backward of combine is dispatch's.
 
-The tokens are cut into chunks; chunk c + 1 crosses the outer link while chunk c moves on inside (both are
-communicators of their own), so the fast level hides under the slow one.
+Every stage is a hop, on communicators of its own, so that a schedule that cuts the tokens into chunks may hide the fast
+levels under the slow one: chunk c + 1 crosses the outer link while chunk c moves on inside.
+
+Where an expert has several hosts, what a token needs is decided first (``harness.comm.assign``); copies in one unit are
+then reached by one row.
 
 Interpretation: the paper leaves the wire format of the metadata open. Here each row carries the number of its experts
-(1 byte), and each (row, expert) pair the expert's index inside the destination group (1 or 2 bytes) and its gate weight
+(1 byte), and each (row, expert) pair the expert's index among those of the destination group (1 or 2 bytes) and its gate weight
 (4 bytes; 8 in float64). Sizes are exact (all-to-all-v), or padded to max(p) as the paper's are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
-from harness.comm.exchange import Exchange, all_to_all
+from harness.comm.assign import Hosting
+from harness.comm.exchange import Exchange
 from harness.comm.job import Job
-from harness.comm.rows import dot_rows, scale_rows
+from harness.comm.journey import Cut, all_to_all
 from harness.placement import Placement
 from harness.topology import Topology
 from methods.hiermoe.counts import Counts, needed, stages
-from methods.hiermoe.plan import HierPlan, Hop, Returning, Waits
+from methods.hiermoe.plan import HierJourney, Hop
 from methods.hiermoe.planner import PlannerModel
+
+MOST_CHAINS = 8  # that are kept: for placements that come again
 
 
 class HierExchange(Exchange):
     """HierD-AlltoAll. ``dimension``: d of HDd, 1 (all ranks at once) to the number of link levels; or by what every
-    routing chooses its own. ``deduplicate``: no for the paper's Hd, which send every (token, expert) pair. ``padded``:
-    as the paper's sizes, all messages of a stage as long as its longest; else as they are."""
+    routing chooses its own, of a batch in ``num_chunks``. ``deduplicate``: no for the paper's Hd, which send every (token,
+    expert) pair. ``padded``: as the paper's sizes, all messages of a stage as long as its longest; else as they are."""
 
     def __init__(
         self,
@@ -44,45 +48,58 @@ class HierExchange(Exchange):
         placement: Placement,
         dimension: int | PlannerModel = 2,
         *,
-        num_chunks: int = 4,
+        num_chunks: int = 1,
         deduplicate: bool = True,
         padded: bool = False,
         row_bytes: float = 1.0,
     ):
         super().__init__(job, placement)
-        self.num_chunks, self.deduplicate, self.padded, self.row_bytes = num_chunks, deduplicate, padded, row_bytes
+        self.deduplicate, self.padded, self.row_bytes, self.num_chunks = deduplicate, padded, row_bytes, num_chunks
         self.dimension = dimension
         self.used = dimension if isinstance(dimension, int) else 1  # of the last routing
-        self.place(placement)
+        self._chains: dict[tuple[int, bytes], list[Hop | None]] = {}
 
-    def place(self, placement: Placement) -> None:
-        """Experts are where ``placement`` says from now on."""
-        self.placement = placement
-        num_levels = self.job.topology.num_levels
-        wanted = range(1, num_levels + 1) if isinstance(self.dimension, PlannerModel) else [self.dimension]
-        #: per dimension that may be used, its stages
-        self.hops = {d: self._chain(d) for d in wanted}
+    @property
+    def num_hops(self) -> int:
+        return self.dimension if isinstance(self.dimension, int) else self.job.topology.num_levels
 
-    def choose(self, ids: torch.Tensor, kept: torch.Tensor | None) -> int:
-        """d of this routing; collective where it is chosen: every rank tells all how many of its tokens go where."""
-        if not isinstance(self.dimension, PlannerModel):
-            return self.dimension
+    def journey(
+        self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None, hosting: Hosting, cut: Cut
+    ) -> HierJourney:
+        return HierJourney(self, ids, weights, kept, hosting, cut)
+
+    def chain(self, hosting: Hosting, held: torch.Tensor, choice: torch.Tensor, top_k: int) -> list[Hop | None]:
+        """Stages by link level, of a batch that needs the holdings ``held`` for its assignments ``choice`` (flat, into
+        [T, k]); None: no stage, or one without peers. Collective where the dimension is chosen: every rank tells all how
+        many of its tokens go where."""
+        if isinstance(self.dimension, PlannerModel):
+            self.used = self._choose(self.dimension, hosting, held, choice, top_k)
+        key = self.used, np.packbits(hosting.hosts).tobytes()
+        if key not in self._chains:
+            while len(self._chains) >= MOST_CHAINS:
+                del self._chains[next(iter(self._chains))]
+            self._chains[key] = self._chain(hosting, self.used)
+        return self._chains[key]
+
+    def _choose(
+        self, model: PlannerModel, hosting: Hosting, held: torch.Tensor, choice: torch.Tensor, top_k: int
+    ) -> int:
         topology, num_ranks = self.job.topology, self.job.num_ranks
-        taken = None if kept is None else kept.cpu().numpy()
-        own = _own_counts(ids.cpu().numpy(), taken, self.placement.owner, topology)
+        rank = np.full((int(choice.max()) // top_k + 1 if len(choice) else 0) * top_k, -1)
+        rank[choice.cpu().numpy()] = hosting.holder[held.cpu().numpy()]
+        own = _own_counts(rank.reshape(-1, top_k), topology)
         mine = torch.as_tensor(own.astype(np.int32), device=self.job.device).expand(num_ranks, -1)
-        group = self.job.world if num_ranks > 1 else None
-        every, _ = all_to_all(mine, [1] * num_ranks, [1] * num_ranks, group)
+        every = all_to_all(mine, [1] * num_ranks, [1] * num_ranks, self.job.world if num_ranks > 1 else None)
         edges = np.cumsum([topology.num_units(level) for level in range(topology.num_levels)])
         tables = tuple(np.split(every.cpu().numpy().astype(np.int64), edges[:-1], axis=1))
         counts = Counts(topology, tables, tables)
-        self.used = self.dimension.best(counts, self.row_bytes, padded=self.padded, chunks=self.num_chunks)
-        return self.used
+        return model.best(counts, self.row_bytes, padded=self.padded, chunks=self.num_chunks)
 
-    def _chain(self, dimension: int) -> list[Hop]:
-        job, topology, found = self.job, self.job.topology, []
-        owner = torch.as_tensor(self.placement.owner)
-        for stage in stages(dimension, topology.num_levels):
+    def _chain(self, hosting: Hosting, dimension: int) -> list[Hop | None]:
+        job, topology = self.job, self.job.topology
+        found: list[Hop | None] = [None] * self.num_hops
+        holder = torch.as_tensor(hosting.holder)
+        for hop, stage in enumerate(stages(dimension, topology.num_levels)):
             level = stage.b - 1
             if stage.b < topology.num_levels:
                 group, ranks = job.rail(level), topology.rail(job.rank, level)
@@ -95,137 +112,25 @@ class HierExchange(Exchange):
             unit_of_rank = torch.as_tensor(topology.unit_of(level))
             position = torch.full((topology.num_units(level),), -1)
             position[unit_of_rank[ranks]] = torch.arange(len(ranks))
-            unit = position[unit_of_rank[owner]]  # [E], -1: not below this stage's units
-            found.append(Hop(group, unit, *_index_inside(unit_of_rank[owner], int(unit_of_rank[job.rank]))))
+            unit = position[unit_of_rank[holder]]  # [n], -1: not below this stage's units
+            found[hop] = Hop(group, unit, *_index_inside(unit_of_rank[holder], int(unit_of_rank[job.rank])))
         return found
 
-    def plan(self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None) -> HierPlan:
-        return HierPlan(self, ids, weights, kept)
 
-    def dispatch(self, x: torch.Tensor, plan: HierPlan) -> torch.Tensor:
-        return _Dispatch.apply(x, plan)
-
-    def combine(self, rows: torch.Tensor, plan: HierPlan) -> torch.Tensor:
-        return _Combine.apply(rows, plan.weights, plan)
-
-
-def _spread(x: torch.Tensor, plan: HierPlan, use: Callable[[int, torch.Tensor], None]) -> None:
-    """Tokens [T, M] -> one row per (token, expert rank) at the experts' ranks. ``use(chunk, rows)`` takes what has
-    arrived while later chunks are still on the outer link."""
-    items = x if plan.copies is None else plan.copies.spread(x)
-    parts = list(items.split(plan.chunk_items))
-    works: list[Waits | None] = [None] * len(parts)
-    num_stages = len(plan.hops)
-    # The outer link first and never idle; behind it each chunk goes as far as it can before the next one.
-    for chunk in range(len(parts) if num_stages else 0):
-        parts[chunk], works[chunk] = plan.stages[0].out(chunk, parts[chunk])
-    plan.complete()
-    hops = [(stage, chunk) for stage in range(min(1, num_stages), num_stages + 1) for chunk in range(len(parts))]
-    for stage, chunk in sorted(hops, key=lambda hop: (sum(hop), -hop[0])):
-        _wait(works[chunk])
-        if stage < num_stages:
-            parts[chunk], works[chunk] = plan.stages[stage].out(chunk, parts[chunk])
-        else:
-            use(chunk, parts[chunk])
-
-
-def _gather(make: Callable[[int], torch.Tensor], plan: HierPlan) -> torch.Tensor:
-    """The transpose: ``make(chunk)`` gives the rows at the experts' ranks -> their sum per token [T, M], one partial
-    sum per group and hop. A chunk's rows are made while earlier chunks are on their way."""
-    num_chunks, last = len(plan.chunk_items), len(plan.stages) - 1
-    parts: list[torch.Tensor] = [torch.empty(0)] * num_chunks
-    works: list[Waits | None] = [None] * num_chunks
-
-    def settle(stage: int, chunk: int) -> None:
-        _wait(works[chunk])
-        parts[chunk] = plan.stages[stage].spread[chunk].gather(parts[chunk])
-
-    # The first chunk goes straight through, so that the outer link, the last to be entered, starts as early as can
-    # be; the others are made one ahead of the inner links.
-    hops = [(step, chunk) for step in range(max(1, last + 1)) for chunk in range(num_chunks)]
-    for step, chunk in sorted(hops, key=lambda hop: (hop[1] > 0, sum(hop), hop[0])):
-        if step == 0:
-            parts[chunk] = make(chunk)
-        else:
-            settle(last - step + 1, chunk)
-        if plan.stages:
-            parts[chunk], works[chunk] = plan.stages[last - step].home(chunk, parts[chunk])
-    if plan.stages:
-        for chunk in range(num_chunks):
-            settle(0, chunk)
-    items = torch.cat(parts)
-    return items if plan.copies is None else plan.copies.gather(items)
-
-
-def _wait(work: Waits | None) -> None:
-    if work is not None:
-        work.wait()
-
-
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, plan):  # type: ignore[no-untyped-def, override]
-        ctx.plan = plan
-        rows: list[torch.Tensor] = []
-
-        def use(chunk: int, part: torch.Tensor) -> None:
-            if not rows:  # their number is known once the plan is complete
-                rows.append(x.new_empty(plan.num_entries, x.shape[1]))
-            reach = plan.reach[chunk]
-            for entries, places in reach.runs:
-                torch.index_select(part, 0, reach.rows.item[entries], out=rows[0][places])
-
-        _spread(x, plan, use)
-        return rows[0]
-
-    @staticmethod
-    def backward(ctx, drows):  # type: ignore[no-untyped-def, override]
-        plan = ctx.plan
-        return _gather(lambda chunk: plan.reach[chunk].rows.gather(drows), plan), None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, weights, plan):  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(rows)
-        ctx.plan, ctx.like = plan, weights
-        return _gather(lambda chunk: plan.reach[chunk].rows.gather(rows, plan.reach[chunk].weight), plan)
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
-        (rows,) = ctx.saved_tensors
-        plan = ctx.plan
-        drows = torch.empty_like(rows)
-        dweight = plan.reach[0].weight.new_empty(plan.num_entries) if ctx.needs_input_grad[1] else None
-
-        def use(chunk: int, part: torch.Tensor) -> None:
-            reach = plan.reach[chunk]
-            scaled = scale_rows(part, reach.rows.item, reach.weight)
-            for entries, places in reach.runs:
-                drows[places] = scaled[entries]
-                if dweight is not None:
-                    dweight[reach.entry[entries]] = dot_rows(part, reach.rows.item[entries], rows[places])
-
-        _spread(dy, plan, use)
-        if dweight is None:
-            return drows, None, None
-        plan.returning = Returning(dweight, plan)
-        return drows, torch.zeros_like(ctx.like), None  # the true gradient is on its way to _Weights
-
-
-def _own_counts(ids: np.ndarray, kept: np.ndarray | None, owner: np.ndarray, topology: Topology) -> np.ndarray:
-    """Of this rank's tokens: how many need each unit of each level, int64 [sum of U_i]."""
+def _own_counts(rank: np.ndarray, topology: Topology) -> np.ndarray:
+    """``rank`` int [T, k]: that computes each of this rank's rows, -1: none. How many tokens need each unit of each
+    level, int64 [sum of U_i]."""
     parts = []
     for level in range(topology.num_levels):
-        unit = topology.unit_of(level)[owner][ids]
-        parts.append(needed(unit if kept is None else np.where(kept, unit, -1), topology.num_units(level)).sum(0))
+        unit = np.where(rank >= 0, topology.unit_of(level)[rank], -1)
+        parts.append(needed(unit, topology.num_units(level)).sum(0))
     return np.concatenate(parts)
 
 
-def _index_inside(unit_of_expert: torch.Tensor, own_unit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index of every expert among those of its unit (by expert id), int64 [E]; and this unit's experts."""
-    index = torch.empty_like(unit_of_expert)
-    for unit in unit_of_expert.unique():
-        members = (unit_of_expert == unit).nonzero().flatten()
+def _index_inside(unit: torch.Tensor, own_unit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of every holding among those of its unit, int64 [n]; and this unit's holdings."""
+    index = torch.empty_like(unit)
+    for each in unit.unique():
+        members = (unit == each).nonzero().flatten()
         index[members] = torch.arange(len(members))
-    return index, (unit_of_expert == own_unit).nonzero().flatten()
+    return index, (unit == own_unit).nonzero().flatten()

@@ -1,8 +1,7 @@
-"""HierD-AlltoAll as a simulation has it: each part of the exchange with the stages that it goes through.
+"""HierD-AlltoAll as a slot of systems: how it runs on a rank, and what each of its hops sends and costs.
 
-Rows go through a pipeline of chunks. The first stage's metadata goes before them; that of the others while the first
-stage's rows are on the wire, so that a row cannot enter the second stage before it. On the way home gradients of gate
-weights follow the metadata's hops; the first of these is done while the experts compute.
+The first stage's metadata goes before its rows; that of the others while the first stage's rows are on the wire, so that
+a row cannot enter the second stage before it. On the way home gradients of gate weights follow the metadata's hops.
 
 Interpretation: the one number a chunk that ranks agree on before they pad counts as one more message of its stage.
 """
@@ -10,54 +9,158 @@ Interpretation: the one number a chunk that ranks agree on before they pad count
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 
-from harness.plan.cost import InTurn, Staged, Transfer
-from harness.plan.graph import Work
-from harness.plan.passage import Direction
-from harness.plan.priced import PricedNative
+from harness import ledger
+from harness.comm.job import Job
+from harness.comm.journey import Cut
+from harness.options import whole, yes
+from harness.plan.cost import Cost, InTurn, Transfer
+from harness.plan.slots import ExchangeSlot, Fares, Options
+from harness.routing.types import Routing
+from harness.specs import DTYPE_BYTES, Cluster
 from harness.system import Case
-from methods.hiermoe.counts import Array, Stage
-from methods.hiermoe.traffic import AWAY, HierTravel
+from methods.hiermoe.counts import Array, Stage, count
+from methods.hiermoe.hierd import HierExchange
+from methods.hiermoe.planner import PlannerModel, calibrated_costs, stage_costs
+from methods.hiermoe.traffic import HierTravel, Wire
+
+MAX_CHUNKS = 12
+MIN_CHUNK_BYTES = 128 * 1024  # of one rank's tokens: smaller messages cost more in start-up than overlap saves
 
 
-class PricedHier(PricedNative):
-    """``travel``: of the case's tokens; ``rows`` [W, E]: that each rank computes of each expert."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class HierFares(Fares):
+    """``told``: bytes of the counts of all ranks, where they are told these whatever the exchange needs."""
 
-    def __init__(self, case: Case, travel: HierTravel, rows: Array):
-        super().__init__(case, {}, rows)
-        self.travel = travel
+    travel: HierTravel
+    num_hops: int  # type: ignore[assignment]
+    told: Array | None = None
 
-    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
-        first, *others = self.travel.stages
-        match (direction, task):
-            case ("forward", "metadata"):
-                told = [Transfer("a2a", "flat", self.travel.choice_bytes())] if self.travel.chosen else []
-                return Work(InTurn((*told, self._metadata(first))))
-            case ("forward", "dispatch"):
-                known = tuple(map(self._metadata, others))
-                return Work(dataclasses.replace(self.sent("dispatch"), ahead=known))
-            case ("backward", "metadata") if not self.travel.wire.weights_learn:
-                return Work()
-            case ("backward", "metadata"):
-                return Work(InTurn(tuple(self._transfer("metadata_grad", stage) for stage in [first, *others][-2::-1])))
-        return super().work(direction, task, part)
+    def bytes(self, part: str) -> Array | None:
+        if part == "metadata_grad" and not self.travel.wire.weights_learn:
+            return None
+        found = self.travel.bytes(part)
+        return found + self.told if part == "metadata" and self.told is not None else found
 
-    def sent(self, part: str) -> Staged:
-        """Of rows: ``dispatch``, ``combine`` and their gradients."""
-        found = [self._transfer(part, stage) for stage in self.travel.stages]
-        return Staged(tuple(found if part in AWAY else found[::-1]), self.travel.wire.num_chunks)
+    def cost(self, part: str, hop: int, degree: int) -> Cost | None:
+        stages = self.travel.stages
+        before = self._before() if part == "metadata" and not hop else []
+        if hop >= len(stages) or (part == "metadata_grad" and not self.travel.wire.weights_learn):
+            return InTurn(tuple(before)) if before else None
+        # a table of sizes, then the columns
+        messages = 1 if part != "metadata" else 3 if self.travel.wire.padded else 2
+        sent = self._transfer(part, stages[hop], messages, degree)
+        return InTurn((*before, sent)) if before else sent
 
-    def _metadata(self, stage: Stage) -> Transfer:
-        """A table of sizes, then the columns."""
-        return self._transfer("metadata", stage, 3 if self.travel.wire.padded else 2)
+    def _before(self) -> list[Cost]:
+        told = [] if self.told is None else [self.told]
+        told += [self.travel.choice_bytes()] if self.travel.chosen else []
+        return [Transfer("a2a", "flat", matrix) for matrix in told]
 
-    def _transfer(self, part: str, stage: Stage, messages: int = 1) -> Transfer:
-        scope = stage.key(self.case.topology.num_levels).partition(".")[2]
-        matrix = self.travel.stage_bytes(part, stage)
+    def _transfer(self, part: str, stage: Stage, messages: int, degree: int) -> Transfer:
+        scope = stage.key(self.travel.counts.topology.num_levels).partition(".")[2]
+        matrix = self.travel.stage_bytes(part, stage) / degree
         np.fill_diagonal(matrix, 0)
         return Transfer("a2a", scope, matrix, messages)
 
 
-__all__ = ["PricedHier"]
+@dataclasses.dataclass(frozen=True)
+class Hier(ExchangeSlot):
+    """``fixed``: a dimension that is not an option; None: it is, or is chosen for every routing."""
+
+    name: str  # type: ignore[misc]
+    fixed: int | None = None
+    options: ClassVar[Options] = {  # type: ignore[misc]
+        "dimension": "d of HDd, 1 (all ranks at once) to the number of link levels "
+        "(default: the best for each routing by the cluster's costs; 2 where none are known)",
+        "deduplicate": "false: every (token, expert) pair travels, the paper's Hd (default true)",
+        "padded": "true: all messages of a stage as long as its longest, as the paper's sizes are (default false)",
+    }
+    CHUNKS: ClassVar[str] = (
+        f"pieces of the batch that overlap the stages (default: as many as hold {MIN_CHUNK_BYTES // 1024} KiB of tokens "
+        f"each, at most {MAX_CHUNKS})"
+    )
+
+    def refuse(self, case: Case) -> str | None:
+        dimension = self.fixed or case.options.get("dimension")
+        if isinstance(dimension, int) and dimension > case.topology.num_levels:
+            shape = " x ".join(map(str, case.topology.shape))
+            return f"dimension {dimension} needs as many link levels; {shape} ranks have {case.topology.num_levels}"
+        return None
+
+    def num_hops(self, case: Case) -> int:
+        dimension = self.dimension(case)
+        return dimension if isinstance(dimension, int) else case.topology.num_levels
+
+    def make(self, case: Case, job: Job) -> HierExchange:
+        wire = self.wire(case)
+        return HierExchange(
+            job,
+            case.placement,
+            self.dimension(case),
+            num_chunks=wire.num_chunks,
+            deduplicate=wire.deduplicate,
+            padded=wire.padded,
+            row_bytes=wire.row_bytes,
+        )
+
+    def fares(self, case: Case, routing: Routing, hosts: Array, cut: Cut, counted: bool = False) -> HierFares:
+        wire, dimension = self.wire(case, cut), self.dimension(case)
+        where = hosts if (hosts.sum(1) > 1).any() else hosts.argmax(1)
+        counts = count(routing, where, case.topology)
+        if chosen := isinstance(dimension, PlannerModel):
+            dimension = dimension.best(counts, wire.row_bytes, padded=wire.padded, chunks=wire.num_chunks)
+        travel = HierTravel.of(routing, where, case.topology, dimension, wire, counts=counts, chosen=chosen)
+        told = None
+        if counted:
+            told = np.full((case.topology.num_ranks,) * 2, 8.0 * case.model.num_experts * cut.pieces)
+            np.fill_diagonal(told, 0)
+        return HierFares(travel, self.num_hops(case), told)
+
+    def chunks(self, case: Case) -> int:
+        """The same on every rank, so the rank with the most tokens decides."""
+        if "chunks" in case.options:
+            return whole(case, "chunks", 0, 1024)
+        most = max(case.routing.tokens) * case.model.hidden * DTYPE_BYTES[case.dtype]
+        return min(MAX_CHUNKS, max(1, most // MIN_CHUNK_BYTES))
+
+    def dimension(self, case: Case) -> int | PlannerModel:
+        """d, or by what every routing chooses its own."""
+        if self.fixed is not None:
+            return min(self.fixed, case.topology.num_levels)
+        if "dimension" in case.options:
+            return whole(case, "dimension", 0, case.topology.num_levels)
+        costs = known_costs(case.cluster)
+        return min(2, case.topology.num_levels) if costs is None else PlannerModel(costs)
+
+    def wire(self, case: Case, cut: Cut | None = None) -> Wire:
+        """How it sends."""
+        deduplicate, padded = (yes(case, key, default) for key, default in (("deduplicate", True), ("padded", False)))
+        return Wire(
+            row_bytes=case.model.hidden * DTYPE_BYTES[case.dtype],
+            weight_bytes=8 if case.dtype == "float64" else 4,
+            num_chunks=self.chunks(case) if cut is None else cut.pieces,
+            deduplicate=deduplicate,
+            padded=padded,
+            weights_learn=case.model.gate != "softmoe",  # its slots weigh 1
+        )
+
+
+def known_costs(cluster: Cluster | None) -> Cluster | None:
+    """The cluster with the costs of all stages: of its latest calibration, or its own; None where some are missing."""
+    if cluster is None:
+        return None
+    found = ledger.latest(cluster)
+    if found is None:
+        return stage_costs(cluster)
+    return calibrated_costs(found)
+
+
+#: brought to recipes, by name
+EXCHANGES: Mapping[str, Hier] = {"hiermoe-hd": Hier("hiermoe-hd"), "hiermoe-hd2": Hier("hiermoe-hd2", 2)}
+
+__all__ = ["EXCHANGES", "Hier", "HierFares", "known_costs"]

@@ -39,7 +39,7 @@ class HierTravel:
     rows of a padded message, summed over chunks; empty where none are padded."""
 
     counts: Counts
-    owner: Array  # int [E]
+    where: Array  # the rank of each expert int [E], or its hosts bool [E, G]
     dimension: int
     wire: Wire
     chosen: bool = False
@@ -49,7 +49,7 @@ class HierTravel:
     def of(
         cls,
         routing: Routing,
-        owner: Array,
+        where: Array,
         topology: Topology,
         dimension: int,
         wire: Wire,
@@ -58,14 +58,14 @@ class HierTravel:
         chosen: bool = False,
     ) -> HierTravel:
         """``counts``: of ``routing``, where they are known. O(T k)."""
-        counts = counts or count(routing, owner, topology)
+        counts = counts or count(routing, where, topology)
         padded: tuple[int, ...] = ()
         if wire.padded:
             padded = tuple(
-                longest(routing, owner, topology, stage, wire.num_chunks, deduplicated=wire.deduplicate)
+                longest(routing, where, topology, stage, wire.num_chunks, deduplicated=wire.deduplicate)
                 for stage in stages(dimension, topology.num_levels)
             )
-        return cls(counts, owner, dimension, wire, chosen, padded)
+        return cls(counts, where, dimension, wire, chosen, padded)
 
     @functools.cached_property
     def stages(self) -> list[Stage]:
@@ -110,10 +110,16 @@ class HierTravel:
         """Rows of every chunk and entries, int32; of each row how many experts, of each entry its expert and weight."""
         topology, wire = self.counts.topology, self.wire
         unit = topology.unit_of(stage.b - 1)
-        width = np.where(np.bincount(unit[self.owner])[unit] <= 256, 1.0, 2.0)  # per receiving rank
+        width = np.where(self._held(unit)[unit] <= 256, 1.0, 2.0)  # per receiving rank
         rows = self.counts.rows(stage, deduplicated=wire.deduplicate)
         table = _peers(topology, stage) * 4.0 * (wire.num_chunks + 1)
         return np.asarray(table + rows + self._entries(stage) * (width + wire.weight_bytes))
+
+    def _held(self, unit: Array) -> Array:
+        """Experts, with copies, of each unit."""
+        if self.where.ndim == 1:
+            return np.bincount(unit[self.where], minlength=unit.max() + 1)
+        return np.bincount(unit, self.where.sum(0), unit.max() + 1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,115 @@
+"""Schedules: in which order the hops of a batch and its experts stand on the lanes, and where gradients go among them.
+
+    Chunks    every chunk over its hops, out, to the experts, and home; with one chunk: one thing after another
+
+A schedule is one object for what runs and for what is priced: it asks ``Tasks.work`` what a task does. Hops are counted
+from the outermost link level; hop 0 is on the lane ``inter``, all others are on ``intra``, unless links are not to work
+side by side.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+from harness.comm.journey import Cut
+from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
+
+Direction = Literal["forward", "backward"]
+#: what rows are on their way to the experts and from them, in each direction
+AWAY: dict[Direction, tuple[str, str]] = {"forward": ("dispatch", "combine"), "backward": ("combine", "dispatch")}
+
+
+class Tasks(Protocol):
+    """What a schedule lays out: a passage with ``num_hops`` hops, cut by ``cut``."""
+
+    num_hops: int
+    cut: Cut
+
+    def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work: ...
+    def ready(self, plan: Plan, prefix: str) -> list[str]: ...
+    def ready_back(self) -> list[str]: ...
+
+
+class Schedule(abc.ABC):
+    """``lay`` adds the tasks between the gate and the mix, in either direction; returns the last ones. ``gradients``: a
+    slice of the gradient all-reduce that goes among them."""
+
+    @abc.abstractmethod
+    def lay(
+        self, plan: Plan, tasks: Tasks, direction: Direction, prefix: str, after: Iterable[str], gradients: Work | None
+    ) -> list[str]: ...
+
+    def names(self, tasks: Tasks, direction: Direction) -> list[str]:
+        """Of the tasks in which experts compute, in their order."""
+        batches = tasks.cut.batches(direction)
+        return ["experts"] if batches == 1 else [f"experts[{i}]" for i in range(batches)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks(Schedule):
+    """``overlap``: links between and inside nodes work side by side."""
+
+    overlap: bool = True
+
+    def lay(
+        self, plan: Plan, tasks: Tasks, direction: Direction, prefix: str, after: Iterable[str], gradients: Work | None
+    ) -> list[str]:
+        cut, hops, forward = tasks.cut, range(tasks.num_hops), direction == "forward"
+        degree, last, after = cut.degree(direction), tasks.num_hops - 1, list(after)
+        out, home = AWAY[direction]
+
+        def put(what: str, hop: int, chunk: int, waits: Sequence[str], task: str) -> str:
+            name = f"{prefix}{what}{hop_name(hop)}" + (f"[{chunk}]" if degree > 1 else "")
+            return plan.put(name, self.lane(hop), waits, tasks.work(direction, task, (hop, chunk)), what)
+
+        def tell(hop: int, waits: Sequence[str]) -> str:
+            name = f"{prefix}metadata{hop_name(hop)}"
+            return plan.put(name, self.lane(hop), waits, tasks.work(direction, "metadata", (hop,)), "metadata")
+
+        if forward:
+            told = [tell(0, after)]
+            for hop in hops[1:]:
+                told = [tell(hop, told)]
+            after = []
+        # The outer link first and never idle; behind it each chunk goes as far as it can before the next one.
+        sent: dict[tuple[int, int], str] = {}
+        for hop, chunk in sorted(((h, c) for h in hops for c in range(degree)), key=lambda at: (sum(at), -at[0])):
+            sent[hop, chunk] = put(out, hop, chunk, [sent[hop - 1, chunk]] if hop else after, "out")
+        arrived = [sent[last, chunk] for chunk in range(degree)]
+        if forward:
+            ready = tasks.ready(plan, prefix)
+        else:
+            ready, back = tasks.ready_back(), arrived[-1:]
+            for hop in hops[::-1]:
+                back = [tell(hop, back)]
+        if gradients is not None:
+            plan.put(f"{prefix}gradients", INTER, (), gradients)
+        waits = [[*arrived, *ready]] if cut.whole else [[each, *ready] for each in arrived]
+        made = [
+            plan.put(f"{prefix}{name}", COMPUTE, waits[i], tasks.work(direction, "experts", (i,)), "experts")
+            for i, name in enumerate(self.names(tasks, direction))
+        ]
+        if cut.whole:
+            made *= degree
+        # The first chunk goes straight through, so that the outer link, the last to be entered, starts early.
+        order = sorted(
+            ((last - h, c) for h in hops for c in range(degree)), key=lambda at: (at[1] > 0, last - at[0] + at[1])
+        )
+        left: dict[tuple[int, int], str] = {}
+        for hop, chunk in order:
+            left[hop, chunk] = put(home, hop, chunk, [left[hop + 1, chunk] if hop < last else made[chunk]], "home")
+        return [left[0, degree - 1]]
+
+    def lane(self, hop: int) -> str:
+        return INTRA if hop and self.overlap else INTER
+
+
+def hop_name(hop: int) -> str:
+    """Of a task's hop, behind what it does: nothing for the outermost."""
+    return "" if not hop else ".intra" if hop == 1 else f".intra{hop}"
+
+
+__all__ = ["AWAY", "Chunks", "Schedule", "Tasks", "hop_name"]

@@ -1,0 +1,151 @@
+"""The slots of a native system: how rows travel, and in which order; as a system names them, with their options.
+
+Each says the same thing three ways: how it runs on a rank, what it costs, and what it refuses.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from harness.comm.exchange import Exchange, FlatExchange, flat_bytes
+from harness.comm.job import Job
+from harness.comm.journey import Cut
+from harness.comm.replicas import replica_bytes
+from harness.plan.cost import Cost, Transfer
+from harness.plan.schedule import Chunks, Schedule
+from harness.routing.types import Routing
+from harness.specs import DTYPE_BYTES
+from harness.system import Case, GradientSlices
+
+#: option -> one-line meaning with its default
+Options = Mapping[str, str]
+
+
+class Fares(abc.ABC):
+    """What the exchange of one batch sends, and what that costs. Parts are those of ``System.planned_bytes``."""
+
+    num_hops: int
+
+    @abc.abstractmethod
+    def bytes(self, part: str) -> np.ndarray | None:
+        """Over all hops, float64 [num_ranks, num_ranks], diagonal 0; None: nothing is sent."""
+
+    @abc.abstractmethod
+    def cost(self, part: str, hop: int, degree: int) -> Cost | None:
+        """Of one hop of one of ``degree`` chunks; of metadata, of the hop."""
+
+    def parts(self) -> dict[str, np.ndarray]:
+        names = ("metadata", "dispatch", "combine", "combine_grad", "dispatch_grad", "metadata_grad")
+        return {name: matrix for name in names if (matrix := self.bytes(name)) is not None}
+
+
+class ExchangeSlot(abc.ABC):
+    """``name``: in recipes. ``stages``: as ``System.stages``."""
+
+    name: ClassVar[str]
+    options: ClassVar[Options] = {}
+    stages: ClassVar[tuple[str, ...]] = ("flat",)
+
+    def refuse(self, case: Case) -> str | None:
+        """Why it cannot carry this case, as data."""
+        return None
+
+    @abc.abstractmethod
+    def num_hops(self, case: Case) -> int: ...
+
+    @abc.abstractmethod
+    def make(self, case: Case, job: Job) -> Exchange:
+        """Collective: the exchange of this rank."""
+
+    @abc.abstractmethod
+    def fares(self, case: Case, routing: Routing, hosts: np.ndarray, cut: Cut, counted: bool = False) -> Fares:
+        """Of a batch of ``routing`` to the nearest of ``hosts`` bool [E, num_ranks]. ``counted``: every rank is told all
+        ranks' counts, whatever the exchange needs."""
+
+    def chunks(self, case: Case) -> int:
+        """Into how many a schedule cuts it that leaves that to the exchange."""
+        return 1
+
+
+class FlatFares(Fares):
+    num_hops = 1
+
+    def __init__(self, parts: Mapping[str, np.ndarray]):
+        self._parts = parts
+
+    def bytes(self, part: str) -> np.ndarray | None:
+        return self._parts.get(part)
+
+    def cost(self, part: str, hop: int, degree: int) -> Cost | None:
+        matrix = self.bytes(part)
+        return None if matrix is None else Transfer("a2a", "flat", matrix / degree if degree > 1 else matrix)
+
+
+class FlatSlot(ExchangeSlot):
+    """One all-to-all-v over all ranks, exact sizes."""
+
+    name = "flat"
+
+    def num_hops(self, case: Case) -> int:
+        return 1
+
+    def make(self, case: Case, job: Job) -> Exchange:
+        return FlatExchange(job, case.placement)
+
+    def fares(self, case: Case, routing: Routing, hosts: np.ndarray, cut: Cut, counted: bool = False) -> Fares:
+        row_bytes = case.model.hidden * DTYPE_BYTES[case.dtype]
+        if counted or (hosts.sum(1) > 1).any():
+            parts = replica_bytes(routing, hosts, case.topology, row_bytes)
+        else:
+            parts = flat_bytes(routing, case.placement, row_bytes)
+        return FlatFares({**parts, "metadata": parts["metadata"] * cut.pieces})
+
+
+class ScheduleSlot(Schedule, abc.ABC):
+    """A schedule with how it cuts a batch, and where it puts gradients."""
+
+    name: ClassVar[str]
+    options: ClassVar[Options] = {}
+    #: options with which it cuts a batch into several chunks
+    chunked: ClassVar[Mapping[str, Any]] = {}
+
+    def refuse(self, case: Case, exchange: ExchangeSlot) -> str | None:
+        return None
+
+    @abc.abstractmethod
+    def cut(self, case: Case, exchange: ExchangeSlot) -> Cut:
+        """Alike on all ranks."""
+
+    def settle(
+        self, cases: Sequence[Case], exchange: ExchangeSlot, gradient_bytes: Sequence[int], scope: str
+    ) -> tuple[list[Cut], list[GradientSlices]]:
+        """Of a training step: cuts of ``cases``, first layer first, and slices, last layer first."""
+        return [self.cut(case, exchange) for case in cases], [GradientSlices()] * len(gradient_bytes)
+
+
+class Serial(Chunks, ScheduleSlot):
+    """One thing after another."""
+
+    name = "serial"
+
+    def cut(self, case: Case, exchange: ExchangeSlot) -> Cut:
+        return Cut()
+
+
+class Pipelined(Chunks, ScheduleSlot):
+    """Hops of a chunk beside those of others; experts compute once all have come."""
+
+    name = "pipelined"
+    options: ClassVar[Options] = {"chunks": "pieces of the batch whose hops overlap (default: as the exchange has it)"}
+    chunked: ClassVar[Mapping[str, Any]] = {"chunks": 3}
+
+    def cut(self, case: Case, exchange: ExchangeSlot) -> Cut:
+        chunks = exchange.chunks(case)
+        return Cut(chunks, chunks)
+
+
+__all__ = ["ExchangeSlot", "Fares", "FlatFares", "FlatSlot", "Pipelined", "ScheduleSlot", "Serial"]
