@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from harness.comm.exchange import FlatExchange, FlatJourney, apart
 from harness.comm.journey import Cut, Journey
@@ -99,6 +100,12 @@ class GroupedPassage(ReplicatedPassage):
         assert isinstance(exchange, FlatExchange)
         groups = self.cut.pieces - 1
         return FlatJourney(exchange.job, self.ids, self.weights, self.kept, self.hosting(), self.cut, groups)
+
+    def _experts(self, arrived: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        own = len(self.own.local(self.layer.rank))
+        if counts[own:].any():
+            return super()._experts(arrived, counts)
+        return self.layer.experts(arrived, counts[:own])  # what travels does not wait for copies
 
     def forward_stays(self) -> None:
         last = self.cut.pieces - 1

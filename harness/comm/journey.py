@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.distributed as dist
 
-from harness.comm.handover import Handover, Held, pop
+from harness.comm.handover import Handover, Held
 from harness.comm.rows import Spread, dot_rows, scale_rows, stable_order
 
 Direction = Literal["forward", "backward"]
@@ -234,11 +234,6 @@ class Journey(Handover, abc.ABC):
             self._landed[degree] = found
         return self._landed[degree]
 
-    def places(self, piece: int | None) -> slice:
-        """Of a piece among all rows by (piece, expert)."""
-        ends = [0, *self.counts.sum(1).cumsum(0).tolist()]
-        return slice(0, ends[-1]) if piece is None else slice(ends[piece], ends[piece + 1])
-
 
 class Trip(Handover):
     """One direction of a journey. ``begin``, then of each chunk ``out`` over every hop; the experts take ``arrived`` and
@@ -249,7 +244,7 @@ class Trip(Handover):
         self.degree = journey.cut.degree(direction)
         self.back = direction == "backward"
         self.parts, self.given = Held(), Held()
-        self.rows: torch.Tensor | None = None  # by expert: of all pieces together, or piece by piece
+        self.rows = Held()  # that landed, by expert: piece by piece, or (None) of all pieces
 
     # ------------------------------------------------------------------ out
 
@@ -277,24 +272,25 @@ class Trip(Handover):
             self._land(chunk)
 
     def _land(self, chunk: int) -> None:
-        journey, part = self.journey, self.parts.pop(chunk)
-        if self.rows is None:
-            self.rows = part.new_empty(int(journey.counts.sum()), part.shape[1])
-        scaled = self.back and journey.travelling is not None
+        journey, part, apart = self.journey, self.parts.pop(chunk), self.cut.whole and self.cut.pieces > 1
+        if apart and None not in self.rows:
+            self.rows[None] = part.new_empty(int(journey.counts.sum()), part.shape[1])
         for piece in self.cut.of_chunk(self.direction, chunk):
             landed = journey.landed(self.degree)[piece]
-            apart = self.cut.whole and self.cut.pieces > 1
-            if scaled:
+            if not self.back or journey.travelling is None:
+                rows = None if apart else part.index_select(0, landed.item)
+            else:
                 rows = scale_rows(part, landed.item, landed.weight)  # type: ignore[arg-type]
-                for pairs, places in landed.runs if apart else [(slice(None), journey.places(piece))]:
-                    self.rows[places] = rows[pairs]
                 if journey.learns:
                     self._dots(piece, landed, part)
-            elif apart:
-                for pairs, places in landed.runs:
-                    torch.index_select(part, 0, landed.item[pairs], out=self.rows[places])
-            else:
-                torch.index_select(part, 0, landed.item, out=self.rows[journey.places(piece)])
+            if not apart:
+                self.rows[None if self.cut.whole else piece] = rows
+                continue
+            for pairs, places in landed.runs:
+                if rows is None:
+                    torch.index_select(part, 0, landed.item[pairs], out=self.rows[None][places])
+                else:
+                    self.rows[None][places] = rows[pairs]
 
     def _dots(self, piece: int, landed: Landed, part: torch.Tensor) -> None:
         """Gradients of a piece's weights, where these travelled: what the experts made times what comes for it."""
@@ -320,10 +316,7 @@ class Trip(Handover):
 
     def arrived(self, piece: int | None) -> torch.Tensor:
         """Rows by expert [R, M]; of all pieces for None."""
-        if piece is None:
-            return pop(self, "rows")  # type: ignore[no-any-return]
-        assert self.rows is not None
-        return self.rows[self.journey.places(piece)]
+        return self.rows.pop(piece)  # type: ignore[no-any-return]
 
     def give(self, piece: int | None, made: torch.Tensor) -> None:
         """What the experts made of ``arrived``."""

@@ -195,6 +195,8 @@ class ReplicatedPassage(ReplicatedTasks, NativePassage):
         return Hosting(self.hosts, held, counts, self.own.hosts)
 
     def _experts(self, arrived: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        if not self.copies:
+            return super()._experts(arrived, counts)
         return self.layer.experts(arrived, counts, [each.tensors for each in self.copies])
 
     def forward_experts(self, batch: int) -> None:
