@@ -94,7 +94,7 @@ class GroupedLayer(ReplicatedLayer):
 
 class GroupedPassage(ReplicatedPassage):
     def start(self) -> Journey:
-        if self.cut.whole:
+        if self.cut.whole or not isinstance(self.schedule, Groups):
             return super().start()
         exchange = self.layer.exchange_
         assert isinstance(exchange, FlatExchange)
@@ -123,7 +123,8 @@ class GroupedPassage(ReplicatedPassage):
 class PricedGroups(PricedReplicated):
     def __init__(self, system: type[ReplicatedSystem], case: Case, policy: Policy):
         super().__init__(system, case, policy)
-        if self.cut.whole:
+        self.grouped = isinstance(self.schedule, Groups) and not self.cut.whole
+        if not self.grouped:
             return
         groups = self.cut.pieces - 1
         self.masks = apart(case.topology.num_ranks, groups) == np.arange(groups)[:, None, None]  # [n, source, rank]
@@ -133,7 +134,7 @@ class PricedGroups(PricedReplicated):
         self.by_group[0] -= self.staying
 
     def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
-        if self.cut.whole:
+        if not self.grouped:
             return super().work(direction, task, part)
         away, home = AWAY[direction]
         cost: Cost | None

@@ -104,3 +104,7 @@ class EPLB(CopiedSystem):
             return placement if same else Placement.of_hosts(hosts, placement)
 
         return plan
+
+
+#: brought to recipes, by name
+STATES = {"eplb": EPLB}

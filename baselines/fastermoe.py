@@ -169,10 +169,10 @@ class FasterMoE(ReplicatedSystem):
     name = "fastermoe"
     title = "FasterMoE: shadowed experts, chosen after every gate, and the smart schedule"
     source = "PPoPP 2022 (He et al.), dynamic shadowing with the loads of experts, and the pairwise schedule"
-    options: ClassVar[dict[str, str]] = {
-        "shadows": "popular experts to shadow in every batch (default: as many as its latency model finds best)",
-        **Groups.options,
+    slot_options: ClassVar[dict[str, str]] = {
+        "shadows": "popular experts to shadow in every batch (default: as many as its latency model finds best)"
     }
+    options: ClassVar[dict[str, str]] = {**slot_options, **Groups.options}
     schedule = Groups()
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"three shadows": {"shadows": 3}}
 
@@ -193,3 +193,8 @@ class FasterMoE(ReplicatedSystem):
     @classmethod
     def copied_parameters(cls, case: Case) -> int:
         return (case.model.num_layers + 1) * (cls.policy(case, None).num_shadows or 0)  # with one layer's gradients
+
+
+#: brought to recipes, by name
+SCHEDULES = {"fastermoe": Groups()}
+STATES = {"fastermoe": FasterMoE}

@@ -144,3 +144,7 @@ class FlexMoE(CopiedSystem):
             return Placement.of_hosts(hosts_of(found.slots, len(load)), placement) if found.operations else placement
 
         return plan
+
+
+#: brought to recipes, by name
+STATES = {"flexmoe": FlexMoE}

@@ -38,3 +38,7 @@ class FSDPExperts(ReplicatedSystem):
     @classmethod
     def copied_parameters(cls, case: Case) -> int:
         return 2 * (case.model.num_experts - case.model.num_experts // case.topology.num_ranks)  # of one layer
+
+
+#: brought to recipes, by name
+STATES = {"fsdp-experts": FSDPExperts}

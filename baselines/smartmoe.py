@@ -58,6 +58,8 @@ def following(case: Case) -> Following:
 class Follows(System):
     """A native system whose experts follow the load so."""
 
+    slot_options: ClassVar[dict[str, str]] = OPTIONS
+
     @classmethod
     def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
         return Rearranger(job, layers, following(case))  # type: ignore[arg-type]
@@ -72,3 +74,7 @@ class SmartMoE(Follows, Flat):
     title = "SmartMoE's dynamic expert placement, over the flat all-to-all"
     source = "ATC 2023 (Zhai et al.), online placement as in its artifact"
     options: ClassVar[dict[str, str]] = OPTIONS
+
+
+#: brought to recipes, by name
+PLACINGS = {"smartmoe": Follows}

@@ -44,8 +44,13 @@ def systems() -> dict[str, type[System]]:
 
 
 def system(name: str) -> type[System]:
-    """The system called ``name``, or an error with the nearest known names."""
+    """The system called ``name``, or of the recipe of that name (``harness.recipes``); else an error with the nearest
+    known names."""
     known = systems()
+    if name not in known and ("+" in name or "=" in name):
+        from harness import recipes
+
+        return recipes.system(name)
     if name not in known:
         error = unknown("system", name, known, "systems")
         raise UserError("; ".join([str(error), *(f"left out: {fault}" for fault in faults())]))
@@ -67,6 +72,18 @@ def brought(module: str, attribute: str) -> dict[str, Any]:
         for key, each in own.items():
             if key in found:
                 _left_out(name, bad(attribute.lower(), key, "there are two of this name; rename one"))
+            found.setdefault(key, each)
+    return dict(sorted(found.items()))
+
+
+@functools.cache
+def attributes(attribute: str) -> dict[str, Any]:
+    """Mappings ``attribute`` of all files and folders of systems, joined, sorted."""
+    found: dict[str, Any] = {}
+    for module in _modules():
+        for key, each in getattr(module, attribute, {}).items():
+            if key in found and found[key] is not each:
+                _left_out(module.__name__, bad(attribute.lower(), key, "there are two of this name; rename one"))
             found.setdefault(key, each)
     return dict(sorted(found.items()))
 

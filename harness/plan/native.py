@@ -7,6 +7,7 @@ class Mine(NativeSystem):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.plan.priced import PricedNative, computed
 from harness.plan.segment import Segment
 from harness.plan.slots import ExchangeSlot, FlatSlot, ScheduleSlot, Serial
-from harness.system import Case
+from harness.system import Case, GradientSlices, MoELayer
 
 
 class NativeLayer(PlannedLayer):
@@ -202,6 +203,22 @@ class NativeSystem(UnifiedSystem):
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> Any:
         return NativeLayer(cls, case, job, weights)
+
+    @classmethod
+    def place_gradients(
+        cls, layers: Sequence[MoELayer], case: Case, gradient_bytes: Sequence[int], scope: str
+    ) -> list[GradientSlices]:
+        cuts, slices = cls.schedule.settle([case] * len(layers), cls.exchange, gradient_bytes, scope)
+        for layer, cut in zip(reversed(layers), cuts, strict=True):
+            layer.cut = cut  # type: ignore[assignment]
+        return slices
+
+    @classmethod
+    def settle(
+        cls, cases: Sequence[Case], gradient_bytes: Sequence[int], scope: str
+    ) -> tuple[list[Case], list[GradientSlices]]:
+        cuts, slices = cls.schedule.settle([cases[0]] * len(cases), cls.exchange, gradient_bytes, scope)
+        return [cls.schedule.fixed(case, cut) for case, cut in zip(cases, cuts, strict=True)], slices
 
 
 __all__ = ["Cut", "NativeLayer", "NativePassage", "NativeSystem"]

@@ -126,6 +126,10 @@ class ScheduleSlot(Schedule, abc.ABC):
         """Of a training step: cuts of ``cases``, first layer first, and slices, last layer first."""
         return [self.cut(case, exchange) for case in cases], [GradientSlices()] * len(gradient_bytes)
 
+    def fixed(self, case: Case, cut: Cut) -> Case:
+        """``case`` with options by which it is cut so."""
+        return case
+
 
 class Serial(Chunks, ScheduleSlot):
     """One thing after another."""

@@ -17,6 +17,7 @@ from harness.layer.weights import Weights
 from harness.plan.passage import Passage
 from harness.routing.types import Routing
 from harness.system import Case, GradientSlices, MoELayer
+from methods.fsmoe.chunks import SCHEDULES
 from methods.fsmoe.cut import Cut, LayerSizes, choose_cut, layer_sizes, padded_capacity, settle, sharded, with_degrees
 from methods.fsmoe.layer import FSMoELayer
 from methods.fsmoe.layout import PricedFSMoE
@@ -144,3 +145,6 @@ def _one_of(case: Case, option: str, default: str, known: tuple[str, ...]) -> st
     if value not in known:
         raise bad(f"options.{option}", value, f"must be one of {', '.join(known)}")
     return str(value)
+
+
+__all__ = ["SCHEDULES", "FSMoE", "Lina", "NoIIO", "NoOverlap", "Tutel", "TutelImproved"]

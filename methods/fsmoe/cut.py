@@ -148,12 +148,12 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_b
 
     Without costs nothing can be weighed: one chunk, and gradients in the MoE part where the policy puts them anywhere.
     Given degrees (``options``) are taken; ``UserError`` if only one is given."""
-    forced = _forced(case)
+    given = forced(case)
     sizes = layer_sizes(case, planned_capacity(case, case.routing))
     if costs is None:
         costs, least_bytes = calibrated(case)
     if costs is None:
-        degrees = forced or (1, 1)
+        degrees = given or (1, 1)
         part = {"after": 2, "dense": 1}.get(policy.gradients, 0)
         reduced = tuple(sizes.gradient_bytes if i == part else 0 for i in range(3))
         return Cut(*degrees, reduced)  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def choose_cut(case: Case, policy: Policy, costs: Cluster | None = None, least_b
         sizes.dense_s[1],
         chunk_bytes=LINA_CHUNK_SHARE * sizes.forward.slot_bytes,
         degrees=_degrees_in_range(sizes, least_bytes),
-        forced=forced,
+        forced=given,
     )
     element = DTYPE_BYTES[case.dtype]
     in_moe, beside = (int(part) // element * element for part in (decided.moe_bytes, decided.dense_bytes))
@@ -253,7 +253,19 @@ def _degrees_in_range(sizes: LayerSizes, least_bytes: float) -> list[int]:
     return [r for r in DEGREES if r == 1 or sizes.forward.slot_bytes / r >= least_bytes]
 
 
-def _forced(case: Case) -> tuple[int, int] | None:
+def costs_of(case: Case, keys: Sequence[str]) -> Cluster | None:
+    """The case's cluster with fitted costs under ``keys``, of its latest calibration, or as stated; None where it has
+    not all of them."""
+    if case.cluster is None:
+        return None
+    found = ledger.latest(case.cluster)
+    if found is None:
+        return stated_costs(case.cluster, keys)
+    return found.cluster(keys) if all(key in found.costs for key in keys) else None
+
+
+def forced(case: Case) -> tuple[int, int] | None:
+    """Degrees that are given and not planned."""
     given = [case.options.get(f"degree_{direction}") for direction in ("forward", "backward")]
     if given == [None, None]:
         return None

@@ -85,3 +85,7 @@ class HecateRM(Hecate):
     source = "arXiv 2502.02581, section 5 (Hecate-RM)"
     rematerialise = True
     variants = {}  # of Hecate's
+
+
+#: brought to recipes, by name
+STATES = {"hecate": Hecate, "hecate-rm": HecateRM}
