@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from harness.comm.job import Job
 from harness.specs import Model
 
-NUM_DIRECTIONS = 2
+NUM_DIRECTIONS = 4  # of two, both may be nearly at right angles to what is wrong
 CHUNK_BYTES = 1 << 26  # of rows that one rank has under way
 Matrices = Mapping[str, torch.Tensor]  # w1, w2 and perhaps w3 of one expert
 
