@@ -150,7 +150,8 @@ def _there_and_back(
     seen = torch.zeros(len(ids), num_columns, dtype=lens.y.dtype, device=x.device)
     for each in ids.unique().tolist():
         own = (ids == each).nonzero()[:, 0]
-        given = {name: matrix.to(x.device, lens.y.dtype) for name, matrix in matrices(each).items()}
+        known = matrices(each)  # in whatever order a system names them
+        given = {name: known[name].to(x.device, lens.y.dtype) for name in names}
         seen[own] = _of_expert(given, rows[own], None if drows is None else drows[own], lens)
     return travel(seen, there=False)
 
