@@ -263,7 +263,12 @@ class SendsSums(SendsNothing):
         return Summed(case, weights, job)
 
 
-ALL: tuple[type[System], ...] = (*(_system(name, fault) for name, fault in FAULTS.items()), SendsNothing, SendsSums, Reordered)
+ALL: tuple[type[System], ...] = (
+    *(_system(name, fault) for name, fault in FAULTS.items()),
+    SendsNothing,
+    SendsSums,
+    Reordered,
+)
 
 
 def register() -> None:

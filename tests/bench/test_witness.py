@@ -87,7 +87,11 @@ def test_an_experts_matrices_may_stand_in_any_order(session) -> None:
 
 def race(session, cells: list[Experiment], wanted: dict[str, str], warmup: int = 1) -> dict[str, float]:
     """Some are wrong, for the reasons that are ``wanted``, and the others right -> errors of the last."""
-    payload: dict[str, Any] = {"experiments": [e.model_dump(mode="json") for e in cells], "repeats": 2, "warmup": warmup}
+    payload: dict[str, Any] = {
+        "experiments": [e.model_dump(mode="json") for e in cells],
+        "repeats": 2,
+        "warmup": warmup,
+    }
     answers = session("local-2").call("tests.bench.planted:run_race", payload, timeout_s=120)
     for experiment in cells:
         outcome = answers[0]["cells"][experiment.digest]
