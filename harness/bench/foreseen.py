@@ -23,7 +23,8 @@ FOLLOW_S = 2.0
 
 def received_bytes(experiment: Experiment, steps: Collection[int]) -> dict[int, np.ndarray]:
     """By each rank in each of ``steps`` that can be told in time, float64 [num_ranks], without what is summed."""
-    training, found, until = Training(experiment, whole=True), {}, time.process_time() + FOLLOW_S
+    training, until = Training(experiment, whole=True), time.process_time() + FOLLOW_S
+    found: dict[int, np.ndarray] = {}
     for step in range(max(steps, default=-1) + 1):
         if training.course.watches(step) or (found and time.process_time() > until):
             break
