@@ -323,3 +323,12 @@ def test_the_example_is_every_native_system_on_64_h100():
     native = {name for name, each in systems().items() if each.kind == "native"}
     assert {each.system for each in race.experiments} == native
     assert Wanted().machine(race.first).basis == "data sheet of h100-8x8, computation by rows per expert, ports"
+
+
+def test_the_larger_example_is_five_systems_on_256_h100():
+    folder = Path(__file__).resolve().parents[1] / "examples"
+    (race,) = suite.load(folder / "deepseek-v3.yaml", physical=True).races
+    model, cluster = race.first.model, race.first.cluster
+    assert (model.num_layers, model.num_experts, model.top_k, model.topk_groups) == (58, 256, 8, 4)
+    assert (cluster.num_ranks, len(race.experiments)) == (256, 5)
+    assert Wanted().machine(race.first).basis == "data sheet of h100-32x8, computation by rows per expert, ports"
