@@ -341,7 +341,7 @@ def _check_count(value: Any, here: str, least: int) -> None:
 
 
 class _at:
-    """Put the file and the field before the message of a ``UserError`` from elsewhere."""
+    """Put the file and the field before the message of a ``UserError`` from elsewhere that does not name them."""
 
     def __init__(self, here: str):
         self.here = here
@@ -350,4 +350,5 @@ class _at:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UserError):
-            raise type(error)(f"{self.here}: {error}") from None
+            text = str(error)
+            raise type(error)(text if text.startswith(self.here) else f"{self.here}: {text}") from None
