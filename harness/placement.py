@@ -45,7 +45,7 @@ class Placement:
         for rank in range(before.hosts.shape[1]):
             own = before.local(rank).copy()
             gone = owner[own] != rank
-            come = np.setdiff1d(np.flatnonzero(owner == rank), own[~gone])
+            come = np.flatnonzero((owner == rank) & ~before.hosts[:, rank])
             if len(come) != gone.sum():
                 raise bad(f"placement of rank {rank}", int((owner == rank).sum()), f"experts; it has {len(own)} slots")
             own[gone] = come

@@ -147,6 +147,15 @@ RECORDED = ENTRY["model"] | {"num_experts": 64, "top_k": 8}
             {"workload": TRACE, "model": RECORDED},
             ["workload inline.tokens_per_rank: 1000000", "the trace record-e64k8.parquet has", "or record more"],
         ),
+        (
+            {"workload": {"tokens_per_rank": 10**12}},
+            [
+                "workload.tokens_per_rank: 1000000000000",
+                "expert choices in a layer, and at most 268,435,456 are planned",
+            ],
+        ),
+        ({"model": ENTRY["model"] | {"num_layers": 10**9}}, ["model.num_layers: 1000000000", "layers of a step"]),
+        ({"model": ENTRY["model"] | {"num_experts": 1 << 30}}, ["model.num_experts: 1073741824", "ranks by experts"]),
         ({"cluster": "emulated-2x5"}, ["did you mean 'emulated-2x4'?"]),
         ({"cluster": "own.yaml"}, ["own.yaml': cannot be read (no such file)"]),
         ({"workload": "zipf-44"}, ["did you mean 'zipf-4'?"]),

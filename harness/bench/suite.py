@@ -51,6 +51,7 @@ _DEFAULTS: dict[str, Any] = {
 _ENTRY_KEYS = (*_REQUIRED, *_DEFAULTS)
 _COUNTS = ("repeats", "warmup", "launches")
 _SUITE_KEYS = ("name", "defaults", "experiments")
+MOST_LAYERS, MOST_LOADS, MOST_CHOICES = 4096, 1 << 26, 1 << 28  # of a step; of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +257,7 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
     workload, topology = experiment.workload, Topology(experiment.cluster.shape)
     with _at(here):
         check_size(experiment.cluster.name, experiment.cluster.shape)
+        _check_amounts(experiment, topology.num_ranks)
         if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
             remedy = (
                 "is of kind physical: moebench simulate prices it, moebench sweep runs it on Slurm; "
@@ -288,6 +290,19 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
         of_all = workload.generator == "trace" and experiment.phase in ("train_step", *SERVING)
         for layer in range(experiment.model.num_layers if of_all else 1):
             make_routing(workload, experiment.model, topology, layer=layer)
+
+
+def _check_amounts(experiment: Experiment, num_ranks: int) -> None:
+    """Nobody meant as much as no memory holds."""
+    model, workload = experiment.model, experiment.workload
+    choices = sum(workload.tokens(num_ranks)) * model.top_k
+    for field, value, amount, most, what in (
+        ("model.num_layers", model.num_layers, model.num_layers, MOST_LAYERS, "layers of a step"),
+        ("model.num_experts", model.num_experts, model.num_experts * num_ranks, MOST_LOADS, "loads, ranks by experts"),
+        ("workload.tokens_per_rank", workload.tokens_per_rank, choices, MOST_CHOICES, "expert choices in a layer"),
+    ):
+        if amount > most:
+            raise bad(field, value, f"makes {amount:,} {what}, and at most {most:,} are planned; give fewer")
 
 
 def _check_served(experiment: Experiment) -> None:

@@ -76,7 +76,8 @@ class Options:
 class Setup:
     """A model on a cluster, ``samples`` sequences a rank. ``bw_ranks``: GPUs that share the paper's bw, where t is
     computed (1: it is the node's port, 8: each GPU has its part). ``passes_on``: nodes pass an expert on
-    to the next, all at once: a gather lasts as long as what comes to the busiest node, a reduction as what leaves it."""
+    to the next, all at once: a gather lasts as long as what comes to the busiest node, a reduction as what leaves
+    it."""
 
     model: Model
     cluster: Cluster
