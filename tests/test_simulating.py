@@ -240,12 +240,21 @@ def test_a_second_call_keeps_what_is_finished_and_another_machine_is_another_run
     simulating.simulate_suite(chosen, folder, Wanted(), show_progress=False)
     simulating.simulate_suite(chosen, folder, Wanted(), show_progress=False)
     assert judge == ["flat", "hiermoe-hd2"]
-    for other in ({"steps": 2}, {"warm": 1}, {"wanted": Wanted("data-sheet", 0.4)}):
+    for other in ({"steps": 2}, {"warm": 2}, {"wanted": Wanted("data-sheet", 0.4)}):
         with pytest.raises(UserError, match=r"another machine or of other steps .*; take another --name, or --fresh"):
             simulating.simulate_suite(chosen, folder, show_progress=False, **{"wanted": Wanted(), **other})
     simulating.simulate_suite(chosen, folder, Wanted(), steps=2, fresh=True, show_progress=False)
     assert len(judge) == 4
     assert len(list(folder.parent.glob("mine-sim*"))) == 2
+
+
+def test_planners_see_the_warm_up_that_a_run_of_the_file_has(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(simulating, "judged", lambda each, machine, steps, warm, say: seen.append(warm) or said(1.0))
+    chosen = suite.from_data(changed(warmup=5), "mine.yaml", physical=True)
+    simulating.simulate_suite(chosen, tmp_path / "a-sim", Wanted(), show_progress=False)
+    simulating.simulate_suite(chosen, tmp_path / "b-sim", Wanted(), warm=0, show_progress=False)
+    assert seen == [5, 5, 0, 0]
 
 
 def test_a_name_is_of_a_run_or_of_a_simulation(mine, judge):
