@@ -161,7 +161,7 @@ def settings_of(
 ) -> dict[str, dict[str, Any]]:
     """By cluster (digest and wire): what its simulation rests on."""
     found: dict[str, dict[str, Any]] = {}
-    for race, experiment in ((race, each) for race in suite.races for each in race.experiments):
+    for race, experiment in ((each, one) for each in suite.races for one in each.experiments):
         if machine := machines.get(key_of(experiment)):
             place = found.setdefault(_place(experiment), {"steps": steps, "warm_up": [], "machines": {}})
             place["warm_up"] = sorted({*place["warm_up"], before(race, warm)})
