@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.resources
 import itertools
 import math
@@ -288,8 +289,14 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
                         "workload.tokens_per_rank", tokens, f"must be a multiple of model.seq = {experiment.model.seq}"
                     )
         of_all = workload.generator == "trace" and experiment.phase in ("train_step", *SERVING)
-        for layer in range(experiment.model.num_layers if of_all else 1):
-            make_routing(workload, experiment.model, topology, layer=layer)
+        _draw(workload, experiment.model, topology, experiment.model.num_layers if of_all else 1)
+
+
+@functools.lru_cache(maxsize=64)  # the systems of a race have the same
+def _draw(workload: Workload, model: Model, topology: Topology, num_layers: int) -> None:
+    """Whether there is a routing."""
+    for layer in range(num_layers):
+        make_routing(workload, model, topology, layer=layer)
 
 
 def _check_amounts(experiment: Experiment, num_ranks: int) -> None:
