@@ -30,7 +30,7 @@ def test_a_session_inside_an_allocation(tmp_path):
     assert seen == [{"done": 0}, {"done": 1}]
 
 
-@pytest.mark.parametrize("mask", ["2,3,GPU-8f6a1c0e-77aa,MIG-1b2c", "", None])
+@pytest.mark.parametrize("mask", ["2,3,GPU-8f6a1c0e-77aa,MIG-1b2c", pytest.param("", marks=pytest.mark.long), None])
 def test_a_job_sees_the_gpus_that_its_caller_sees(tmp_path, monkeypatch, mask):
     """submitit sets a mask of its own, and renumbers the GPUs that it is asked for."""
     if mask is None:
