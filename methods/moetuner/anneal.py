@@ -141,23 +141,9 @@ def search(owner, load, flow, cost, weights, moves, warmth, paired, blur, rng): 
             continue
         back = f if other == layer else -1
         change = _change(
-            layer,
-            a,
-            b,
-            e,
-            back,
-            load,
-            mean,
-            carried,
-            cost,
-            ahead,
-            behind,
-            between,
-            row_most,
-            column_most,
-            weights,
-            blur,
-        )
+            layer, a, b, e, back, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
+            weights, blur
+        )  # fmt: skip
         if other != layer:
             change += _change(
                 other, b, a, f, back, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
