@@ -58,7 +58,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         submit(work.fail_with, None, folder=tmp_path / "file", timeout_min=5, name="t")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 def test_the_callers_end_ends_the_job(tmp_path, how):
     mark, ready = uuid.uuid4().hex, tmp_path / "ready"
     program = f"""
