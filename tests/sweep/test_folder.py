@@ -98,6 +98,7 @@ def test_random_kills_lose_and_double_no_row(sweep_file, tmp_path, num_kills, nu
 
 
 @pytest.mark.long
+@pytest.mark.minutes
 def test_status_of_ten_thousand_cells(sweep_file, tmp_path, monkeypatch):
     folder = SweepFolder(tmp_path / "large")
     store = Store(folder.run_dir)
