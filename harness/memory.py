@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from harness.layer.work import expert_parameters
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, Dtype, Experiment, Model
-from harness.system import Case, System
 from harness.topology import Topology
+
+if TYPE_CHECKING:
+    from harness.system import Case, System
+
+#: of the memory of a training step; the last holds the others
+PARTS = ("parameters", "gradients", "optimizer", "materialised", "activations", "peak")
 
 
 def expert_bytes(model: Model, dtype: Dtype) -> int:
