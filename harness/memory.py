@@ -123,7 +123,7 @@ def _activations(experiment: Experiment, case: Case) -> float:
 
 _INDEX = 8  # bytes of one
 #: what a gate keeps of each token, in numbers: of every expert, of each chosen one, and once
-_GATES = {"gshard": (1, 2, 1), "softmax_topk": (0, 1, 0), "sigmoid": (1, 3, 1)}
+_GATES = {"gshard": (1, 2, 1), "softmax_topk": (0, 1, 0), "sigmoid": (1, 3, 1), "moge": (1, 1, 0)}
 
 
 def attention_parameters(model: Model) -> int:
