@@ -105,7 +105,7 @@ def test_hecate_models_have_their_printed_parameter_counts(name, billions):
 
 
 def test_pangu_pro_moe_has_its_printed_parameter_counts():
-    """72 billion, of which 16 are used by a token: routed and shared experts, attention with grouped keys, embeddings."""
+    """72 billion, a token uses 16: routed and shared experts, attention with grouped keys, embeddings."""
     model = presets.model("pangu-pro-moe")
     expert = 3 * model.hidden * model.ffn
     attention = 2 * model.hidden**2 * (1 + model.num_kv_heads / model.num_heads)
