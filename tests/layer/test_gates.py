@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from harness import memory
 from harness.errors import UserError
 from harness.layer import gates
 from harness.layer.oracle import Oracle, keep_strongest
@@ -109,6 +110,26 @@ def test_moge_drops_the_weakest_of_an_expert_and_leaves_the_other_weights_alone(
         torch.zeros(40, 16, dtype=torch.bool).scatter(-1, ids, kept), keep_strongest(model, logits.softmax(-1))
     )
     torch.testing.assert_close(weights, torch.where(kept, logits.softmax(-1).gather(1, ids), 0.0))
+
+
+@pytest.mark.parametrize(
+    "gate", [{"gate": "gshard"}, {"gate": "softmax_topk"}, {"gate": "moge", "num_groups": 2}], ids=str
+)
+def test_what_a_gate_keeps_for_its_backward_is_as_planned(gate: dict[str, Any]) -> None:
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor is not rows:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    rows = torch.ones(30, 4, requires_grad=True)  # what the weights are multiplied with
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _, weights = gates.route(BASE.model_copy(update=gate), torch.randn(30, 16, requires_grad=True))
+        product = weights * rows
+    every, chosen, once = memory.GATES[gate["gate"]]
+    assert product.requires_grad
+    assert sum(tensor.numel() for tensor in kept.values()) == 30 * (16 * every + 4 * chosen + once)
 
 
 def test_gradients_reach_all_logits_of_moge() -> None:
