@@ -319,12 +319,14 @@ def _generate(workload: Workload, model: Model, topology: Topology, step: int, l
     if draw.generator in DRAWN:
         return np.asarray(found, dtype=np.int32)
     num_groups = _num_groups(_params(workload, draw), draw)
-    parts = []
-    for rank, (counts, num_tokens) in enumerate(zip(found, draw.tokens, strict=True)):
-        rng = draw.rank_rng(rank)
-        one = functools.partial(deal, num_tokens=num_tokens, top_k=draw.top_k // num_groups, rng=rng)
-        parts.append(deal_in_groups(one, counts, num_groups, rng))
-    return np.concatenate(parts)
+    per_rank = enumerate(zip(found, draw.tokens, strict=True))
+    return np.concatenate([_dealt(draw, counts, num, num_groups, rank) for rank, (counts, num) in per_rank])
+
+
+def _dealt(draw: Draw, counts: np.ndarray, num_tokens: int, num_groups: int, rank: int) -> np.ndarray:
+    """ids of a rank's tokens."""
+    rng, top_k = draw.rank_rng(rank), draw.top_k // num_groups
+    return deal_in_groups(lambda part: deal(part, num_tokens, top_k, rng), counts, num_groups, rng)
 
 
 def loads(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray | None:
@@ -352,8 +354,7 @@ def sample(
     order, phases = rng.permutation(draw.num_experts // num_groups), rng.random(len(tokens))
     wanted = np.split(counts * share[:, None], num_groups, axis=1)
     fewer = np.concatenate([rounded(part, num_each * top_k, order, phases) for part in wanted], axis=1)
-    one = functools.partial(deal_at_once, tokens=num_each, top_k=top_k, rng=rng)
-    return deal_in_groups(one, fewer, num_groups, rng)
+    return deal_in_groups(lambda part: deal_at_once(part, num_each, top_k, rng), fewer, num_groups, rng)
 
 
 def _call(workload: Workload, draw: Draw) -> np.ndarray:

@@ -35,9 +35,10 @@ def balance(progress: Progress) -> Findings:
 
 
 def _workload(name: str) -> Workload:
-    presets_of = {"uniform": "uniform-512", "zipf 4": "zipf-4-512", "hot rank": "hot-rank", "recorded": "recorded-512"}
-    found = presets.workload(presets_of.get(name, "grouped"))
-    return found.model_copy(update={"tokens_per_rank": 512})
+    if name == "hot rank":
+        return Workload(name="hot-rank", tokens_per_rank=512, generator="hot_rank", params={"rank": 0, "share": 0.5})
+    named = {"uniform": "uniform-512", "zipf 4": "zipf-4-512", "recorded": "recorded-512", "grouped": "grouped"}
+    return presets.workload(named[name]).model_copy(update={"tokens_per_rank": 512})
 
 
 def _loads(model: Model, workload: Workload, num_ranks: int) -> dict[str, float]:
