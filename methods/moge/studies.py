@@ -12,7 +12,7 @@ from harness.specs import Model, Workload
 from harness.studies import Findings, Progress, Study
 from harness.topology import Topology
 
-NUM_RANKS = (4, 8, 16)  # of 8 groups: two on a rank, one, and half of one
+HOLDS = {4: "two groups", 8: "one group", 16: "half a group"}  # a rank, by how many ranks there are
 ROUTINGS = ("uniform", "zipf 4", "hot rank", "recorded", "grouped")
 NOTES = (
     "What is prescribed to the gate is what it would have chosen freely; MoGE's gate takes the nearest that it can.",
@@ -25,12 +25,13 @@ NOTES = (
 def balance(progress: Progress) -> Findings:
     """One row for each gate, routing and number of ranks, each of which gives 512 tokens."""
     model, rows = presets.model("pangu-pro-moe"), []
-    for num_ranks in NUM_RANKS:
+    for num_ranks, holds in HOLDS.items():
         progress(f"{num_ranks} ranks")
         for routing in ROUTINGS:
             for gate, of_gate in {"top-k": model.model_copy(update={"gate": "gshard"}), "moge": model}.items():
                 found = _loads(of_gate, _workload(routing), num_ranks)
-                rows.append({"gate": gate, "routing": routing, "ranks": num_ranks, **found, "evidence": "simulated"})
+                where = {"gate": gate, "routing": routing, "ranks": num_ranks, "a rank holds": holds}
+                rows.append({**where, **found, "evidence": "simulated"})
     return Findings({"balance": pd.DataFrame(rows)}, NOTES)
 
 
