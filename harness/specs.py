@@ -395,6 +395,6 @@ def with_levels(name: str, levels: Iterable[dict[str, Any]], **fields: Any) -> C
 
 
 __all__ = [
-    "DTYPE_BYTES", "EXPERTS_CHOOSE", "GEMMS", "SERVING", "Cluster", "Collective", "Dtype", "Experiment", "Gemm", "Level",
-    "Model", "Phase", "Spec", "UserError", "Workload", "with_levels",
+    "DTYPE_BYTES", "EXPERTS_CHOOSE", "GEMMS", "SERVING", "Cluster", "Collective", "Dtype", "Experiment", "Gemm",
+    "Level", "Model", "Phase", "Spec", "UserError", "Workload", "with_levels",
 ]  # fmt: skip
