@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-from harness.routing.groups import limits_groups
+from harness.routing.groups import bends
 from harness.routing.make import counts_of, planned_routing, sampled_routing
 from harness.routing.types import Routing
 from harness.specs import Model, Workload
@@ -55,7 +55,7 @@ class Outlined(Routing):
     def estimated(self) -> bool:
         """Whether loads are from a sample too."""
         workload, model, _ = self._of
-        return self.few is not None and (workload.generator == "markov" or limits_groups(model))
+        return self.few is not None and (workload.generator == "markov" or bends(workload, model))
 
     @property
     def sample(self) -> Routing:
