@@ -56,6 +56,10 @@ def refuse_rare_gate(case: Case, package: str) -> str | None:
         if package == "tutel":
             return "tutel's cosine gate adds a bias to the projection and learns the temperature, which here is fixed"
         return f"{package} has no gate of cosines (X-MoE)"
+    if case.model.gate == "moge":
+        said = f"{package} has no gate that takes as many experts from each group (MoGE)"
+        limit = "its moe_router_num_groups and moe_router_group_topk limit which groups a token uses (DeepSeek-V3)"
+        return f"{said}; {limit}" if package == "megatron-core" else said
     if case.model.gate == "expert_choice":
         return f"{package} has no gate in which experts choose tokens"
     if case.model.gate == "softmoe":

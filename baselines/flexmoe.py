@@ -118,7 +118,7 @@ def adjust(
     tokens = np.ascontiguousarray(load, dtype=np.float64)
     rounds = len(load) if most is None else most
     found, before_s, after_s = replication.adjust(
-        tokens, after, costs.token_s, costs.reduce_s, costs.move_s / steps, threshold, rounds
+        tokens, after, float(costs.token_s), float(costs.reduce_s), costs.move_s / steps, float(threshold), rounds
     )
     operations = tuple((NAMES[kind], int(expert), int(rank)) for kind, expert, rank in found)
     return Adjusted(after, operations, float(before_s), float(after_s))

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from harness.layer.work import expert_parameters
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, Dtype, Experiment, Model
-from harness.system import Case, System
 from harness.topology import Topology
+
+if TYPE_CHECKING:
+    from harness.system import Case, System
+
+#: of the memory of a training step; the last holds the others
+PARTS = ("parameters", "gradients", "optimizer", "materialised", "activations", "peak")
 
 
 def expert_bytes(model: Model, dtype: Dtype) -> int:
@@ -55,7 +61,7 @@ def activation_bytes(
     compute on GPUs; None: where the cluster is a physical one."""
     gpu = experiment.cluster.kind == "physical" if gpu is None else gpu
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
-    if model.gate not in _GATES or model.capacity_factor is not None or experiment.model_parallel:
+    if model.gate not in GATES or model.capacity_factor is not None or experiment.model_parallel:
         return None
     real, wide = experiment.compute == "real", max(4, width)  # wide: of the gate, of steering, inside norms
     hidden, top_k, num_experts = model.hidden, model.top_k, model.num_experts
@@ -68,7 +74,7 @@ def activation_bytes(
         token += width * (3 * hidden + keys) + wide * model.num_heads
     if experiment.workload.generator != "natural":
         token += wide * num_experts
-    every, chosen, once = _GATES[model.gate]
+    every, chosen, once = GATES[model.gate]
     token += wide * (every * num_experts + chosen * top_k + once) + _INDEX * top_k
     token += width * hidden + _INDEX  # what leaves the layer, and where each token's rows begin
     sent = width * hidden + 4 * _INDEX  # what came home, and its ways
@@ -123,7 +129,7 @@ def _activations(experiment: Experiment, case: Case) -> float:
 
 _INDEX = 8  # bytes of one
 #: what a gate keeps of each token, in numbers: of every expert, of each chosen one, and once
-_GATES = {"gshard": (1, 2, 1), "softmax_topk": (0, 1, 0), "sigmoid": (1, 3, 1)}
+GATES = {"gshard": (1, 2, 1), "softmax_topk": (0, 1, 0), "sigmoid": (1, 3, 1), "moge": (1, 1, 0)}
 
 
 def attention_parameters(model: Model) -> int:

@@ -45,7 +45,7 @@ class Placement:
         for rank in range(before.hosts.shape[1]):
             own = before.local(rank).copy()
             gone = owner[own] != rank
-            come = np.setdiff1d(np.flatnonzero(owner == rank), own[~gone])
+            come = np.flatnonzero((owner == rank) & ~before.hosts[:, rank])
             if len(come) != gone.sum():
                 raise bad(f"placement of rank {rank}", int((owner == rank).sum()), f"experts; it has {len(own)} slots")
             own[gone] = come
@@ -56,10 +56,13 @@ class Placement:
     def of_hosts(cls, hosts: np.ndarray, before: Placement) -> Placement:
         """``hosts`` bool [E, num_ranks]: any number of experts on each rank, any number of ranks for each. Experts that
         stay keep their slots where these remain."""
-        slots = []
-        for rank in range(hosts.shape[1]):
-            wanted, old = np.flatnonzero(hosts[:, rank]), before.local(rank)
-            own = np.full(len(wanted), -1)
+        slots, counts, changed = [], hosts.sum(0).tolist(), (hosts != before.hosts).any(0).tolist()
+        for rank, count in enumerate(counts):
+            old = before.local(rank)
+            if not changed[rank] and len(old) == count:
+                slots.append(old)
+                continue
+            own = np.full(count, -1)
             kept, come = hosts[old[: len(own)], rank], hosts[:, rank].copy()
             own[: len(kept)][kept] = old[: len(own)][kept]
             come[own[own >= 0]] = False

@@ -66,7 +66,7 @@ def brought(module: str, attribute: str) -> dict[str, Any]:
             if not info.ispkg or importlib.util.find_spec(name) is None:
                 continue
             own = dict(getattr(importlib.import_module(name), attribute))
-        except Exception as error:  # a method's own affair
+        except (Exception, SystemExit) as error:  # a method's own affair
             _left_out(name, error)
             continue
         for key, each in own.items():

@@ -37,12 +37,13 @@ def simulate_suite(
     wanted: Wanted,
     *,
     steps: int = 1,
-    warm: int = 0,
+    warm: int | None = None,
     fresh: bool = False,
     show_progress: bool = True,
 ) -> dict[str, int]:
-    """``steps`` of every cell of ``suite`` behind ``warm`` more; finished cells are kept, unless ``fresh``. Number of
-    cells by status. ``UserError`` where no cell has a machine, and for a folder that holds anything else."""
+    """``steps`` of every cell of ``suite`` behind ``warm`` more (None: as many as ``suite`` says); finished cells are
+    kept, unless ``fresh``. Number of cells by status. ``UserError`` where no cell has a machine, and for a folder that
+    holds anything else."""
     wanted.check()
     machines, lacks = machines_of(suite, wanted)
     store = Store(run_dir)
@@ -62,19 +63,25 @@ def simulate_suite(
         write_records(store, suite, settings)
         for each in suite.bad:
             store.append(tidy.rows_of_simulation(each.experiment, run_dir.name, ("failed", each.reason)))
-        say = stack.enter_context(_shown(len(todo), steps + warm, show_progress))
+        num_steps = sum(steps + before(race, warm) for race, _ in todo)
+        say = stack.enter_context(_shown(len(todo), num_steps, show_progress))
         for race, experiment in todo:
             say(f"{experiment.system}: {run.describe(race)}", 0)
             key = key_of(experiment)
             if key in lacks:
                 outcome: Any = "failed", lacks[key]
             else:
-                outcome = judged(experiment, machines[key], steps, warm, lambda text: say(text, -1))
+                outcome = judged(experiment, machines[key], steps, before(race, warm), lambda text: say(text, -1))
             keep(store, experiment, outcome)
             if isinstance(outcome, tuple):
                 say(f"{outcome[0]}: {experiment.system}: {outcome[1]}", None)
-            say("", steps + warm)
+            say("", steps + before(race, warm))
     return run.summary(store, suite)
+
+
+def before(race: Race, warm: int | None) -> int:
+    """Steps that planners see before those that are priced."""
+    return race.warmup if warm is None else warm
 
 
 def machines_of(suite: Suite, wanted: Wanted) -> tuple[dict[Key, Machine], dict[Key, str]]:
@@ -149,12 +156,15 @@ def _first_ranks(timeline: Timeline) -> Timeline:
 # -------------------------------------------------------------------------------------------------------- the records
 
 
-def settings_of(suite: Suite, machines: Mapping[Key, Machine], steps: int, warm: int) -> dict[str, dict[str, Any]]:
+def settings_of(
+    suite: Suite, machines: Mapping[Key, Machine], steps: int, warm: int | None
+) -> dict[str, dict[str, Any]]:
     """By cluster (digest and wire): what its simulation rests on."""
     found: dict[str, dict[str, Any]] = {}
-    for experiment in suite.experiments:
+    for race, experiment in ((each, one) for each in suite.races for one in each.experiments):
         if machine := machines.get(key_of(experiment)):
-            place = found.setdefault(_place(experiment), {"steps": steps, "warm_up": warm, "machines": {}})
+            place = found.setdefault(_place(experiment), {"steps": steps, "warm_up": [], "machines": {}})
+            place["warm_up"] = sorted({*place["warm_up"], before(race, warm)})
             place["machines"][" ".join(filter(None, key_of(experiment)[1:]))] = {
                 "basis": machine.basis,
                 "fingerprint": fingerprint(machine),
@@ -172,9 +182,9 @@ def check_same(store: Store, settings: Mapping[str, Mapping[str, Any]]) -> None:
         same = all(known.get(key) == now[key] for key in ("steps", "warm_up"))
         shared = set(known["machines"]) & set(now["machines"])
         if not same or any(known["machines"][key] != now["machines"][key] for key in shared):
-            before = "; ".join(dict.fromkeys(each["basis"] for each in known["machines"].values()))
-            before += f", {known['steps']} steps after {known['warm_up']}"
-            remedy = f"holds a simulation on another machine or of other steps ({before})"
+            text = "; ".join(dict.fromkeys(each["basis"] for each in known["machines"].values()))
+            text += f", {known['steps']} steps after {str(known['warm_up']).strip('[]')}"
+            remedy = f"holds a simulation on another machine or of other steps ({text})"
             raise bad("run", store.path.name, f"{remedy}; take another --name, or --fresh")
 
 
@@ -187,7 +197,7 @@ def write_records(store: Store, suite: Suite, settings: Mapping[str, Mapping[str
         first = races[0].first
         each = run.Plan(first.cluster, first.wire, tuple((0, race) for race in races))
         record = run.record_of_launch(each, 0, races, SIMULATED, {"network": tidy.MODELLED}, provenance.command_line())
-        record["simulation"] = {"place": place, **settings.get(place, {"machines": {}, "steps": 0, "warm_up": 0})}
+        record["simulation"] = {"place": place, **settings.get(place, {"machines": {}, "steps": 0, "warm_up": []})}
         store.write_record(f"simulated-{first.cluster.name}-{first.wire}-{first.cluster.digest}", record)
 
 
@@ -196,14 +206,14 @@ def _place(experiment: Experiment) -> str:
 
 
 @contextlib.contextmanager
-def _shown(num_cells: int, units: int, show: bool) -> Iterator[Callable[[str, int | None], None]]:
-    """A bar with the time that remains, on stderr, moved on by ``units`` a cell. What it yields takes a text, and how
+def _shown(num_cells: int, num_steps: int, show: bool) -> Iterator[Callable[[str, int | None], None]]:
+    """A bar with the time that remains, on stderr, moved on by step. What it yields takes a text, and how
     far to move on (None: the text is to stay; -1: it is for a terminal alone)."""
     console = Console(stderr=True, quiet=not show)
     if not num_cells:
         console.print("every cell of this file is simulated already; --fresh begins again", highlight=False)
     with Progress(*columns(), console=console, disable=not (show and num_cells)) as bar:
-        task = bar.add_task("planning", total=num_cells * units)
+        task = bar.add_task("planning", total=num_steps)
 
         def say(text: str, done: int | None) -> None:
             if done == -1 and not console.is_terminal:

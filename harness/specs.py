@@ -127,13 +127,13 @@ class Model(Spec):
     seq: Count = 1024  # L, tokens of one sample
     vocab: Count = 32000
     ffn_type: Literal["gpt", "swiglu"] = "gpt"  # gpt: 2 GEMMs with GELU; swiglu: 3 GEMMs
-    gate: Literal["gshard", "softmax_topk", "sigmoid", "xmoe", "expert_choice", "softmoe"] = "gshard"
+    gate: Literal["gshard", "softmax_topk", "sigmoid", "xmoe", "moge", "expert_choice", "softmoe"] = "gshard"
     gate_noise: bool = False  # GShard's trainable noise on the gshard gate's logits
     gate_dim: Count | None = None  # d of the xmoe gate's projection; None: E / 2, as X-MoE has it
     normalise_weights: bool = True  # of the sigmoid gate; False: each is its own sigmoid (BASE, StableMoE)
     selection_bias: bool = True  # the sigmoid gate selects by score + bias (DeepSeek-V3)
-    num_groups: Count = 1  # expert groups of the sigmoid gate's group limit (DeepSeek-V3)
-    topk_groups: Count | None = None  # groups a token may use; None: all
+    num_groups: Count = 1  # expert groups: of the sigmoid gate's limit (DeepSeek-V3); of moge, k / num_groups from each
+    topk_groups: Count | None = None  # groups a token may use under the sigmoid gate; None: all
     routed_scale: float = 1.0  # factor on the sigmoid gate's weights (DeepSeek-V3)
     num_shared_experts: Annotated[int, Field(ge=0)] = 0
     capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: nothing is dropped
@@ -151,6 +151,16 @@ class Model(Spec):
                 raise ValueError(f"topk_groups = {self.topk_groups} is larger than num_groups = {self.num_groups}")
             if self.top_k > self.topk_groups * (self.num_experts // self.num_groups):
                 raise ValueError(f"top_k = {self.top_k} does not fit into topk_groups = {self.topk_groups} groups")
+        if self.gate == "moge":
+            if self.num_groups == 1:
+                raise ValueError("gate = moge takes as many experts from each of num_groups groups; give 2 or more")
+            if self.top_k % self.num_groups:
+                raise ValueError(
+                    f"num_groups = {self.num_groups} does not divide top_k = {self.top_k}, of which gate = moge takes "
+                    "as many from each group; change one of the two"
+                )
+            if self.topk_groups is not None:
+                raise ValueError("topk_groups belongs to gate = sigmoid; gate = moge uses all groups")
         kv = self.num_kv_heads or self.num_heads
         if self.num_heads % kv:
             raise ValueError(f"num_kv_heads = {kv} does not divide num_heads = {self.num_heads}")
@@ -168,6 +178,11 @@ class Model(Spec):
     def projection_dim(self) -> int:
         """d of the xmoe gate."""
         return self.gate_dim or max(1, self.num_experts // 2)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the gate scales the weights of a token's experts to a fixed sum, where it has several."""
+        return self.normalise_weights and self.gate != "moge"
 
     @property
     def lacks(self) -> str | None:
@@ -380,20 +395,6 @@ def with_levels(name: str, levels: Iterable[dict[str, Any]], **fields: Any) -> C
 
 
 __all__ = [
-    "DTYPE_BYTES",
-    "EXPERTS_CHOOSE",
-    "GEMMS",
-    "SERVING",
-    "Cluster",
-    "Collective",
-    "Dtype",
-    "Experiment",
-    "Gemm",
-    "Level",
-    "Model",
-    "Phase",
-    "Spec",
-    "UserError",
-    "Workload",
-    "with_levels",
-]
+    "DTYPE_BYTES", "EXPERTS_CHOOSE", "GEMMS", "SERVING", "Cluster", "Collective", "Dtype", "Experiment", "Gemm",
+    "Level", "Model", "Phase", "Spec", "UserError", "Workload", "with_levels",
+]  # fmt: skip

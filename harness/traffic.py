@@ -32,6 +32,9 @@ def port_load(matrix: np.ndarray, topology: Topology, level: int, ports: int = 1
     A port carries whatever leaves its unit, so traffic that crosses an outer level passes here too."""
     units = topology.num_units(level)
     between = _between(matrix, units * ports)  # from port to port
+    if ports == 1:
+        kept = np.diagonal(between, axis1=-2, axis2=-1)
+        return np.maximum(between.sum(-1) - kept, between.sum(-2) - kept)
     own = blocks_of(between, units)  # [.., units, ports, ports]
     out = between.sum(-1) - own.sum(-1).reshape(between.shape[:-1])
     into = between.sum(-2) - own.sum(-2).reshape(between.shape[:-1])
@@ -54,6 +57,6 @@ def blocks_of(matrix: np.ndarray, parts: int) -> np.ndarray:
 def _between(matrix: np.ndarray, parts: int) -> np.ndarray:
     """[.., W, W] -> [.., parts, parts]: neighbouring ranks together."""
     size = matrix.shape[-1] // parts
-    if not np.issubdtype(matrix.dtype, np.floating):
+    if matrix.dtype.kind != "f":
         matrix = matrix.astype(np.float64)
     return matrix.reshape(*matrix.shape[:-2], parts, size, parts, size).sum((-3, -1)) if size > 1 else matrix

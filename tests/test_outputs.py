@@ -63,6 +63,10 @@ def test_every_file_that_a_command_writes_is_tried_first(check, tmp_path: Path) 
 
 
 def test_commands_try_their_outputs_before_the_work(tmp_path: Path, monkeypatch, capsys) -> None:
+    def started(*_, **__):
+        raise AssertionError("the work has begun")
+
+    monkeypatch.setattr(placing, "place", started)
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes").write_text("mine")

@@ -104,6 +104,17 @@ def test_hecate_models_have_their_printed_parameter_counts(name, billions):
     assert model.num_layers * (experts + attention) / 1e9 == pytest.approx(billions, abs=0.005)
 
 
+def test_pangu_pro_moe_has_its_printed_parameter_counts():
+    """72 billion, a token uses 16: routed and shared experts, attention with grouped keys, embeddings."""
+    model = presets.model("pangu-pro-moe")
+    expert = 3 * model.hidden * model.ffn
+    attention = 2 * model.hidden**2 * (1 + model.num_kv_heads / model.num_heads)
+    rest = model.num_layers * (model.num_shared_experts * expert + attention) + 2 * model.vocab * model.hidden
+    assert (model.num_layers * model.num_experts * expert + rest) / 1e9 == pytest.approx(72, abs=0.05)
+    assert (model.num_layers * model.top_k * expert + rest) / 1e9 == pytest.approx(16.5, abs=0.05)
+    assert model.num_groups == presets.workload("pangu-pro-moe").params["num_groups"]
+
+
 def test_fsmoe_models_have_one_expert_for_every_node():
     for model, cluster in (("gpt2-xl-moe-fsmoe-a", "fsmoe-a"), ("mixtral-8x7b-fsmoe-b", "fsmoe-b")):
         assert presets.model(model).num_experts == presets.cluster(cluster).num_nodes

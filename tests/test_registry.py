@@ -54,6 +54,9 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProces
     (folder / "nostudies").mkdir()
     (folder / "nostudies" / "__init__.py").touch()
     (folder / "nostudies" / "studies.py").write_text("TUDIES = {}\n")
+    (folder / "exitstudies").mkdir()
+    (folder / "exitstudies" / "__init__.py").touch()
+    (folder / "exitstudies" / "studies.py").write_text("raise SystemExit(4)\n")
     text = (
         f"import baselines; baselines.__path__.append({str(folder)!r}); import sys; sys.argv[0] = 'moebench'"
         "; from harness import cli, studies; assert len(studies.studies()) > 3; cli.main()"
@@ -82,3 +85,4 @@ def test_one_line_names_the_file_and_why(said: subprocess.CompletedProcess[str],
 def test_of_two_of_one_name_that_is_neither_files_none_is_taken(said: subprocess.CompletedProcess[str]) -> None:
     assert sum("has the name 'other' of Good of" in line for line in said.stderr.splitlines()) == 2
     assert "studies.py: AttributeError: " in said.stderr
+    assert "studies.py: SystemExit: 4" in said.stderr

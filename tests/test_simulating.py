@@ -147,6 +147,15 @@ RECORDED = ENTRY["model"] | {"num_experts": 64, "top_k": 8}
             {"workload": TRACE, "model": RECORDED},
             ["workload inline.tokens_per_rank: 1000000", "the trace record-e64k8.parquet has", "or record more"],
         ),
+        (
+            {"workload": {"tokens_per_rank": 10**12}},
+            [
+                "workload.tokens_per_rank: 1000000000000",
+                "expert choices in a layer, and at most 268,435,456 are planned",
+            ],
+        ),
+        ({"model": ENTRY["model"] | {"num_layers": 10**9}}, ["model.num_layers: 1000000000", "layers of a step"]),
+        ({"model": ENTRY["model"] | {"num_experts": 1 << 30}}, ["model.num_experts: 1073741824", "ranks by experts"]),
         ({"cluster": "emulated-2x5"}, ["did you mean 'emulated-2x4'?"]),
         ({"cluster": "own.yaml"}, ["own.yaml': cannot be read (no such file)"]),
         ({"workload": "zipf-44"}, ["did you mean 'zipf-4'?"]),
@@ -231,12 +240,21 @@ def test_a_second_call_keeps_what_is_finished_and_another_machine_is_another_run
     simulating.simulate_suite(chosen, folder, Wanted(), show_progress=False)
     simulating.simulate_suite(chosen, folder, Wanted(), show_progress=False)
     assert judge == ["flat", "hiermoe-hd2"]
-    for other in ({"steps": 2}, {"warm": 1}, {"wanted": Wanted("data-sheet", 0.4)}):
+    for other in ({"steps": 2}, {"warm": 2}, {"wanted": Wanted("data-sheet", 0.4)}):
         with pytest.raises(UserError, match=r"another machine or of other steps .*; take another --name, or --fresh"):
             simulating.simulate_suite(chosen, folder, show_progress=False, **{"wanted": Wanted(), **other})
     simulating.simulate_suite(chosen, folder, Wanted(), steps=2, fresh=True, show_progress=False)
     assert len(judge) == 4
     assert len(list(folder.parent.glob("mine-sim*"))) == 2
+
+
+def test_planners_see_the_warm_up_that_a_run_of_the_file_has(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(simulating, "judged", lambda each, machine, steps, warm, say: seen.append(warm) or said(1.0))
+    chosen = suite.from_data(changed(warmup=5), "mine.yaml", physical=True)
+    simulating.simulate_suite(chosen, tmp_path / "a-sim", Wanted(), show_progress=False)
+    simulating.simulate_suite(chosen, tmp_path / "b-sim", Wanted(), warm=0, show_progress=False)
+    assert seen == [5, 5, 0, 0]
 
 
 def test_a_name_is_of_a_run_or_of_a_simulation(mine, judge):
@@ -323,3 +341,13 @@ def test_the_example_is_every_native_system_on_64_h100():
     native = {name for name, each in systems().items() if each.kind == "native"}
     assert {each.system for each in race.experiments} == native
     assert Wanted().machine(race.first).basis == "data sheet of h100-8x8, computation by rows per expert, ports"
+
+
+def test_the_larger_example_is_five_systems_on_256_h100(monkeypatch):
+    monkeypatch.setattr(suite, "_draw", lambda *of: None)  # 4 million choices
+    folder = Path(__file__).resolve().parents[1] / "examples"
+    (race,) = suite.load(folder / "deepseek-v3.yaml", physical=True).races
+    model, cluster = race.first.model, race.first.cluster
+    assert (model.num_layers, model.num_experts, model.top_k, model.topk_groups) == (58, 256, 8, 4)
+    assert (cluster.num_ranks, len(race.experiments)) == (256, 5)
+    assert Wanted().machine(race.first).basis == "data sheet of h100-32x8, computation by rows per expert, ports"

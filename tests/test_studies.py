@@ -30,7 +30,14 @@ def test_reported_values_need_a_clone(monkeypatch, tmp_path):
         studies.reported("fsmoe")
 
 
-@pytest.mark.parametrize("name", ["fsmoe-grid", "fsmoe-models", "fsmoe-gates", "fsmoe-breakdown"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fsmoe-grid",
+        "fsmoe-breakdown",
+        *(pytest.param(f"fsmoe-{name}", marks=pytest.mark.long) for name in ("models", "gates")),
+    ],
+)
 def test_reported_values_stand_in_rows_of_their_own(name):
     found = fsmoe.STUDIES[name].run(lambda text: None)
     first = next(iter(found.tables.values()))

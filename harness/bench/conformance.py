@@ -62,6 +62,13 @@ TRIALS: dict[str, Trial] = {
         {"gate": "sigmoid", "normalise_weights": False, "selection_bias": False, "top_k": 1},
         dtypes=("float64", "float32"),
     ),
+    "moge-gate": Trial({"gate": "moge", "top_k": 4, "num_groups": 2}, tokens=(24, 7, 0, 1, 19)),
+    "moge-gate-drops": Trial(
+        {"gate": "moge", "top_k": 4, "num_groups": 4, "capacity_factor": 1.0},
+        generator="grouped",
+        params={"target": 2.0},
+        dtypes=("float64", "float32"),
+    ),
     "xmoe-gate": Trial({"gate": "xmoe", "gate_dim": 24}),
     "xmoe-gate-drops": Trial(
         {"gate": "xmoe", "capacity_factor": 1.0}, generator="natural", dtypes=("float64", "float32")

@@ -1,8 +1,8 @@
 """Conservation: what each rank received in timed calls, against what its system plans and against what no system
 can do without. A token that is computed elsewhere has to get there, once at least, and something of it must come home.
 
-A training step whose system remembers the steps before it (copies of experts, experts that change places) is left out:
-whose rows stay at home is then known to the system alone.
+Where a training step's system remembers the steps before it (copies of experts, experts that change places), its course
+is followed (``harness.bench.foreseen``), as far as that can be done without a clock and on a prescribed routing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from harness.bench import foreseen
 from harness.bench.timing import Sample
 from harness.bench.witness import Verdict, settled
 from harness.comm.arrivals import least_rows
@@ -41,11 +42,12 @@ def check(
     if job.num_ranks == 1 or (job.device.type == "cuda" and system.kind == "package"):
         return Verdict()
     in_steps = experiment.phase == "train_step"
-    if in_steps and (system.remembers or moves(system)):
-        return Verdict()
     every = sorted({sample.rep for sample in samples})
-    reps = sorted({every[round(i * (len(every) - 1) / (STEPS - 1))] for i in range(STEPS)}) if in_steps else every
-    told: list[Any] = [_told(system, experiment, contender, reps) if job.rank == 0 else None]
+    if in_steps and (system.remembers or moves(system)):
+        told: list[Any] = [_followed(experiment, contender, every) if job.rank == 0 else None]
+    else:
+        reps = sorted({every[round(i * (len(every) - 1) / (STEPS - 1))] for i in range(STEPS)}) if in_steps else every
+        told = [_told(system, experiment, contender, reps) if job.rank == 0 else None]
     dist.broadcast_object_list(told, 0)
     worst: tuple[float, str] = (0.0, "")
     for sample in samples:
@@ -105,6 +107,13 @@ def _told(system: type[System], experiment: Experiment, contender: Contender, re
             least = rows * model.hidden * DTYPE_BYTES[experiment.dtype]
             found[rep] = {"total": (least * (2 if experiment.backward else 1), None)}
     return found
+
+
+def _followed(experiment: Experiment, contender: Contender, reps: Sequence[int]) -> dict[int, Bounds]:
+    """Likewise, of a training step whose system remembers."""
+    steps = {rep: contender.timed[rep] for rep in reps if contender.known_cases(rep)}  # type: ignore[attr-defined]
+    received = foreseen.received_bytes(experiment, steps.values())
+    return {rep: {"total": (None, received[step])} for rep, step in steps.items() if step in received}
 
 
 def _bounds(system: type[System], experiment: Experiment, cases: Sequence[Case]) -> Bounds:

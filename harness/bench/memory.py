@@ -29,7 +29,6 @@ from harness.routing.certificate import expert_counts
 if TYPE_CHECKING:
     from harness.bench.train import Trainer
 
-PARTS = ("parameters", "gradients", "optimizer", "materialised", "activations", "peak")
 _MARK = "moebench: forward is done"
 
 

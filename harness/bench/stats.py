@@ -20,7 +20,7 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special  # stats takes seconds to import
 
 CONFIDENCE = 0.95
 
@@ -78,4 +78,4 @@ def _half_width(values: np.ndarray) -> float:
     num = len(values)
     if num == 1:
         return 0.0
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, num - 1) * values.std(ddof=1) / math.sqrt(num))
+    return float(special.stdtrit(num - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / math.sqrt(num))

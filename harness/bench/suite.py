@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.resources
 import itertools
 import math
@@ -51,6 +52,7 @@ _DEFAULTS: dict[str, Any] = {
 _ENTRY_KEYS = (*_REQUIRED, *_DEFAULTS)
 _COUNTS = ("repeats", "warmup", "launches")
 _SUITE_KEYS = ("name", "defaults", "experiments")
+MOST_LAYERS, MOST_LOADS, MOST_CHOICES = 4096, 1 << 26, 1 << 28  # of a step; of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +258,7 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
     workload, topology = experiment.workload, Topology(experiment.cluster.shape)
     with _at(here):
         check_size(experiment.cluster.name, experiment.cluster.shape)
+        _check_amounts(experiment, topology.num_ranks)
         if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
             remedy = (
                 "is of kind physical: moebench simulate prices it, moebench sweep runs it on Slurm; "
@@ -286,8 +289,27 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
                         "workload.tokens_per_rank", tokens, f"must be a multiple of model.seq = {experiment.model.seq}"
                     )
         of_all = workload.generator == "trace" and experiment.phase in ("train_step", *SERVING)
-        for layer in range(experiment.model.num_layers if of_all else 1):
-            make_routing(workload, experiment.model, topology, layer=layer)
+        _draw(workload, experiment.model, topology, experiment.model.num_layers if of_all else 1)
+
+
+@functools.lru_cache(maxsize=64)  # the systems of a race have the same
+def _draw(workload: Workload, model: Model, topology: Topology, num_layers: int) -> None:
+    """Whether there is a routing."""
+    for layer in range(num_layers):
+        make_routing(workload, model, topology, layer=layer)
+
+
+def _check_amounts(experiment: Experiment, num_ranks: int) -> None:
+    """Nobody meant as much as no memory holds."""
+    model, workload = experiment.model, experiment.workload
+    choices = sum(workload.tokens(num_ranks)) * model.top_k
+    for field, value, amount, most, what in (
+        ("model.num_layers", model.num_layers, model.num_layers, MOST_LAYERS, "layers of a step"),
+        ("model.num_experts", model.num_experts, model.num_experts * num_ranks, MOST_LOADS, "loads, ranks by experts"),
+        ("workload.tokens_per_rank", workload.tokens_per_rank, choices, MOST_CHOICES, "expert choices in a layer"),
+    ):
+        if amount > most:
+            raise bad(field, value, f"makes {amount:,} {what}, and at most {most:,} are planned; give fewer")
 
 
 def _check_served(experiment: Experiment) -> None:
@@ -341,7 +363,7 @@ def _check_count(value: Any, here: str, least: int) -> None:
 
 
 class _at:
-    """Put the file and the field before the message of a ``UserError`` from elsewhere."""
+    """Put the file and the field before the message of a ``UserError`` from elsewhere that does not name them."""
 
     def __init__(self, here: str):
         self.here = here
@@ -350,4 +372,5 @@ class _at:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UserError):
-            raise type(error)(f"{self.here}: {error}") from None
+            text = str(error)
+            raise type(error)(text if text.startswith(self.here) else f"{self.here}: {text}") from None

@@ -18,6 +18,7 @@ from harness.placement import Placement
 from harness.plan.graph import Plan, Timeline
 from harness.routing import Certificate, certify, make_routing
 from harness.routing.certificate import expert_counts
+from harness.routing.groups import num_even_groups
 from harness.specs import SERVING, Cluster, Experiment
 from harness.topology import Topology
 
@@ -115,7 +116,8 @@ def certificate(experiment: Experiment) -> Certificate | None:
     if routing is None:
         return None
     placement = Placement.contiguous(experiment.model.num_experts, topology.num_ranks)
-    return certify(routing, placement, topology, experiment.model.capacity_factor)
+    num_groups = num_even_groups(experiment.workload, experiment.model)
+    return certify(routing, placement, topology, experiment.model.capacity_factor, num_groups)
 
 
 class _Cell:

@@ -31,6 +31,7 @@ from harness.bench.witness import Verdict
 from harness.case import case_of
 from harness.comm.handover import Held
 from harness.comm.job import Job
+from harness.comm.rows import accumulator
 from harness.dtypes import TORCH_DTYPE
 from harness.layer.gpt import Attention
 from harness.layer.weights import Weights
@@ -329,18 +330,29 @@ def gate_case(
 
 
 def oracle_losses(experiment: Experiment, system: type[System], topology: Topology, num_steps: int) -> list[float]:
-    """Losses of the same training in one process: dense oracle, float64, all ranks' tokens in one batch."""
+    """Losses of the same training in one process: dense oracle, float64, all ranks' tokens in one batch. Between steps
+    parameters are what the experiment's format holds of them, as every system's are: in bfloat16 a norm's weight of 1
+    stays what it is when a step of 0.001 is added, which has nothing to do with the layer."""
 
     def moe(layer: int, weights: Weights) -> OracleLayer:
         return OracleLayer(weights, system, case_of(experiment, layer=layer))
 
     ranks = list(range(topology.num_ranks))
     training = Training(experiment, topology, moe, ranks=ranks, dtype=torch.float64)
+    routers, dtype = {id(p) for p in training.routers()}, TORCH_DTYPE[experiment.dtype]
+    trained = [p for of in training.optimizer.param_groups for p in of["params"]]
+    held = [nn.Parameter(p.detach().to(accumulator(dtype) if id(p) in routers else dtype)) for p in trained]
+    optimizer = torch.optim.AdamW(held, lr=LEARNING_RATE, foreach=False)
     losses = []
     for step in range(num_steps):
         loss = training.loss(training.prepare(step))
         loss.backward()
-        training.optimizer.step()
+        for parameter, own in zip(trained, held, strict=True):
+            own.grad = None if parameter.grad is None else parameter.grad.to(own.dtype)
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, own in zip(trained, held, strict=True):
+                parameter.copy_(own)
         losses.append(float(loss.detach()))
     return losses
 

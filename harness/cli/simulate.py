@@ -75,7 +75,9 @@ def simulate(
         str | None, typer.Option(help="Of a data sheet: ports (the default; ranks meet) or shared-ports.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to simulate.")] = 1,
-    warm: Annotated[int, typer.Option(min=0, help="Steps before these, which planners see.")] = 0,
+    warm: Annotated[
+        int | None, typer.Option(min=0, help="Steps before these, which planners see; by default the file's warmup.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; do not keep finished cells.")] = False,
     results: Results = RUNS,
     as_json: Json = False,

@@ -9,6 +9,10 @@ Tokens choose their experts:
   ``num_groups`` expert groups ranked by the sum of their two best biased scores; weights are the chosen unbiased
   scores, normalised to 1, times ``routed_scale``. With neither bias nor normalisation it is the sigmoid gate of BASE
   and StableMoE.
+- ``moge`` (Mixture of Grouped Experts, Pangu Pro MoE): softmax over all E; of each of ``num_groups`` groups of E /
+  num_groups consecutive experts the k / num_groups largest, weighted by their shares, not renormalised. So each group
+  gets as many assignments as every other, whatever the tokens are. (DeepSeek-V3's limit is another rule: there a token
+  uses few groups, here all.)
 - ``xmoe`` (X-MoE): logits cos(x W_proj, W_g column) / temperature, then as gshard. The temperature is fixed at 0.3;
   X-MoE learns it.
 
@@ -87,6 +91,10 @@ def route(model: Model, logits: torch.Tensor, bias: torch.Tensor | None = None) 
     if model.gate == "softmax_topk":
         chosen, ids = logits.topk(k, dim=-1)
         return ids, chosen.softmax(-1)
+    if model.gate == "moge":
+        shares = logits.softmax(-1)
+        ids = _best_of_each_group(shares.detach(), model.num_groups, k // model.num_groups)
+        return ids, shares.gather(-1, ids)
     assert model.gate == "sigmoid", model.gate
     scores = logits.sigmoid()
     biased = (scores + bias if model.selection_bias and bias is not None else scores).detach()
@@ -101,6 +109,14 @@ def route(model: Model, logits: torch.Tensor, bias: torch.Tensor | None = None) 
     if model.normalise_weights:
         weights = weights / weights.sum(-1, keepdim=True)
     return ids, weights * model.routed_scale
+
+
+def _best_of_each_group(shares: torch.Tensor, num_groups: int, num_each: int) -> torch.Tensor:
+    """shares [T, E] -> int64 [T, num_groups num_each], the best of all first."""
+    best, place = shares.unflatten(-1, (num_groups, -1)).topk(num_each, dim=-1)  # [T, groups, each]
+    first = torch.arange(num_groups, device=shares.device) * (shares.shape[-1] // num_groups)
+    order = best.flatten(-2).argsort(dim=-1, descending=True, stable=True)
+    return (place + first[:, None]).flatten(-2).gather(-1, order)
 
 
 def drop(model: Model, ids: torch.Tensor, weights: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -136,7 +152,7 @@ def gate(
         return ids, weights, None
     kept = drop(model, ids, weights, logits.softmax(-1))
     weights = weights * kept
-    if model.top_k > 1 and model.normalise_weights:
+    if model.top_k > 1 and model.normalises:
         total = model.routed_scale if model.gate == "sigmoid" else 1.0
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps) * total
     return ids, weights, kept

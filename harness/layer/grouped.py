@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from harness.comm.job import Job
 from harness.specs import Model
 
-NUM_DIRECTIONS = 2
+NUM_DIRECTIONS = 4  # of two, both may be nearly at right angles to what is wrong
 CHUNK_BYTES = 1 << 26  # of rows that one rank has under way
 Matrices = Mapping[str, torch.Tensor]  # w1, w2 and perhaps w3 of one expert
 
@@ -150,7 +150,8 @@ def _there_and_back(
     seen = torch.zeros(len(ids), num_columns, dtype=lens.y.dtype, device=x.device)
     for each in ids.unique().tolist():
         own = (ids == each).nonzero()[:, 0]
-        given = {name: matrix.to(x.device, lens.y.dtype) for name, matrix in matrices(each).items()}
+        known = matrices(each)  # in whatever order a system names them
+        given = {name: known[name].to(x.device, lens.y.dtype) for name in names}
         seen[own] = _of_expert(given, rows[own], None if drows is None else drows[own], lens)
     return travel(seen, there=False)
 

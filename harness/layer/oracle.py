@@ -83,7 +83,8 @@ class Oracle(nn.Module):
             chosen = chosen & kept
         gates = torch.where(chosen, scores, torch.zeros_like(scores))
         scale = model.routed_scale if model.gate == "sigmoid" else 1.0
-        if (model.gate in ("gshard", "xmoe") and model.top_k == 1) or not model.normalise_weights:
+        as_they_are = model.gate == "moge" or (model.gate in ("gshard", "xmoe") and model.top_k == 1)
+        if as_they_are or not model.normalise_weights:
             return scale * gates
         total = gates.sum(-1, keepdim=True)
         return scale * gates / torch.where(total > 0, total, torch.ones_like(total))
@@ -99,7 +100,7 @@ class Oracle(nn.Module):
                 allowed = _is_among_largest(best_two, model.topk_groups)
                 allowed = allowed.repeat_interleave(model.num_experts // model.num_groups, dim=-1)
                 scores = torch.where(allowed, scores, torch.full_like(scores, -torch.inf))
-        return _is_among_largest(scores, model.top_k)
+        return _chosen_by_tokens(model, scores)
 
     def _soft(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Soft MoE of one rank's tokens: every slot a mean of tokens, every token a mean of slots."""
@@ -129,12 +130,20 @@ def _is_among_largest(values: torch.Tensor, count: int) -> torch.Tensor:
     return place < count
 
 
+def _chosen_by_tokens(model: Model, scores: torch.Tensor) -> torch.Tensor:
+    """Of scores [T, E] the k largest of each token; of moge the k / num_groups largest in each group: bool [T, E]."""
+    if model.gate != "moge":
+        return _is_among_largest(scores, model.top_k)
+    groups = scores.chunk(model.num_groups, dim=1)
+    return torch.cat([_is_among_largest(group, model.top_k // model.num_groups) for group in groups], dim=1)
+
+
 def keep_strongest(model: Model, probabilities: torch.Tensor) -> torch.Tensor:
     """The drop rule in words: of one rank's tokens an expert takes the ``ceil(f k T / E)`` with the highest softmax
     probability among those that chose it. probabilities float64 [T, E] -> kept bool [T, E]."""
     assert model.capacity_factor is not None
     num_tokens = len(probabilities)
     limit = math.ceil(model.capacity_factor * model.top_k * num_tokens / model.num_experts)
-    chosen = _is_among_largest(probabilities, model.top_k)
+    chosen = _chosen_by_tokens(model, probabilities)
     strength = torch.where(chosen, probabilities, torch.full_like(probabilities, -torch.inf))
     return chosen & _is_among_largest(strength.t(), limit).t()

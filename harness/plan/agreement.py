@@ -6,7 +6,6 @@ import dataclasses
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Agreement:
 
 def agreement(cells: pd.DataFrame) -> Agreement:
     """``cells``: columns race, measured_s, predicted_s; one row a cell. A race of one cell has no order."""
+    from scipy.stats import kendalltau  # slow to import
+
     error = cells["predicted_s"] / cells["measured_s"] - 1
     races = [race for _, race in cells.groupby("race") if len(race) > 1]
     taus = [float(kendalltau(race["measured_s"], race["predicted_s"]).statistic) for race in races] or [np.nan]

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from harness.errors import bad
 from harness.plan.cost import Even, OnLinks, Staged, Transfer, span
 from harness.specs import Cluster
 from harness.topology import Topology
@@ -99,6 +100,9 @@ class AlphaBeta(LinkModel):
             for name in names(cluster, cost.scope):
                 if f"{cost.operation}.{name}" in known:
                     return cluster.linear(f"{cost.operation}.{name}", self.num_ranks)
+            remedy = f"has no cost; known are {', '.join(sorted(known)) or 'none'}; state it, take the rates of links "
+            remedy += f"(--machine data-sheet), or measure it (moebench profile {cluster.name})"
+            raise bad(f"cluster {cluster.name}.collectives", cost.key, remedy)
         return cluster.linear(cost.key, self.num_ranks)
 
 

@@ -21,7 +21,7 @@ from harness.report.run import GROUP, TIMED, WRONG, Run
 DIRECTIONS = ("forward", "backward", "total")
 IDENTITY = [*GROUP, "workload", "race", "cell", "label"]
 ESTIMATE = ["point", "low", "high", "num_launches", "num_samples", "scope"]
-SKEWS = ("expert", "rank", "node", "link")
+SKEWS = ("expert", "rank", "node", "link", "group")  # the last of routings that mind groups of experts
 
 
 @functools.lru_cache(maxsize=8)

@@ -117,7 +117,11 @@ def routing(run: Run) -> Html:
         Column("workload", "workload"),
         Column("digest", "routing hash", lambda value: Markup("<code>{}</code>").format(value) if value else "–"),
         Column("tokens", "ranks × tokens"),
-        *(Column(level, f"per {level}", _number(2), "num") for level in compare.SKEWS),
+        *(
+            Column(level, f"per {level}", _number(2), "num")
+            for level in compare.SKEWS
+            if level != "group" or frame[level].notna().any()
+        ),
         Column("num_empty_experts", "idle experts", _number(0), "num", "experts without tokens"),
     ]
     return Html(

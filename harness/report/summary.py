@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from harness.bench.memory import PARTS
 from harness.bench.store import SIMULATED
+from harness.memory import PARTS
 from harness.report import compare, figures, page, words
 from harness.report.context import QUICK, beside, provenance, routing, setbacks, where
 from harness.report.page import Column, Html

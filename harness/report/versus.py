@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
+from scipy import special  # stats takes seconds to import
 
 from harness.bench import stats
 from harness.bench.stats import CONFIDENCE
@@ -79,7 +79,7 @@ def _unpaired(a: pd.DataFrame, b: pd.DataFrame) -> tuple[float, float, float]:
         if min(len(x), len(y)) > 1:
             vx, vy = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
             freedom = (vx + vy) ** 2 / max(vx**2 / (len(x) - 1) + vy**2 / (len(y) - 1), 1e-300)
-            width = float(scipy_stats.t.ppf((1 + CONFIDENCE) / 2, max(freedom, 1.0)) * math.sqrt(vx + vy))
+            width = float(special.stdtrit(max(freedom, 1.0), (1 + CONFIDENCE) / 2) * math.sqrt(vx + vy))
             half = width if math.isnan(half) else max(half, width)
     return math.exp(center), math.exp(center - half), math.exp(center + half)
 

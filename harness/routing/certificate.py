@@ -22,7 +22,8 @@ class Certificate:
     num_experts: int
     top_k: int
     #: max/mean load per "expert", per "rank" and per "node" (assignments to be computed there) and per "link":
-    #: token rows through each node's port and direction in a flat all-to-all, one row per assignment
+    #: token rows through each node's port and direction in a flat all-to-all, one row per assignment. Also per "group"
+    #: of experts, where a token has equally many of every group; what is even there is even per rank that holds one
     max_over_mean: dict[str, float]
     #: max over ranks of max/mean over experts of that rank's own assignments
     worst_rank_expert: float
@@ -46,11 +47,16 @@ def expert_counts(routing: Routing) -> np.ndarray:
 
 
 def certify(
-    routing: Routing, placement: Placement, topology: Topology, capacity_factor: float | None = None
+    routing: Routing,
+    placement: Placement,
+    topology: Topology,
+    capacity_factor: float | None = None,
+    num_groups: int | None = None,
 ) -> Certificate:
     """Measure ``routing``. A replicated expert's load is split evenly over the ranks that hold it.
 
     ``capacity_factor``: of a gate that keeps at most ceil(factor * T_rank * k / E) assignments of each rank per expert.
+    ``num_groups``: of consecutive experts, all as large, whose loads are to be told.
     Errors: other numbers of ranks or experts, an expert that no rank holds, a token with the same expert twice.
     """
     num_ranks, num_experts = topology.num_ranks, routing.num_experts
@@ -65,6 +71,8 @@ def certify(
         token = int((ordered[:, 1:] == ordered[:, :-1]).any(1).argmax())
         raise bad(f"routing.ids[{token}]", routing.ids[token].tolist(), "a token's experts must be distinct")
 
+    if num_groups and num_experts % num_groups:
+        raise bad("num_groups", num_groups, f"must divide the {num_experts} experts")
     counts = expert_counts(routing)  # [W, E]
     rows = counts @ (placement.hosts / replicas[:, None])  # [W, W], from and to
     node = topology.unit_of(max(topology.num_levels - 2, 0)) if topology.num_levels > 1 else np.zeros(num_ranks, int)
@@ -75,6 +83,7 @@ def certify(
     busy = fair > 0
     worst = float((counts.max(1)[busy] / fair[busy]).max()) if busy.any() else 1.0
     bound = float((np.ceil(fair[busy]) / fair[busy]).max()) if busy.any() else 1.0
+    groups = {"group": _max_over_mean(counts.sum(0).reshape(num_groups, -1).sum(1))} if num_groups else {}
     return Certificate(
         digest=routing.digest,
         tokens=tuple(int(count) for count in routing.tokens),
@@ -85,6 +94,7 @@ def certify(
             "rank": _max_over_mean(rows.sum(0)),
             "node": _max_over_mean((rows @ member).sum(0)),
             "link": _max_over_mean(np.concatenate([between.sum(0), between.sum(1)])),
+            **groups,
         },
         worst_rank_expert=worst,
         balanced_bound=bound,

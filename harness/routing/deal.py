@@ -12,6 +12,8 @@ likely (the "curveball" chain: Strona et al., Nature Communications 5, 2014).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 # Random trades that every token takes part in: enough that a pair of experts meets as often as chance has it.
@@ -90,3 +92,15 @@ def deal_at_once(counts: np.ndarray, tokens: np.ndarray, top_k: int, rng: np.ran
         dealt = np.sort(keys << 16 | hands, axis=1) & 0xFFFF  # sorted by key, with the expert behind it
         ids[ones], ids[others] = dealt[:, :top_k], dealt[:, top_k:]
     return rng.permuted(ids, axis=1).astype(np.int32)
+
+
+def deal_in_groups(
+    deal_one: Callable[[np.ndarray], np.ndarray], counts: np.ndarray, num_groups: int, rng: np.random.Generator
+) -> np.ndarray:
+    """ids int32 [T, k] with as many experts of each token from every one of ``num_groups`` groups of E / num_groups
+    consecutive experts. ``deal_one``: from a group's part of ``counts`` int [..., E] to its ids [T, k / num_groups]."""
+    if num_groups == 1:
+        return deal_one(counts)
+    parts, first = np.split(counts, num_groups, axis=-1), np.arange(num_groups) * (counts.shape[-1] // num_groups)
+    ids = [deal_one(part) + start.astype(np.int32) for part, start in zip(parts, first, strict=True)]
+    return rng.permuted(np.concatenate(ids, axis=1), axis=1)

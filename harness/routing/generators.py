@@ -3,102 +3,27 @@
 Most generators (``STATED``) state loads: how many of each rank's assignments each expert gets. They mean to have each
 expert used so often by a token (``use``, float [E], summing to k, each at most 1), and round that for every rank: so a
 target skew is met on every rank and not only on average. ``harness.routing.deal`` makes tokens of them, which are
-random in everything else. The others (``DRAWN``) draw every token. Who is popular depends on (seed, layer); which token
-goes where on the step and the rank too. The order among a token's k experts is random.
+random in everything else; those of ``grouped``, one group of experts after another. The others (``DRAWN``) draw every
+token. Who is popular depends on (seed, layer); which token goes where on the step and the rank too. The order among a
+token's k experts is random.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import numpy as np
 from pydantic import Field
 
-from harness.errors import bad
-from harness.routing.deal import deal, deal_at_once, rounded
+from harness.routing.deal import deal, deal_at_once, deal_in_groups, rounded
+from harness.routing.draw import Draw, best, chunks, largest, rounded_use
 from harness.specs import Count, Model, Spec, Workload
 from harness.topology import Topology
 
 Share = Annotated[float, Field(gt=0, le=1)]
-
-CHUNK_ELEMENTS = 1 << 22  # of a [tokens, E] work array
-
-
-@dataclasses.dataclass(frozen=True)
-class Draw:
-    """What a generator may depend on."""
-
-    where: str  # names the workload in errors
-    num_experts: int
-    top_k: int
-    tokens: tuple[int, ...]  # of each rank
-    topology: Topology
-    generator: str
-    seed: int
-    step: int
-    layer: int
-
-    @classmethod
-    def of(cls, workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> Draw:
-        where = f"workload {workload.name} ({workload.generator}).params"
-        tokens = workload.tokens(topology.num_ranks)
-        name = workload.generator
-        return cls(where, model.num_experts, model.top_k, tokens, topology, name, workload.seed, step, layer)
-
-    def _rng(self, *stream: int) -> np.random.Generator:
-        return np.random.default_rng([zlib.crc32(self.generator.encode()), self.seed, self.layer, *stream])
-
-    def popularity_rng(self) -> np.random.Generator:
-        """The same at every step and rank: who is hot."""
-        return self._rng(0)
-
-    def step_rng(self) -> np.random.Generator:
-        """The same on every rank of a step."""
-        return self._rng(1, self.step)
-
-    def rank_rng(self, rank: int) -> np.random.Generator:
-        return self._rng(2, self.step, rank)
-
-    def sample_rng(self) -> np.random.Generator:
-        return self._rng(3, self.step)
-
-    def bad(self, param: str, value: object, remedy: str) -> Exception:
-        return bad(f"{self.where}.{param}", value, remedy)
-
-
-# ---- loads and tokens --------------------------------------------------------------------------------------------
-
-
-def _rounded(draw: Draw, use: np.ndarray) -> np.ndarray:
-    """int64 [W, E]: every rank uses expert e ``T_rank * use[e]`` times, rounded up or down."""
-    assert np.isclose(use.sum(), draw.top_k)
-    assert use.max() <= 1 + 1e-9
-    rng, tokens = draw.step_rng(), np.array(draw.tokens)
-    order, phase = rng.permutation(draw.num_experts), rng.random()
-    golden = (5**0.5 - 1) / 2  # spreads the ranks' phases, so that their roundings cancel in the sum
-    phases = (phase + np.arange(len(tokens)) * golden) % 1
-    return rounded(tokens[:, None] * use, tokens * draw.top_k, order, phases)
-
-
-def largest(keys: np.ndarray, top_k: int) -> np.ndarray:
-    """Columns of the k largest keys of each row, largest first."""
-    best = _best(keys, top_k)
-    order = (-np.take_along_axis(keys, best, 1)).argsort(1)
-    return np.take_along_axis(best, order, 1)
-
-
-def _best(keys: np.ndarray, top_k: int) -> np.ndarray:
-    """The same columns in any order."""
-    return np.argpartition(keys, -top_k, axis=1)[:, -top_k:]
-
-
-def _chunks(num_tokens: int, num_experts: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // num_experts)
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
 # ---- generators --------------------------------------------------------------------------------------------------
@@ -139,7 +64,7 @@ def uniform_counts(draw: Draw) -> np.ndarray:
     """Loads of ``uniform``'s tokens, int64 [W, E], without their order."""
     counts = np.zeros((len(draw.tokens), draw.num_experts), np.int64)
     for rank, keys in _uniform_keys(draw):
-        counts[rank] += np.bincount(_best(keys, draw.top_k).ravel(), minlength=draw.num_experts)
+        counts[rank] += np.bincount(best(keys, draw.top_k).ravel(), minlength=draw.num_experts)
     return counts
 
 
@@ -147,7 +72,7 @@ def _uniform_keys(draw: Draw) -> Iterator[tuple[int, np.ndarray]]:
     """Ranks, and of some of their tokens at a time how much each wants each expert, [tokens, E]."""
     for rank, num_tokens in enumerate(draw.tokens):
         rng = draw.rank_rng(rank)
-        for part in _chunks(num_tokens, draw.num_experts):
+        for part in chunks(num_tokens, draw.num_experts):
             yield rank, rng.random((part.stop - part.start, draw.num_experts))
 
 
@@ -161,7 +86,7 @@ def zipf(p: Zipf, draw: Draw) -> np.ndarray:
     """The i-th most used expert has a load in proportion to i^-s, with s such that max/mean is ``target``."""
     exponent = zipf_exponent(p.target, draw)
     load = np.arange(1, draw.num_experts + 1) ** -exponent
-    return _rounded(draw, draw.top_k * (load / load.sum())[draw.popularity_rng().permutation(draw.num_experts)])
+    return rounded_use(draw, draw.top_k * (load / load.sum())[draw.popularity_rng().permutation(draw.num_experts)])
 
 
 def zipf_exponent(target: float, draw: Draw) -> float:
@@ -215,7 +140,7 @@ def _hot_set(draw: Draw, num_hot: int, shift: int = 0) -> np.ndarray:
 
 def hot_experts(p: HotExperts, draw: Draw) -> np.ndarray:
     """One hot set, the same at every step."""
-    return _rounded(draw, _hot(draw, _hot_set(draw, p.hot_experts), p.share))
+    return rounded_use(draw, _hot(draw, _hot_set(draw, p.hot_experts), p.share))
 
 
 class HotRank(Spec):
@@ -233,7 +158,7 @@ def hot_rank(p: HotRank, draw: Draw) -> np.ndarray:
     if draw.num_experts % num_ranks:
         raise draw.bad("rank", p.rank, f"{draw.num_experts} experts do not divide over {num_ranks} ranks")
     each = draw.num_experts // num_ranks
-    return _rounded(draw, _hot(draw, p.rank * each + np.arange(each), p.share))
+    return rounded_use(draw, _hot(draw, p.rank * each + np.arange(each), p.share))
 
 
 class Rotating(HotExperts):
@@ -244,7 +169,7 @@ class Rotating(HotExperts):
 
 def rotating(p: Rotating, draw: Draw) -> np.ndarray:
     """A hot set that moves through the experts as steps go by."""
-    return _rounded(draw, _hot(draw, _hot_set(draw, p.hot_experts, draw.step // p.period), p.share))
+    return rounded_use(draw, _hot(draw, _hot_set(draw, p.hot_experts, draw.step // p.period), p.share))
 
 
 class Burst(HotExperts):
@@ -259,7 +184,7 @@ def burst(p: Burst, draw: Draw) -> np.ndarray:
     if p.length > p.period:
         raise draw.bad("length", p.length, f"is longer than period = {p.period}")
     use = _hot(draw, _hot_set(draw, p.hot_experts), p.share)  # checked at quiet steps too
-    return _rounded(draw, use) if draw.step % p.period < p.length else balanced(NoParams(), draw)
+    return rounded_use(draw, use) if draw.step % p.period < p.length else balanced(NoParams(), draw)
 
 
 class Empty(Spec):
@@ -276,7 +201,42 @@ def empty(p: Empty, draw: Draw) -> np.ndarray:
         raise draw.bad("num_empty", p.num_empty, text)
     use = np.zeros(draw.num_experts)
     use[draw.popularity_rng().permutation(draw.num_experts)[:used]] = draw.top_k / used
-    return _rounded(draw, use)
+    return rounded_use(draw, use)
+
+
+class Grouped(Spec):
+    """``num_groups``: of E / num_groups consecutive experts, by default the model's; it divides E and k. ``target``: as
+    zipf has it, in every group; 1 is balanced."""
+
+    num_groups: Count | None = None
+    target: Annotated[float, Field(ge=1)] = 1.0
+
+
+def grouped(p: Grouped, draw: Draw) -> np.ndarray:
+    """Mixture of Grouped Experts (Pangu Pro MoE): every token has k / num_groups experts of each group, so that each
+    rank gives every group the same number of its assignments. Inside of a group loads are Zipf's, and another expert
+    is the most used one in each."""
+    num_groups = _num_groups(p, draw)
+    group = dataclasses.replace(draw, num_experts=draw.num_experts // num_groups, top_k=draw.top_k // num_groups)
+    load = np.arange(1, group.num_experts + 1) ** -zipf_exponent(p.target, group)
+    use, popularity, rng = group.top_k * load / load.sum(), draw.popularity_rng(), draw.step_rng()
+    parts = [rounded_use(group, popularity.permutation(use), rng) for _ in range(num_groups)]
+    return np.concatenate(parts, axis=1)
+
+
+def _num_groups(p: Spec, draw: Draw) -> int:
+    """Groups of experts that every token has equally many of; 1 of a generator that knows none."""
+    if not isinstance(p, Grouped):
+        return 1
+    found = p.num_groups or draw.num_groups
+    if found == 1:
+        raise draw.bad("num_groups", p.num_groups, "give 2 or more groups; the model names none")
+    if draw.num_groups not in (1, found):
+        raise draw.bad("num_groups", found, f"the model has {draw.num_groups} groups of experts; leave it out")
+    if draw.num_experts % found or draw.top_k % found:
+        text = f"must divide the {draw.num_experts} experts and k = {draw.top_k}; choose another number of groups"
+        raise draw.bad("num_groups", found, text)
+    return found
 
 
 class Markov(Spec):
@@ -310,7 +270,7 @@ def _successors(p: Markov, draw: Draw, before: np.ndarray) -> np.ndarray:
     starts = np.concatenate([[0], np.cumsum(draw.tokens)])
     for rank, num_tokens in enumerate(draw.tokens):
         rng, of_rank = draw.rank_rng(rank), ids[starts[rank] : starts[rank + 1]]
-        for part in _chunks(num_tokens, draw.num_experts):
+        for part in chunks(num_tokens, draw.num_experts):
             brought = successor[of_rank[part]]  # [T, k], distinct
             kept = rng.random(brought.shape) < p.strength
             keys = rng.random((len(brought), draw.num_experts))
@@ -334,6 +294,7 @@ STATED: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
     "rotating": (Rotating, rotating),
     "burst": (Burst, burst),
     "empty": (Empty, empty),
+    "grouped": (Grouped, grouped),
 }
 #: generators that draw ids [T, k]
 DRAWN: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
@@ -357,8 +318,15 @@ def _generate(workload: Workload, model: Model, topology: Topology, step: int, l
     found = _call(workload, draw)
     if draw.generator in DRAWN:
         return np.asarray(found, dtype=np.int32)
+    num_groups = _num_groups(_params(workload, draw), draw)
     per_rank = enumerate(zip(found, draw.tokens, strict=True))
-    return np.concatenate([deal(counts, num, draw.top_k, draw.rank_rng(rank)) for rank, (counts, num) in per_rank])
+    return np.concatenate([_dealt(draw, counts, num, num_groups, rank) for rank, (counts, num) in per_rank])
+
+
+def _dealt(draw: Draw, counts: np.ndarray, num_tokens: int, num_groups: int, rank: int) -> np.ndarray:
+    """ids of a rank's tokens."""
+    rng, top_k = draw.rank_rng(rank), draw.top_k // num_groups
+    return deal_in_groups(lambda part: deal(part, num_tokens, top_k, rng), counts, num_groups, rng)
 
 
 def loads(workload: Workload, model: Model, topology: Topology, step: int, layer: int) -> np.ndarray | None:
@@ -381,9 +349,12 @@ def sample(
     counts, rng = _call(workload, draw), draw.sample_rng()
     num_each = np.array(tokens)
     share = num_each / np.maximum(draw.tokens, 1)
-    order, phases = rng.permutation(draw.num_experts), rng.random(len(tokens))
-    fewer = rounded(counts * share[:, None], num_each * draw.top_k, order, phases)
-    return deal_at_once(fewer, num_each, draw.top_k, rng)
+    num_groups = _num_groups(_params(workload, draw), draw)
+    top_k = draw.top_k // num_groups  # of a group
+    order, phases = rng.permutation(draw.num_experts // num_groups), rng.random(len(tokens))
+    wanted = np.split(counts * share[:, None], num_groups, axis=1)
+    fewer = np.concatenate([rounded(part, num_each * top_k, order, phases) for part in wanted], axis=1)
+    return deal_in_groups(lambda part: deal_at_once(part, num_each, top_k, rng), fewer, num_groups, rng)
 
 
 def _call(workload: Workload, draw: Draw) -> np.ndarray:

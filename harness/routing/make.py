@@ -12,7 +12,7 @@ from harness.routing import generators
 from harness.routing.certificate import expert_counts
 from harness.routing.deal import rounded
 from harness.routing.generators import GENERATORS
-from harness.routing.groups import limits_groups, within_groups
+from harness.routing.groups import bends, within_groups
 from harness.routing.types import Routing
 from harness.specs import Model, Workload
 from harness.topology import Topology
@@ -29,8 +29,8 @@ def make_routing(
 
     None for the generator ``natural``: the router's own choice, which only a model that runs can make (phase
     ``train_step``). For ``trace``: layer ``params.layer + layer`` at recorded step ``params.step`` (by default the
-    last), whatever ``step`` is, and the first tokens of the trace in order, rank after rank. A model whose gate limits
-    a token's expert groups gets the nearest routing within them.
+    last), whatever ``step`` is, and the first tokens of the trace in order, rank after rank. A model whose gate minds
+    expert groups (DeepSeek-V3's limit, MoGE) gets the nearest routing that it can choose.
 
     Errors (``UserError``): a gate that takes no prescribed routing (``Model.takes_routing``), unknown generator,
     unknown or impossible params, a trace that does not fit.
@@ -59,11 +59,12 @@ def counts_of(
     """``expert_counts`` of ``planned_routing``: assignments from each rank to each expert, int64 [W, E].
 
     No token is drawn where the generator states loads, and each is drawn without its experts' order where it is
-    uniform. Else (``markov``, a gate that limits expert groups) the ids are drawn and counted. ``most_tokens``: of a
-    rank, that are drawn then at most, except of a trace; the counts are estimated from them (``_estimated``).
+    uniform. Else (``markov``; a gate that minds expert groups, unless the workload is its ``grouped``) the ids are
+    drawn and counted. ``most_tokens``: of a rank, that are drawn then at most, except of a trace; the counts are
+    estimated from them (``_estimated``).
     """
     _check(workload, model)
-    if workload.generator not in ("trace", "markov") and not limits_groups(model):
+    if workload.generator not in ("trace", "markov") and not bends(workload, model):
         return _loads(workload, model, topology, step, layer)
     if most_tokens is None or workload.generator == "trace":
         return expert_counts(_routing(workload, model, topology, step, layer))
@@ -86,8 +87,8 @@ def sampled_routing(
     Where the generator states loads, each rank's load of each expert is the whole routing's times the share of its
     tokens, rounded up or down, and the tokens are dealt anew: like the whole routing's they are random but for the
     loads. Where every token is drawn (uniform, markov) fewer are drawn, by the same rule, and a trace's are chosen at
-    random: then loads are in proportion but for chance. In every layer of a step they are the same tokens. A gate's
-    limit on expert groups acts on the sample as on the whole.
+    random: then loads are in proportion but for chance. In every layer of a step they are the same tokens. A gate that
+    minds expert groups acts on the sample as on the whole.
     """
     _check(workload, model)
     tokens = workload.tokens(topology.num_ranks)
@@ -139,12 +140,19 @@ def _estimated(
         stated = _loads(workload, model, topology, step, layer)
         before = (stated * (drawn / np.maximum(tokens, 1))[:, None]).sum(0)  # in the sample
         wanted = np.where(before > 0, stated * found / np.where(before > 0, before, 1.0), wanted)
-    totals = tokens * model.top_k
-    for _ in range(8):  # until all tokens have k experts, and none has one twice
-        wanted *= (totals / np.maximum(wanted.sum(1), 1e-9))[:, None]
+    num_groups = model.num_groups if model.gate == "moge" else 1  # each with its share of every token
+    parts = np.split(wanted, num_groups, axis=1)
+    return np.concatenate([_whole(part, tokens, model.top_k // num_groups) for part in parts], axis=1)
+
+
+def _whole(wanted: np.ndarray, tokens: np.ndarray, top_k: int) -> np.ndarray:
+    """``wanted`` float [W, E] in whole numbers, int64: of ``tokens`` [W] with ``top_k`` experts each, none twice."""
+    totals = tokens * top_k
+    for _ in range(8):
+        wanted = wanted * (totals / np.maximum(wanted.sum(1), 1e-9))[:, None]
         wanted = np.minimum(wanted, tokens[:, None])
     golden = np.arange(len(tokens)) * (5**0.5 - 1) / 2 % 1
-    return rounded(wanted, totals, np.arange(model.num_experts), golden)
+    return rounded(wanted, totals, np.arange(wanted.shape[1]), golden)
 
 
 def _stand_in(workload: Workload) -> Workload:

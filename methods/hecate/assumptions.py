@@ -17,18 +17,19 @@ from methods.hecate import cells
 from methods.hecate.cells import CLUSTERS, MODELS, NOTE, ROUTINGS, Cell, everyone, geometric_mean, planned, run
 from methods.hecate.loads import max_over_mean
 from methods.hecate.materialise import materialise
-from methods.hecate.played import RIVALS
+from methods.hecate.played import OFTEN, RIVALS
 from methods.hecate.shard import shard
 
 INTERVALS = (10, 25, 50, 100, 0)  # 0: never
 HALF_LIVES = (25.0, 100.0, 400.0)
-CHANGES: dict[str, dict[str, float]] = {
+CHANGES: dict[str, dict[str, float | bool]] = {
     "default": {},
     "computation at 20 %": {"efficiency": 0.2},
     "computation at 60 %": {"efficiency": 0.6},
     "20 us to start a message": {"start_s": 20e-6},
     "bw is one GPU's part of the port": {"bw_ranks": 8},
     "each GPU has an eighth of the port to itself": {"ports": 8},
+    "experts are passed on from node to node, as broadcasts do": {"passes_on": True},
     "loads drift four times as fast": {"half_life": 25.0},
     "loads drift four times as slowly": {"half_life": 400.0},
     "other loads (seed)": {"seed": 1},
@@ -40,7 +41,7 @@ def reshard(progress: Progress) -> Findings:
     rows = []
     for cluster, model, half_life in itertools.product(CLUSTERS, ("gpt-moe-s", "bert-moe"), HALF_LIVES):
         progress(f"{model} on {cluster}, half-life {half_life:g}")
-        cell = dataclasses.replace(Cell(model, cluster).with_samples(), half_life=half_life)
+        cell = dataclasses.replace(Cell(model, cluster).with_samples(), half_life=half_life, at=OFTEN)
         base = run(cell, "hecate", reshard_every=0).layer_s
         for every in INTERVALS:
             found = run(cell, "hecate", reshard_every=every)
@@ -50,7 +51,8 @@ def reshard(progress: Progress) -> Findings:
             where = {"half_life": half_life, "every": str(every or "never")}
             rows.append({**cell.where(), **where, **times, **quiet, "evidence": "simulated"})
     note = (
-        "half-life: steps in which the popularity of experts forgets half of itself; over_never: over no re-sharding."
+        "Of these ten steps are priced. half-life: steps in which the popularity of experts forgets half of itself; "
+        "over_never: over no re-sharding."
     )
     return Findings({"reshard": pd.DataFrame(rows)}, (NOTE, note))
 
@@ -60,7 +62,7 @@ def rearrangement(progress: Progress) -> Findings:
     rows = []
     for cluster, half_life in itertools.product(CLUSTERS, HALF_LIVES):
         progress(f"{cluster}, half-life {half_life:g}")
-        cell = dataclasses.replace(Cell("gpt-moe-s", cluster).with_samples(), half_life=half_life)
+        cell = dataclasses.replace(Cell("gpt-moe-s", cluster).with_samples(), half_life=half_life, at=OFTEN)
         base = run(cell, "ep")
         choices = [(name, every, 2) for name in ("smartmoe", "flexmoe", "eplb") for every in (5, 10, 25, 50, 100)]
         choices += [(name, 25, slots) for name in ("flexmoe", "eplb") for slots in (3, 4)]
@@ -80,7 +82,10 @@ def rearrangement(progress: Progress) -> Findings:
     best = alike.loc[alike.groupby(keys, sort=False)["over_ep"].idxmax(), [*keys, "every", "over_ep"]]
     best = best.rename(columns={"every": "best_interval"}).assign(evidence="simulated")
     text = reported("hecate", "motivation")[["system", "quantity", "value", "evidence"]]
-    note = "slots: of a rank, over the experts per rank; moves: share of a layer's time. best: of the five intervals."
+    note = (
+        "Of these ten steps are priced. slots: of a rank, over the experts per rank; moves: share of a layer's time. "
+        "best: of the five intervals."
+    )
     return Findings({"best": best, "rearrangement": found_all, "text": text}, (NOTE, note))
 
 
@@ -93,7 +98,7 @@ def assumptions(progress: Progress) -> Findings:
         for model in MODELS:
             cell = dataclasses.replace(Cell(model, cluster).with_samples(), layers=2)
             cell = dataclasses.replace(cell, **fields)  # type: ignore[arg-type]
-            times = {name: found.step_s for name, found in everyone(cell).items()}
+            times = {name: found.step_s for name, found in everyone(cell, ("ep", *RIVALS, "fsdp", "hecate")).items()}
             best = min(times[name] for name in RIVALS)
             ratios.append([seconds / times["hecate"] for seconds in (times["ep"], best, times["fsdp"])])
         means = [geometric_mean(each) for each in zip(*ratios, strict=True)]

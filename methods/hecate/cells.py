@@ -15,7 +15,7 @@ import numpy as np
 from harness import presets
 from methods.hecate import loads as load_model
 from methods.hecate.memory_model import Memory, capacity, memory
-from methods.hecate.played import EFFICIENCY, SYSTEMS, WARM, Array, Options, Result, Setup, play
+from methods.hecate.played import EFFICIENCY, PRICED, SYSTEMS, WARM, Array, Options, Result, Setup, play
 
 MODELS = ("gpt-moe-s", "gpt-moe-l", "bert-moe", "bert-moe-deep")
 CLUSTERS = {"A": "hecate-a", "B": "hecate-b"}
@@ -50,6 +50,8 @@ class Cell:
     start_s: float = 0.0
     bw_ranks: int = 1
     ports: int = 1  # of a node, which share its rate
+    passes_on: bool = False
+    at: tuple[int, ...] = PRICED
     seed: int = 0
 
     @property
@@ -71,12 +73,18 @@ def setup(cell: Cell) -> Setup:
     cell = cell.with_samples()
     assert cell.samples is not None
     on = cluster.resized(cell.gpus // cluster.shape[-1]).with_ports(cell.ports)
-    return Setup(presets.model(name), on, cell.samples, cell.efficiency, cell.start_s, cell.bw_ranks)
+    return Setup(presets.model(name), on, cell.samples, cell.efficiency, cell.start_s, cell.bw_ranks, cell.passes_on)
+
+
+def loads(cell: Cell) -> Array:
+    """[steps, layers, W, E] of a cell that states its samples."""
+    prices = ("efficiency", "start_s", "bw_ranks", "ports", "passes_on", "at")  # loads do not depend on them
+    same = {name: getattr(Cell, name) for name in prices}
+    return _loads(dataclasses.replace(cell, **same))
 
 
 @functools.lru_cache(maxsize=16)
-def loads(cell: Cell) -> Array:
-    """[steps, layers, W, E] of a cell that states its samples."""
+def _loads(cell: Cell) -> Array:
     here = setup(cell)
     shape = (WARM + cell.steps, cell.layers, cell.gpus, here.tokens, here.model)
     if cell.skew is None:
@@ -93,13 +101,13 @@ def run(cell: Cell, name: str, **changes: object) -> Result:
 def _run(cell: Cell, name: str, changes: tuple[tuple[str, object], ...]) -> Result:
     options = Options(**dict(changes))  # type: ignore[arg-type]
     here = setup(cell)
-    found = play(here, loads(cell), name, options)
+    found = play(here, loads(cell), name, options, cell.at)
     if not name.startswith("hecate") or options.m is not None:
         return found
     m = room(cell, found, remat=name == "hecate-rm")  # that was with m = t
     if m >= (here.overlap_degree if options.t is None else options.t) and not options.calibrates:
         return found
-    return play(here, loads(cell), name, dataclasses.replace(options, m=m))
+    return play(here, loads(cell), name, dataclasses.replace(options, m=m), cell.at)
 
 
 def room(cell: Cell, found: Result, *, remat: bool) -> int:

@@ -3,8 +3,9 @@ the judge of time prices some steps.
 
 What moves, and when, is what the executed systems decide, told of every step's loads. Steps are laid out as they are
 executed. Interpretations: rates are the data sheets', without start-up times (``start_s`` adds one to every message);
-``bw`` of the paper is the node's port, through which all GPUs of a node go; all rearrange every 25 steps, where
-Hecate's paper sees the best; those with copies keep them in twice the slots that experts need; attention is not causal.
+``bw`` of the paper is the node's port, through which all GPUs of a node go; an owner sends an expert to every node that
+wants it, where the paper's broadcasts pass it on (``passes_on``); all rearrange every 25 steps, where Hecate's paper
+sees the best; those with copies keep them in twice the slots that experts need; attention is not causal.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import functools
 import numpy as np
 
 from harness.layer.work import attention_macs, expert_parameters
-from harness.plan.cost import Compute
+from harness.plan.cost import Compute, Cost, InTurn, Timed, Transfer
+from harness.plan.course import MOMENTS
 from harness.plan.graph import Timeline
 from harness.plan.machine import Machine
 from harness.plan.passage import Passage
@@ -25,15 +27,16 @@ from harness.routing.types import Routing
 from harness.simulation import Training
 from harness.specs import Cluster, Experiment, Gemm, Model, Workload
 from harness.topology import Topology
-from methods.hecate.memory_model import PARAMETER, Copies
+from methods.hecate.memory_model import OPTIMIZER, PARAMETER, Copies
 
 Array = np.ndarray
 #: of what a device can do, that computation reaches; no paper states it
 EFFICIENCY = 0.4
 WARM = 100  # steps before those that count, so that everything has been placed by loads that were seen
 #: which steps are priced, in hundredths of those that count: as long after a rearrangement, for intervals of 5 to 100
-#: steps, as a step is in the mean
+#: steps, as a step is in the mean; and more of them, where intervals are compared
 PRICED = (13, 41, 77)
+OFTEN = (2, 17, 22, 37, 42, 57, 62, 77, 82, 97)
 REARRANGE_EVERY, RESHARD_EVERY = 25, 100
 RIVALS = ("fastermoe", "smartmoe", "flexmoe")  # that the paper compares with, beside EP
 #: by the name in tables: the registered system
@@ -72,7 +75,9 @@ class Options:
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """A model on a cluster, ``samples`` sequences a rank. ``bw_ranks``: GPUs that share the paper's bw, where t is
-    computed (1: it is the node's port, 8: each GPU has its part)."""
+    computed (1: it is the node's port, 8: each GPU has its part). ``passes_on``: nodes pass an expert on
+    to the next, all at once: a gather lasts as long as what comes to the busiest node, a reduction as what leaves
+    it."""
 
     model: Model
     cluster: Cluster
@@ -80,6 +85,7 @@ class Setup:
     efficiency: float = EFFICIENCY
     start_s: float = 0.0
     bw_ranks: int = 1
+    passes_on: bool = False
 
     @property
     def tokens(self) -> int:
@@ -88,6 +94,17 @@ class Setup:
     @functools.cached_property
     def machine(self) -> Machine:
         return Machine.data_sheet(self.cluster, self.efficiency, self.start_s)
+
+    def priced(self, cost: Cost | None) -> Cost | None:
+        """In seconds; of experts between nodes by the side on which less goes through the busiest port."""
+        if not self.passes_on or not isinstance(cost, Transfer) or cost.scope != "inter":
+            return self.machine.priced(cost)
+        num_nodes, rate = self.cluster.shape[0], self.cluster.levels[0].unit_bytes_per_s
+        assert rate is not None
+        between = cost.matrix.reshape(num_nodes, self.cluster.num_ranks // num_nodes, num_nodes, -1).sum((1, 3))
+        np.fill_diagonal(between, 0)
+        seconds = cost.messages * self.start_s + min(between.sum(0).max(), between.sum(1).max()) / rate
+        return Timed(cost.operation, cost.scope, seconds)
 
     @property
     def attention_s(self) -> float:
@@ -294,25 +311,25 @@ def critical_path(timeline: Timeline) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------------------- to play it
 
 
-def play(setup: Setup, loads: Array, name: str, options: Options) -> Result:
-    """``loads`` int [WARM + steps, layers, W, E]: rows of each rank for each expert."""
+def play(setup: Setup, loads: Array, name: str, options: Options, at: tuple[int, ...] = PRICED) -> Result:
+    """``loads`` int [WARM + steps, layers, W, E]: rows of each rank for each expert. ``at``: as ``PRICED``."""
     num_steps, num_layers = loads.shape[:2]
     machine, topology = setup.machine, Topology(setup.cluster.shape)
     training = Training(setup.experiment(name, num_layers, options), priced=False)
-    priced = WARM + (num_steps - WARM) * np.array(PRICED) // 100
+    priced = WARM + (num_steps - WARM) * np.array(at) // 100
     steps, moves, received, added, owned = [], [], [], [], 0
     for step, of_layers in enumerate(loads):
         routings = [Loads(counts, setup.model.top_k) for counts in of_layers]
         if step in priced:
             pairs = zip(training.cases, routings, strict=True)
             training.cases = [dataclasses.replace(case, routing=routing) for case, routing in pairs]
-            steps.append(simulate(training.lay_out(machine.priced), machine, topology))
+            steps.append(simulate(training.lay_out(setup.priced), machine, topology))
             received.append(sum(rows_of(each) for each in training.passages))
             added.append([copies_of(each) for each in training.passages])
             owned = max(owned, int(training.own.max()))
         if training.course.learns:
             moved = training.course.saw(step, routings, None)
-            moves.append(0.0 if moved is None else float(np.max(machine.seconds(moved))))
+            moves.append(float(np.max(machine.seconds(whole_state(moved)))))
     rows, copies = np.array(received), np.array(added)  # [steps, W], [steps, layers, W]
     if "slots" in training.experiment.options:  # set aside, used or not
         owned = num_layers * int(training.experiment.options["slots"])
@@ -327,6 +344,18 @@ def play(setup: Setup, loads: Array, name: str, options: Options) -> Result:
         float((rows.max(-1) / rows.mean(-1)).max()),
         Copies(owned * scale, float(resident), float(copies.max())),
     )
+
+
+def whole_state(moved: Cost | None) -> Cost | None:
+    """What is done between steps, where an expert moves with all the state that mixed precision has (``OPTIMIZER``);
+    a training that is executed in ``PARAMETER`` bytes has two moments of as many."""
+    match moved:
+        case InTurn():
+            return InTurn(tuple(each for part in moved.parts if (each := whole_state(part)) is not None))
+        case Transfer():
+            times = (PARAMETER + OPTIMIZER) / (PARAMETER * (1 + MOMENTS))
+            return dataclasses.replace(moved, matrix=moved.matrix * times)
+    return moved
 
 
 def rows_of(passage: Passage) -> Array:

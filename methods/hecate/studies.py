@@ -139,7 +139,7 @@ def crossover(progress: Progress) -> Findings:
         progress(f"{model} on {cluster}")
         samples = Cell(model, cluster, skew=SKEWS[-1]).with_samples().samples  # fits, and is the same, at every skew
         for skew in SKEWS:
-            cell = Cell(model, cluster, skew=skew, samples=samples, layers=2)
+            cell = Cell(model, cluster, skew=skew, samples=samples, layers=6, at=(37,))  # layers differ more than steps
             times = {name: found.step_s for name, found in everyone(cell).items()}
             best = {
                 "ep": times["ep"],
@@ -168,6 +168,7 @@ def crossover(progress: Progress) -> Findings:
     ]
     notes = (
         NOTE,
+        "Here six layers of one step are priced. "
         f"skew: the least max over mean from which on Hecate is faster by the margin at every swept skew (up to "
         f"{SKEWS[-1]:g}), interpolated; empty: it is not at the largest. rivals: {', '.join(RIVALS)}; all: and EP, "
         "FSDP, an EPLB-like planner. ep_slowdown: EP's step over its step at skew 1.",

@@ -137,20 +137,16 @@ def search(owner, load, flow, cost, weights, moves, warmth, paired, blur, rng): 
         b = owner[other, f]
         if a == b:
             continue
-        if other == layer:
-            change = _change(
-                layer, a, b, e, f, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
-                weights, blur
-            )  # fmt: skip
-        else:
-            if abs(other - layer) < 2 or size[layer, a] < 2 or size[other, b] < 2:
-                continue
-            change = _change(
-                layer, a, b, e, -1, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
-                weights, blur
-            )  # fmt: skip
+        if other != layer and (abs(other - layer) < 2 or size[layer, a] < 2 or size[other, b] < 2):
+            continue
+        back = f if other == layer else -1
+        change = _change(
+            layer, a, b, e, back, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
+            weights, blur
+        )  # fmt: skip
+        if other != layer:
             change += _change(
-                other, b, a, f, -1, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
+                other, b, a, f, back, load, mean, carried, cost, ahead, behind, between, row_most, column_most,
                 weights, blur
             )  # fmt: skip
         if move < 0:

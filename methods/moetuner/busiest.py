@@ -86,7 +86,7 @@ def search(owner, rows, size, prices, moves, warmth, rng):  # type: ignore[no-un
                         if unit > 0:
                             arriving[layer, batch, v, 0] += count
                             leaving[layer, batch, v, unit] += count
-            _shift(layer, e, 0, owner[layer, e], rows, size, load, arriving, leaving)
+            _shift(layer, e, np.int64(0), owner[layer, e], rows, size, load, arriving, leaving)
     cost = np.zeros(num_layers)
     for layer in range(num_layers):
         cost[layer] = _layer_s(layer, size, prices, load, arriving, leaving)

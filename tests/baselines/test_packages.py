@@ -34,6 +34,8 @@ REFUSED_BY_ALL = {
     "sigmoid-gate": "sigmoid",
     "xmoe-gate": "cosine",
     "xmoe-gate-drops": "cosine",
+    "moge-gate": "MoGE",
+    "moge-gate-drops": "MoGE",
     "expert-choice": "experts choose",
     "softmoe": "Soft MoE",
     "noisy-gate": "noise",

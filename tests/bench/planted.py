@@ -235,6 +235,24 @@ class Summed(Local):
         return [getattr(self.oracle, name) for name in self.oracle.gate_names]
 
 
+class Reordered(Flat):
+    """Right, but that it names an expert's matrices in an order of its own, as Megatron does."""
+
+    name = "reordered"
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> Any:
+        made = super().build(case, job, weights)
+        gradients = made.gradients
+
+        def reordered() -> Gradients:
+            found = gradients()
+            return Gradients(found.gate, {e: dict(reversed(of.items())) for e, of in found.experts.items()})
+
+        made.gradients = reordered  # type: ignore[method-assign]
+        return made
+
+
 class SendsSums(SendsNothing):
     name = "sends-sums"
 
@@ -245,7 +263,12 @@ class SendsSums(SendsNothing):
         return Summed(case, weights, job)
 
 
-ALL: tuple[type[System], ...] = (*(_system(name, fault) for name, fault in FAULTS.items()), SendsNothing, SendsSums)
+ALL: tuple[type[System], ...] = (
+    *(_system(name, fault) for name, fault in FAULTS.items()),
+    SendsNothing,
+    SendsSums,
+    Reordered,
+)
 
 
 def register() -> None:

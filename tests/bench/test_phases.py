@@ -52,6 +52,7 @@ def test_every_system_serves_or_is_refused(session):
 
 
 @pytest.mark.long
+@pytest.mark.minutes
 def test_every_system_is_timed_or_refused_in_every_phase(session):
     ranks = session("local-4")
     for experiments in races(PHASES, ranks.cluster):

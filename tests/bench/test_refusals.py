@@ -13,7 +13,8 @@ from harness.specs import Workload
 from harness.system import Case
 from harness.topology import Topology
 
-NO_GATES = {"xmoe-gate", "xmoe-gate-drops", "expert-choice", "softmoe", "noisy-gate", "mixtral-gate-k1"}
+MOGE = {"moge-gate", "moge-gate-drops"}
+NO_GATES = {"xmoe-gate", "xmoe-gate-drops", *MOGE, "expert-choice", "softmoe", "noisy-gate", "mixtral-gate-k1"}
 SIGMOID = {"deepseek-gate", "sigmoid-gate", "sigmoid-gate-k1"}
 TUTEL = {*NO_GATES, *SIGMOID, "rank-without-tokens"}
 #: of real packages alone; native systems run all that there is

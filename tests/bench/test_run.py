@@ -156,6 +156,7 @@ def bad_systems(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         registry.systems().pop(system.name)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("bad_systems")
 def test_a_bad_system_is_a_row_with_its_reason_and_the_race_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -46,36 +46,62 @@ FOUND: dict[str, dict[str, str]] = {
 }
 
 
-def experiments(phase: str, systems: list[str]) -> list[Experiment]:
+#: a training in whose third step all rows of the second layer stood nearly at right angles to two directions that
+#: they were seen through; in bfloat16
+ALIKE: dict[str, str] = {"second-call": "(warm-up)", "repeats": "(warm-up)", "last-token": "of token 95"}
+
+
+def experiments(
+    phase: str, systems: list[str], dtype: str = "float32", seed: int = 3, **shape: Any
+) -> list[Experiment]:
     *natural, phase = phase.split()
-    workload = {"name": "w", "tokens_per_rank": 96, "generator": "zipf", "params": {"target": 1.5}, "seed": 3}
+    workload = {"name": "w", "tokens_per_rank": 96, "generator": "zipf", "params": {"target": 1.5}, "seed": seed}
     if natural:
         workload |= {"generator": "natural", "params": {}}
     fields = {
         "cluster": presets.cluster("local-2"),
         "phase": phase,
-        "dtype": "float32",
+        "dtype": dtype,
         "backward": phase not in SERVING,
     }
     return [
-        Experiment.model_validate({"model": MODEL, "workload": workload, "system": name, **fields}) for name in systems
+        Experiment.model_validate({"model": MODEL | shape, "workload": workload, "system": name, **fields})
+        for name in systems
     ]
 
 
 @pytest.mark.parametrize("phase", FOUND)
 def test_a_system_that_is_wrong_at_full_shape_never_gets_a_time(session, phase: str) -> None:
-    wanted = FOUND[phase]
-    cells = experiments(phase, [*wanted, "flat"])
-    payload: dict[str, Any] = {"experiments": [e.model_dump(mode="json") for e in cells], "repeats": 2, "warmup": 1}
+    race(session, experiments(phase, [*FOUND[phase], "flat"]), FOUND[phase])
+
+
+def test_a_right_system_is_right_where_its_rows_are_all_alike(session) -> None:
+    cells = experiments("natural train_step", [*ALIKE, "flat"], "bfloat16", seed=0, hidden=512, ffn=64)
+    errors = race(session, cells, ALIKE, warmup=2)
+    assert errors["output"] < 0.01
+
+
+def test_an_experts_matrices_may_stand_in_any_order(session) -> None:
+    race(session, experiments("train_step", ["reordered", "flat"], ffn_type="swiglu"), {})
+
+
+def race(session, cells: list[Experiment], wanted: dict[str, str], warmup: int = 1) -> dict[str, float]:
+    """Some are wrong, for the reasons that are ``wanted``, and the others right -> errors of the last."""
+    payload: dict[str, Any] = {
+        "experiments": [e.model_dump(mode="json") for e in cells],
+        "repeats": 2,
+        "warmup": warmup,
+    }
     answers = session("local-2").call("tests.bench.planted:run_race", payload, timeout_s=120)
     for experiment in cells:
         outcome = answers[0]["cells"][experiment.digest]
-        if experiment.system == "flat":
+        if experiment.system not in wanted:
             assert outcome["status"] == "ok", outcome["reason"]
         else:
             assert outcome["status"] == "nonconforming", (experiment.system, outcome)
             assert wanted[experiment.system] in outcome["reason"], (experiment.system, outcome["reason"])
             assert answers[1]["cells"][experiment.digest]["reason"] == outcome["reason"]
+    return answers[0]["cells"][cells[-1].digest]["errors"]
 
 
 def test_check_goes_beyond_64_tokens_and_256_columns(session) -> None:

@@ -125,6 +125,7 @@ def test_no_races_and_no_memory_handed_out_too_early(found, system):
 
 
 @pytest.mark.long
+@pytest.mark.minutes
 @pytest.mark.timeout(TIMEOUT_S + 90)
 @pytest.mark.parametrize("system", registry.systems())
 def test_nor_in_the_other_trials_phases_and_variants(rest, system):
@@ -136,6 +137,7 @@ def test_a_dropped_in_system_is_driven_without_being_named_and_its_fault_is_seen
 
 
 @pytest.mark.long
+@pytest.mark.minutes
 def test_its_fault_is_seen_in_the_other_phases(rest):
     check_dropped(rest, len(cases.TRIALS) + len(cases.PHASES) - len(cases.FIRST))
 

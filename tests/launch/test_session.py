@@ -48,10 +48,10 @@ def test_ranks_serve_many_calls(session, cluster):
 @pytest.mark.parametrize(
     ("cluster", "how", "kind", "text"),
     [
-        (EMULATED, "raise", "raised", "KeyError: 'no such expert'"),
+        pytest.param(EMULATED, "raise", "raised", "KeyError: 'no such expert'", marks=pytest.mark.long),
         (EMULATED, "kill", "died", "was killed by SIGKILL"),
         (LOCAL, "abort", "died", "was killed by SIGABRT: op.nbytes. 8 vs 4, at tests/launch/work.py:"),
-        (LOCAL, "memory", "out_of_memory", "can't allocate memory"),
+        pytest.param(LOCAL, "memory", "out_of_memory", "can't allocate memory", marks=pytest.mark.long),
         (LOCAL, "repeated memory", "out_of_memory", "CUDA out of memory"),
     ],
     ids=lambda value: getattr(value, "name", value),
@@ -234,8 +234,15 @@ def test_a_launcher_that_cannot_run_says_why(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-@pytest.mark.parametrize("cluster", ["LOCAL", "EMULATED"])
+@pytest.mark.parametrize(
+    ("cluster", "how"),
+    [
+        ("LOCAL", signal.SIGINT),
+        ("EMULATED", signal.SIGKILL),
+        pytest.param("LOCAL", signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param("EMULATED", signal.SIGINT, marks=pytest.mark.long),
+    ],
+)
 def test_the_supervisors_end_leaves_nothing(tmp_path, cluster, how):
     mark = uuid.uuid4().hex
     program = f"""

@@ -13,11 +13,10 @@ import torch.distributed as dist
 
 from harness.comm.agree import attempt, failed, first_said
 from harness.errors import UserError
-from harness.launch.allocation import report
 from harness.launch.network import address
-from harness.launch.session import open_session
 from harness.plan.graph import COMPUTE, INTER, Plan
 from harness.plan.lanes import executor_of
+from tests.launch.jobs import fail_with
 
 MIB = 1 << 20
 
@@ -164,25 +163,3 @@ def time_counters(job, payload):
     for _ in range(50):
         job.counters()
     return (time.perf_counter() - start) / 50
-
-
-def in_allocation(cluster, log_dir):
-    report({"done": 0})
-    with open_session(cluster, log_dir=log_dir) as ranks:
-        totals = ranks.call("tests.launch.work:total")
-    report({"done": 1})
-    return totals
-
-
-def environment(name):
-    return os.environ.get(name)
-
-
-def hang_in_allocation(cluster, log_dir):
-    with open_session(cluster, log_dir=log_dir) as ranks:
-        report({"ready": True})
-        ranks.call("tests.launch.work:go_wrong", {"rank": 1, "how": "hang"})
-
-
-def fail_with(error):
-    raise error

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from harness import memory
 from harness.errors import UserError
 from harness.layer import gates
 from harness.layer.oracle import Oracle, keep_strongest
@@ -58,11 +59,14 @@ def test_steer_is_differentiable_and_names_the_limit() -> None:
         {"gate": "sigmoid"},
         {"gate": "sigmoid", "normalise_weights": False, "selection_bias": False},
         {"gate": "xmoe"},
+        {"gate": "moge", "num_groups": 4},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("k", [1, 3, 16])
 def test_route_equals_the_dense_oracle(gate: dict[str, Any], k: int) -> None:
+    if gate["gate"] == "moge":
+        k = {1: 4, 3: 8}.get(k, k)
     model = BASE.model_copy(update=gate | {"top_k": k, "routed_scale": 1.5})
     oracle = Oracle(Weights(model, "float64"))
     logits = torch.randn(50, 16, dtype=torch.float64)
@@ -80,6 +84,58 @@ def test_deepseek_group_limit_keeps_every_token_inside_its_groups() -> None:
     free, _ = gates.route(model.model_copy(update={"topk_groups": None}), logits, oracle.bias)
     assert max(len(set(row)) for row in (free // 4).tolist()) > 2  # so the limit did something
     torch.testing.assert_close(torch.zeros_like(logits).scatter(-1, ids, weights), oracle.gates(logits).detach())
+
+
+def test_moge_takes_as_many_experts_from_each_group_with_their_shares_of_all() -> None:
+    model = BASE.model_copy(update={"gate": "moge", "num_groups": 2})
+    logits = torch.randn(200, 16, dtype=torch.float64)
+    ids, weights = gates.route(model, logits)
+    for token, row in enumerate(logits.tolist()):
+        wanted = {g + place for g in (0, 8) for place in np.argsort(row[g : g + 8])[-2:]}
+        assert set(ids[token].tolist()) == wanted
+    exp = logits.exp()
+    torch.testing.assert_close(weights, exp.gather(1, ids) / exp.sum(1, keepdim=True))  # not renormalised
+    assert (weights.diff(dim=1) <= 0).all()  # best first
+    free, _ = gates.route(model.model_copy(update={"gate": "gshard"}), logits)
+    assert (free // 8).float().mean(1).ne(0.5).any()  # so the groups did something
+
+
+def test_moge_drops_the_weakest_of_an_expert_and_leaves_the_other_weights_alone() -> None:
+    model = BASE.model_copy(update={"gate": "moge", "num_groups": 2, "capacity_factor": 1.0})
+    logits = torch.randn(40, 16, dtype=torch.float64) + torch.linspace(0, 2, 16, dtype=torch.float64)
+    ids, weights, kept = gates.gate(model, logits)
+    assert kept is not None
+    assert not kept.all()
+    assert torch.equal(
+        torch.zeros(40, 16, dtype=torch.bool).scatter(-1, ids, kept), keep_strongest(model, logits.softmax(-1))
+    )
+    torch.testing.assert_close(weights, torch.where(kept, logits.softmax(-1).gather(1, ids), 0.0))
+
+
+@pytest.mark.parametrize(
+    "gate", [{"gate": "gshard"}, {"gate": "softmax_topk"}, {"gate": "moge", "num_groups": 2}], ids=str
+)
+def test_what_a_gate_keeps_for_its_backward_is_as_planned(gate: dict[str, Any]) -> None:
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor is not rows:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    rows = torch.ones(30, 4, requires_grad=True)  # what the weights are multiplied with
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _, weights = gates.route(BASE.model_copy(update=gate), torch.randn(30, 16, requires_grad=True))
+        product = weights * rows
+    every, chosen, once = memory.GATES[gate["gate"]]
+    assert product.requires_grad
+    assert sum(tensor.numel() for tensor in kept.values()) == 30 * (16 * every + 4 * chosen + once)
+
+
+def test_gradients_reach_all_logits_of_moge() -> None:
+    model = BASE.model_copy(update={"gate": "moge", "num_groups": 4})
+    logits = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda values: gates.route(model, values)[1], logits)
 
 
 def test_drops_keep_the_strongest_within_the_capacity() -> None:
@@ -207,6 +263,11 @@ def test_a_gate_that_takes_no_prescribed_routing_says_so(change: dict[str, Any],
         ({"gate_dim": 4}, "gate_dim belongs to gate = xmoe"),
         ({"normalise_weights": False}, "normalise_weights = False belongs to gate = sigmoid"),
         ({"selection_bias": False}, "selection_bias = False belongs to gate = sigmoid"),
+        ({"gate": "moge"}, "gate = moge takes as many experts from each of num_groups groups; give 2 or more"),
+        ({"gate": "moge", "num_groups": 3}, "num_groups = 3 does not divide num_experts = 16"),
+        ({"gate": "moge", "num_groups": 8}, "num_groups = 8 does not divide top_k = 4.*change one of the two"),
+        ({"gate": "moge", "num_groups": 4, "topk_groups": 2}, "topk_groups belongs to gate = sigmoid"),
+        ({"gate": "moge", "num_groups": 4, "gate_noise": True}, "gate_noise belongs to gate = gshard"),
     ],
     ids=str,
 )

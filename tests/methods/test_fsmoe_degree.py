@@ -181,7 +181,7 @@ def test_scan_takes_the_least_of_the_case_times() -> None:
     assert set(degree) == set(DEGREES)
 
 
-@pytest.mark.parametrize("testbed", ["fsmoe-a", "fsmoe-b"])
+@pytest.mark.parametrize("testbed", [pytest.param("fsmoe-a", marks=pytest.mark.long), "fsmoe-b"])
 def test_scan_and_slsqp_agree_on_the_grid(testbed: str) -> None:
     forward, _, reduce_s = grid(testbed)
     backward = forward.backward()

@@ -27,7 +27,7 @@ def test_every_pair_of_degrees_equals_the_oracle(session, shape):
     assert session(cluster(shape)).call(ON_RANKS + "every_cut", payload, timeout_s=120)[0] == []
 
 
-@pytest.mark.parametrize("system", ["fsmoe", "fsmoe-no-iio"])
+@pytest.mark.parametrize("system", ["fsmoe", pytest.param("fsmoe-no-iio", marks=pytest.mark.long)])
 def test_every_gate_equals_the_oracle(session, system):
     payload = {"system": system, "degrees": [2, 4], "gates": True}
     assert session(cluster((2, 2))).call(ON_RANKS + "every_cut", payload, timeout_s=120)[0] == []

@@ -10,12 +10,13 @@ import pytest
 
 from harness import presets
 from harness.errors import UserError
+from harness.plan.cost import Even, InTurn, Transfer
 from harness.topology import Topology
 from harness.traffic import port_load
 from methods.hecate import loads as load_model
 from methods.hecate import memory_model
 from methods.hecate.memory_model import Copies
-from methods.hecate.played import PRICED, WARM, Loads, Options, Result, Setup, play
+from methods.hecate.played import PRICED, WARM, Loads, Options, Result, Setup, play, whole_state
 
 MODEL = presets.model("gpt-moe-s-e32")
 CLUSTER = presets.cluster("hecate-a").resized(2)
@@ -230,6 +231,28 @@ def test_rearrangement_pays_its_moves_at_its_boundaries():
         assert played(name, every=1000).move_s == 0  # longer than the training
     assert played("flexmoe", slots=3).copies.owned == 3 * played("ep").copies.owned
     assert played("hecate", reshard_every=10).move_s > played("hecate").move_s == 0
+
+
+def test_an_expert_moves_with_the_state_that_the_memory_counts():
+    matrix = np.full((16, 16), 6.0)  # 2 bytes of a parameter and as many of each of two moments
+    told = Even("ar", "flat", 8.0)
+    moved = whole_state(InTurn((told, Transfer("a2a", "flat", matrix))))
+    assert moved.parts[0] is told
+    np.testing.assert_allclose(moved.parts[1].matrix, 2 + 12)
+    assert whole_state(None) is None
+
+
+def test_an_expert_that_is_passed_on_leaves_a_node_once():
+    matrix = np.zeros((32, 32))
+    matrix[0, [8, 16, 24]] = 1e9  # to three other nodes
+    plain = Setup(MODEL, presets.cluster("hecate-a").resized(4), samples=2)
+    passing = dataclasses.replace(plain, passes_on=True)
+    for each in (matrix, matrix.T):  # a gather, and the reduction
+        gather = Transfer("a2a", "inter", each)
+        assert np.max(plain.priced(gather).seconds) == pytest.approx(3 / 12.5)
+        assert np.max(passing.priced(gather).seconds) == pytest.approx(1 / 12.5)
+        tokens = Transfer("a2a", "flat", each)
+        assert np.max(passing.priced(tokens).seconds) == pytest.approx(3 / 12.5)
 
 
 def test_fastermoe_overlaps_what_is_even():

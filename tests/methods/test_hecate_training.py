@@ -39,7 +39,7 @@ def slow(shape):
     ("system", "options"),
     [
         pytest.param("hecate", {"t": 3, "reshard_every": 7, "window": 3}, marks=pytest.mark.long),
-        ("hecate", {"t": 5, "m": 1, "reshard_every": 10}),
+        pytest.param("hecate", {"t": 5, "m": 1, "reshard_every": 10}, marks=pytest.mark.long),
         ("hecate-rm", {"t": 3, "m": 2, "reshard_every": 7, "calibrate": True}),
     ],
     ids=["wide", "tight", "rematerialised"],
@@ -100,6 +100,7 @@ def test_training_goes_on_with_the_shards_it_had(session, tmp_path):
         assert loss == pytest.approx(whole["losses"][step], rel=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.timed
 def test_gathers_are_hidden_where_the_overlap_degree_says_so(session):
     """On shaped links, computation a wait; t is what the attention that was profiled hides. Of three steps the best, as

@@ -165,7 +165,7 @@ SWAPS = given(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @SWAPS
 def test_the_best_swap_is_that_of_brute_force(seed, shape, top_k, function, data):
     compare_with_brute_force(seed, shape, top_k, function, data)
@@ -192,7 +192,7 @@ def compare_with_brute_force(seed, shape, top_k, function, data):
     owner = np.random.default_rng(seed).permutation(Placement.contiguous(16, topology.num_ranks).owner)
     group = groups(owner, topology, objective.levels)
     parts = [collect(routing.of_rank(rank), group, topology.num_ranks) for rank in range(topology.num_ranks)]
-    total = parts[0].unflat(np.sum([part.flat() for part in parts], axis=0))  # as one all-reduce would
+    total = parts[0].unflat(np.sum([part.flat() for part in parts], axis=0, dtype=np.int32))  # as one all-reduce would
     found = best_swap(total, group, objective, topology.num_ranks)
     every = brute_force(routing, owner, topology, objective)
     assert found.before_s == pytest.approx(every[0, 0])

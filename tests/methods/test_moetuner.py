@@ -280,7 +280,7 @@ def test_one_of_two_ranks_that_share_a_port_had_better_be_done_early() -> None:
     size, prices = np.array([2]), np.array([1.0, 2.0])
 
     def until_home(*rows: float) -> float:
-        return float(home_s(np.array(rows), np.array([rows]), np.zeros((1, 1)), size, prices))
+        return float(home_s(np.array(rows, float), np.array([rows], float), np.zeros((1, 1)), size, prices))
 
     assert until_home(4, 4) == 16 + 4 + 16  # there together, done together, home one after the other
     assert until_home(2, 6) == 16 + 6 + 12  # the first is there at 8, done at 10, home at 14
@@ -338,6 +338,7 @@ def request(**changed: object) -> Request:
     return dataclasses.replace(given, **changed)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_mixtral_is_solved_and_no_rival_is_better_on_held_out_tokens() -> None:
     given = request(rounds=8)
     found = {name: placer.run(given) for name, placer in PLACERS.items()}

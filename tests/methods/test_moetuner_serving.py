@@ -211,6 +211,7 @@ experiments:
 """
 
 
+@pytest.mark.long
 def test_a_run_keeps_times_of_parts_and_load(tmp_path: Path) -> None:
     counts = run_suite(suite.parse(RUN, "run.yaml"), tmp_path / "served", show_progress=False)
     assert counts == {"ok": 6}

@@ -87,6 +87,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def quietly(text: str) -> None: ...
 
 
+@pytest.mark.long
 def test_gains_stand_beside_the_reported_ones_and_add_up(few: None) -> None:
     found = studies.latency(quietly)
     gains, raw = found.tables["gains"], found.raw["latency"]

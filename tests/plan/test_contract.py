@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COPIES = {"gather", "late", "regather", "reduce", "spread"}  # kinds of task that bring or sum copies
 
 
-@pytest.mark.parametrize("num_ranks", [8, 64])
+@pytest.mark.parametrize("num_ranks", [8, pytest.param(64, marks=pytest.mark.long)])
 def test_every_step_is_priced_as_it_runs(num_ranks: int, tmp_path: Path) -> None:
     rows = rows_of(num_ranks, tmp_path / "rows.json")
     differing = [f"{row['system']} {row['phase']} {row['options']}: {row['differs']}" for row in rows if row["differs"]]

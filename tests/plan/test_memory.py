@@ -60,7 +60,7 @@ def settled(wanted: int) -> int:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("name", ["flat", "hiermoe-hd2", "fsmoe"])
+@pytest.mark.parametrize("name", ["flat", pytest.param("hiermoe-hd2", marks=pytest.mark.long), "fsmoe"])
 def test_layers_hold_no_more_after_many_steps(session, name):
     options = {"degree_forward": 2, "degree_backward": 2} if name == "fsmoe" else {}
     for found in session(cluster((2, 2))).call("tests.plan.test_memory:held", {"system": name, "options": options}):

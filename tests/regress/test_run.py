@@ -71,6 +71,7 @@ def suite_of(folder: Path, tokens_per_rank: int, repeats: int) -> Path:
     return suite
 
 
+@pytest.mark.long
 @pytest.mark.timed
 def test_a_dispatch_of_thrice_the_time_is_caught_and_nothing_else(sabotaged, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "NUM_SESSIONS", 2)  # each starts both sides anew, which takes most of the time
@@ -90,6 +91,7 @@ def test_a_dispatch_of_thrice_the_time_is_caught_and_nothing_else(sabotaged, tmp
 
 
 @pytest.mark.long
+@pytest.mark.minutes
 @pytest.mark.timed
 def test_five_per_cent_in_dispatch_are_caught(sabotaged, tmp_path):
     suite = suite_of(tmp_path, 2048, 5)  # 5 % of dispatch are 2.5 % of a forward pass; what a busy machine adds is less

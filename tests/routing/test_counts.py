@@ -14,6 +14,7 @@ from harness.topology import Topology
 NODES = Topology((2, 4))
 RAGGED = (300, 0, 1, 17, 64, 5, 2, 111)
 MODEL = Model(name="m", num_layers=4, hidden=8, ffn=8, num_experts=64, top_k=8)
+MOGE = MODEL.model_copy(update={"gate": "moge", "num_groups": 8})
 GROUPED = MODEL.model_copy(update={"gate": "sigmoid", "num_groups": 8, "topk_groups": 3})
 TRACE = {"path": "record-e64k8.parquet"}
 STEPS = [{"step": 0, "layer": 0}, {"step": 0, "layer": 3}, {"step": 3, "layer": 1}, {"step": 12, "layer": 2}]
@@ -22,6 +23,8 @@ STEPS = [{"step": 0, "layer": 0}, {"step": 0, "layer": 3}, {"step": 3, "layer": 
 def workload(generator: str, tokens: int | tuple[int, ...] = RAGGED, **params: float | str) -> Workload:
     if generator == "trace":
         params = TRACE | params
+    if generator == "grouped":
+        params = {"target": 3.0, "num_groups": 8} | params
     return Workload(name="w", tokens_per_rank=tokens, generator=generator, params=params, seed=3)
 
 
@@ -32,7 +35,7 @@ def met(routing: Routing) -> np.ndarray:
     return used.T @ used
 
 
-@pytest.mark.parametrize("model", [MODEL, GROUPED], ids=["free", "grouped"])
+@pytest.mark.parametrize("model", [MODEL, GROUPED, MOGE], ids=["free", "limited", "moge"])
 @pytest.mark.parametrize("generator", KNOWN_GENERATORS)
 def test_counts_are_those_of_the_tokens(generator, model):
     for tokens in (RAGGED, 96):
@@ -70,7 +73,7 @@ def test_a_layer_does_not_depend_on_those_asked_for_before():
         assert ids(*at) == alone[at], at
 
 
-@pytest.mark.parametrize("model", [MODEL, GROUPED], ids=["free", "grouped"])
+@pytest.mark.parametrize("model", [MODEL, GROUPED], ids=["free", "limited"])
 @pytest.mark.parametrize("generator", KNOWN_GENERATORS)
 def test_a_sample_has_the_loads_of_the_whole_in_proportion(generator, model):
     tokens = (1024, 900, 0, 7, 1024, 128, 129, 1024)

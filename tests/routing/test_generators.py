@@ -15,6 +15,7 @@ from harness.topology import Topology
 
 NODES = Topology((2, 4))
 ALL = [name for name in KNOWN_GENERATORS if name not in ("trace", "natural")]
+PARAMS = {"grouped": {"num_groups": 8}}  # of those that need some
 
 
 def model(num_experts: int = 64, top_k: int = 8) -> Model:
@@ -43,13 +44,14 @@ def distinct(routing: Routing) -> bool:
 @pytest.mark.parametrize("generator", ALL)
 def test_same_inputs_same_routing_and_k_distinct_experts(generator):
     tokens = (300, 0, 1, 17, 64, 5, 2, 111)
-    first, again = made(generator, tokens), made(generator, tokens)
+    params = PARAMS.get(generator, {})
+    first, again = made(generator, tokens, **params), made(generator, tokens, **params)
     assert first.digest == again.digest
     assert np.array_equal(first.ids, again.ids)
     assert distinct(first)
     assert first.ids.dtype == np.int32
     for other in ({"step": 1}, {"layer": 1}):
-        assert made(generator, tokens, **other).digest != first.digest
+        assert made(generator, tokens, **params, **other).digest != first.digest
 
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 4))

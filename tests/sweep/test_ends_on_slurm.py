@@ -15,7 +15,7 @@ from harness.sweep import spec, submit
 from harness.sweep.states import Sweep
 from tests.sweep.conftest import ON_TWO_RANKS, all_done, frozen_with, go_on_in_second_start, held, settle, told, until
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.minutes]
 
 
 @pytest.fixture(scope="module")

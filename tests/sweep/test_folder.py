@@ -69,8 +69,8 @@ def forked(sweep: Sweep, index: int) -> int:
     return pid
 
 
-def test_fifty_random_kills_lose_and_double_no_row(sweep_file, tmp_path):
-    num_races = 320
+@pytest.mark.parametrize(("num_kills", "num_races"), [(12, 80), pytest.param(50, 320, marks=pytest.mark.long)])
+def test_random_kills_lose_and_double_no_row(sweep_file, tmp_path, num_kills, num_races):
     sweep = prepared(sweep_file, tmp_path / "kills", num_races=num_races, cells_per_job=num_races // 2)
     dice, kills, writing = random.Random(7), 0, {}
     while True:
@@ -82,12 +82,12 @@ def test_fifty_random_kills_lose_and_double_no_row(sweep_file, tmp_path):
             break
         time.sleep(dice.uniform(0.01, 0.06))
         index = dice.choice(list(writing))
-        if kills < 50:
+        if kills < num_kills:
             os.kill(writing[index], signal.SIGKILL)
             kills += os.waitstatus_to_exitcode(os.waitpid(writing.pop(index), 0)[1]) == -signal.SIGKILL
         elif os.waitpid(writing[index], os.WNOHANG)[0]:
             del writing[index]
-    assert kills == 50
+    assert kills == num_kills
     store = Store(sweep.folder.run_dir)
     assert store.damaged() == []
     assert len(list(store.path.glob("rows-*.parquet"))) == num_races  # none was made twice
@@ -98,6 +98,7 @@ def test_fifty_random_kills_lose_and_double_no_row(sweep_file, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.minutes
 def test_status_of_ten_thousand_cells(sweep_file, tmp_path, monkeypatch):
     folder = SweepFolder(tmp_path / "large")
     store = Store(folder.run_dir)
