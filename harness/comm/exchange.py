@@ -169,6 +169,7 @@ class FlatJourney(Journey):
 
     def gradients(self) -> torch.Tensor:
         found = torch.zeros(self.ids.numel(), dtype=self.weights.dtype, device=self.ids.device)
+        assert self.dweight is not None
         found[self.choice] = self.dweight
         return found.view(self.ids.shape)
 

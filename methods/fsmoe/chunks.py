@@ -81,23 +81,29 @@ class Adaptive(Chunks, ScheduleSlot):
         """The cluster with the costs that planning needs, and what one forward takes; None where some are unknown."""
         fares = exchange.fares(case, case.routing, case.placement.hosts, Cut())
         hops = [fares.cost("dispatch", hop, 1) for hop in range(fares.num_hops)]
-        keys = [hop.key for hop in hops if hop is not None]  # type: ignore[attr-defined]
+        keys = [_key(hop) for hop in hops if hop is not None]
         known = costs_of(case, (*keys, "ar.inter", "gemm", *others))
         if known is None:
             return None
 
         def linear(hop: Any) -> Linear:
-            alpha, beta = known.linear(hop.key)
+            alpha, beta = known.linear(_key(hop))
             busiest = max(float(hop.matrix.sum(axis).max()) for axis in (0, 1))
-            return Linear(np.float64(alpha), np.float64(beta), np.float64(busiest))
+            return Linear(*map(np.asarray, (alpha, beta, busiest)))
 
         inside = [linear(hop) for hop in hops[1:] if hop is not None]
         rows = (case.placement.hosts.T * expert_counts(case.routing).sum(0)).sum(1).max()
         alpha, beta = known.linear("gemm")
-        macs = np.float64(rows * expert_macs(case.model))
-        experts = Linear(np.float64(GEMMS[case.model.ffn_type] * alpha), np.float64(beta), macs)
+        macs = float(rows * expert_macs(case.model))
+        experts = Linear(*map(np.asarray, (GEMMS[case.model.ffn_type] * alpha, beta, macs)))
         within = inside[0] if inside else NOTHING
         return known, LayerCosts(linear(hops[0]), within, within, NOTHING if case.identity_experts else experts)
+
+
+def _key(hop: Any) -> str:
+    """Of a hop's costs; on the outermost level and inside it by their roles."""
+    scope = {"inter1": "inter", "intra1": "intra"}.get(hop.scope, hop.scope)
+    return f"{hop.operation}.{scope}"
 
 
 SCHEDULES: Mapping[str, Adaptive] = {

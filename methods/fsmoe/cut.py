@@ -10,7 +10,7 @@ import numpy as np
 
 from harness import ledger
 from harness.comm.fits import Fit
-from harness.errors import bad
+from harness.errors import UserError, bad
 from harness.layer import gates
 from harness.layer.work import ATTENTION_GEMMS, attention_macs, expert_products
 from harness.ledger import Calibration
@@ -261,7 +261,10 @@ def costs_of(case: Case, keys: Sequence[str]) -> Cluster | None:
     found = ledger.latest(case.cluster)
     if found is None:
         return stated_costs(case.cluster, keys)
-    return found.cluster(keys) if all(key in found.costs for key in keys) else None
+    try:
+        return found.cluster(keys)
+    except UserError:  # not measured, or refused: nothing can be weighed
+        return None
 
 
 def forced(case: Case) -> tuple[int, int] | None:

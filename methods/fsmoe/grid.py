@@ -130,7 +130,7 @@ class Generalized(FSMoETasks):
         self.layer, self.overlap, self.placed, self.gate = layer, policy.overlap, slices, gate
         self.walk, self.walk_back = Priced(layer.forward, degrees[0]), Priced(layer.backward, degrees[1])
 
-    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+    def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
         if task != "gate" or self.gate is None:
             return Work()
         times = {"forward": 1, "backward": 2}[direction]

@@ -40,7 +40,7 @@ class PricedFSMoE(FSMoETasks):
         self.walk = Priced(self.sizes.forward, cut.degree_forward)
         self.walk_back = Priced(self.sizes.backward, cut.degree_backward)
 
-    def work(self, direction: Direction, task: str, part: int | None = None) -> Work:
+    def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
         if task == "restore":
             return Work(mix_work(self.case))
         gate = gate_work(self.case, direction)

@@ -12,7 +12,7 @@ import numpy as np
 from harness import registry
 from harness.layer.work import attention_macs, kv_fraction
 from harness.placement import Placement
-from harness.plan.cost import Compute, InTurn, Staged
+from harness.plan.cost import Compute, InTurn
 from harness.plan.course import Course
 from harness.plan.graph import COMPUTE, Plan, Work
 from harness.plan.machine import Machine
@@ -79,10 +79,14 @@ class Played:
 
     def row(self, machine: Machine) -> dict[str, object]:
         """one_way_s: of a dispatch; dimension: stages that it takes."""
-        sent = self.passage.sent("dispatch")
-        assert sent is not None
-        stages = sent.stages if isinstance(sent, Staged) else sent.parts if isinstance(sent, InTurn) else (sent,)
-        one_way_s = float(np.max(machine.seconds(sent)))
+        if isinstance(self.passage, PricedNative):
+            hops = (self.passage.fares.cost("dispatch", hop, 1) for hop in range(self.passage.num_hops))
+            stages = tuple(hop for hop in hops if hop is not None)
+        else:
+            sent = self.passage.sent("dispatch")
+            assert sent is not None
+            stages = sent.parts if isinstance(sent, InTurn) else (sent,)
+        one_way_s = float(np.max(machine.seconds(InTurn(stages))))
         return {"step": self.step, "variant": self.rival, "one_way_s": one_way_s, "dimension": len(stages)}
 
     def layer_s(self, machine: Machine) -> float:

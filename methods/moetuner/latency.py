@@ -25,9 +25,10 @@ from harness.plan.graph import Plan, Work
 from harness.plan.links import Ports
 from harness.plan.machine import Machine
 from harness.plan.passage import Direction
-from harness.plan.priced import PricedNative, native
+from harness.plan.priced import PricedNative
 from harness.plan.priced_step import PricedServing
 from harness.plan.simulate import simulate
+from harness.plan.slots import Fares, FlatFares
 from harness.registry import system
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES, Cluster, Dtype, Experiment, Model, Workload
@@ -131,14 +132,14 @@ class Layers:
         links = self.served.machine.links
         assert isinstance(links, Ports)
         none, found = np.zeros(self.served.topology.num_ranks), []
-        for sent in (way.sent(part) for way in self.passages):
+        for sent in (way.fares.cost(part, 0, 1) for way in self.passages):
             found.append(links.by_rank(sent.matrix) if isinstance(sent, Transfer) else none)
         return np.stack(found)
 
     def mixed(self, *, experts: Layers, exchange: Layers) -> Layers:
         """With the computation of one placement and the all-to-all of another."""
         pairs = zip(experts.passages, exchange.passages, strict=True)
-        return Layers(self.served, [PricedNative(one.case, other.parts, one.rows) for one, other in pairs])
+        return Layers(self.served, [_sending(one, other.fares) for one, other in pairs])
 
     def summary(self) -> dict[str, float]:
         """Seconds: the whole, and of a layer (mean over layers) the tail over ranks and the mean over them."""
@@ -155,15 +156,20 @@ def serve(served: Served, ids: np.ndarray, owner: np.ndarray, traffic: str = "di
     """A batch with routing ``ids`` int [L, T, k] under ``owner`` int [L, E]."""
     passages = []
     for case in _cases(served, ids, owner):
-        passage = native(system(SYSTEM), case)
-        assert passage is not None
+        passage = system(SYSTEM).layout(case)
+        assert isinstance(passage, PricedNative)
         passages.append(passage)
     if traffic == "paper":
         num_ranks, row_bytes = served.topology.num_ranks, served.model.hidden * DTYPE_BYTES[DTYPE]
         between = crossings(Profile.of_ids(ids, owner.shape[1]), owner, num_ranks) * row_bytes / ids.shape[2]
         parts = [{}, *({"dispatch": matrix} for matrix in between)]
-        passages = [PricedNative(way.case, part, way.rows) for way, part in zip(passages, parts, strict=True)]
+        passages = [_sending(way, FlatFares(part)) for way, part in zip(passages, parts, strict=True)]
     return Layers(served, passages)
+
+
+def _sending(way: PricedNative, fares: Fares) -> PricedNative:
+    """The same, but what it sends."""
+    return PricedNative(way.case, way.schedule, way.cut, fares, way.rows)
 
 
 def _cases(served: Served, ids: np.ndarray, owner: np.ndarray) -> list[Case]:
