@@ -16,9 +16,9 @@ from harness.topology import Topology
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hosting:
     """Who holds which expert in a batch, as one rank sees it. ``hosts`` bool [E, num_ranks]; ``held``: this rank's
-    experts in the order in which it computes them; ``counts`` int64 [pieces, num_ranks, E]: rows of every rank for every
-    expert, where all ranks know them; ``owners`` bool [E, num_ranks]: hosts that are no copies for this batch alone; None:
-    all.
+    experts in the order in which it computes them; ``counts`` int64 [pieces, num_ranks, E]: rows of every rank for
+    every expert, where all ranks know them; ``owners`` bool [E, num_ranks]: hosts that are no copies for this batch
+    alone; None: all.
 
     Every holding, (expert, host), has a number: by rank, and by expert there."""
 
@@ -95,7 +95,8 @@ def dealt_pieces(
 
 
 def targets(ids: np.ndarray, source: np.ndarray, hosts: np.ndarray, topology: Topology) -> np.ndarray:
-    """The rank that computes each row by ``assign``: ``ids`` int [T, k] of tokens of ``source`` int [T] -> int [T, k]."""
+    """The rank that computes each row by ``assign``: ``ids`` int [T, k] of tokens of ``source`` int [T] -> int [T,
+    k]."""
     if (hosts.sum(1) == 1).all():
         return hosts.argmax(1)[ids]
     near, found = nearest(hosts, topology), np.empty(ids.shape, dtype=np.int64)

@@ -74,8 +74,8 @@ def taken(ids: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
 
 
 class FlatExchange(Exchange):
-    """One all-to-all-v over all ranks. Rows are sorted by expert before they are sent, so only counts travel as metadata;
-    gate weights stay with the token and are applied when the rows come home."""
+    """One all-to-all-v over all ranks. Rows are sorted by expert before they are sent, so only counts travel as
+    metadata; gate weights stay with the token and are applied when the rows come home."""
 
     def journey(
         self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None, hosting: Hosting, cut: Cut
@@ -87,8 +87,9 @@ class FlatExchange(Exchange):
 
 class FlatJourney(Journey):
     """Where experts have several hosts, every rank knows how many rows the others have (``Hosting.counts``), and
-    nothing else travels as metadata; else each rank is told how many it gets. ``groups``: of ranks; a piece then is what
-    goes between ranks so many groups apart, and the last one what stays with a copy (FasterMoE's smart schedule)."""
+    nothing else travels as metadata; else each rank is told how many it gets. ``groups``: of ranks; a piece then is
+    what goes between ranks so many groups apart, and the last one what stays with a copy (FasterMoE's smart
+    schedule)."""
 
     num_hops = 1
     one_each = True
@@ -148,7 +149,8 @@ class FlatJourney(Journey):
         )
 
     def _received(self, piece: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        """Rows of each piece from each rank for each own expert, ascending: int64 [pieces, num_ranks, held] on the CPU."""
+        """Rows of each piece from each rank for each own expert, ascending: int64 [pieces, num_ranks, held] on the
+        CPU."""
         job, hosting, pieces = self.job, self.hosting, self.cut.pieces
         if hosting.counts is not None and hosting.several:
             masks = None if not self.groups else self._apart()[:, :, job.rank]

@@ -1,8 +1,8 @@
 """One batch's way to its experts and home, forward and backward: over hops, each on the links of one level, in chunks.
 
 An exchange plans a ``Journey``: per hop a ``Leg``, which says of what each row that is sent is a copy, and who gets how
-many. Rows go out hop by hop, land in the order of the experts, and their sums come home the same way. A backward is
-the same trip with gradients. So a schedule (``harness.plan.schedule``) may put the hops of every chunk on lanes, and the
+many. Rows go out hop by hop, land in the order of the experts, and their sums come home the same way. A backward is the
+same trip with gradients. So a schedule (``harness.plan.schedule``) may put the hops of every chunk on lanes, and the
 experts of one chunk beside the hops of another.
 
 Forward and backward may be cut into different numbers of chunks (``Cut``): rows are counted by *pieces*, of which a
@@ -12,6 +12,7 @@ chunk of either has a whole number.
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -26,8 +27,8 @@ Direction = Literal["forward", "backward"]
 
 
 class Cut(NamedTuple):
-    """Chunks of a batch in its forward and in its backward. ``whole``: the experts compute once, on what all chunks have
-    brought; else on one piece after another, as it arrives."""
+    """Chunks of a batch in its forward and in its backward. ``whole``: the experts compute once, on what all chunks
+    have brought; else on one piece after another, as it arrives."""
 
     forward: int = 1
     backward: int = 1
@@ -76,10 +77,12 @@ class Sent(Handover):
 
 
 class Leg(Handover):
-    """One hop of all chunks over ``group``. ``item`` int64 [R]: of each row sent, by (piece, member, item), the item that
-    it copies; ``sent`` and ``received`` int64 [pieces, members] on the CPU. ``padded``: rows of every message of a piece
-    if all are as long as the longest of the job, int64 [pieces]. ``order``: in which order an item's rows are added up,
-    int64 [R], if not in theirs. ``stays``: a piece of which nothing leaves its rank."""
+    """One hop of all chunks over ``group``.
+
+    ``item`` int64 [R]: of each row sent, by (piece, member, item), the item that it copies; ``sent`` and ``received`` int64
+    [pieces, members] on the CPU. ``padded``: rows of every message of a piece if all are as long as the longest of the
+    job, int64 [pieces]. ``order``: in which order an item's rows are added up, int64 [R], if not in theirs. ``stays``: a
+    piece of which nothing leaves its rank."""
 
     def __init__(
         self,
@@ -127,8 +130,8 @@ class Leg(Handover):
 
 
 class Placed(NamedTuple):
-    """Rows that are counted by (piece, member), and where they stand by (chunk, member, piece): ``position`` int64 [R] on
-    the CPU, None where that is the same; ``starts``: of each chunk, and the end. ``shared``: every chunk has all."""
+    """Rows that are counted by (piece, member), and where they stand by (chunk, member, piece): ``position`` int64 [R]
+    on the CPU, None where that is the same; ``starts``: of each chunk, and the end. ``shared``: every chunk has all."""
 
     position: torch.Tensor | None
     starts: list[int]
@@ -154,9 +157,9 @@ class Placed(NamedTuple):
 
 
 class Landed(Handover):
-    """One piece: (row, expert) pairs in the order of experts. ``item`` int64 [Q]: the row of the piece's chunk; ``runs``:
-    of every expert its pairs, and their places among those of all pieces (``Cut.whole``); ``entry`` int64 [Q]: number of
-    the pair among all; ``weight`` [Q]: of the gate, where it travels."""
+    """One piece: (row, expert) pairs in the order of experts. ``item`` int64 [Q]: the row of the piece's chunk;
+    ``runs``: of every expert its pairs, and their places among those of all pieces (``Cut.whole``); ``entry`` int64
+    [Q]: number of the pair among all; ``weight`` [Q]: of the gate, where it travels."""
 
     def __init__(
         self, item: torch.Tensor, runs: list[tuple[slice, slice]], entry: torch.Tensor, weight: torch.Tensor | None
@@ -166,8 +169,8 @@ class Landed(Handover):
 
 class Journey(Handover, abc.ABC):
     """On one rank. ``legs``: of hops, outermost first, as far as they are told; None where a hop goes nowhere.
-    ``counts`` int64 [pieces, experts held] on the CPU: rows of each, once all hops are told. Gate weights travel with the
-    rows (``travelling`` [Q], by pair) or stay with the tokens (``staying`` [R], by row of the first leg)."""
+    ``counts`` int64 [pieces, experts held] on the CPU: rows of each, once all hops are told. Gate weights travel with
+    the rows (``travelling`` [Q], by pair) or stay with the tokens (``staying`` [R], by row of the first leg)."""
 
     num_hops: int
     counts: torch.Tensor
@@ -236,8 +239,8 @@ class Journey(Handover, abc.ABC):
 
 
 class Trip(Handover):
-    """One direction of a journey. ``begin``, then of each chunk ``out`` over every hop; the experts take ``arrived`` and
-    ``give`` what they made; then ``home`` over every hop, innermost first; ``end``."""
+    """One direction of a journey. ``begin``, then of each chunk ``out`` over every hop; the experts take ``arrived``
+    and ``give`` what they made; then ``home`` over every hop, innermost first; ``end``."""
 
     def __init__(self, journey: Journey, direction: Direction):
         self.journey, self.cut, self.direction = journey, journey.cut, direction
@@ -400,4 +403,4 @@ class Trip(Handover):
 
 
 def _pairs(starts: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return list(itertools.pairwise(starts))

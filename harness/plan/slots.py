@@ -63,8 +63,8 @@ class ExchangeSlot(abc.ABC):
 
     @abc.abstractmethod
     def fares(self, case: Case, routing: Routing, hosts: np.ndarray, cut: Cut, counted: bool = False) -> Fares:
-        """Of a batch of ``routing`` to the nearest of ``hosts`` bool [E, num_ranks]. ``counted``: every rank is told all
-        ranks' counts, whatever the exchange needs."""
+        """Of a batch of ``routing`` to the nearest of ``hosts`` bool [E, num_ranks]. ``counted``: every rank is told
+        all ranks' counts, whatever the exchange needs."""
 
     def chunks(self, case: Case) -> int:
         """Into how many a schedule cuts it that leaves that to the exchange."""

@@ -70,8 +70,8 @@ def needed(unit: Array, num_units: int) -> Array:
 
 
 def count(routing: Routing, where: Array, topology: Topology) -> Counts:
-    """``where``: the rank of each expert int [E], or its hosts bool [E, G]. O(T k (log k + D)). Where a sample stands for the tokens, copies are
-    those of all, and as many of them are duplicates as in the sample."""
+    """``where``: the rank of each expert int [E], or its hosts bool [E, G]. O(T k (log k + D)). Where a sample stands
+    for the tokens, copies are those of all, and as many of them are duplicates as in the sample."""
     few, num_ranks = routing.sample, topology.num_ranks
     distinct = _distinct(_ranks(few, where, topology), topology, few.source, num_ranks)
     copies = _copies(routing, where, topology)

@@ -15,9 +15,8 @@ Where an expert has several hosts, what a token needs is decided first (``harnes
 then reached by one row.
 
 Interpretation: the paper leaves the wire format of the metadata open. Here each row carries the number of its experts
-(1 byte), and each (row, expert) pair the expert's index among those of the destination group (1 or 2 bytes) and its gate weight
-(4 bytes; 8 in float64). Sizes are exact (all-to-all-v), or padded to max(p) as the paper's are.
-"""
+(1 byte), and each (row, expert) pair the expert's index among those of the destination group (1 or 2 bytes) and its
+gate weight (4 bytes; 8 in float64). Sizes are exact (all-to-all-v), or padded to max(p) as the paper's are."""
 
 from __future__ import annotations
 
@@ -39,8 +38,9 @@ MOST_CHAINS = 8  # that are kept: for placements that come again
 
 class HierExchange(Exchange):
     """HierD-AlltoAll. ``dimension``: d of HDd, 1 (all ranks at once) to the number of link levels; or by what every
-    routing chooses its own, of a batch in ``num_chunks``. ``deduplicate``: no for the paper's Hd, which send every (token,
-    expert) pair. ``padded``: as the paper's sizes, all messages of a stage as long as its longest; else as they are."""
+    routing chooses its own, of a batch in ``num_chunks``. ``deduplicate``: no for the paper's Hd, which send every
+    (token, expert) pair. ``padded``: as the paper's sizes, all messages of a stage as long as its longest; else as they
+    are."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class HierExchange(Exchange):
 
     def chain(self, hosting: Hosting, held: torch.Tensor, choice: torch.Tensor, top_k: int) -> list[Hop | None]:
         """Stages by link level, of a batch that needs the holdings ``held`` for its assignments ``choice`` (flat, into
-        [T, k]); None: no stage, or one without peers. Collective where the dimension is chosen: every rank tells all how
-        many of its tokens go where."""
+        [T, k]); None: no stage, or one without peers. Collective where the dimension is chosen: every rank tells all
+        how many of its tokens go where."""
         if isinstance(self.dimension, PlannerModel):
             self.used = self._choose(self.dimension, hosting, held, choice, top_k)
         key = self.used, np.packbits(hosting.hosts).tobytes()

@@ -1,7 +1,8 @@
 """HierD-AlltoAll as a slot of systems: how it runs on a rank, and what each of its hops sends and costs.
 
-The first stage's metadata goes before its rows; that of the others while the first stage's rows are on the wire, so that
-a row cannot enter the second stage before it. On the way home gradients of gate weights follow the metadata's hops.
+The first stage's metadata goes before its rows; that of the others while the first stage's rows are on the wire, so
+that a row cannot enter the second stage before it. On the way home gradients of gate weights follow the metadata's
+hops.
 
 Interpretation: the one number a chunk that ranks agree on before they pad counts as one more message of its stage.
 """
@@ -81,8 +82,8 @@ class Hier(ExchangeSlot):
         "padded": "true: all messages of a stage as long as its longest, as the paper's sizes are (default false)",
     }
     CHUNKS: ClassVar[str] = (
-        f"pieces of the batch that overlap the stages (default: as many as hold {MIN_CHUNK_BYTES // 1024} KiB of tokens "
-        f"each, at most {MAX_CHUNKS})"
+        "pieces of the batch that overlap the stages "
+        f"(default: as many as hold {MIN_CHUNK_BYTES // 1024} KiB of tokens each, at most {MAX_CHUNKS})"
     )
 
     def refuse(self, case: Case) -> str | None:
