@@ -79,10 +79,10 @@ class Sent(Handover):
 class Leg(Handover):
     """One hop of all chunks over ``group``.
 
-    ``item`` int64 [R]: of each row sent, by (piece, member, item), the item that it copies; ``sent`` and ``received`` int64
-    [pieces, members] on the CPU. ``padded``: rows of every message of a piece if all are as long as the longest of the
-    job, int64 [pieces]. ``order``: in which order an item's rows are added up, int64 [R], if not in theirs. ``stays``: a
-    piece of which nothing leaves its rank."""
+    ``item`` int64 [R]: of each row sent, by (piece, member, item), the item that it copies; ``sent`` and ``received``
+    int64 [pieces, members] on the CPU. ``padded``: rows of every message of a piece if all are as long as the longest
+    of the job, int64 [pieces]. ``order``: in which order an item's rows are added up, int64 [R], if not in theirs.
+    ``stays``: a piece of which nothing leaves its rank."""
 
     def __init__(
         self,
