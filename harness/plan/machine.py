@@ -17,7 +17,7 @@ import numpy as np
 from harness.errors import bad
 from harness.ledger import Calibration
 from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer
-from harness.plan.device import CURVE, Device, Fitted, Roofline, Tiled
+from harness.plan.device import CURVE, Device, Fitted, Roofline, Shared, Tiled
 from harness.plan.graph import Plan
 from harness.plan.host import amount, unlayered
 from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
@@ -63,10 +63,14 @@ class Machine:
         cls, cluster: Cluster, calibration: Calibration, compute: Literal["real", "stand-in"] = "real"
     ) -> Machine:
         """By what ``calibration`` found on ``cluster``: links, contention, and products where computation is real;
-        stand-ins take what the cluster's own costs say."""
+        stand-ins take what the cluster's own costs say. Products were timed on one rank; where all ranks are on one
+        machine they share its cores."""
         basis = f"profile of {calibration.profiled.name}, {calibration.date[:10]}"
-        costs = cluster if compute == "stand-in" else calibration.cluster(["gemm"])
-        return cls(Profiled(calibration), Fitted(costs), basis, calibration.slowdown(compute))
+        device: Device = Fitted(cluster if compute == "stand-in" else calibration.cluster(["gemm"]))
+        cores = calibration.provenance.get("num_cores")
+        if compute == "real" and cluster.kind != "physical" and cores:
+            device = Shared(device, cluster.num_ranks, int(cores))
+        return cls(Profiled(calibration), device, basis, calibration.slowdown(compute))
 
     @classmethod
     def data_sheet(
