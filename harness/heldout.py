@@ -34,7 +34,7 @@ from harness.errors import UserError, bad
 from harness.plan.agreement import agreement
 from harness.plan.choice import PROFILED
 from harness.plan.graph import Timeline
-from harness.plan.host import Seconds, amount, beside, merged, unlayered
+from harness.plan.host import LINKS, Seconds, amount, beside, merged, unlayered
 from harness.plan.machine import Machine
 from harness.plan.profiled import Profiled
 from harness.simulation import Simulation, simulate
@@ -126,41 +126,36 @@ def compared(cells: list[Cell], folder: Path = ledger.LEDGER) -> tuple[pd.DataFr
 
 
 def fitted(cell: Cell, folder: Path = ledger.LEDGER) -> dict[str, float]:
-    """Host time with which the cell comes out as it ran, shared out over its tasks as its trace has them. None is left
-    where the simulation is the slower one."""
-    machine = machine_of(cell.experiment, folder)
+    """Host time with which the cell comes out as it ran: of each task what its trace has, and the rest as a share of
+    what goes over links, where buffers are packed and sockets served; less of each where that is too much. None is left
+    where the simulation without any is the slower one."""
+    machine, wanted = machine_of(cell.experiment, folder), cell.measured.point
     plain = cell.simulated(machine)
-    parts: Seconds = merged(
-        [_beside(trace, plain.timelines[name]) for name, trace in cell.traces.items() if name in plain.timelines]
-        or [_even(plain.timelines)]
-    )
-    wanted, scale = cell.measured.point, 1.0
-    start = _total(plain.samples)
-    if wanted <= start or not any(parts.values()):
+    pairs = [(trace, plain.timelines[name]) for name, trace in cell.traces.items() if name in plain.timelines]
+    parts: Seconds = merged([beside(*pair) for pair in pairs])
+    start, full = _total(plain.samples), _total(cell.simulated(machine, parts).samples)
+    if wanted <= start:
         return {}
+    if full < wanted:
+        if found := _scaled(cell, machine, dict(parts), {LINKS: (wanted - full) / full}, full):
+            return found
+        parts = merged([parts, _even(plain.timelines)]) if not any(parts.values()) else parts
+    return _scaled(cell, machine, {}, parts, start)
+
+
+def _scaled(cell: Cell, machine: Machine, kept: dict[str, float], more: Seconds, start: float) -> dict[str, float]:
+    """``kept`` and so many times ``more`` that the cell comes out as it ran; ``start``: without these. Empty where
+    these change nothing."""
+    wanted, scale = cell.measured.point, 1.0
     for _ in range(PROBES):
-        reached = _total(cell.simulated(machine, {name: scale * seconds for name, seconds in parts.items()}).samples)
+        host = kept | {name: scale * seconds for name, seconds in more.items()}
+        reached = _total(cell.simulated(machine, host).samples)
         if reached <= start:
             return {}
         scale *= (wanted - start) / (reached - start)
         if abs(reached / wanted - 1) < CLOSE:
             break
-    return {name: scale * seconds for name, seconds in parts.items() if seconds}
-
-
-def _beside(executed: Timeline, simulated: Timeline) -> dict[str, float]:
-    """``beside``, and of tasks that are a whole layer of a package what they took longer."""
-    found = beside(executed, simulated)
-    known = {
-        task.name: float((simulated.end_s[i] - simulated.start_s[i]).max())
-        for i, task in enumerate(simulated.plan.tasks)
-    }
-    for task, start, end in zip(executed.plan.tasks, executed.start_s, executed.end_s, strict=True):
-        if task.kind in ("moe", "dispatch", "combine") and task.name in known:
-            took = float(end.max() - start.max()) - known[task.name]
-            name = unlayered(task.name)
-            found[name] = max(found.get(name, 0.0), took, 0.0)
-    return found
+    return {name: seconds for name, seconds in (kept | {n: scale * s for n, s in more.items()}).items() if seconds}
 
 
 def _even(timelines: Mapping[str, Timeline]) -> dict[str, float]:

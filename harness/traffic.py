@@ -39,7 +39,7 @@ def port_load(matrix: np.ndarray, topology: Topology, level: int, ports: int = 1
 
 
 def inside_load(matrix: np.ndarray, topology: Topology, level: int = 0) -> np.ndarray:
-    """Bytes that the ranks of each unit of ``level`` (a node) send each other, [.., units], of ``matrix`` [.., W, W]."""
+    """Bytes that the ranks of each unit of ``level`` send each other, [.., units], of ``matrix`` [.., W, W]."""
     own = blocks_of(matrix, topology.num_units(level))
     return own.sum((-1, -2)) - np.trace(own, axis1=-2, axis2=-1)
 

@@ -15,6 +15,7 @@ import pytest
 from harness import heldout, ledger, presets
 from harness.bench.store import BLANK, SCHEMA_VERSION, Store, identity
 from harness.errors import UserError
+from harness.plan.host import LINKS
 from harness.simulation import Simulation, simulate
 from harness.specs import Experiment
 from tests.test_ledger import calibration
@@ -166,6 +167,26 @@ def test_the_steps_that_were_timed_are_simulated(tmp_path: Path, folder: Path) -
     assert copies[0] == set()
     assert copies[1]
     assert any(task.kind == "gather" for task in simulate(layer, machine).timelines["forward"].plan.tasks)
+
+
+def test_what_no_trace_has_is_a_share_of_what_goes_over_links(tmp_path: Path, folder: Path) -> None:
+    """Of a cell that ran 40 ms longer, of which its gate took 10: seconds of the gate, and for the rest a share."""
+    cell = experiment("flat", 1)
+    machine, found = heldout.machine_of(cell, folder), plain("flat", 1, folder)
+    lines = {name: dataclasses.replace(line, end_s=line.end_s.copy()) for name, line in found.timelines.items()}
+    lines["forward"].end_s[lines["forward"].plan.index["forward.gate"]] += 0.01
+    took = heldout._total(found.samples)
+    estimate = heldout.stats.Estimate(took + 0.04, took, took, 0, 1)
+    host = heldout.fitted(heldout.Cell(cell, "ok", estimate, lines), folder)
+    assert host.pop("forward.gate") == pytest.approx(0.01)
+    assert host.pop(LINKS) == pytest.approx(0.03 / took, rel=0.01)
+    assert not host
+    slower = dataclasses.replace(machine, host={LINKS: 0.5})
+    assert heldout._total(simulate(cell, slower).samples) == pytest.approx(1.5 * took)
+    package = experiment("deepspeed", 1)
+    took = heldout._total(simulate(package, machine).samples)
+    estimate = heldout.stats.Estimate(1.2 * took, took, took, 0, 1)
+    assert heldout.fitted(heldout.Cell(package, "ok", estimate, {}), folder) == {LINKS: pytest.approx(0.2, rel=0.01)}
 
 
 def test_both_files_are_read_once(tmp_path: Path, folder: Path, monkeypatch) -> None:
