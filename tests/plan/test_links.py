@@ -261,16 +261,16 @@ def test_a_lane_s_next_transfer_waits_for_the_ports_and_other_lanes_do_not():
     links, topology = profiled(), Topology((2, 4))
     rate = 1 / next(1 / line.bytes_per_s for line in links.ports.lines if line.level == 0)
     first, second = np.zeros((8, 8)), np.zeros((8, 8))
-    first[0, 4], first[1, 5], second[0, 4] = 1e6, 3e6, 1e6
+    first[0, 4], first[1, 5], second[0, 4] = 1e7, 3e7, 1e7
     done = links.finish(one := Transfer("a2a", "flat", first), np.zeros(8))
-    start_s = float(done[0] - 2e6 / rate)  # both flows share the port until the smaller one is through
-    assert done[1] == pytest.approx(start_s + 4e6 / rate)
+    start_s = float(done[0] - 2e7 / rate)  # both flows share the port until the smaller one is through
+    assert done[1] == pytest.approx(start_s + 4e7 / rate)
     lane: dict = {}
     before = links.finish(one, np.zeros(8), lane)
     then = links.finish(Transfer("a2a", "flat", second), before, lane)
-    assert then[0] == pytest.approx(start_s + 5e6 / rate)  # no byte goes by the port before its turn
+    assert then[0] == pytest.approx(start_s + 5e7 / rate)  # no byte goes by the port before its turn
     elsewhere = links.finish(Transfer("a2a", "flat", second), before, {})
-    assert elsewhere[0] == pytest.approx(before[0] + start_s + 1e6 / rate)
+    assert elsewhere[0] == pytest.approx(before[0] + start_s + 1e7 / rate)
     plan = Plan()
     plan.add("one", INTER, (), one)
     plan.add("two", INTER, (), Transfer("a2a", "flat", second))
