@@ -13,7 +13,6 @@ from harness.comm.job import Job
 from harness.options import whole, yes
 from harness.plan.native import NativeSystem
 from harness.plan.passage import Passage
-from harness.plan.priced import computed
 from harness.specs import DTYPE_BYTES, Cluster
 from harness.system import AfterStep, Case, MoELayer
 from methods.hiermoe.between import MAX_SHARE, SwapOptions, Swaps
@@ -93,7 +92,7 @@ class HierD(NativeSystem):
     @classmethod
     def layout(cls, case: Case) -> Passage | None:
         travel = cls.travel(case)
-        return None if travel is None else PricedHier(case, travel, computed(cls, case))
+        return None if travel is None else PricedHier(case, travel, cls.planned_rows(case))
 
     @classmethod
     def dimension(cls, case: Case) -> int | PlannerModel:
@@ -184,7 +183,7 @@ def known_costs(cluster: Cluster | None) -> Cluster | None:
     """The cluster with the costs of all stages: of its latest calibration, or its own; None where some are missing."""
     if cluster is None:
         return None
-    found = ledger.latest(cluster)
+    found = ledger.told(cluster)
     if found is None:
         return stage_costs(cluster)
     return calibrated_costs(found)
