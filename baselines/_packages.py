@@ -85,6 +85,11 @@ def padded_bytes(case: Case, capacity: int) -> dict[str, np.ndarray]:
     return dict.fromkeys(("dispatch", "combine", "combine_grad", "dispatch_grad"), part)
 
 
+def padded_rows(case: Case, capacity: int) -> np.ndarray:
+    """Rows that experts compute whose buffers hold ``capacity`` rows of every rank, float64 [num_ranks, E]."""
+    return case.placement.hosts.T * float(capacity * case.topology.num_ranks)
+
+
 def off_diagonal(matrix: np.ndarray) -> np.ndarray:
     """``matrix`` [num_ranks, num_ranks] as float64 without what a rank sends to itself."""
     return np.where(np.eye(len(matrix), dtype=bool), 0.0, matrix.astype(np.float64))

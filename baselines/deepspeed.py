@@ -74,6 +74,10 @@ class DeepSpeed(System):
         return {"metadata": _packages.off_diagonal(np.full_like(parts["dispatch"], metadata)), **parts}
 
     @classmethod
+    def planned_rows(cls, case: Case) -> np.ndarray:
+        return _packages.padded_rows(case, cls.capacities(case)[0])
+
+    @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
         return _Layer(case, job, weights, cls.drops)
 

@@ -26,7 +26,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines._smart_schedule import GROUPS, GroupedLayer, Groups, PricedGroups
+from baselines._smart_schedule import GroupedLayer, Groups, PricedGroups
 from harness.comm.job import Job
 from harness.layer.weights import Weights
 from harness.options import whole
@@ -121,31 +121,6 @@ def shadowed(counts: np.ndarray, owner: np.ndarray, model: LatencyModel, *, as_p
     first = np.arange(falls.shape[-1]) < num_shadows[..., None]
     np.put_along_axis(chosen, popular(counts), first, -1)
     return chosen
-
-
-def smart_schedule_s(
-    send_s: np.ndarray | float,
-    compute_s: np.ndarray | float,
-    receive_s: np.ndarray | float,
-    *,
-    groups: int = GROUPS,
-    weights_s: np.ndarray | float = 0.0,
-    shadows_s: np.ndarray | float = 0.0,
-) -> np.ndarray:
-    """Seconds from the first S_i to the last R_i, all arguments [...]: of whole S, C and R, here in ``groups`` equal
-    parts; ``weights_s``: of shadows' weights; ``shadows_s``: of computing with them, which waits for the weights."""
-    sent = np.zeros(np.broadcast_shapes(*(np.shape(x) for x in (send_s, compute_s, receive_s, weights_s, shadows_s))))
-    computed = np.zeros_like(sent)
-    done = []
-    for _ in range(groups):
-        sent = sent + np.asarray(send_s) / groups
-        computed = np.maximum(computed, sent) + np.asarray(compute_s) / groups
-        done.append(computed)
-    line = sent + weights_s
-    busy = np.where(np.asarray(shadows_s) > 0, np.maximum(computed, line) + shadows_s, computed)
-    for each in done:
-        line = np.maximum(line, each) + np.asarray(receive_s) / groups
-    return np.maximum(line, busy)
 
 
 class Shadowing(Policy):

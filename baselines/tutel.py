@@ -72,11 +72,20 @@ class Tutel(System):
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray]:
         """C rows for each expert, four times; C is the largest count, up to a multiple of the overlap degree. It is
         agreed by an all-reduce of one int64 (and one more for ragged tokens), counted as sent to every other rank."""
-        rows, degree = int(_packages.rows_per_expert(case).max()), _overlap(case)
-        capacity = -(-rows // degree) * degree
+        capacity = cls.capacity(case)
         parts = _two_stages(case, capacity) if cls.use_2dh else _packages.padded_bytes(case, capacity)
         metadata = np.full_like(parts["dispatch"], 16 if case.ragged else 8)
         return {"metadata": _packages.off_diagonal(metadata), **parts}
+
+    @classmethod
+    def capacity(cls, case: Case) -> int:
+        """Rows C that a rank's buffer holds for every expert."""
+        rows, degree = int(_packages.rows_per_expert(case).max()), _overlap(case)
+        return -(-rows // degree) * degree
+
+    @classmethod
+    def planned_rows(cls, case: Case) -> np.ndarray:
+        return _packages.padded_rows(case, cls.capacity(case))
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:

@@ -15,6 +15,7 @@ comes again replaces the one before. A ledger that another machine made serves t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -33,27 +34,35 @@ from harness.errors import UserError, bad
 from harness.plan.agreement import agreement
 from harness.plan.choice import PROFILED
 from harness.plan.graph import Timeline
-from harness.plan.host import Seconds, amount, beside, merged, unlayered
+from harness.plan.host import LINKS, Seconds, amount, beside, merged, unlayered
 from harness.plan.machine import Machine
 from harness.plan.profiled import Profiled
-from harness.simulation import simulate
+from harness.simulation import Simulation, simulate
 from harness.specs import Experiment
 
 ERRORS, HOSTS = "_errors.csv", "_host.json"  # no cluster is called so
 REFERENCE = "flat"  # whose cells tell the host time of a shape that other systems ran under one routing only
 NUMBERS = ["measured_s", "predicted_s"]
 MAY_LACK = ["low_s", "high_s"]  # the interval of one repetition alone
-PROBES = 4  # simulations in which host time is scaled to what ran
+PROBES, CLOSE = 4, 1e-3  # simulations in which host time is scaled to what ran, and when that is near enough
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cell:
-    """One executed cell: ``measured`` its time, ``traces`` its timelines by direction."""
+    """One executed cell: ``measured`` its time, ``traces`` its timelines by direction. Of a training ``steps`` were
+    timed behind ``warm`` others."""
 
     experiment: Experiment
     status: str
     measured: stats.Estimate
     traces: Mapping[str, Timeline]
+    warm: int = 1
+    steps: int = 1
+
+    def simulated(self, machine: Machine, host: Mapping[str, float] | None = None) -> Simulation:
+        """The same steps, with ``host`` time."""
+        machine = dataclasses.replace(machine, host=dict(host or {}))
+        return simulate(self.experiment, machine, steps=self.steps, warm=self.warm)
 
     @property
     def shape(self) -> str:
@@ -77,8 +86,10 @@ def cells_of(run: Path) -> list[Cell]:
     rows = store.read(damaged="skip")
     rows = rows[(rows["metric"] == "time_s") & rows["status"].isin(["ok", "cpu_bound"])]
     experiments: dict[str, Any] = {}
+    warmup: dict[str, int] = {}  # by race
     for record in store.records().values():
         experiments |= record["experiments"]
+        warmup |= record.get("warmup", {})
     found = []
     for cell, data in experiments.items():
         here = rows[rows["cell"] == cell]
@@ -87,7 +98,9 @@ def cells_of(run: Path) -> list[Cell]:
         direction = "total" if (here["direction"] == "total").any() else "forward"
         times = here[here["direction"] == direction]
         status = "cpu_bound" if (times["status"] == "cpu_bound").any() else "ok"
-        found.append(Cell(Experiment.model_validate(data), status, stats.interval(times), store.trace(cell)))
+        experiment, steps = Experiment.model_validate(data), int(times["rep"].nunique())
+        warm = max(1, warmup.get(experiment.race, 1))  # the first step is never timed
+        found.append(Cell(experiment, status, stats.interval(times), store.trace(cell), warm, steps))
     return found
 
 
@@ -113,40 +126,36 @@ def compared(cells: list[Cell], folder: Path = ledger.LEDGER) -> tuple[pd.DataFr
 
 
 def fitted(cell: Cell, folder: Path = ledger.LEDGER) -> dict[str, float]:
-    """Host time with which the cell comes out as it ran, shared out over its tasks as its trace has them. None is left
-    where the simulation is the slower one."""
-    machine = machine_of(cell.experiment, folder)
-    plain = simulate(cell.experiment, machine)
-    parts: Seconds = merged(
-        [_beside(trace, plain.timelines[name]) for name, trace in cell.traces.items() if name in plain.timelines]
-        or [_even(plain.timelines)]
-    )
-    wanted, scale = cell.measured.point, 1.0
-    start = _total(plain.samples)
-    if wanted <= start or not any(parts.values()):
+    """Host time with which the cell comes out as it ran: of each task what its trace has, and the rest as a share of
+    what goes over links, where buffers are packed and sockets served; less of each where that is too much. None is left
+    where the simulation without any is the slower one."""
+    machine, wanted = machine_of(cell.experiment, folder), cell.measured.point
+    plain = cell.simulated(machine)
+    pairs = [(trace, plain.timelines[name]) for name, trace in cell.traces.items() if name in plain.timelines]
+    parts: Seconds = merged([beside(*pair) for pair in pairs])
+    start, full = _total(plain.samples), _total(cell.simulated(machine, parts).samples)
+    if wanted <= start:
         return {}
+    if full < wanted:
+        if found := _scaled(cell, machine, dict(parts), {LINKS: (wanted - full) / full}, full):
+            return found
+        parts = merged([parts, _even(plain.timelines)]) if not any(parts.values()) else parts
+    return _scaled(cell, machine, {}, parts, start)
+
+
+def _scaled(cell: Cell, machine: Machine, kept: dict[str, float], more: Seconds, start: float) -> dict[str, float]:
+    """``kept`` and so many times ``more`` that the cell comes out as it ran; ``start``: without these. Empty where
+    these change nothing."""
+    wanted, scale = cell.measured.point, 1.0
     for _ in range(PROBES):
-        host = {name: scale * seconds for name, seconds in parts.items()}
-        reached = _total(simulate(cell.experiment, dataclasses.replace(machine, host=host)).samples)
+        host = kept | {name: scale * seconds for name, seconds in more.items()}
+        reached = _total(cell.simulated(machine, host).samples)
         if reached <= start:
             return {}
         scale *= (wanted - start) / (reached - start)
-    return {name: scale * seconds for name, seconds in parts.items() if seconds}
-
-
-def _beside(executed: Timeline, simulated: Timeline) -> dict[str, float]:
-    """``beside``, and of tasks that are a whole layer of a package what they took longer."""
-    found = beside(executed, simulated)
-    known = {
-        task.name: float((simulated.end_s[i] - simulated.start_s[i]).max())
-        for i, task in enumerate(simulated.plan.tasks)
-    }
-    for task, start, end in zip(executed.plan.tasks, executed.start_s, executed.end_s, strict=True):
-        if task.kind in ("moe", "dispatch", "combine") and task.name in known:
-            took = float(end.max() - start.max()) - known[task.name]
-            name = unlayered(task.name)
-            found[name] = max(found.get(name, 0.0), took, 0.0)
-    return found
+        if abs(reached / wanted - 1) < CLOSE:
+            break
+    return {name: seconds for name, seconds in (kept | {n: scale * s for n, s in more.items()}).items() if seconds}
 
 
 def _even(timelines: Mapping[str, Timeline]) -> dict[str, float]:
@@ -167,8 +176,8 @@ def _total(samples: Mapping[str, Any]) -> float:
 
 
 def _row(cell: Cell, role: str, host: Mapping[str, float], folder: Path) -> dict[str, Any]:
-    experiment, machine = cell.experiment, machine_of(cell.experiment, folder)
-    predicted = _total(simulate(experiment, dataclasses.replace(machine, host=dict(host))).samples)
+    experiment = cell.experiment
+    predicted = _total(cell.simulated(machine_of(experiment, folder), host).samples)
     options = json.dumps(experiment.options, sort_keys=True) if experiment.options else ""
     return {
         "basis": PROFILED,
@@ -301,7 +310,8 @@ def known(experiment: Experiment, machine: Machine, folder: Path = ledger.LEDGER
     stay as they are."""
     if not isinstance(machine.links, Profiled):
         return machine, None
-    hosts, asked = read_hosts(folder), Cell(experiment, "", stats.Estimate(0, 0, 0, 0, 0), {})
+    rows, hosts = _read_once(folder, _stamps(folder))
+    asked = Cell(experiment, "", stats.Estimate(0, 0, 0, 0, 0), {})
     name = next((name for name in (asked.group, asked.shape) if name in hosts), None)
     if name is None:
         basis = f"{machine.basis}; extrapolated: nothing of this shape has run"
@@ -309,12 +319,28 @@ def known(experiment: Experiment, machine: Machine, folder: Path = ledger.LEDGER
     else:
         host = {str(task): float(seconds) for task, seconds in hosts[name]["seconds"].items()}
         machine = dataclasses.replace(machine, host=host, basis=f"{machine.basis}; host time of {hosts[name]['run']}")
-    rows = read(folder)
     if rows.empty:
         return machine, None
     here = rows[(rows["phase"] == experiment.phase) & (rows["system"] == experiment.system)]
     here = here[(here["role"] == "tested") & (here["status"] == "ok")]
     return machine, agreement(here).mean_error if len(here) else None
+
+
+def _stamps(folder: Path) -> tuple[Any, ...]:
+    """Of both files; of one that is not there, None."""
+    found: list[Any] = []
+    for name in (ERRORS, HOSTS):
+        try:
+            found.append(outputs.stamp(folder / name))
+        except OSError:
+            found.append(None)
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(folder: Path, stamps: tuple[Any, ...]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Both files, as they are since ``stamps``."""
+    return read(folder), read_hosts(folder)
 
 
 def main(arguments: list[str]) -> int:

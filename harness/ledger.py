@@ -8,8 +8,10 @@ never changed; a file is written whole or not at all. What a simulator may use o
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import fcntl
+import functools
 import json
 import os
 import tempfile
@@ -29,6 +31,7 @@ SCHEMA_VERSION = 1
 LOCK = ".lock"
 #: what file systems say that cannot lock, or not for several machines (Lustre without -o flock, some NFS)
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EIO}
+_TOLD: contextvars.ContextVar[Calibration | None] = contextvars.ContextVar("told", default=None)
 STAND_IN = "stand-in"  # as in harness.bench.contention
 
 
@@ -151,6 +154,23 @@ def latest(cluster: Cluster, folder: Path = LEDGER) -> Calibration | None:
     return same[-1] if same else None
 
 
+@contextlib.contextmanager
+def telling(calibration: Calibration | None) -> Iterator[None]:
+    """Inside, planners are told of ``calibration`` for its cluster; None: of the newest, as for all other clusters."""
+    before = _TOLD.set(calibration)
+    try:
+        yield
+    finally:
+        _TOLD.reset(before)
+
+
+def told(cluster: Cluster) -> Calibration | None:
+    """What a system's planner may know of ``cluster``: the calibration of the machine that is simulated, else the
+    newest."""
+    given = _TOLD.get()
+    return given if given is not None and given.profiled.digest == cluster.digest else latest(cluster)
+
+
 def profiled(cluster: Cluster, folder: Path = LEDGER) -> Calibration:
     """``latest``; ``UserError`` if there is none."""
     if (found := latest(cluster, folder)) is None:
@@ -167,6 +187,17 @@ def history(name: str, folder: Path = LEDGER) -> list[Calibration]:
     """All calibrations of the clusters of this name, oldest first. ``UserError`` for a damaged file or a newer one."""
     path = folder / f"{name}.json"
     try:
+        return list(_read(path, outputs.stamp(path)))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise bad("ledger", str(path), f"{error.strerror}; choose a file that can be read") from None
+
+
+@functools.lru_cache(maxsize=32)
+def _read(path: Path, stamp: tuple[int, ...]) -> tuple[Calibration, ...]:
+    """As it is since ``stamp``. ``OSError`` where it cannot be read."""
+    try:
         data = sealed.unseal(path.read_text(encoding="utf-8"), "calibrations")
         if unknown := data.keys() - {"schema_version", "calibrations"}:
             raise ValueError(f"holds {min(unknown)}")
@@ -175,12 +206,8 @@ def history(name: str, folder: Path = LEDGER) -> list[Calibration]:
             raise bad(
                 "ledger", str(path), f"has schema version {version}, newer than {SCHEMA_VERSION}; update moebench"
             )
-        return [Calibration.model_validate(each) for each in data["calibrations"]]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise bad("ledger", str(path), f"{error.strerror}; choose a file that can be read") from None
-    except UserError:
+        return tuple(Calibration.model_validate(each) for each in data["calibrations"])
+    except (OSError, UserError):
         raise
     except (ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
@@ -238,4 +265,15 @@ def _locked(folder: Path) -> Iterator[None]:
         raise bad("ledger", str(folder), f"{error.strerror}; choose a folder that can be written") from None
 
 
-__all__ = ["LEDGER", "Calibration", "LayerFit", "contention_rows", "files", "fit_rows", "history", "latest", "record"]
+__all__ = [
+    "LEDGER",
+    "Calibration",
+    "LayerFit",
+    "contention_rows",
+    "files",
+    "fit_rows",
+    "history",
+    "latest",
+    "record",
+    "told",
+]

@@ -45,6 +45,12 @@ def check_folder(folder: Path, suffixes: Iterable[str], field: str = "--out") ->
             check(path, field)
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """What tells a file from what it was before it changed. ``OSError`` where there is none."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def unwritable(path: Path, error: OSError, field: str = "--out") -> UserError:
     other = field if field.startswith("--") else "place"
     return bad(field, str(path), f"cannot be written ({error.strerror or error}); choose another {other}")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from harness import ledger
 from harness.case import cases_of, outlines_of
 from harness.errors import Unplanned, bad
 from harness.plan.cost import Cost, Hold
@@ -18,6 +19,7 @@ from harness.plan.graph import Plan, Price, Timeline
 from harness.plan.machine import Machine
 from harness.plan.passage import Direction, Passage, plan_alone
 from harness.plan.priced_step import PricedServing, PricedTraining, gradient_bytes, own_experts
+from harness.plan.profiled import Profiled
 from harness.plan.simulate import simulate as schedule
 from harness.registry import system as system_called
 from harness.routing import Routing
@@ -49,10 +51,19 @@ def simulate(
     progress: Progress | None = None,
 ) -> Simulation:
     """``UserError`` where the system refuses the case, or its bytes cannot be planned. ``steps`` and ``warm`` are of a
-    training; all passes of other phases are alike. ``whole``: every token of a training is drawn, however large."""
-    if experiment.phase == "train_step":
-        return _training(experiment, machine, steps, warm, whole, progress)
-    plans = layer_plans(experiment) if experiment.phase not in SERVING else {"pass": serving_plan(experiment)}
+    training. All passes of other phases are alike, but for the first where a system remembers the batch before: that is
+    none of those that are timed. ``whole``: every token of a training is drawn, however large."""
+    links = machine.links
+    with ledger.telling(links.calibration if isinstance(links, Profiled) else None):
+        if experiment.phase == "train_step":
+            return _training(experiment, machine, steps, warm, whole, progress)
+        return _passes(experiment, machine)
+
+
+def _passes(experiment: Experiment, machine: Machine) -> Simulation:
+    seen = int(system_called(experiment.system).remembers)
+    serves = experiment.phase in SERVING
+    plans = {"pass": serving_plan(experiment, seen)} if serves else layer_plans(experiment, seen)
     topology = Topology(experiment.cluster.shape)
     timelines = {name: schedule(plan, machine, topology) for name, plan in plans.items()}
     seconds = {name: float(timeline.total_s.max()) for name, timeline in timelines.items()}
@@ -143,7 +154,7 @@ def _training(
         if progress is not None:
             progress(f"step {step + 1} of {warm + steps}")
     assert timeline is not None
-    notes = notes_of([case.routing for case in training.cases])
+    notes = (*notes_of([case.routing for case in training.cases]), *training.course.notes)
     return Simulation({"total": tuple(totals)}, {"step": timeline}, machine.basis, notes)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from harness.dtypes import TORCH_DTYPE
 from harness.placement import Placement
+from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.specs import Cluster, Dtype, Gemm, Model
 from harness.topology import Topology
@@ -249,6 +250,12 @@ class System(abc.ABC):
     def planned_shares(cls, case: Case) -> np.ndarray:
         """Which part of each expert's rows each rank computes, float64 [E, num_ranks]."""
         return case.placement.hosts / case.placement.hosts.sum(1, keepdims=True)
+
+    @classmethod
+    def planned_rows(cls, case: Case) -> np.ndarray:
+        """Rows that each rank computes of each expert, float64 [num_ranks, E]: those that are routed there, and what
+        buffers are filled up with."""
+        return (cls.planned_shares(case) * expert_counts(case.routing).sum(0)[:, None]).T
 
     @classmethod
     def kept(cls, case: Case, probabilities: list[torch.Tensor]) -> list[torch.Tensor] | None:

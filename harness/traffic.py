@@ -41,9 +41,9 @@ def port_load(matrix: np.ndarray, topology: Topology, level: int, ports: int = 1
     return np.maximum(out, into)
 
 
-def inside_load(matrix: np.ndarray, topology: Topology) -> np.ndarray:
-    """Bytes that the ranks of each node send each other, [.., num_nodes], of ``matrix`` [.., W, W]."""
-    own = blocks_of(matrix, topology.shape[0])
+def inside_load(matrix: np.ndarray, topology: Topology, level: int = 0) -> np.ndarray:
+    """Bytes that the ranks of each unit of ``level`` send each other, [.., units], of ``matrix`` [.., W, W]."""
+    own = blocks_of(matrix, topology.num_units(level))
     return own.sum((-1, -2)) - np.trace(own, axis1=-2, axis2=-1)
 
 

@@ -15,6 +15,7 @@ import pytest
 from harness import heldout, ledger, presets
 from harness.bench.store import BLANK, SCHEMA_VERSION, Store, identity
 from harness.errors import UserError
+from harness.plan.host import LINKS
 from harness.simulation import Simulation, simulate
 from harness.specs import Experiment
 from tests.test_ledger import calibration
@@ -137,6 +138,91 @@ def test_rows_of_a_run_that_comes_again_replace_its_old_ones(tmp_path: Path, fol
     assert list(after["run"]) == ["two", "two", "one", "one"]
     assert list(after["measured_s"][2:]) == pytest.approx(list(2 * before["measured_s"][:2]), rel=1e-4)
     assert {each["run"] for each in heldout.read_hosts(own).values()} == {"one"}
+
+
+def test_the_steps_that_were_timed_are_simulated(tmp_path: Path, folder: Path) -> None:
+    """A training's copies are known from its first step on, which is not among them, nor a layer's first pass."""
+    fields = {"system": "hecate", "cluster": presets.cluster("emulated-2x4-balanced"), "compute": "stand-in"}
+    model = {"name": "m", "num_layers": 1, "hidden": 64, "ffn": 64, "num_experts": 16, "top_k": 2, "seq": 64}
+    changes = fields | {"model": {**model, "num_heads": 4, "vocab": 64}, "dtype": "bfloat16"}
+    training, layer = (
+        Experiment.model_validate(experiment("flat", 1).model_dump() | changes | {"phase": phase})
+        for phase in ("train_step", "layer")
+    )
+    store = Store(tmp_path / "run")
+    store.prepare()
+    base = BLANK | identity(training) | {"run": "run", "launch": 0, "cell": training.digest, "metric": "time_s"}
+    base |= {"evidence": "emulated", "network": "shaped", "unit": "s", "status": "ok", "rank": -1, "value": 1.0}
+    base |= {"direction": "total", "time_utc": "2026-01-01T00:00:00", "schema_version": SCHEMA_VERSION}
+    store.append(pd.DataFrame([base | {"rep": rep} for rep in range(3)]))
+    experiments = {training.digest: training.model_dump(mode="json")}
+    store.write_record("0", {"evidence": "emulated", "experiments": experiments, "warmup": {training.race: 2}})
+    (cell,) = heldout.cells_of(tmp_path / "run")
+    assert (cell.warm, cell.steps) == (2, 3)
+    machine = heldout.machine_of(training, ledger.LEDGER)
+    (timeline,) = cell.simulated(machine).timelines.values()
+    assert len(cell.simulated(machine).samples["total"]) == 3
+    (first,) = simulate(training, machine).timelines.values()
+    copies = [{task.kind for task in each.plan.tasks} & {"gather", "regather"} for each in (first, timeline)]
+    assert copies[0] == set()
+    assert copies[1]
+    assert any(task.kind == "gather" for task in simulate(layer, machine).timelines["forward"].plan.tasks)
+
+
+def test_what_no_trace_has_is_a_share_of_what_goes_over_links(tmp_path: Path, folder: Path) -> None:
+    """Of a cell that ran 40 ms longer, of which its gate took 10: seconds of the gate, and for the rest a share."""
+    cell = experiment("flat", 1)
+    machine, found = heldout.machine_of(cell, folder), plain("flat", 1, folder)
+    lines = {name: dataclasses.replace(line, end_s=line.end_s.copy()) for name, line in found.timelines.items()}
+    lines["forward"].end_s[lines["forward"].plan.index["forward.gate"]] += 0.01
+    took = heldout._total(found.samples)
+    estimate = heldout.stats.Estimate(took + 0.04, took, took, 0, 1)
+    host = heldout.fitted(heldout.Cell(cell, "ok", estimate, lines), folder)
+    assert host.pop("forward.gate") == pytest.approx(0.01)
+    assert host.pop(LINKS) == pytest.approx(0.03 / took, rel=0.01)
+    assert not host
+    slower = dataclasses.replace(machine, host={LINKS: 0.5})
+    assert heldout._total(simulate(cell, slower).samples) == pytest.approx(1.5 * took)
+    package = experiment("deepspeed", 1)
+    took = heldout._total(simulate(package, machine).samples)
+    estimate = heldout.stats.Estimate(1.2 * took, took, took, 0, 1)
+    assert heldout.fitted(heldout.Cell(package, "ok", estimate, {}), folder) == {LINKS: pytest.approx(0.2, rel=0.01)}
+
+
+def test_both_files_are_read_once(tmp_path: Path, folder: Path, monkeypatch) -> None:
+    own = tmp_path / "ledger"
+    shutil.copytree(folder, own)
+    heldout.take_in(stored(tmp_path / "one", folder, slower={("flat", 1): 1.5, ("flat", 2): 1.4}), own)
+    cell, reads = experiment("flat", 1), []
+    monkeypatch.setattr(heldout.pd, "read_csv", lambda *a, read=pd.read_csv, **b: reads.append(a) or read(*a, **b))
+    found = [heldout.known(cell, heldout.machine_of(cell, own), own)[1] for _ in range(3)]
+    assert len(reads) == 1
+    assert found[0] == found[2]
+    text = (own / heldout.ERRORS).read_text()
+    (own / heldout.ERRORS).write_text(text.replace("tested,", "fitted,"))  # nothing is tested now
+    assert heldout.known(cell, heldout.machine_of(cell, own), own)[1] is None
+
+
+def test_planners_are_told_of_the_machine_that_is_simulated(tmp_path: Path, folder: Path) -> None:
+    cell = experiment("hiermoe", 1)
+    given = calibration("emulated-2x4", fits={})
+    assert ledger.told(cell.cluster) == ledger.latest(cell.cluster)
+    with ledger.telling(given):
+        assert ledger.told(cell.cluster) is given
+        assert ledger.told(presets.cluster("emulated-4x2")) == ledger.latest(presets.cluster("emulated-4x2"))
+    assert ledger.told(cell.cluster) == ledger.latest(cell.cluster)
+    # stages inside nodes as good as free and flat ones dear: HierMoE takes two stages, and one the other way round
+    taken = []
+    for slow in ("flat", "node"):
+        own = tmp_path / slow
+        fits = {
+            key: fit.model_copy(update={"beta_s_per_byte": 1e-3 if slow in key else 1e-12})
+            for key, fit in calibration().fits.items()
+        }
+        ledger.record(calibration(fits=fits), own)
+        plan = simulate(cell, heldout.machine_of(cell, own)).timelines["forward"].plan
+        taken.append(next(task.cost.stages for task in plan.tasks if task.kind == "dispatch"))
+    assert [len(stages) for stages in taken] == [2, 1]
 
 
 def test_tau_is_over_pairs_that_are_really_different() -> None:

@@ -338,6 +338,7 @@ def record_of_launch(
         "certificates": {race: found.as_dict() for race, found in certificates.items() if found},
         "seeds": {race.digest: race.first.workload.seed for race in races},
         "repeats": {race.digest: race.repeats for race in races},
+        "warmup": {race.digest: race.warmup for race in races},
         "cluster": each.cluster.name,
         "wire": each.wire,
         "evidence": evidence,

@@ -34,6 +34,7 @@ class Course:
 
     moves: bool = False
     learns: bool = False
+    notes: tuple[str, ...] = ()  # what its times rest on beside the machine, in words for a row
 
     def __init__(self, system: type[System], cases: Sequence[Case]):
         """``cases``: of the first step, first layer first."""

@@ -3,6 +3,7 @@
     Fitted     alpha + beta n, as published or profiled
     Roofline   a stated share of the peak, or reading once from memory, whichever lasts longer
     Tiled      a roofline whose share depends on the rows that each expert gets
+    Shared     any of these, where the ranks of one machine compute on its cores in turns
 
 ``Tiled`` counts what a kernel of tiles does. Rows of an expert are rounded up to whole tiles. A product of depth K
 costs as much as one of depth K + ``depth`` would if filling and emptying a tile were free. Each product is launched;
@@ -88,6 +89,30 @@ class Tiled:
             moving = 0.0 if self.bytes_per_s is None else moved / (curve.memory * self.bytes_per_s)
             total += np.hypot(computing, moving) + np.where(whole > 0, curve.launch_s, 0.0)
         return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """``device`` of each of ``num_ranks`` that share ``cores``, one a rank at most, evenly among those that still
+    compute. All begin at once, as they do behind an exchange."""
+
+    device: Device
+    num_ranks: int
+    cores: int
+
+    def seconds(self, cost: Compute) -> Any:
+        alone = np.asarray(self.device.seconds(cost))
+        if self.num_ranks <= self.cores or not alone.any():
+            return alone
+        if alone.shape[-1:] != (self.num_ranks,):  # all alike
+            return alone * self.num_ranks / self.cores
+        order = alone.argsort(-1)
+        more = np.diff(np.take_along_axis(alone, order, -1), prepend=0.0)  # than the rank that is done just before
+        at_work = self.num_ranks - np.arange(self.num_ranks)
+        ends = np.cumsum(more * np.maximum(1.0, at_work / self.cores), -1)
+        found = np.empty_like(alone)
+        np.put_along_axis(found, order, ends, -1)
+        return found
 
 
 #: as ``harness.plan.points`` fits it; a test compares

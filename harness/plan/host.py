@@ -20,6 +20,7 @@ from harness.plan.graph import COMPUTE, Timeline
 
 #: by task, without its layer: "embedding", "forward.gate", "backward.attention"; of what only moves bytes, of each
 Seconds = Mapping[str, float]
+LINKS = "links"  # among ``Seconds``: no task, but a share of all that goes over links
 PREDICTED = ("experts", "moe")  # kinds of computation that are not host time, but what is to be predicted
 
 
@@ -69,4 +70,4 @@ def merged(several: Sequence[Seconds]) -> dict[str, float]:
     return {name: float(np.mean([each[name] for each in several if name in each])) for name in names}
 
 
-__all__ = ["Seconds", "amount", "beside", "merged", "unlayered"]
+__all__ = ["LINKS", "Seconds", "amount", "beside", "merged", "unlayered"]

@@ -26,6 +26,8 @@ from harness.topology import Topology
 from harness.traffic import blocks_of, inside_load, port_load
 
 Array = np.ndarray
+#: what a link model remembers of a lane whose transfers it has been asked for in turn; empty at first
+Lane = dict[str, Array]
 
 
 class LinkModel(abc.ABC):
@@ -54,20 +56,21 @@ class LinkModel(abc.ABC):
         behind = sum(each[1:]) + (cost.chunks - 1) * functools.reduce(np.maximum, each[1:], 0.0)
         return np.maximum(found, ahead + behind)
 
-    def finish(self, cost: Transfer, begins: Array) -> Array:
-        """When each rank is done, [.., W], that begins at ``begins`` [.., W]; of a model in which ranks do not meet."""
+    def finish(self, cost: Transfer, begins: Array, lane: Lane | None = None) -> Array:
+        """When each rank is done, [.., W], that begins at ``begins`` [.., W]; of a model in which ranks do not meet.
+        ``lane``: on which it goes on; None: on one of its own."""
         raise NotImplementedError
 
-    def finish_staged(self, cost: Staged, begins: Array) -> Array:
+    def finish_staged(self, cost: Staged, begins: Array, lane: Lane | None = None) -> Array:
         """The same of an exchange in stages: a rank begins with a piece at a stage when it is done with that piece at
         the stage before, and with the piece before at this one. Stages do not slow each other."""
         done, known = [begins] * cost.chunks, begins  # of each piece
         for transfer in cost.ahead:
-            known = self.finish(transfer, known)
+            known = self.finish(transfer, known, lane)
         for stage, piece in enumerate(cost.pieces):
             free = known if stage else begins
             for chunk in range(cost.chunks):
-                free = done[chunk] = self.finish(piece, np.maximum(done[chunk], free))
+                free = done[chunk] = self.finish(piece, np.maximum(done[chunk], free), lane)
         return done[-1]
 
 
@@ -135,7 +138,7 @@ def balanced_bytes(matrix: Array, topology: Topology, scope: str) -> Array:
 @dataclasses.dataclass(frozen=True)
 class Line:
     """Bytes per second of a port of a unit of link level ``level``, one direction. ``ports``: of a unit, each of as
-    many neighbouring ranks. ``shared``: no port, but what all ranks of a node send each other."""
+    many neighbouring ranks. ``shared``: no port, but what all ranks of a unit one level up send each other."""
 
     level: int
     bytes_per_s: float
@@ -186,9 +189,9 @@ class Ports(LinkModel):
         return functools.reduce(np.maximum, lasts or [np.zeros(matrix.shape[:-1])])
 
     def _on(self, line: Line, matrix: Array) -> Array:
-        """Seconds of each port of ``line``, [.., units x ports]; of each node, where it is shared."""
+        """Seconds of each port of ``line``, [.., units x ports]; of each unit above, where it is shared."""
         if line.shared:
-            return inside_load(matrix, self.topology) / line.bytes_per_s
+            return inside_load(matrix, self.topology, line.level - 1) / line.bytes_per_s
         return port_load(matrix, self.topology, line.level, line.ports) / line.bytes_per_s
 
     def _even(self, cost: Even, line: Line) -> Any:
@@ -212,7 +215,7 @@ class SharedPorts(Ports):
 
     meets: ClassVar[bool] = False
 
-    def finish(self, cost: Transfer, begins: Array) -> Array:
+    def finish(self, cost: Transfer, begins: Array, lane: Lane | None = None) -> Array:
         ends = self.flows(cost.matrix, begins + cost.messages * self.start_s)
         ends = np.where(cost.matrix > 0, ends, -np.inf)
         return np.maximum(np.maximum(ends.max(-1), ends.max(-2)), begins)
@@ -246,4 +249,4 @@ def _share(ends: Array, begins: Array, amounts: Array, each_s: float) -> None:
     ends[flows] = np.maximum(ends[flows], done)
 
 
-__all__ = ["AlphaBeta", "Line", "LinkModel", "Ports", "SharedPorts", "balanced_bytes", "lines_of", "names"]
+__all__ = ["AlphaBeta", "Lane", "Line", "LinkModel", "Ports", "SharedPorts", "balanced_bytes", "lines_of", "names"]

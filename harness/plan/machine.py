@@ -17,9 +17,9 @@ import numpy as np
 from harness.errors import bad
 from harness.ledger import Calibration
 from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer
-from harness.plan.device import CURVE, Device, Fitted, Roofline, Tiled
+from harness.plan.device import CURVE, Device, Fitted, Roofline, Shared, Tiled
 from harness.plan.graph import Plan
-from harness.plan.host import amount, unlayered
+from harness.plan.host import LINKS, amount, unlayered
 from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
 from harness.plan.profiled import Profiled
 from harness.specs import Cluster
@@ -35,7 +35,8 @@ BY_NAME: dict[str, type[Ports]] = {"ports": Ports, "shared-ports": SharedPorts}
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """``basis``: what its seconds rest on, in words. ``host``: seconds of the processor in every task of that name,
-    without its layer (``embedding``, ``forward.gate``), as ``harness.plan.host`` finds them."""
+    without its layer (``embedding``, ``forward.gate``), as ``harness.plan.host`` finds them; under ``LINKS`` the share
+    by which whatever goes over links takes longer than profiled."""
 
     links: LinkModel
     device: Device
@@ -63,10 +64,14 @@ class Machine:
         cls, cluster: Cluster, calibration: Calibration, compute: Literal["real", "stand-in"] = "real"
     ) -> Machine:
         """By what ``calibration`` found on ``cluster``: links, contention, and products where computation is real;
-        stand-ins take what the cluster's own costs say."""
+        stand-ins take what the cluster's own costs say. Products were timed on one rank; where all ranks are on one
+        machine they share its cores."""
         basis = f"profile of {calibration.profiled.name}, {calibration.date[:10]}"
-        costs = cluster if compute == "stand-in" else calibration.cluster(["gemm"])
-        return cls(Profiled(calibration), Fitted(costs), basis, calibration.slowdown(compute))
+        device: Device = Fitted(cluster if compute == "stand-in" else calibration.cluster(["gemm"]))
+        cores = calibration.provenance.get("num_cores")
+        if compute == "real" and cluster.kind != "physical" and cores:
+            device = Shared(device, cluster.num_ranks, int(cores))
+        return cls(Profiled(calibration), device, basis, calibration.slowdown(compute))
 
     @classmethod
     def data_sheet(
@@ -131,11 +136,19 @@ class Machine:
                 return Timed(cost.operation, cost.scope, self.seconds(cost))
         return Hold(self.seconds(cost), amount(cost))
 
+    def _on_links(self, cost: Cost | None) -> Any:
+        """Seconds of what of a task goes over links."""
+        if isinstance(cost, InTurn):
+            return sum(np.asarray(self._on_links(part)) for part in cost.parts)
+        return self.seconds(cost) if isinstance(cost, OnLinks | Staged) else 0.0
+
     def durations(self, plan: Plan) -> np.ndarray:
         """Seconds of every task alone on its lane, the processor's part with it, float64 [num_tasks, ...] broadcast
         over all costs."""
         each = [
-            np.asarray(self.seconds(task.cost)) + self.host.get(unlayered(task.name), 0.0) * amount(task.cost)
+            np.asarray(self.seconds(task.cost))
+            + self.host.get(unlayered(task.name), 0.0) * amount(task.cost)
+            + self.host.get(LINKS, 0.0) * np.asarray(self._on_links(task.cost))
             for task in plan.tasks
         ]
         shape = np.broadcast_shapes(*(one.shape for one in each)) if each else ()

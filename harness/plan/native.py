@@ -27,7 +27,7 @@ from harness.plan.layouts import NativeTasks
 from harness.plan.moving import resize
 from harness.plan.passage import Direction, Passage
 from harness.plan.planned import PlannedLayer, PlannedPassage
-from harness.plan.priced import PricedNative, computed
+from harness.plan.priced import PricedNative
 from harness.plan.segment import Segment
 from harness.plan.slots import ExchangeSlot, FlatSlot, ScheduleSlot, Serial
 from harness.system import Case, GradientSlices, MoELayer
@@ -198,7 +198,7 @@ class NativeSystem(UnifiedSystem):
             return None
         cut = cls.schedule.cut(case, cls.exchange)
         fares = cls.exchange.fares(case, routing, cls.hosts(case), cut)
-        return PricedNative(case, cls.schedule, cut, fares, computed(cls, case))
+        return PricedNative(case, cls.schedule, cut, fares, cls.planned_rows(case))
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> Any:

@@ -17,7 +17,7 @@ from harness.comm.replicas import Travel, travel
 from harness.comm.sparse import SparsePlan, plan_sparse
 from harness.layer.work import expert_products, gate_macs
 from harness.memory import expert_bytes
-from harness.plan.cost import Compute, Cost, Experts, InTurn, Transfer
+from harness.plan.cost import Compute, Cost, Experts, InTurn, Transfer, span
 from harness.plan.graph import Work
 from harness.plan.layouts import CopiedTasks, NativeTasks, OpaqueTasks, ReplicatedTasks, StageWork
 from harness.plan.passage import Direction
@@ -82,7 +82,7 @@ class PricedOpaque(OpaqueTasks):
 
     def __init__(self, system: type[System], case: Case, parts: Mapping[str, Array]):
         self.system, self.case, self.parts = system, case, parts
-        self.rows = computed(system, case)
+        self.rows = system.planned_rows(case)
 
     def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
         case, forward = self.case, direction == "forward"
@@ -96,12 +96,17 @@ class PricedOpaque(OpaqueTasks):
         return Work(InTurn(tuple(cost for cost in found if cost is not None)))
 
     def sent(self, part: str) -> Cost | None:
-        """What a part of the exchange costs."""
-        stages, matrix = self.system.stages, self.parts.get(part)
+        """What a part of the exchange costs: each stage what it sends between ranks of its own groups."""
+        stages, matrix, topology = self.system.stages, self.parts.get(part), self.case.topology
         if matrix is None:
             return None
         away = part in ("metadata", "dispatch", "combine_grad")  # outer stage first; the way home the other way round
-        return InTurn(tuple(Transfer("a2a", stage, matrix) for stage in (stages if away else stages[::-1])))
+        found = []
+        for stage in stages if away else stages[::-1]:
+            first, behind = span(stage, topology.num_levels)
+            level = topology.level_between
+            found.append(Transfer("a2a", stage, np.where((first <= level) & (level < behind), matrix, 0.0)))
+        return InTurn(tuple(found))
 
 
 # ----------------------------------------------------------------------------------------------------- native systems
@@ -134,12 +139,6 @@ class PricedNative(NativeTasks):
         """Of one batch of rows."""
         batches = self.cut.batches(direction)
         return expert_work(self.case, self.rows / batches, direction, self.cut.pieces // self.cut.degree(direction))
-
-
-def computed(system: type[System], case: Case) -> Array:
-    """Rows that each rank computes of each expert, [W, E]."""
-    counts = expert_counts(case.routing).sum(0)
-    return (system.planned_shares(case) * counts[:, None]).T
 
 
 class _Transfers:
@@ -213,7 +212,6 @@ __all__ = [
     "PricedOpaque",
     "PricedReplicated",
     "all_to_all",
-    "computed",
     "decided",
     "expert_work",
     "gate_work",

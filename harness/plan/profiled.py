@@ -1,28 +1,34 @@
 """Links as ``moebench profile`` found them.
 
-Collectives of even buffers cost what their own fit says. Any other matrix takes as long as its busiest port: the fit of
-a level's all-to-all says how fast the ports of its units are, and of its start-up time. Ranks of one machine share what
-they send each other inside a node; devices of a real node have a port each.
+Collectives of even buffers cost what their own fit says. Of any other matrix the fit of a level's all-to-all says how
+fast the ports of its units are, and of its start-up time. Ranks of one machine share what they send each other inside a
+node; devices of a real node have a port each.
+
+Ranks do not meet there: gloo and NCCL send to and receive from each other rank by itself. So what one rank sends
+another begins when both are ready, and a rank goes on when its own rows are there and have left. Flows share a port
+evenly; those of a lane's next transfer wait until the port is free of this one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from harness.comm.fits import Fit
 from harness.ledger import Calibration
-from harness.plan.cost import Even, OnLinks
-from harness.plan.links import Line, LinkModel, Ports, names
+from harness.plan.cost import Even, OnLinks, Transfer
+from harness.plan.links import Lane, Line, LinkModel, Ports, names
 from harness.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Profiled(LinkModel):
     """By ``calibration``; ``UserError`` where a fit that is needed was refused."""
+
+    meets: ClassVar[bool] = False
 
     calibration: Calibration
 
@@ -38,6 +44,36 @@ class Profiled(LinkModel):
         alpha, _ = self._fit(f"a2a.{cost.scope}")
         return dataclasses.replace(self.ports, start_s=alpha).seconds(cost)
 
+    def finish(self, cost: Transfer, begins: np.ndarray, lane: Lane | None = None) -> np.ndarray:
+        from harness.plan.fair import pairwise  # numba takes its time to import
+
+        alpha, _ = self._fit(f"a2a.{cost.scope}")
+        units, shared, each_s = self._lines
+        num_ranks = units.shape[1]
+        shape = np.broadcast_shapes(cost.matrix.shape[:-1], begins.shape)
+        done = np.array(np.broadcast_to(begins, shape)).reshape(-1, num_ranks)
+        starts = np.broadcast_to(begins + alpha * np.asarray(cost.messages)[..., None], shape).reshape(done.shape)
+        matrices = np.broadcast_to(cost.matrix, (*shape, num_ranks)).reshape(-1, num_ranks, num_ranks)
+        lane = Lane() if lane is None else lane
+        free = lane.setdefault("free", np.zeros((len(done), len(units), 2, num_ranks)))
+        for item in range(len(done)):
+            matrix = np.ascontiguousarray(matrices[item], dtype=np.float64)
+            pairwise(matrix, np.ascontiguousarray(starts[item]), units, shared, each_s, free[item], done[item])
+        return done.reshape(shape)
+
+    @functools.cached_property
+    def _lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each line of ``ports``: whose port a rank goes by, int64 [L, W]; whether it is shared, [L]; and seconds a
+        byte, [L]."""
+        topology, lines = self.ports.topology, self.ports.lines
+        units = [topology.unit_of(line.level - 1 if line.shared else line.level) for line in lines]
+        shared, each_s = ([getattr(line, name) for line in lines] for name in ("shared", "bytes_per_s"))
+        return (
+            np.array(units, dtype=np.int64).reshape(len(lines), topology.num_ranks),
+            np.array(shared, dtype=bool),
+            1 / np.array(each_s, dtype=np.float64),
+        )
+
     @functools.cached_property
     def ports(self) -> Ports:
         cluster = self.calibration.profiled
@@ -47,7 +83,7 @@ class Profiled(LinkModel):
                 continue
             _, beta = self._fit(f"a2a.{link.name}")
             below = topology.num_ranks // topology.num_units(level)  # ranks behind one port
-            shared = cluster.kind != "physical" and level == 1 and topology.num_levels == 2
+            shared = cluster.kind != "physical" and 0 < level == topology.num_levels - 1
             through = (link.size if shared else below) * (link.size - 1) / link.size
             lines.append(Line(level, through / beta, shared=shared))
         return Ports(topology, tuple(lines))

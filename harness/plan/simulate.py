@@ -20,7 +20,7 @@ import numpy as np
 
 from harness.plan.cost import Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer, span
 from harness.plan.graph import Plan, Timeline
-from harness.plan.links import LinkModel
+from harness.plan.links import Lane, LinkModel
 from harness.plan.machine import Contention, Machine
 from harness.topology import Topology
 
@@ -89,7 +89,7 @@ class Meeting:
         first, behind = span(scope, topology.num_levels)
         return cls(math.prod(topology.shape[first:behind]), math.prod(topology.shape[behind:]))
 
-    def __call__(self, ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, ready: np.ndarray, lasts: np.ndarray, lane: Lane) -> tuple[np.ndarray, np.ndarray]:
         begins = self._largest(ready)
         return begins, begins + self._largest(lasts)
 
@@ -98,8 +98,8 @@ class Meeting:
         return np.broadcast_to(grid.max(axis=1, keepdims=True), grid.shape).reshape(values.shape)
 
 
-#: of a task that is ready at [..], and takes [..] alone: when it begins and ends
-Way = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+#: of a task that is ready at [..], and takes [..] alone, on a lane: when it begins and ends
+Way = Callable[[np.ndarray, np.ndarray, Lane], tuple[np.ndarray, np.ndarray]]
 
 
 def _longest_path(plan: Plan, durations: np.ndarray, ways: Mapping[int, Way]) -> tuple[np.ndarray, np.ndarray]:
@@ -113,12 +113,13 @@ def _longest_path(plan: Plan, durations: np.ndarray, ways: Mapping[int, Way]) ->
         if isinstance(way, Meeting):
             groups[here] = way.members, way.apart
     flat = [np.ascontiguousarray(each, dtype=np.float64).reshape(len(order), -1) for each in (durations, start, end)]
-    done = 0
+    done, lanes = 0, {lane: Lane() for lane in plan.lanes}
     for place in [i for i, here in enumerate(order) if not isinstance(ways.get(int(here), Meeting(1, 1)), Meeting)]:
         walk(order[done:place], waits, bounds, groups, *flat)
         here, done = int(order[place]), place + 1
         before = waits[bounds[here] : bounds[here + 1]]
-        start[here], end[here] = ways[here](end[before].max(0, initial=0.0), durations[here])
+        lane = lanes[plan.tasks[here].lane]
+        start[here], end[here] = ways[here](end[before].max(0, initial=0.0), durations[here], lane)
     walk(order[done:], waits, bounds, groups, *flat)
     return start, end
 
@@ -140,7 +141,7 @@ def _way(cost: Cost | None, topology: Topology, links: LinkModel | None) -> Way 
     return None
 
 
-def _alone(ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _alone(ready: np.ndarray, lasts: np.ndarray, lane: Lane) -> tuple[np.ndarray, np.ndarray]:
     return ready, ready + lasts
 
 
@@ -149,7 +150,7 @@ def _apart(cost: Transfer | Staged, links: LinkModel) -> Way:
     finish, alone = (
         (links.finish_staged, links.staged(cost)) if isinstance(cost, Staged) else (links.finish, links.seconds(cost))
     )
-    return lambda ready, lasts: (ready, finish(cost, ready) + (lasts - alone))  # type: ignore[arg-type]
+    return lambda ready, lasts, lane: (ready, finish(cost, ready, lane) + (lasts - alone))  # type: ignore[arg-type]
 
 
 def _in_turn(cost: InTurn, topology: Topology, links: LinkModel | None) -> Way:
@@ -158,11 +159,11 @@ def _in_turn(cost: InTurn, topology: Topology, links: LinkModel | None) -> Way:
     each = [_priced_s(part, links) for part in cost.parts] or [np.zeros(1)]
     alone = sum(each)
 
-    def way(ready: np.ndarray, lasts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def way(ready: np.ndarray, lasts: np.ndarray, lane: Lane) -> tuple[np.ndarray, np.ndarray]:
         longer, begins, now = lasts - alone, None, ready
         for i, (go, seconds) in enumerate(zip(ways, each, strict=True)):
             takes = np.broadcast_to(seconds + longer if i == len(each) - 1 else seconds, ready.shape)
-            start, now = go(now, takes)
+            start, now = go(now, takes, lane)
             begins = start if begins is None else begins
         assert begins is not None
         return begins, now

@@ -1,11 +1,12 @@
 """What the judge of time says of the cells of a run: of every system and phase, on its cluster as it was profiled.
 
 Of the run it knows the experiments and, where ``host_of`` names a system, what the processor does beside in that
-system's executed tasks; the cells of that system then say nothing about how good predictions are.
+system's cells (``heldout.fitted``); these then say nothing about how good predictions are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness import ledger
-from harness.bench.store import Store
+from harness import heldout, ledger
 from harness.errors import UserError
-from harness.heldout import machine_of, shape_of
 from harness.plan.agreement import Agreement, agreement
 from harness.plan.graph import Timeline
-from harness.plan.host import Seconds, beside, merged
+from harness.plan.host import Seconds, merged
 from harness.simulation import Simulation, simulate
 from harness.specs import Experiment
 
@@ -31,7 +30,7 @@ class Simulator:
 
     def __init__(self, folder: Path = ledger.LEDGER, host_of: str = ""):
         self.folder, self.host_of = folder, host_of
-        self.fitted: set[str] = set()  # cells whose executed tasks were looked at
+        self.fitted: set[str] = set()  # cells that host time was taken from
         self._hosts: dict[Path, dict[str, Seconds]] = {}  # of each run, by what it depends on
 
     def predictions(self, run: Any) -> pd.DataFrame:
@@ -41,7 +40,7 @@ class Simulator:
         hosts = self._hosts_of(run)
         for cell, experiment in _experiments(run).items():
             try:
-                found = self._simulated(experiment, hosts.get(shape_of(experiment), {}))
+                found = self._simulated(experiment, hosts.get(heldout.shape_of(experiment), {}))
             except UserError as error:
                 why = why or error
                 continue
@@ -54,31 +53,26 @@ class Simulator:
     def timelines(self, run: Any, cell: str) -> dict[str, Timeline]:
         """Of a predicted cell by direction, [num_tasks, W]."""
         experiment = _experiments(run)[cell]
-        return dict(self._simulated(experiment, self._hosts_of(run).get(shape_of(experiment), {})).timelines)
+        return dict(self._simulated(experiment, self._hosts_of(run).get(heldout.shape_of(experiment), {})).timelines)
 
     def agreement(self, frame: pd.DataFrame) -> Agreement:
         """Of a table of cell, race, measured_s and predicted_s; of the cells from which nothing was taken."""
         return agreement(frame[~frame["cell"].isin(self.fitted)])
 
     def _simulated(self, experiment: Experiment, host: Seconds) -> Simulation:
-        machine = machine_of(experiment, self.folder)
+        machine = heldout.machine_of(experiment, self.folder)
         return simulate(experiment, dataclasses.replace(machine, host=host), steps=STEPS, warm=WARM)
 
     def _hosts_of(self, run: Any) -> dict[str, Seconds]:
         if run.path in self._hosts:
             return self._hosts[run.path]
         found: dict[str, list[Seconds]] = {}
-        for cell, experiment in _experiments(run).items():
-            if experiment.system != self.host_of or not (executed := Store(run.path).trace(cell)):
+        for cell in heldout.cells_of(run.path) if self.host_of else ():
+            if cell.experiment.system != self.host_of:
                 continue
-            try:
-                simulated = self._simulated(experiment, {}).timelines
-            except UserError:
-                continue
-            each = [beside(executed[name], simulated[name]) for name in simulated.keys() & executed.keys()]
-            if each:
-                found.setdefault(shape_of(experiment), []).append({k: v for part in each for k, v in part.items()})
-                self.fitted.add(cell)
+            with contextlib.suppress(UserError):  # what nothing can be said of
+                found.setdefault(heldout.shape_of(cell.experiment), []).append(heldout.fitted(cell, self.folder))
+                self.fitted.add(cell.experiment.digest)
         self._hosts[run.path] = {same: merged(several) for same, several in found.items()}
         return self._hosts[run.path]
 

@@ -224,7 +224,7 @@ def calibrated(case: Case, *others: str) -> tuple[Cluster | None, float]:
     smallest all-to-all that they hold for."""
     if case.cluster is None:
         return None, 0.0
-    found = ledger.latest(case.cluster)
+    found = ledger.told(case.cluster)
     if found is not None:
         return known_costs(case, found, *others)
     return stated_costs(case.cluster, (*cost_keys(case), *others)), 0.0
@@ -258,7 +258,7 @@ def costs_of(case: Case, keys: Sequence[str]) -> Cluster | None:
     not all of them."""
     if case.cluster is None:
         return None
-    found = ledger.latest(case.cluster)
+    found = ledger.told(case.cluster)
     if found is None:
         return stated_costs(case.cluster, keys)
     try:

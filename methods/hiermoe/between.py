@@ -164,6 +164,8 @@ class Swaps(PlacedCourse, Updates):
         model = dimension if isinstance(dimension, PlannerModel) else None
         Updates.__init__(self, cases[0].topology, options, model, wire.row_bytes)
         self.dimension, self.wire = dimension, wire
+        if self.model is not None:
+            self.notes = (f"how long its search for swaps takes is assumed: {COLLECT_S:g} and {SEARCH_S:g} s a pair",)
         self.clock_s, self.step_s = FIRST_S, 0.0
         self.routing: Sequence[Routing] = ()  # of the last step
         self.parts: list[Cost] = []  # of what is done behind it

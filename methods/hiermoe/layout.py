@@ -155,7 +155,7 @@ def known_costs(cluster: Cluster | None) -> Cluster | None:
     """The cluster with the costs of all stages: of its latest calibration, or its own; None where some are missing."""
     if cluster is None:
         return None
-    found = ledger.latest(cluster)
+    found = ledger.told(cluster)
     if found is None:
         return stage_costs(cluster)
     return calibrated_costs(found)

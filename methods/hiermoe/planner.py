@@ -15,7 +15,7 @@ import numpy as np
 
 from harness.errors import bad
 from harness.ledger import Calibration
-from harness.plan.links import balanced_bytes
+from harness.plan.links import balanced_bytes, names
 from harness.specs import Cluster, Collective
 from harness.topology import Topology
 from methods.hiermoe.counts import Array, Counts, Stage, stages
@@ -24,22 +24,15 @@ from methods.hiermoe.counts import Array, Counts, Stage, stages
 def stage_costs(cluster: Cluster) -> Cluster | None:
     """``cluster`` with its costs by stage (``a2a.flat``, ``a2a.inter1``, ``a2a.intra1``, ...), taken over from those by
     link level (``a2a.node``: ranks alike in all other levels) or role (inter, intra); None if some stage has none."""
-    num_levels = len(cluster.shape)
-    names = [level.name for level in cluster.levels]
-    found = {}
+    num_levels, found = len(cluster.shape), {}
     for dimension in range(1, num_levels + 1):
         for stage in stages(dimension, num_levels):
-            keys = [stage.key(num_levels)]
-            if stage.b == stage.a + 1:
-                keys.append(f"a2a.{names[stage.a]}")
-            if stage.a == 0 and stage.b == 1:
-                keys.append("a2a.inter")
-            if stage.a == 1 and stage.b == num_levels:
-                keys.append("a2a.intra")
-            known = [key for key in keys if key in cluster.collectives]
+            key = stage.key(num_levels)
+            others = [f"a2a.{name}" for name in names(cluster, key.removeprefix("a2a."))]
+            known = [each for each in (key, *others) if each in cluster.collectives]
             if not known:
                 return None
-            found[keys[0]] = cluster.collectives[known[0]]
+            found[key] = cluster.collectives[known[0]]
     return cluster.model_copy(update={"collectives": {**cluster.collectives, **found}})
 
 

@@ -73,16 +73,6 @@ def test_shadows_are_experts_and_not_ranks_that_send_much():
     assert not fastermoe.shadowed(np.full((4, 8), 10), np.repeat(np.arange(4), 2), MODEL).any()
 
 
-def test_smart_schedule_overlaps_and_never_beats_its_lanes():
-    plain = fastermoe.smart_schedule_s(3.0, 2.0, 3.0, groups=1)
-    assert plain == pytest.approx(8)
-    cut = fastermoe.smart_schedule_s(np.array([3.0, 0.0]), np.array([2.0, 2.0]), np.array([3.0, 0.0]), groups=4)
-    np.testing.assert_allclose(cut, [6.0 + 0.0, 2.0], atol=0.6)
-    assert (cut >= [6, 2]).all()
-    shadowed = fastermoe.smart_schedule_s(1.0, 1.0, 1.0, groups=2, weights_s=5.0, shadows_s=2.0)
-    assert shadowed == pytest.approx(8)  # S 1, weights 5, then the shadows' 2; R lies beside them
-
-
 # --------------------------------------------------------------------------------------------------------- FlexMoE
 
 

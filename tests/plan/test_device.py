@@ -7,13 +7,15 @@ import dataclasses
 import numpy as np
 import pytest
 
+from harness import presets
 from harness.plan.cost import Compute, Experts
-from harness.plan.device import CURVE, TILE, Curve, Roofline, Tiled
+from harness.plan.device import CURVE, TILE, Curve, Roofline, Shared, Tiled
 from harness.plan.links import Line
 from harness.plan.machine import Machine
 from harness.plan.points import FITTED, errors, fit, points, sources
 from harness.presets import this_machine
 from harness.specs import with_levels
+from tests.test_ledger import calibration
 
 PRODUCTS = ((1024, 2048), (1024, 1024))
 IDEAL = Curve(share=0.5, depth=0.0, memory=1.0, launch_s=0.0)
@@ -66,6 +68,36 @@ def test_points_are_met_by_a_curve_that_did_not_see_them():
     assert {point.device for point in every} <= set(this_machine.data_sheets())
     found = dataclasses.astuple(fit([point for point in every if point.fitted]))
     assert dataclasses.astuple(CURVE) == pytest.approx(found, rel=0.01)
+
+
+def test_ranks_of_one_machine_compute_on_its_cores_in_turns():
+    """Against small steps of time, in which those that still compute share the cores."""
+    work = np.array([[4.0, 1.0, 0.0, 2.5], [3.0, 3.0, 3.0, 3.0]])
+    found = Shared(Held(), 4, 2).seconds(Compute(work))
+    step, left, ends = 1e-3, work.copy(), np.zeros(work.shape)
+    for now in range(9000):
+        at_work = left > 1e-9
+        ends[at_work] = (now + 1) * step
+        left -= np.where(at_work, step * np.minimum(1.0, 2 / np.maximum(at_work.sum(-1, keepdims=True), 1)), 0.0)
+    np.testing.assert_allclose(found, ends, atol=5e-3)
+    assert Shared(Held(), 4, 2).seconds(Compute(1.0)) == 2.0  # all alike
+    assert Shared(Held(), 2, 2).seconds(Compute(work[:, :2])).tolist() == work[:, :2].tolist()
+
+
+def test_a_profile_of_one_machine_counts_its_cores():
+    cost = Compute(np.full(8, 1e9))
+    given = calibration(provenance={"num_cores": 2})
+    alone, shared = (
+        np.asarray(Machine.profiled(given.profiled, each, "real").seconds(cost)) for each in (calibration(), given)
+    )
+    np.testing.assert_allclose(shared, 4 * alone)
+    stand_in = Machine.profiled(presets.cluster("emulated-2x4-balanced"), given, "stand-in")
+    assert not isinstance(stand_in.device, Shared)  # timed waits need no core
+
+
+class Held:
+    def seconds(self, cost):
+        return np.asarray(cost.macs, dtype=float)
 
 
 def test_no_point_is_faster_than_its_device():

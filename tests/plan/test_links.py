@@ -14,10 +14,12 @@ from harness.plan.cost import Compute, Even, Hold, Transfer
 from harness.plan.graph import COMPUTE, INTER, Plan
 from harness.plan.links import AlphaBeta, Line, Ports, SharedPorts, balanced_bytes
 from harness.plan.machine import Machine
+from harness.plan.profiled import Profiled
 from harness.plan.simulate import simulate
 from harness.specs import with_levels
 from harness.topology import Topology
 from harness.traffic import inside_load, port_load
+from tests.test_ledger import calibration
 
 SHAPES = [(1, 4), (2, 2), (2, 4), (4, 1), (2, 2, 2), (2, 3, 2)]
 COSTS = {"a2a.flat": {"alpha_s": 1e-3, "beta_s_per_byte": 2e-6}, "a2a.intra": {"alpha_s": 0.0, "beta_s_per_byte": 1e-6}}
@@ -53,9 +55,9 @@ def test_loads_of_ports_are_sums_over_their_ranks(drawn, data):
         np.testing.assert_array_equal(port_load(matrix, topology, level, ports), wanted)
         many = np.stack([matrix, 2 * matrix])[None]
         np.testing.assert_array_equal(port_load(many, topology, level, ports)[0, 1], 2 * wanted)
-    node = topology.unit_of(0)
-    inside = np.where(node[:, None] == node, matrix, 0)
-    np.testing.assert_array_equal(inside_load(matrix, topology), np.bincount(node, inside.sum(1)))
+        unit = topology.unit_of(level)
+        inside = np.where(unit[:, None] == unit, matrix, 0)
+        np.testing.assert_array_equal(inside_load(matrix, topology, level), np.bincount(unit, inside.sum(1)))
 
 
 @given(matrices())
@@ -227,6 +229,53 @@ def test_ranks_that_do_not_meet_go_on_when_their_own_rows_are_there():
     np.testing.assert_allclose(met.of("dispatch")[1], [5, 5, 5, 5])
     slowed = simulate(plan, Machine(apart_links(cluster), Held(), "test", {"inter": {"compute": 1.0}}), topology)
     assert (slowed.of("dispatch")[1] >= apart.of("dispatch")[1] - 1e-9).all()
+
+
+def profiled(name: str = "emulated-2x4") -> Profiled:
+    return Profiled(calibration(name))
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["emulated-2x4", "emulated-2x2x2", "emulated-4x2"]))
+@settings(max_examples=30, deadline=None)
+def test_profiled_ranks_that_begin_together_are_done_with_the_busiest_port(seed, name):
+    links, rng = profiled(name), np.random.default_rng(seed)
+    matrix = rng.integers(0, 10**6, (8, 8)).astype(float) * (rng.random((8, 8)) < 0.7)
+    np.fill_diagonal(matrix, 0)
+    cost = Transfer("a2a", "flat", matrix)
+    ends = links.finish(cost, np.zeros(8))
+    assert ends.max() == pytest.approx(float(np.max(links.seconds(cost))))
+    for late in range(8):  # of two ranks, neither sends before the other listens
+        begins = np.zeros(8)
+        begins[late] = 1.0
+        alone = np.zeros((8, 8))
+        alone[late, (late + 5) % 8] = 1e5
+        found = links.finish(Transfer("a2a", "flat", alone), begins)
+        back = links.finish(Transfer("a2a", "flat", alone.T), begins)
+        np.testing.assert_allclose(found, back)
+        assert found[(late + 5) % 8] == found[late] > 1.0
+        assert sorted(found)[:6] == [0.0] * 6
+
+
+def test_a_lane_s_next_transfer_waits_for_the_ports_and_other_lanes_do_not():
+    """Rank 0 is done with node 1 before rank 1 is, and may go on at once; but its node's port is still at work."""
+    links, topology = profiled(), Topology((2, 4))
+    rate = 1 / next(1 / line.bytes_per_s for line in links.ports.lines if line.level == 0)
+    first, second = np.zeros((8, 8)), np.zeros((8, 8))
+    first[0, 4], first[1, 5], second[0, 4] = 1e7, 3e7, 1e7
+    done = links.finish(one := Transfer("a2a", "flat", first), np.zeros(8))
+    start_s = float(done[0] - 2e7 / rate)  # both flows share the port until the smaller one is through
+    assert done[1] == pytest.approx(start_s + 4e7 / rate)
+    lane: dict = {}
+    before = links.finish(one, np.zeros(8), lane)
+    then = links.finish(Transfer("a2a", "flat", second), before, lane)
+    assert then[0] == pytest.approx(start_s + 5e7 / rate)  # no byte goes by the port before its turn
+    elsewhere = links.finish(Transfer("a2a", "flat", second), before, {})
+    assert elsewhere[0] == pytest.approx(before[0] + start_s + 1e7 / rate)
+    plan = Plan()
+    plan.add("one", INTER, (), one)
+    plan.add("two", INTER, (), Transfer("a2a", "flat", second))
+    machine = Machine(links, Held(), "test")
+    np.testing.assert_allclose(simulate(plan, machine, topology).of("two")[1][[0, 4]], then[[0, 4]])
 
 
 class Held:

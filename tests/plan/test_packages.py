@@ -15,6 +15,7 @@ from harness.plan.links import balanced_bytes
 from harness.plan.machine import Machine
 from harness.plan.passage import Direction, plan_alone
 from harness.plan.simulate import simulate
+from harness.routing.certificate import expert_counts
 from harness.specs import with_levels
 from harness.system import Case, System
 from harness.topology import Topology
@@ -88,7 +89,7 @@ def test_a_balanced_layer_moves_exactly_the_planned_bytes() -> None:
             assert 2 * found == pytest.approx(across.sum())  # two nodes, a port each
 
 
-def test_two_stages_stand_around_experts_that_compute_unequally() -> None:
+def test_two_stages_stand_around_experts_that_compute_their_padding_too() -> None:
     case = make_case(Topology((2, 4)), tokens=32, generator="zipf", params={"target": 2.5})
     cluster = with_levels(
         "c",
@@ -103,9 +104,18 @@ def test_two_stages_stand_around_experts_that_compute_unequally() -> None:
     assert [scope for scope in scopes[:experts] if scope][-2:] == ["inter", "intra"]
     assert [scope for scope in scopes[experts:] if scope] == ["intra", "inter"]
     machine = Machine.published(cluster)
-    assert len(set(np.round(machine.seconds(costs[experts]), 9))) > 1  # experts of one rank got more
+    capacity = expert_counts(case.routing).max()  # of every rank, for every expert
+    rows = costs[experts].experts.rows  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(rows, Tutel2DH.planned_rows(case))
+    assert set(rows.sum(1)) == {case.model.num_experts * capacity}
+    np.testing.assert_array_equal(rows, DeepSpeed.planned_rows(case))
+    assert Megatron.planned_rows(case).sum() == case.model.top_k * sum(case.routing.tokens) < rows.sum()
     way = Tutel2DH.layout(case)
     assert way is not None
+    node = case.topology.unit_of(0)
+    sent = [cost for cost in costs[:experts] if isinstance(cost, Transfer)]
+    assert sum(cost.matrix for cost in sent[-2:]) == pytest.approx(Tutel2DH.planned_bytes(case)["dispatch"])
+    assert not sent[-2].matrix[node[:, None] == node].any()  # each stage sends what goes by its own links
     took = simulate(plan_alone(way, "forward"), machine, case.topology).total_s
     alone = sum(np.max(machine.seconds(cost)) for cost in costs)
     assert took.max() <= alone * (1 + 1e-9)  # ranks of a node that have less wait less for the other nodes

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from harness import ledger, presets
-from harness.bench.store import Store
+from harness.bench.store import BLANK, SCHEMA_VERSION, Store, identity
 from harness.errors import UserError
 from harness.plan.graph import Timeline
 from harness.report.predicted import Simulator
@@ -54,6 +54,17 @@ def test_every_phase_and_kind_of_system_is_predicted(tmp_path):
         Simulator(tmp_path).predictions(run_of(tmp_path, *known))
 
 
+def stored(path, of: Experiment, time_s: float) -> None:
+    """A run in which one cell was timed."""
+    base = BLANK | identity(of) | {"run": path.name, "launch": 0, "cell": of.digest, "metric": "time_s"}
+    base |= {"evidence": "emulated", "network": "shaped", "unit": "s", "status": "ok", "rank": -1, "value": time_s}
+    base |= {"direction": "total", "time_utc": "2026-01-01T00:00:00", "schema_version": SCHEMA_VERSION}
+    store = Store(path)
+    store.prepare()
+    store.append(pd.DataFrame([base | {"rep": rep} for rep in range(2)]))
+    store.write_record("0", {"evidence": "emulated", "experiments": {of.digest: of.model_dump(mode="json")}})
+
+
 def slower(timeline: Timeline, task: str, by_s: float) -> Timeline:
     """What ran, had ``task`` taken so much longer, and all behind it begun as much later."""
     (here,) = [i for i, each in enumerate(timeline.plan.tasks) if each.name == task]
@@ -70,6 +81,7 @@ def test_the_processor_s_part_comes_from_one_system_whose_cells_are_not_judged(t
     before = plain.predictions(run)
     assert not plain.fitted  # nothing has run
     forward = plain.timelines(run, flat.digest)["forward"]
+    stored(tmp_path, flat, seconds(before, flat) + 0.25)
     Store(tmp_path).write_trace(flat.digest, {"forward": slower(forward, "forward.gate", 0.25)})
     simulator = Simulator(host_of="flat")
     after = simulator.predictions(run)
