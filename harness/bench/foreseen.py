@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
-from harness.plan.cost import Cost, InTurn, Staged, Transfer
+from harness.plan.cost import Cost, InTurn, Transfer
 from harness.simulation import Training
 from harness.specs import Experiment
 
@@ -45,8 +45,6 @@ def transfers(costs: Iterable[Cost | None]) -> Iterator[Transfer]:
             yield cost
         elif isinstance(cost, InTurn):
             yield from transfers(cost.parts)
-        elif isinstance(cost, Staged):
-            yield from (*cost.stages, *cost.ahead)
 
 
 __all__ = ["received_bytes", "transfers"]
