@@ -17,7 +17,8 @@ from harness.comm.assign import Hosting
 from harness.comm.exchange import Exchange
 from harness.comm.handover import pop
 from harness.comm.job import Job
-from harness.comm.journey import Cut, Journey, Trip
+from harness.comm.journey import Cut, Journey
+from harness.comm.trip import Trip
 from harness.layer.experts import Experts, IdentityExperts
 from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedSystem
