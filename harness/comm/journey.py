@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -94,8 +95,8 @@ class Leg(Handover):
         order: torch.Tensor | None = None,
         stays: int | None = None,
     ):
-        self.group, self.item, self.sent, self.received = group, item, sent, received
-        self.padded, self.order, self.stays = padded, order, stays
+        self.group, self.item, self.padded, self.order, self.stays = group, item, padded, order, stays
+        self.sent, self.received = (part.numpy().astype(np.int64) for part in (sent, received))
 
     def cut(self, degree: int, items: Placed) -> list[Sent]:
         """``items``: where this hop's items stand, chunk by chunk."""
@@ -106,7 +107,7 @@ class Leg(Handover):
             moved = torch.empty_like(outgoing.position)
             moved[outgoing.position] = torch.arange(len(at))
             moved = moved.to(at.device)
-        counts = [part.view(degree, -1, part.shape[1]).sum(1).tolist() for part in (self.sent, self.received)]
+        counts = [part.reshape(degree, -1, part.shape[1]).sum(1).tolist() for part in (self.sent, self.received)]
         found = []
         for chunk, (a, b) in enumerate(pairs(outgoing.starts)):
             first, end = items.of(chunk)
@@ -144,38 +145,41 @@ class Placed(NamedTuple):
         return (0, self.starts[-1]) if self.shared else (self.starts[chunk], self.starts[chunk + 1])
 
     @classmethod
-    def by(cls, rows: torch.Tensor, degree: int) -> Placed:
-        """``rows`` int64 [pieces, members] on the CPU."""
+    def by(cls, rows: np.ndarray, degree: int) -> Placed:
+        """``rows`` int64 [pieces, members]."""
         pieces, members = rows.shape
-        starts = [0, *rows.view(degree, -1).sum(1).cumsum(0).tolist()]
+        starts = [0, *rows.reshape(degree, -1).sum(1).cumsum().tolist()]
         if pieces == degree or members == 1:
             return cls(None, starts)
-        sizes = rows.view(degree, pieces // degree, members)
-        by_member = sizes.transpose(1, 2).flatten()
-        begins = (by_member.cumsum(0) - by_member).view(degree, members, -1).transpose(1, 2).flatten()
-        segment = rows.flatten()
-        shift = begins - (segment.cumsum(0) - segment)
-        return cls(torch.arange(int(segment.sum())) + shift.repeat_interleave(segment), starts)
+        by_member = rows.reshape(degree, pieces // degree, members).transpose(0, 2, 1).ravel()
+        begins = (by_member.cumsum() - by_member).reshape(degree, members, -1).transpose(0, 2, 1).ravel()
+        segment = rows.ravel()
+        shift = begins - (segment.cumsum() - segment)
+        return cls(torch.from_numpy(np.arange(segment.sum()) + shift.repeat(segment)), starts)
 
 
 class Landed(Handover):
     """One piece: (row, expert) pairs in the order of experts. ``item`` int64 [Q]: the row of the piece's chunk;
     ``runs``: of every expert its pairs, and their places among those of all pieces (``Cut.whole``); ``entry`` int64
-    [Q]: number of the pair among all; ``weight`` [Q]: of the gate, where it travels."""
+    [Q]: number of the pair among all, and ``weight`` [Q]: of the gate, where weights travel."""
 
     def __init__(
-        self, item: torch.Tensor, runs: list[tuple[slice, slice]], entry: torch.Tensor, weight: torch.Tensor | None
+        self,
+        item: torch.Tensor,
+        runs: list[tuple[slice, slice]],
+        entry: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ):
         self.item, self.runs, self.entry, self.weight = item, runs, entry, weight
 
 
 class Journey(Handover, abc.ABC):
     """On one rank. ``legs``: of hops, outermost first, as far as they are told; None where a hop goes nowhere.
-    ``counts`` int64 [pieces, experts held] on the CPU: rows of each, once all hops are told. Gate weights travel with
+    ``counts`` int64 [pieces, experts held]: rows of each, once all hops are told. Gate weights travel with
     the rows (``travelling`` [Q], by pair) or stay with the tokens (``staying`` [R], by row of the first leg)."""
 
     num_hops: int
-    counts: torch.Tensor
+    counts: np.ndarray
     slot: torch.Tensor  # int64 [Q]: held expert of every (row, expert) pair that arrives, piece by piece
     item: torch.Tensor  # int64 [Q]: its row, as the last leg counts them by (piece, member)
     item_bounds: list[int]  # first item of every piece, and the end
@@ -231,17 +235,22 @@ class Journey(Handover, abc.ABC):
             placed, each = self.placed(self.num_hops, degree), self.cut.pieces // degree
             item = self.item if placed.position is None else placed.position.to(self.item.device)[self.item]
             total = self.counts.sum(0)
-            places = (total.cumsum(0) - total + self.counts.cumsum(0) - self.counts).tolist()
+            places = (total.cumsum() - total + self.counts.cumsum(0) - self.counts).tolist()
             found = []
-            for piece, (a, b) in enumerate(pairs([0, *self.counts.sum(1).cumsum(0).tolist()])):
+            for piece, (a, b) in enumerate(pairs([0, *self.counts.sum(1).cumsum().tolist()])):
                 order = stable_order(self.slot[a:b], max(1, self.counts.shape[1])) + a
                 runs, start = [], 0
                 for count, at in zip(self.counts[piece].tolist(), places[piece], strict=True):
                     runs.append((slice(start, start + count), slice(at, at + count)))
                     start += count
-                weight = None if self.travelling is None else self.travelling[order]
-                found.append(Landed(item[order] - placed.of(piece // each)[0], runs, order, weight))
+                first = placed.of(piece // each)[0]
+                if self.travelling is None:
+                    found.append(Landed(item[order] - first, runs))
+                else:
+                    found.append(Landed(item[order] - first, runs, order, self.travelling[order]))
             self._landed[degree] = found
+            if self.cut.forward == self.cut.backward:  # nobody asks again
+                del self.slot, self.item
         return self._landed[degree]
 
 

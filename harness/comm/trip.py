@@ -73,6 +73,7 @@ class Trip(Handover):
             journey.dweight = torch.empty_like(journey.travelling)  # type: ignore[arg-type]
         made = journey.made[None if self.cut.whole else piece]
         runs = landed.runs if self.cut.whole else [(slice(None), slice(None))]
+        assert landed.entry is not None
         for pairs, places in runs:
             dots = dot_rows(part, landed.item[pairs], made[places])
             journey.dweight[landed.entry[pairs]] = dots.to(journey.dweight.dtype)

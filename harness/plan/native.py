@@ -134,7 +134,7 @@ class NativePassage(NativeTasks, PlannedPassage):
 
     def forward_experts(self, batch: int) -> None:
         for piece in self._pieces("forward", batch):
-            counts = self.journey.counts.sum(0) if piece is None else self.journey.counts[piece]
+            counts = torch.from_numpy(self.journey.counts.sum(0) if piece is None else self.journey.counts[piece])
             arrived = self.there.arrived(piece).requires_grad_(torch.is_grad_enabled())
             made = self.segments[piece or 0].forward(lambda rows, counts=counts: self._experts(rows, counts), arrived)
             self.there.give(piece, made.detach())

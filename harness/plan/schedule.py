@@ -3,7 +3,7 @@
     Chunks    every chunk over its hops, out, to the experts, and home; with one chunk: one thing after another
 
 A schedule is one object for what runs and for what is priced: it asks ``Tasks.work`` what a task does. Hops are counted
-from the outermost link level, and each is on the lane of its own (``inter``, ``intra``, ``intra2``), unless links are not
+from the outermost link level, and each is on a lane of its own (``inter``, ``intra``, ``intra2``), unless links are not
 to work side by side.
 """
 
