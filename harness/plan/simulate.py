@@ -113,13 +113,12 @@ def _longest_path(plan: Plan, durations: np.ndarray, ways: Mapping[int, Way]) ->
         if isinstance(way, Meeting):
             groups[here] = way.members, way.apart
     flat = [np.ascontiguousarray(each, dtype=np.float64).reshape(len(order), -1) for each in (durations, start, end)]
-    done, lanes = 0, {lane: Lane() for lane in plan.lanes}
+    done, ports = 0, Lane()  # all lanes go through the same ports
     for place in [i for i, here in enumerate(order) if not isinstance(ways.get(int(here), Meeting(1, 1)), Meeting)]:
         walk(order[done:place], waits, bounds, groups, *flat)
         here, done = int(order[place]), place + 1
         before = waits[bounds[here] : bounds[here + 1]]
-        lane = lanes[plan.tasks[here].lane]
-        start[here], end[here] = ways[here](end[before].max(0, initial=0.0), durations[here], lane)
+        start[here], end[here] = ways[here](end[before].max(0, initial=0.0), durations[here], ports)
     walk(order[done:], waits, bounds, groups, *flat)
     return start, end
 
