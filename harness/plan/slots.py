@@ -60,6 +60,10 @@ class ExchangeSlot(abc.ABC):
         """Why it cannot carry this case, as data."""
         return None
 
+    def unreached(self, case: Case, hosts: np.ndarray) -> str | None:
+        """Why it cannot bring rows to ``hosts`` bool [E, num_ranks], as data."""
+        return None
+
     @abc.abstractmethod
     def num_hops(self, case: Case) -> int: ...
 
