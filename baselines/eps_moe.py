@@ -1,5 +1,5 @@
-"""EPS-MoE (Qian et al., arXiv 2410.12247): an expert pipeline, the experts of a rank in groups, so that the GEMMs of one
-group run while the rows of another are on the wire.
+"""EPS-MoE (Qian et al., arXiv 2410.12247): an expert pipeline, the experts of a rank in groups, so that the GEMMs of
+one group run while the rows of another are on the wire.
 
 A chunk of its pipeline is a group of experts and not of tokens: each expert meets all its rows at once, so its GEMMs
 stay as large as without a pipeline and its weights are read once, while a pipeline over tokens (Tutel's, FSMoE's)

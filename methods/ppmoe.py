@@ -1,15 +1,15 @@
 """PPMoE (Chen et al., arXiv 2304.11414): experts over the tensor-parallel ranks of a node, and no all-to-all.
 
-Each node has all experts, a rank of it some of them. The tokens of a node are on all its ranks; each picks those of its
-own experts by an index (the paper's tensor index slicing), and what the ranks make of a token is summed inside the node.
+Each node has all experts, a rank of it some of them. A node's tokens are on all its ranks; each picks those of its own
+experts by an index (the paper's tensor index slicing), and what the ranks make of a token is summed inside the node.
 Nothing of a token crosses nodes. The nodes are data parallel: copies of an expert sum their gradients over nodes.
 
 Its claim (abstract): more than 1.75 times as fast as existing MoE architectures. That is with pipeline parallelism over
 nodes, which spares gradients their way between nodes; here there is none, so copies' gradients are what crosses them.
 
 It is two slots. The exchange ``ppmoe`` brings every token to every rank of its node and sums up what comes back; the
-state ``per-node`` keeps one copy of each expert in every node. Either goes with others: ``hiermoe-hd2+per-node`` sends a
-token only where it is needed.
+state ``per-node`` keeps one copy of each expert in every node, under any exchange: with ``hiermoe-hd2+per-node`` a token
+goes only where it is needed.
 
 Interpretations: a rank has tokens of its own, as everywhere here, so a token's rows are gathered before (the paper has
 them on all tensor-parallel ranks by then) and the sums scattered behind: together the bytes of the paper's all-reduce.
