@@ -8,8 +8,8 @@ Its claim (abstract): more than 1.75 times as fast as existing MoE architectures
 nodes, which spares gradients their way between nodes; here there is none, so copies' gradients are what crosses them.
 
 It is two slots. The exchange ``ppmoe`` brings every token to every rank of its node and sums up what comes back; the
-state ``per-node`` keeps one copy of each expert in every node, under any exchange: with ``hiermoe-hd2+per-node`` a token
-goes only where it is needed.
+state ``per-node`` keeps one copy of each expert in every node, under any exchange: by ``hiermoe-hd2+per-node`` tokens
+go only where they are needed.
 
 Interpretations: a rank has tokens of its own, as everywhere here, so a token's rows are gathered before (the paper has
 them on all tensor-parallel ranks by then) and the sums scattered behind: together the bytes of the paper's all-reduce.
@@ -19,7 +19,7 @@ scatter are equal messages to and from every rank of the node.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -81,12 +81,13 @@ class NodeSlot(ExchangeSlot):
     def refuse(self, case: Case) -> str | None:
         return None if case.topology.num_levels > 1 else "a cluster of one link level has no nodes; take another"
 
-    def unreached(self, case: Case, hosts: np.ndarray) -> str | None:
-        node = case.topology.unit_of(0)
-        away = [e for e in range(len(hosts)) if len(np.unique(node[hosts[e]])) < case.topology.shape[0]]
-        if away:
-            return f"expert {away[0]} is not in every node, and ppmoe sends nothing between nodes; take state: per-node"
-        return None
+    def unreached(self, case: Case, hosts: Callable[[Case], np.ndarray]) -> str | None:
+        member = case.topology.unit_of(0)[:, None] == np.arange(case.topology.shape[0])
+        if (hosts(case).astype(int) @ member).all():
+            return None
+        return (
+            "there are experts that are not in every node, and ppmoe sends nothing between nodes; take state: per-node"
+        )
 
     def num_hops(self, case: Case) -> int:
         return 2

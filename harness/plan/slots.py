@@ -6,7 +6,7 @@ Each says the same thing three ways: how it runs on a rank, what it costs, and w
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -60,8 +60,8 @@ class ExchangeSlot(abc.ABC):
         """Why it cannot carry this case, as data."""
         return None
 
-    def unreached(self, case: Case, hosts: np.ndarray) -> str | None:
-        """Why it cannot bring rows to ``hosts`` bool [E, num_ranks], as data."""
+    def unreached(self, case: Case, hosts: Callable[[Case], np.ndarray]) -> str | None:
+        """Why it cannot bring rows to ``hosts``, bool [E, num_ranks] of a case, as data."""
         return None
 
     @abc.abstractmethod
