@@ -11,10 +11,9 @@ It is two slots. The exchange ``ppmoe`` brings every token to every rank of its 
 state ``per-node`` keeps one copy of each expert in every node, under any exchange: by ``hiermoe-hd2+per-node`` tokens
 go only where they are needed.
 
-Interpretations: a rank has tokens of its own, as everywhere here, so a token's rows are gathered before (the paper has
-them on all tensor-parallel ranks by then) and the sums scattered behind: together the bytes of the paper's all-reduce.
-Which experts a rank's rows need, with the gate's weights, comes beside them instead of being computed again. Gather and
-scatter are equal messages to and from every rank of the node.
+Interpretations: a rank has tokens of its own, as everywhere here, so these are gathered before (the paper has them on
+all tensor-parallel ranks by then) and sums scattered behind: together the bytes of its all-reduce, in equal messages.
+Which experts rows need, with the gate's weights, comes beside them instead of being computed again.
 """
 
 from __future__ import annotations
