@@ -12,7 +12,7 @@ import yaml
 
 from harness import presets, registry
 from harness.plan.graph import COMPUTE, INTER, Plan, Timeline
-from harness.report.combined import Combined, busy, is_composition, of_run
+from harness.report.combined import SIDE_BY_SIDE, Combined, busy, hidden, is_composition, of_run
 from harness.report.render import NOTEBOOKS, suite
 from harness.report.run import load as load_run
 from tests.report.synthetic_run import experiment
@@ -52,8 +52,9 @@ def test_a_race_has_its_best_of_both_kinds(maker):
     assert "zipf-2" in unpaid
     assert "balanced-2048" not in unpaid
     combined.lanes()
-    (line,) = kept["combined_lanes"].to_dict("records")
+    line, beside = kept["combined_lanes"].to_dict("records")
     assert (line["lane"], line["kind"], line["saved_s"]) == (INTER, "dispatch", pytest.approx(0.5))
+    assert (beside["kind"], beside["saved_s"]) == (SIDE_BY_SIDE, pytest.approx(0))
 
 
 def test_without_a_run_it_says_how_to_make_one(tmp_path):
@@ -71,6 +72,14 @@ def test_lanes_are_summed_over_directions():
     plan.add("experts", COMPUTE)
     once = Timeline(plan, np.zeros((1, 2)), np.array([[1.0, 3.0]]))
     assert busy({"forward": once, "backward": once}) == {(COMPUTE, "experts"): 4.0}
+
+
+def test_what_lanes_do_side_by_side_is_told():
+    plan = Plan((COMPUTE, INTER))
+    plan.add("experts", COMPUTE)
+    plan.add("dispatch", INTER)
+    at = np.array([[0.0], [1.0]]), np.array([[3.0], [5.0]])
+    assert hidden({"forward": Timeline(plan, *at)}) == pytest.approx(2.0)
 
 
 def test_every_system_of_the_suite_is_there():
