@@ -55,7 +55,7 @@ class Combined:
             kinds = [here[~composed[here.index]], here[composed[here.index]]]
             if not all(map(len, kinds)):
                 continue
-            single, both = (kind.loc[kind["point"].idxmin()] for kind in kinds)
+            single, both = (kind.sort_values("point").iloc[0] for kind in kinds)
             ratios = compare.speedups(self.run, single["label"])
             at = ratios[(ratios["cell"] == both["cell"]) & (ratios["direction"] == "total")]
             if at.empty:
@@ -154,7 +154,7 @@ class Combined:
         """Of the race with the largest gain."""
         if self.pairs.empty:
             return Html()
-        pair = self.pairs.loc[self.pairs["point"].idxmax()]
+        pair = self.pairs.sort_values("point").iloc[-1]
         drawn = {}
         for kind in ("single", "composition"):
             for direction, timeline in self._timelines(pair[f"{kind}_cell"]).items():
