@@ -58,6 +58,11 @@ class Hosting:
         return found
 
     @property
+    def owner(self) -> np.ndarray:
+        """Of every expert its first host that is no copy for this batch alone, int [E]."""
+        return (self.hosts if self.owners is None else self.owners).argmax(1)
+
+    @property
     def copied(self) -> np.ndarray:
         """Copies for this batch alone, bool [E, num_ranks]."""
         return np.zeros_like(self.hosts) if self.owners is None else self.hosts & ~self.owners
@@ -77,6 +82,18 @@ def assign(expert: torch.Tensor, hosting: Hosting, topology: Topology, rank: int
     share = torch.as_tensor(near.count[rank], device=device)[expert]
     host = torch.as_tensor(near.holders(rank), device=device)[expert, (place + rank) % share]
     return number[expert, host]
+
+
+def expert_pieces(owner: np.ndarray, pieces: int) -> np.ndarray:
+    """The piece of each expert, int [E], where every rank cuts its own experts into as many; copies are in the piece of
+    their expert. ``owner`` int [E].
+
+    >>> expert_pieces(np.array([0, 0, 0, 0, 1, 1]), 2).tolist()
+    [0, 0, 1, 1, 0, 1]
+    """
+    own = owner[:, None] == owner[None, :]
+    place = np.tril(own, -1).sum(1)  # among those of its owner
+    return place * pieces // own.sum(1)
 
 
 def dealt_pieces(
@@ -112,4 +129,4 @@ def targets(ids: np.ndarray, source: np.ndarray, hosts: np.ndarray, topology: To
     return found
 
 
-__all__ = ["Hosting", "assign", "dealt_pieces", "targets"]
+__all__ = ["Hosting", "assign", "dealt_pieces", "expert_pieces", "targets"]

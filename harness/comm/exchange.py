@@ -11,7 +11,7 @@ import abc
 import numpy as np
 import torch
 
-from harness.comm.assign import Hosting, assign, dealt_pieces
+from harness.comm.assign import Hosting, assign, dealt_pieces, expert_pieces
 from harness.comm.job import Job
 from harness.comm.journey import Cut, Journey, Leg, all_to_all, bounds
 from harness.comm.replicas import there_and_back
@@ -81,7 +81,7 @@ class FlatExchange(Exchange):
         self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None, hosting: Hosting, cut: Cut
     ) -> FlatJourney:
         if hosting.several and hosting.counts is None:
-            hosting = hosting.counted(self.count(ids, kept, cut.pieces))
+            hosting = hosting.counted(self.count(ids, kept, cut.tables))
         return FlatJourney(self.job, ids, weights, kept, hosting, cut)
 
 
@@ -106,8 +106,8 @@ class FlatJourney(Journey):
     ):
         super().__init__(cut, weights.requires_grad)
         self.job, self.ids, self.weights, self.kept, self.hosting = job, ids, weights.detach(), kept, hosting
-        self.groups, self.shared = groups, bool(groups)
-        self.item_bounds = [len(ids)] * (cut.pieces + 1) if groups else bounds(len(ids), cut.pieces)
+        self.groups, self.shared = groups, bool(groups) or cut.by == "experts"
+        self.item_bounds = [len(ids)] * (cut.pieces + 1) if self.shared else bounds(len(ids), cut.pieces)
 
     def tell(self, hop: int) -> None:
         job, hosting, pieces, (num_tokens, top_k) = self.job, self.hosting, self.cut.pieces, self.ids.shape
@@ -121,6 +121,8 @@ class FlatJourney(Journey):
             if self.groups:
                 to = torch.as_tensor(self._apart()[job.rank], device=held.device)  # [E, rank]
                 piece = to[torch.as_tensor(hosting.expert, device=held.device)[held], rank_of[held]]
+            elif self.cut.by == "experts":
+                piece = torch.as_tensor(self._of_expert()[hosting.expert], device=held.device)[held]
             else:
                 piece = piece_of(choice // top_k, num_tokens, pieces)
             order = stable_order(piece, pieces)
@@ -157,12 +159,24 @@ class FlatJourney(Journey):
         job, hosting, pieces = self.job, self.hosting, self.cut.pieces
         if hosting.counts is not None and hosting.several:
             masks = None if not self.groups else self._apart()[:, :, job.rank]
+            if self.cut.by == "experts":
+                masks = np.broadcast_to(self._of_expert(), (job.num_ranks, len(hosting.hosts)))
             return torch.as_tensor(dealt_pieces(hosting, job.topology, job.rank, pieces, masks))
         num_held = np.bincount(hosting.holder, minlength=job.num_ranks).tolist()
         own = num_held[job.rank]
-        table = torch.bincount(held * pieces + piece, minlength=len(hosting.holder) * pieces).view(-1, pieces)
+        tables = self.cut.tables
+        key = held * pieces + piece if tables > 1 else held
+        table = torch.bincount(key, minlength=len(hosting.holder) * tables).view(-1, tables)
         every = all_to_all(table, num_held, [own] * job.num_ranks, job.world if job.num_ranks > 1 else None)
-        return every.view(job.num_ranks, own, pieces).permute(2, 0, 1).cpu()
+        told = every.view(job.num_ranks, own, tables).permute(2, 0, 1).cpu()
+        if tables == pieces:
+            return told
+        of = torch.as_tensor(self._of_expert()[np.sort(hosting.held)])
+        return torch.where(of == torch.arange(pieces)[:, None, None], told, 0)
+
+    def _of_expert(self) -> np.ndarray:
+        """Piece of each expert, int [E]."""
+        return expert_pieces(self.hosting.owner, self.cut.pieces)
 
     def _apart(self) -> np.ndarray:
         """Piece of what goes from each rank for each expert to each rank, int [source, E, rank]."""

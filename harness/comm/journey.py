@@ -29,16 +29,23 @@ Direction = Literal["forward", "backward"]
 
 class Cut(NamedTuple):
     """Chunks of a batch in its forward and in its backward. ``whole``: the experts compute once, on what all chunks
-    have brought; else on one piece after another, as it arrives."""
+    have brought; else on one piece after another, as it arrives. ``by``: a piece has some of the tokens, or what all of
+    them send to some of the experts of every rank (``harness.comm.assign.expert_pieces``)."""
 
     forward: int = 1
     backward: int = 1
     whole: bool = True
+    by: Literal["tokens", "experts"] = "tokens"
 
     @property
     def pieces(self) -> int:
         """What rows are counted by."""
         return math.lcm(self.forward, self.backward)
+
+    @property
+    def tables(self) -> int:
+        """How many tables of counts are told: the pieces of experts follow from one."""
+        return self.pieces if self.by == "tokens" else 1
 
     def degree(self, direction: Direction) -> int:
         return self.forward if direction == "forward" else self.backward

@@ -111,6 +111,10 @@ class CopiedSystem(NativeSystem):
         return cls.planner(case)(expert_counts(case.routing).sum(0), case.placement)
 
     @classmethod
+    def hosts(cls, case: Case) -> np.ndarray:
+        return cls.first(case).hosts
+
+    @classmethod
     def layout(cls, case: Case) -> Passage | None:
         return cls.laid(case.placed(cls.first(case)))
 

@@ -178,7 +178,8 @@ class NativeSystem(UnifiedSystem):
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:
-        return cls.exchange.refuse(case) or cls.schedule.refuse(case, cls.exchange) or super().refuse(case)
+        refused = cls.exchange.refuse(case) or cls.schedule.refuse(case, cls.exchange) or super().refuse(case)
+        return refused or cls.exchange.unreached(case, cls.hosts)
 
     @classmethod
     def hosts(cls, case: Case) -> np.ndarray:

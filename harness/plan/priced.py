@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from harness.comm.assign import expert_pieces
 from harness.comm.journey import Cut
 from harness.comm.replicas import Travel, travel
 from harness.comm.sparse import SparsePlan, plan_sparse
@@ -118,6 +119,8 @@ class PricedNative(NativeTasks):
     def __init__(self, case: Case, schedule: Schedule, cut: Cut, fares: Fares, rows: Array):
         self.case, self.schedule, self.cut, self.fares, self.rows = case, schedule, cut, fares, rows
         self.num_hops = fares.num_hops
+        by_experts = cut.by == "experts"
+        self.piece = expert_pieces(case.placement.owner, cut.pieces) if by_experts else None  # of each expert
 
     def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
         names, degree = PARTS[direction], self.cut.degree(direction)
@@ -128,16 +131,21 @@ class PricedNative(NativeTasks):
             case "restore":
                 return Work(mix_work(self.case))
             case "experts":
-                return Work(self.experts(direction))
+                return Work(self.experts(direction, part[0] if part else 0))
             case "metadata":
                 return Work(self.fares.cost(names["metadata"], part[0], 1))
             case "out" | "home":
-                return Work(self.fares.cost(names[away if task == "out" else home], part[0], degree))
+                name = names[away if task == "out" else home]
+                if self.piece is not None:
+                    return Work(self.fares.of_piece(part[1]).cost(name, part[0], 1))
+                return Work(self.fares.cost(name, part[0], degree))
         return Work()
 
-    def experts(self, direction: Direction) -> Cost | None:
+    def experts(self, direction: Direction, batch: int = 0) -> Cost | None:
         """Of one batch of rows."""
         batches = self.cut.batches(direction)
+        if self.piece is not None:
+            return expert_work(self.case, np.where(self.piece == batch, self.rows, 0), direction)
         return expert_work(self.case, self.rows / batches, direction, self.cut.pieces // self.cut.degree(direction))
 
 

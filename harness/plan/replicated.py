@@ -184,7 +184,7 @@ class ReplicatedPassage(ReplicatedTasks, NativePassage):
 
     def hosting(self) -> Hosting:
         layer = self.layer
-        counts = layer.exchange_.count(self.ids, self.kept, self.cut.pieces)
+        counts = layer.exchange_.count(self.ids, self.kept, self.cut.tables)
         early, every = self.hosts, counts.sum(0)
         if self.revises:
             self.hosts = layer.policy.revise(early, every)

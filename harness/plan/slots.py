@@ -6,17 +6,19 @@ Each says the same thing three ways: how it runs on a rank, what it costs, and w
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
+from harness.comm.assign import expert_pieces
 from harness.comm.exchange import Exchange, FlatExchange, flat_bytes
 from harness.comm.job import Job
 from harness.comm.journey import Cut
-from harness.comm.replicas import replica_bytes
+from harness.comm.replicas import bytes_of_rows, replica_bytes, travel
 from harness.plan.cost import Cost, Transfer
 from harness.plan.schedule import Chunks, Schedule
+from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES
 from harness.system import Case, GradientSlices
@@ -38,6 +40,10 @@ class Fares(abc.ABC):
     def cost(self, part: str, hop: int, degree: int) -> Cost | None:
         """Of one hop of one of ``degree`` chunks; of metadata, of the hop."""
 
+    def of_piece(self, piece: int) -> Fares:
+        """What one piece sends, where pieces are of experts (``Cut.by``) and so differ."""
+        raise NotImplementedError(f"{type(self).__name__} has no pieces of experts")
+
     def parts(self) -> dict[str, np.ndarray]:
         names = ("metadata", "dispatch", "combine", "combine_grad", "dispatch_grad", "metadata_grad")
         return {name: matrix for name in names if (matrix := self.bytes(name)) is not None}
@@ -52,6 +58,10 @@ class ExchangeSlot(abc.ABC):
 
     def refuse(self, case: Case) -> str | None:
         """Why it cannot carry this case, as data."""
+        return None
+
+    def unreached(self, case: Case, hosts: Callable[[Case], np.ndarray]) -> str | None:
+        """Why it cannot bring rows to ``hosts``, bool [E, num_ranks] of a case, as data."""
         return None
 
     @abc.abstractmethod
@@ -74,8 +84,8 @@ class ExchangeSlot(abc.ABC):
 class FlatFares(Fares):
     num_hops = 1
 
-    def __init__(self, parts: Mapping[str, np.ndarray]):
-        self._parts = parts
+    def __init__(self, parts: Mapping[str, np.ndarray], pieces: Sequence[Mapping[str, np.ndarray]] = ()):
+        self._parts, self._pieces = parts, pieces
 
     def bytes(self, part: str) -> np.ndarray | None:
         return self._parts.get(part)
@@ -83,6 +93,9 @@ class FlatFares(Fares):
     def cost(self, part: str, hop: int, degree: int) -> Cost | None:
         matrix = self.bytes(part)
         return None if matrix is None else Transfer("a2a", "flat", matrix / degree if degree > 1 else matrix)
+
+    def of_piece(self, piece: int) -> Fares:
+        return FlatFares(self._pieces[piece])
 
 
 class FlatSlot(ExchangeSlot):
@@ -102,7 +115,13 @@ class FlatSlot(ExchangeSlot):
             parts = replica_bytes(routing, hosts, case.topology, row_bytes)
         else:
             parts = flat_bytes(routing, case.placement, row_bytes)
-        return FlatFares({**parts, "metadata": parts["metadata"] * cut.pieces})
+        pieces: list[dict[str, np.ndarray]] = []
+        if cut.by == "experts":
+            piece, counts = expert_pieces(case.placement.owner, cut.pieces), expert_counts(routing)
+            for each in range(cut.pieces):
+                rows = travel(np.where(piece == each, counts, 0), hosts, case.topology).rows
+                pieces.append(bytes_of_rows(rows, len(hosts), row_bytes))
+        return FlatFares({**parts, "metadata": parts["metadata"] * cut.tables}, pieces)
 
 
 class ScheduleSlot(Schedule, abc.ABC):

@@ -20,6 +20,8 @@ gate weight (4 bytes; 8 in float64). Sizes are exact (all-to-all-v), or padded t
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
@@ -40,7 +42,9 @@ class HierExchange(Exchange):
     """HierD-AlltoAll. ``dimension``: d of HDd, 1 (all ranks at once) to the number of link levels; or by what every
     routing chooses its own, of a batch in ``num_chunks``. ``deduplicate``: no for the paper's Hd, which send every
     (token, expert) pair. ``padded``: as the paper's sizes, all messages of a stage as long as its longest; else as they
-    are."""
+    are. ``everyone``: every member of a hop gets every item, whether it needs it or not."""
+
+    everyone: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -116,7 +120,7 @@ class HierExchange(Exchange):
             position = torch.full((topology.num_units(level),), -1)
             position[unit_of_rank[ranks]] = torch.arange(len(ranks))
             unit = position[unit_of_rank[holder]]  # [n], -1: not below this stage's units
-            found[hop] = Hop(group, unit, *_index_inside(unit_of_rank[holder], int(unit_of_rank[job.rank])))
+            found[hop] = Hop(group, unit, *index_inside(unit_of_rank[holder], int(unit_of_rank[job.rank])))
         return found
 
 
@@ -130,7 +134,7 @@ def _own_counts(rank: np.ndarray, topology: Topology) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _index_inside(unit: torch.Tensor, own_unit: int) -> tuple[torch.Tensor, torch.Tensor]:
+def index_inside(unit: torch.Tensor, own_unit: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Index of every holding among those of its unit, int64 [n]; and this unit's holdings."""
     index = torch.empty_like(unit)
     for each in unit.unique():

@@ -81,7 +81,7 @@ class HierJourney(Journey):
             self.legs.append(None)
             self.told.append(None)
         else:
-            leg, told, self.entries, self.items = _stage(at, self.entries, self.items, self.exchange.padded)
+            leg, told, self.entries, self.items = _stage(at, self.entries, self.items, self.exchange)
             self.legs.append(leg)
             self.told.append(told)
         if hop == self.num_hops - 1:
@@ -124,7 +124,9 @@ class Hop(NamedTuple):
     own: torch.Tensor  # holdings of the unit that leads to this rank
 
 
-def _stage(hop: Hop, entries: Entries, chunk_items: list[int], padded: bool) -> tuple[Leg, Told, Entries, list[int]]:
+def _stage(
+    hop: Hop, entries: Entries, chunk_items: list[int], exchange: HierExchange
+) -> tuple[Leg, Told, Entries, list[int]]:
     """Collective over the hop's group: deduplicate, exchange metadata; returns the stage, the entries that arrived
     here, and the items of every piece that will."""
     group, unit, index_inside, own = hop
@@ -134,7 +136,7 @@ def _stage(hop: Hop, entries: Entries, chunk_items: list[int], padded: bool) -> 
 
     # Rows to send, once per (item, unit), ordered by (chunk, unit, item).
     target = unit.to(device)[entries.held]
-    needed = torch.zeros(num_items, size, dtype=torch.bool, device=device)
+    needed = torch.full((num_items, size), exchange.everyone, dtype=torch.bool, device=device)
     needed[entries.item, target] = True
     row_item, row_unit = needed.nonzero(as_tuple=True)
     order = stable_order(chunk_of_item[row_item] * size + row_unit, num_chunks * size)
@@ -175,7 +177,7 @@ def _stage(hop: Hop, entries: Entries, chunk_items: list[int], padded: bool) -> 
     arrival[by_item] = torch.arange(len(by_item), device=device)
     arrived = Entries(item[by_item], own.to(device)[index.long()][by_item], weight[by_item])
     longest = None
-    if padded:  # p of eqs. 2 to 5: the largest over all ranks, so that all all-to-alls of a stage are alike
+    if exchange.padded:  # p of eqs. 2 to 5: the largest over all ranks, so that all all-to-alls of a stage are alike
         longest = send_rows.max(1).values
         dist.all_reduce(longest, dist.ReduceOp.MAX)
     leg = Leg(group, row_item, send_rows.cpu(), receive_rows.t().contiguous(), longest)
