@@ -5,6 +5,8 @@ The control: what any framework's all-to-all dispatcher does, without a framewor
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from harness.plan.native import NativeSystem
 
 
@@ -12,3 +14,4 @@ class Flat(NativeSystem):
     name = "flat"
     title = "all-to-all-v expert parallelism, the control"
     source = "expert parallelism of GShard (arXiv 2006.16668) with exact sizes"
+    recipe: ClassVar[dict[str, str]] = {}

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from typing import ClassVar
+
 import numpy as np
 
 from harness.errors import bad
@@ -130,6 +132,7 @@ class FlexMoE(CopiedSystem):
     source = "SIGMOD 2023 (Nie et al.), policy maker; no public code"
     every = EVERY
     preload = ("harness.compiled",)
+    recipe: ClassVar[dict[str, str]] = {"state": "flexmoe"}
 
     @classmethod
     def planner(cls, case: Case) -> Planner:
