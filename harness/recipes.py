@@ -142,16 +142,21 @@ def _others(name: str, slot: str) -> str:
 def name_of(recipe: Mapping[str, str]) -> str:
     """The one name of a recipe."""
     whole = DEFAULTS | dict(recipe)
-    for name, system in registry.systems().items():
-        own = vars(system).get("recipe")
-        if own is not None and DEFAULTS | dict(own) == whole:
-            return name
+    if (name := _named().get(tuple(whole.values()))) is not None:
+        return name
     other = {slot: name for slot, name in whole.items() if name != DEFAULTS[slot]}
     if len(other) < 2:  # a name alone would be a system's
         other |= {"schedule": whole["schedule"]} if "exchange" in other else {"exchange": whole["exchange"]}
     return "+".join(
         other[slot] if gives()[other[slot]] == slot else f"{slot}={other[slot]}" for slot in SLOTS if slot in other
     )
+
+
+@functools.cache
+def _named() -> dict[tuple[str, ...], str]:
+    """Systems that are recipes, by what their slots hold."""
+    said = {name: vars(system).get("recipe") for name, system in registry.systems().items()}
+    return {tuple((DEFAULTS | dict(own)).values()): name for name, own in said.items() if own is not None}
 
 
 # ------------------------------------------------------------------------------------------------ from slots to systems

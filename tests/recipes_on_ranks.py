@@ -37,7 +37,8 @@ def dropped(folder: str | None) -> Iterator[None]:
 
 def forget() -> None:
     importlib.invalidate_caches()
-    for cached in (registry.systems, registry.attributes, recipes.known, recipes.gives, recipes._composed):
+    of_recipes = (recipes.known, recipes.gives, recipes._named, recipes._composed)
+    for cached in (registry.systems, registry.attributes, *of_recipes):
         cached.cache_clear()
 
 
