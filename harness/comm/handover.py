@@ -30,7 +30,7 @@ def used_here(value: Any) -> Any:
         for each in value:
             used_here(each)
     elif isinstance(value, dict) and not isinstance(value, Held):
-        for each in value.values():
+        for each in tuple(value.values()):  # at once, as another lane may add to it
             used_here(each)
     return value
 
