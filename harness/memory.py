@@ -44,12 +44,12 @@ def state_bytes(experiment: Experiment, topology: Topology, num_own: int) -> dic
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Of one layer on one rank: assignments of its own tokens, and rows that its experts compute; ``parts``: exchanges
-    over which they are split, whose sums are added up."""
+    """Of one layer on one rank: assignments of its own tokens, and rows that its experts compute; ``grouped``: whether
+    several parts of any tokens came home apart."""
 
     sent: int
     computed: int
-    parts: int = 1
+    grouped: bool = False
 
 
 def activation_bytes(
@@ -77,15 +77,16 @@ def activation_bytes(
     every, chosen, once = GATES[model.gate]
     token += wide * (every * num_experts + chosen * top_k + once) + _INDEX * top_k
     token += width * hidden + _INDEX  # what leaves the layer, and where each token's rows begin
-    sent = width * hidden + 4 * _INDEX  # what came home, and its ways
+    sent = width * hidden + 3 * _INDEX + wide  # what came home, its ways and weights
     inner = {"gpt": 2, "swiglu": 4}[model.ffn_type] * model.ffn
-    row = width * (hidden + (inner + hidden if real else 0)) + 2 * _INDEX
+    row = width * (hidden + (inner + hidden if real else 0)) + _INDEX
     # Of the embedding; later layers add what the MoE part made to it, and norms in the same format keep that.
     sums = 1 if copy else len(layers)
-    split = sum(each.parts * width * hidden + (each.parts - 1) * _INDEX for each in layers if each.parts > 1)
+    unsorted = sum(_INDEX * (each.sent + num_tokens) for each in layers if each.grouped)  # until all parts are home
     return float(
-        num_tokens * (sums * width * hidden + len(layers) * token + split)
+        num_tokens * (sums * width * hidden + len(layers) * token)
         + sum(sent * each.sent + row * each.computed for each in layers)
+        - unsorted
     )
 
 

@@ -12,8 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
-from harness.plan.cost import Cost, InTurn, Staged, Transfer
-from harness.simulation import Training
+from harness.plan.cost import Cost, InTurn, Transfer
 from harness.specs import Experiment
 
 #: of the processor, for which courses are followed in one check: steps are drawn and decided once more, which takes
@@ -23,6 +22,8 @@ FOLLOW_S = 2.0
 
 def received_bytes(experiment: Experiment, steps: Collection[int]) -> dict[int, np.ndarray]:
     """By each rank in each of ``steps`` that can be told in time, float64 [num_ranks], without what is summed."""
+    from harness.simulation import Training  # no rank needs it that trains nothing
+
     training, until = Training(experiment, whole=True), time.process_time() + FOLLOW_S
     found: dict[int, np.ndarray] = {}
     for step in range(max(steps, default=-1) + 1):
@@ -45,8 +46,6 @@ def transfers(costs: Iterable[Cost | None]) -> Iterator[Transfer]:
             yield cost
         elif isinstance(cost, InTurn):
             yield from transfers(cost.parts)
-        elif isinstance(cost, Staged):
-            yield from (*cost.stages, *cost.ahead)
 
 
 __all__ = ["received_bytes", "transfers"]

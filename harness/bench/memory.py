@@ -139,11 +139,7 @@ def _planned_activations(trainer: Trainer) -> float | None:
         counts = expert_counts(routing)
         hosts = layer.hosts if isinstance(layer, ReplicatedLayer) else exchange.placement.hosts
         here = nearest(hosts, job.topology).rows(counts)[:, :, job.rank]
-        parts = getattr(layer, "num_groups", 1)
-        copied = hosts[:, job.rank] & ~exchange.placement.hosts[:, job.rank]
-        if parts > 1 and counts[job.rank, copied].any():
-            parts += 1  # what stays with copies
-        rows.append(Rows(int(counts[job.rank].sum()), int(here.sum()), parts))
+        rows.append(Rows(int(counts[job.rank].sum()), int(here.sum()), grouped=not layer.cut.whole))  # type: ignore[union-attr]
     return activation_bytes(experiment, tokens[job.rank], rows, job.device.type == "cuda")
 
 

@@ -129,12 +129,14 @@ class FlatJourney(Journey):
             piece = torch.zeros_like(held)
         sent = torch.bincount(piece * job.num_ranks + rank_of[held], minlength=pieces * job.num_ranks).cpu()
         received = self._received(piece, held)
-        slots = torch.as_tensor(np.argsort(hosting.held, kind="stable"))  # rows come by ascending expert
-        self.counts = torch.empty(pieces, len(slots), dtype=torch.int64)
-        self.counts[:, slots] = received.sum(1)
-        self.slot = slots.repeat(pieces * job.num_ranks).repeat_interleave(received.flatten()).to(held.device)
+        slots = np.argsort(hosting.held, kind="stable")  # rows come by ascending expert
+        self.counts = np.empty((pieces, len(slots)), dtype=np.int64)
+        self.counts[:, slots] = received.sum(1).numpy()
+        self.slot = (
+            torch.as_tensor(slots).repeat(pieces * job.num_ranks).repeat_interleave(received.flatten()).to(held.device)
+        )
         self.item = torch.arange(len(self.slot), device=held.device)
-        self.choice, self.staying = choice, self.weights.flatten()[choice]
+        self.staying = self.weights.flatten()[choice]
         group = job.world if job.num_ranks > 1 else None
         # A token's rows are added in the order of its choices: so sums do not depend on where experts are.
         self.legs.append(
@@ -147,6 +149,7 @@ class FlatJourney(Journey):
                 stays=self.groups or None,
             )
         )
+        del self.hosting  # with all ranks' counts
 
     def _received(self, piece: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
         """Rows of each piece from each rank for each own expert, ascending: int64 [pieces, num_ranks, held] on the
@@ -171,8 +174,11 @@ class FlatJourney(Journey):
 
     def gradients(self) -> torch.Tensor:
         found = torch.zeros(self.ids.numel(), dtype=self.weights.dtype, device=self.ids.device)
+        (leg,) = self.legs
+        assert leg is not None
+        assert leg.order is not None
         assert self.dweight is not None
-        found[self.choice] = self.dweight
+        found[leg.item * self.ids.shape[1] + leg.order] = self.dweight
         return found.view(self.ids.shape)
 
 

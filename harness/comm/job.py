@@ -63,20 +63,31 @@ class Job:
         for level in range(topology.num_levels):
             for members in (topology.inner_group, topology.rail):
                 for rank in range(self.num_ranks):
-                    self._make(members(rank, level))
+                    self._make(self._groups, members(rank, level))
+        #: of levels inside a node's units again, for a lane of their own
+        self._deep: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        for level in range(1, topology.num_levels - 1):
+            for ranks in {tuple(topology.inner_group(rank, level)): None for rank in range(self.num_ranks)}:
+                self._make(self._deep, list(ranks))
+            for ranks in {tuple(topology.rail(rank, level + 1)): None for rank in range(self.num_ranks)}:
+                self._make(self._deep, list(ranks))
 
     def phase(self, text: str) -> None:
         """Name what this rank does now; the supervisor quotes it when a rank fails, dies or hangs."""
         self.doing = text
         self._report_phase(text)
 
-    def _make(self, ranks: list[int]) -> None:
-        if tuple(ranks) not in self._groups and len(ranks) > 1:
-            self._groups[tuple(ranks)] = dist.new_group(ranks, timeout=self._timeout)  # type: ignore[assignment]
+    def _make(self, groups: dict[tuple[int, ...], dist.ProcessGroup], ranks: list[int]) -> None:
+        if tuple(ranks) not in groups and len(ranks) > 1:
+            groups[tuple(ranks)] = dist.new_group(ranks, timeout=self._timeout)  # type: ignore[assignment]
 
     def inner(self, level: int = 0) -> dist.ProcessGroup | None:
         """The ranks of this rank's unit at ``level`` (its node for 0); None if it is alone."""
         return self._groups.get(tuple(self.topology.inner_group(self.rank, level)))
+
+    def deep(self, ranks: list[int]) -> dist.ProcessGroup | None:
+        """``inner`` and ``rail`` of levels inside a node's units, for a lane beside those that use these groups."""
+        return self._deep.get(tuple(ranks))
 
     def rail(self, level: int = 0) -> dist.ProcessGroup | None:
         """The ranks like this one in the other units of ``level``; None if there are none."""

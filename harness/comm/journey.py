@@ -17,11 +17,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from harness.comm.handover import Handover, Held
-from harness.comm.rows import Spread, dot_rows, scale_rows, stable_order
+from harness.comm.rows import Spread, stable_order
 
 Direction = Literal["forward", "backward"]
 
@@ -69,10 +70,10 @@ def all_to_all(
 
 
 class Sent(Handover):
-    """Of one chunk: what its rows are copies of, how many go to and come from each member of the group, and their
-    numbers among all (``Leg``), int64."""
+    """Of one chunk: what its rows are copies of, how many go to and come from each member of the group, and which rows
+    they are of all (``Leg``)."""
 
-    def __init__(self, spread: Spread, send: list[int], receive: list[int], row: torch.Tensor):
+    def __init__(self, spread: Spread, send: list[int], receive: list[int], row: torch.Tensor | slice):
         self.spread, self.send, self.receive, self.row = spread, send, receive, row
 
 
@@ -94,24 +95,26 @@ class Leg(Handover):
         order: torch.Tensor | None = None,
         stays: int | None = None,
     ):
-        self.group, self.item, self.sent, self.received = group, item, sent, received
-        self.padded, self.order, self.stays = padded, order, stays
+        self.group, self.item, self.padded, self.order, self.stays = group, item, padded, order, stays
+        self.sent, self.received = (part.numpy().astype(np.int64) for part in (sent, received))
 
     def cut(self, degree: int, items: Placed) -> list[Sent]:
         """``items``: where this hop's items stand, chunk by chunk."""
         outgoing = Placed.by(self.sent, degree)
         at = items.position.to(self.item.device)[self.item] if items.position is not None else self.item
-        row = torch.arange(len(at))
+        moved = None
         if outgoing.position is not None:
-            row[outgoing.position] = torch.arange(len(at))
-        row = row.to(at.device)
-        counts = [part.view(degree, -1, part.shape[1]).sum(1).tolist() for part in (self.sent, self.received)]
+            moved = torch.empty_like(outgoing.position)
+            moved[outgoing.position] = torch.arange(len(at))
+            moved = moved.to(at.device)
+        counts = [part.reshape(degree, -1, part.shape[1]).sum(1).tolist() for part in (self.sent, self.received)]
         found = []
-        for chunk, (a, b) in enumerate(_pairs(outgoing.starts)):
+        for chunk, (a, b) in enumerate(pairs(outgoing.starts)):
             first, end = items.of(chunk)
-            order = None if self.order is None else self.order[row[a:b]]
-            spread = Spread(at[row[a:b]] - first, end - first, rank_in_item=order)
-            found.append(Sent(spread, counts[0][chunk], counts[1][chunk], row[a:b]))
+            row = slice(a, b) if moved is None else moved[a:b]
+            order = None if self.order is None else self.order[row]
+            item = at[row] - first if first else at[row]
+            found.append(Sent(Spread(item, end - first, rank_in_item=order), counts[0][chunk], counts[1][chunk], row))
         return found
 
     def exchange(
@@ -142,38 +145,41 @@ class Placed(NamedTuple):
         return (0, self.starts[-1]) if self.shared else (self.starts[chunk], self.starts[chunk + 1])
 
     @classmethod
-    def by(cls, rows: torch.Tensor, degree: int) -> Placed:
-        """``rows`` int64 [pieces, members] on the CPU."""
+    def by(cls, rows: np.ndarray, degree: int) -> Placed:
+        """``rows`` int64 [pieces, members]."""
         pieces, members = rows.shape
-        starts = [0, *rows.view(degree, -1).sum(1).cumsum(0).tolist()]
+        starts = [0, *rows.reshape(degree, -1).sum(1).cumsum().tolist()]
         if pieces == degree or members == 1:
             return cls(None, starts)
-        sizes = rows.view(degree, pieces // degree, members)
-        by_member = sizes.transpose(1, 2).flatten()
-        begins = (by_member.cumsum(0) - by_member).view(degree, members, -1).transpose(1, 2).flatten()
-        segment = rows.flatten()
-        shift = begins - (segment.cumsum(0) - segment)
-        return cls(torch.arange(int(segment.sum())) + shift.repeat_interleave(segment), starts)
+        by_member = rows.reshape(degree, pieces // degree, members).transpose(0, 2, 1).ravel()
+        begins = (by_member.cumsum() - by_member).reshape(degree, members, -1).transpose(0, 2, 1).ravel()
+        segment = rows.ravel()
+        shift = begins - (segment.cumsum() - segment)
+        return cls(torch.from_numpy(np.arange(segment.sum()) + shift.repeat(segment)), starts)
 
 
 class Landed(Handover):
     """One piece: (row, expert) pairs in the order of experts. ``item`` int64 [Q]: the row of the piece's chunk;
     ``runs``: of every expert its pairs, and their places among those of all pieces (``Cut.whole``); ``entry`` int64
-    [Q]: number of the pair among all; ``weight`` [Q]: of the gate, where it travels."""
+    [Q]: number of the pair among all, and ``weight`` [Q]: of the gate, where weights travel."""
 
     def __init__(
-        self, item: torch.Tensor, runs: list[tuple[slice, slice]], entry: torch.Tensor, weight: torch.Tensor | None
+        self,
+        item: torch.Tensor,
+        runs: list[tuple[slice, slice]],
+        entry: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
     ):
         self.item, self.runs, self.entry, self.weight = item, runs, entry, weight
 
 
 class Journey(Handover, abc.ABC):
     """On one rank. ``legs``: of hops, outermost first, as far as they are told; None where a hop goes nowhere.
-    ``counts`` int64 [pieces, experts held] on the CPU: rows of each, once all hops are told. Gate weights travel with
+    ``counts`` int64 [pieces, experts held]: rows of each, once all hops are told. Gate weights travel with
     the rows (``travelling`` [Q], by pair) or stay with the tokens (``staying`` [R], by row of the first leg)."""
 
     num_hops: int
-    counts: torch.Tensor
+    counts: np.ndarray
     slot: torch.Tensor  # int64 [Q]: held expert of every (row, expert) pair that arrives, piece by piece
     item: torch.Tensor  # int64 [Q]: its row, as the last leg counts them by (piece, member)
     item_bounds: list[int]  # first item of every piece, and the end
@@ -191,6 +197,7 @@ class Journey(Handover, abc.ABC):
         self.made, self.came = Held(), Held()  # of forward, where gradients of weights need them: by piece, by chunk
         self._sent: dict[tuple[int, int], list[Sent]] = {}
         self._landed: dict[int, list[Landed]] = {}
+        self._placed: dict[tuple[int, int], Placed] = {}
 
     @abc.abstractmethod
     def tell(self, hop: int) -> None:
@@ -213,10 +220,14 @@ class Journey(Handover, abc.ABC):
 
     def placed(self, hop: int, degree: int) -> Placed:
         """Items that enter ``hop``; behind the last one, rows that arrive."""
-        before = next((leg for leg in reversed(self.legs[:hop]) if leg is not None), None)
-        if before is not None:
-            return Placed.by(before.received, degree)
-        return Placed(None, self.item_bounds[:: self.cut.pieces // degree], self.shared)
+        if (hop, degree) not in self._placed:
+            before = next((leg for leg in reversed(self.legs[:hop]) if leg is not None), None)
+            if before is not None:
+                found = Placed.by(before.received, degree)
+            else:
+                found = Placed(None, self.item_bounds[:: self.cut.pieces // degree], self.shared)
+            self._placed[hop, degree] = found
+        return self._placed[hop, degree]
 
     def landed(self, degree: int) -> list[Landed]:
         """Of every piece."""
@@ -224,183 +235,24 @@ class Journey(Handover, abc.ABC):
             placed, each = self.placed(self.num_hops, degree), self.cut.pieces // degree
             item = self.item if placed.position is None else placed.position.to(self.item.device)[self.item]
             total = self.counts.sum(0)
-            places = (total.cumsum(0) - total + self.counts.cumsum(0) - self.counts).tolist()
+            places = (total.cumsum() - total + self.counts.cumsum(0) - self.counts).tolist()
             found = []
-            for piece, (a, b) in enumerate(_pairs([0, *self.counts.sum(1).cumsum(0).tolist()])):
+            for piece, (a, b) in enumerate(pairs([0, *self.counts.sum(1).cumsum().tolist()])):
                 order = stable_order(self.slot[a:b], max(1, self.counts.shape[1])) + a
                 runs, start = [], 0
                 for count, at in zip(self.counts[piece].tolist(), places[piece], strict=True):
                     runs.append((slice(start, start + count), slice(at, at + count)))
                     start += count
-                weight = None if self.travelling is None else self.travelling[order]
-                found.append(Landed(item[order] - placed.of(piece // each)[0], runs, order, weight))
+                first = placed.of(piece // each)[0]
+                if self.travelling is None:
+                    found.append(Landed(item[order] - first, runs))
+                else:
+                    found.append(Landed(item[order] - first, runs, order, self.travelling[order]))
             self._landed[degree] = found
+            if self.cut.forward == self.cut.backward:  # nobody asks again
+                del self.slot, self.item
         return self._landed[degree]
 
 
-class Trip(Handover):
-    """One direction of a journey. ``begin``, then of each chunk ``out`` over every hop; the experts take ``arrived``
-    and ``give`` what they made; then ``home`` over every hop, innermost first; ``end``."""
-
-    def __init__(self, journey: Journey, direction: Direction):
-        self.journey, self.cut, self.direction = journey, journey.cut, direction
-        self.degree = journey.cut.degree(direction)
-        self.back = direction == "backward"
-        self.parts, self.given = Held(), Held()
-        self.rows = Held()  # that landed, by expert: piece by piece, or (None) of all pieces
-
-    # ------------------------------------------------------------------ out
-
-    def begin(self, x: torch.Tensor) -> None:
-        """x [T, M]: tokens, or the gradients of what came home."""
-        journey = self.journey
-        if self.back and journey.staying is not None and journey.learns:
-            self._dots_at_home(x)
-        items = x if journey.copies is None else journey.copies.spread(x)
-        placed = journey.placed(0, self.degree)
-        for chunk in range(self.degree):
-            self.parts[chunk] = items[slice(*placed.of(chunk))]
-
-    def out(self, hop: int, chunk: int) -> None:
-        """Collective; behind the last hop the chunk lands."""
-        journey, leg = self.journey, self.journey.legs[hop]
-        if leg is not None:
-            sent, part = journey.sent(hop, self.degree)[chunk], self.parts.pop(chunk)
-            if self.back and journey.staying is not None and not hop:
-                rows = scale_rows(part, sent.spread.item, journey.staying[sent.row])
-            else:
-                rows = sent.spread.spread(part)
-            self.parts[chunk] = leg.exchange(rows, sent.send, sent.receive, self.degree, chunk)
-        if hop == journey.num_hops - 1:
-            self._land(chunk)
-
-    def _land(self, chunk: int) -> None:
-        journey, part, apart = self.journey, self.parts.pop(chunk), self.cut.whole and self.cut.pieces > 1
-        if apart and None not in self.rows:
-            self.rows[None] = part.new_empty(int(journey.counts.sum()), part.shape[1])
-        for piece in self.cut.of_chunk(self.direction, chunk):
-            landed = journey.landed(self.degree)[piece]
-            if not self.back or journey.travelling is None:
-                rows = None if apart else part.index_select(0, landed.item)
-            else:
-                rows = scale_rows(part, landed.item, landed.weight)  # type: ignore[arg-type]
-                if journey.learns:
-                    self._dots(piece, landed, part)
-            if not apart:
-                self.rows[None if self.cut.whole else piece] = rows
-                continue
-            for pairs, places in landed.runs:
-                if rows is None:
-                    torch.index_select(part, 0, landed.item[pairs], out=self.rows[None][places])
-                else:
-                    self.rows[None][places] = rows[pairs]
-
-    def _dots(self, piece: int, landed: Landed, part: torch.Tensor) -> None:
-        """Gradients of a piece's weights, where these travelled: what the experts made times what comes for it."""
-        journey = self.journey
-        if journey.dweight is None:
-            journey.dweight = torch.empty_like(journey.travelling)  # type: ignore[arg-type]
-        made = journey.made[None if self.cut.whole else piece]
-        runs = landed.runs if self.cut.whole else [(slice(None), slice(None))]
-        for pairs, places in runs:
-            dots = dot_rows(part, landed.item[pairs], made[places])
-            journey.dweight[landed.entry[pairs]] = dots.to(journey.dweight.dtype)
-
-    def _dots_at_home(self, dy: torch.Tensor) -> None:
-        """The same where they stayed: what came home times its gradient."""
-        journey, degree = self.journey, self.cut.forward
-        journey.dweight = torch.empty_like(journey.staying)  # type: ignore[arg-type]
-        placed = journey.placed(0, degree)
-        for chunk, sent in enumerate(journey.sent(0, degree)):
-            dots = dot_rows(dy[slice(*placed.of(chunk))], sent.spread.item, journey.came.pop(chunk))
-            journey.dweight[sent.row] = dots.to(journey.dweight.dtype)
-
-    # ------------------------------------------------------------------ at the experts
-
-    def arrived(self, piece: int | None) -> torch.Tensor:
-        """Rows by expert [R, M]; of all pieces for None."""
-        return self.rows.pop(piece)  # type: ignore[no-any-return]
-
-    def give(self, piece: int | None, made: torch.Tensor) -> None:
-        """What the experts made of ``arrived``."""
-        self.given[piece] = made
-        if not self.back and self.journey.travelling is not None and self.journey.learns:
-            self.journey.made[piece] = made
-
-    # ------------------------------------------------------------------ home
-
-    def home(self, hop: int, chunk: int) -> None:
-        """Collective; the innermost hop first."""
-        journey, leg = self.journey, self.journey.legs[hop]
-        rows = self._depart(chunk) if hop == journey.num_hops - 1 else self._settle(hop + 1, chunk)
-        if leg is not None:
-            sent = journey.sent(hop, self.degree)[chunk]
-            rows = leg.exchange(rows, sent.receive, sent.send, self.degree, chunk)
-        self.parts[chunk] = rows
-
-    def end(self) -> torch.Tensor:
-        """[T, M]: sums over each token's experts, weighted in forward."""
-        journey, chunks = self.journey, range(self.degree)
-        if journey.shared and self.degree > 1:
-            return self._sum_all()
-        items = [self._settle(0, chunk) for chunk in chunks]
-        whole = items[0] if len(items) == 1 else torch.cat(items)
-        return whole if journey.copies is None else journey.copies.gather(whole)
-
-    def _depart(self, chunk: int) -> torch.Tensor:
-        """What was made of a chunk's rows, summed over their experts."""
-        journey, pieces = self.journey, self.cut.of_chunk(self.direction, chunk)
-        landed = [journey.landed(self.degree)[piece] for piece in pieces]
-        item = landed[0].item if len(landed) == 1 else torch.cat([each.item for each in landed])
-        place: torch.Tensor | None = None
-        if self.cut.whole:
-            made = self.given[None]
-            if self.cut.pieces > 1:
-                place = torch.cat([torch.arange(to.start, to.stop) for each in landed for _, to in each.runs])
-                place = place.to(made.device)
-            if chunk == self.degree - 1:
-                del self.given[None]
-        else:
-            parts = [self.given.pop(piece) for piece in pieces]
-            made = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if journey.one_each:
-            back = torch.empty_like(item)
-            back[item] = torch.arange(len(item), device=item.device) if place is None else place
-            return made.index_select(0, back)
-        weight = None
-        if not self.back and journey.travelling is not None:
-            weight = torch.cat([each.weight for each in landed if each.weight is not None])
-        first, end = journey.placed(journey.num_hops, self.degree).of(chunk)
-        return Spread(item, end - first, place).gather(made, weight)
-
-    def _settle(self, hop: int, chunk: int) -> torch.Tensor:
-        """Rows that came home over ``hop``, summed over what they are copies of."""
-        journey, rows = self.journey, self.parts.pop(chunk)
-        if journey.legs[hop] is None:
-            return rows
-        sent = journey.sent(hop, self.degree)[chunk]
-        if self.back or journey.staying is None or hop:
-            return sent.spread.gather(rows)
-        if journey.learns:
-            journey.came[chunk] = rows
-        return sent.spread.gather(rows, journey.staying[sent.row])
-
-    def _sum_all(self) -> torch.Tensor:
-        """The same over all chunks at once, where each may have rows of any token."""
-        journey, sent = self.journey, self.journey.sent(0, self.degree)
-        parts = [self.parts.pop(chunk) for chunk in range(self.degree)]
-        if not self.back and journey.learns:
-            journey.came.update(enumerate(parts))
-        spreads = [each.spread for each in sent]
-        order = [each.rank_in_item for each in spreads if each.rank_in_item is not None]
-        whole = Spread(
-            torch.cat([each.item for each in spreads]),
-            spreads[0].num_items,
-            rank_in_item=torch.cat(order) if order else None,
-        )
-        weights = None if self.back else journey.staying[torch.cat([each.row for each in sent])]  # type: ignore[index]
-        return whole.gather(torch.cat(parts), weights)
-
-
-def _pairs(starts: Sequence[int]) -> list[tuple[int, int]]:
+def pairs(starts: Sequence[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise(starts))

@@ -3,9 +3,8 @@
 Amounts are numbers, or arrays over whatever a plan is simulated for at once: configurations, and ranks W on the last
 axis (``Transfer``: on the last two).
 
-Compound costs say what goes on inside one task: parts one after another (``InTurn``), stages in a pipeline
-(``Staged``). ``Machine.priced`` turns any cost into seconds of each rank, ``Hold`` and ``Timed``, so that no byte
-matrix need outlive its layer.
+A compound cost says what goes on inside one task, part after part (``InTurn``). ``Machine.priced`` turns any cost into
+seconds of each rank, ``Hold`` and ``Timed``, so that no byte matrix need outlive its layer.
 
 Scopes name groups of ranks by the link levels that they extend over, counted from 1 for the outermost of D: ``inter1``
 joins the nodes, ``inter2`` the units of level 2 inside a node, ``intra1`` all ranks of a node, ``flat`` all ranks;
@@ -114,30 +113,6 @@ class InTurn(Cost):
     parts: tuple[Cost, ...]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Staged(Cost):
-    """One exchange whose rows take several ``stages``, in ``chunks`` pieces of equal size: piece c + 1 goes through a
-    stage while piece c goes through the next. ``Transfer.messages`` of a stage are those of each piece. ``ahead``: what
-    is sent one after another beside the first stage, and must be there before a row enters the second."""
-
-    stages: tuple[Transfer, ...]
-    chunks: int = 1
-    ahead: tuple[Transfer, ...] = ()
-
-    @property
-    def scope(self) -> str:
-        """Of the ranks that meet: those of the stages, or all where stages differ."""
-        found = {stage.scope for stage in self.stages}
-        return found.pop() if len(found) == 1 else "flat"
-
-    @property
-    def pieces(self) -> tuple[Transfer, ...]:
-        """One piece at each stage."""
-        if self.chunks == 1:
-            return self.stages
-        return tuple(dataclasses.replace(stage, matrix=stage.matrix / self.chunks) for stage in self.stages)
-
-
 def span(scope: str, num_levels: int) -> tuple[int, int]:
     """(a, b): groups of ``scope`` extend over the link levels a .. b - 1 of ``num_levels``, outermost first.
 
@@ -164,7 +139,6 @@ __all__ = [
     "InTurn",
     "OnLinks",
     "Operation",
-    "Staged",
     "Timed",
     "Transfer",
 ]

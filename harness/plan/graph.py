@@ -1,8 +1,9 @@
 """A plan: the tasks of one step, each on a lane, with what they wait for, what they cost and how to run them.
 
-Lanes are resources that work side by side (``compute``, ``inter``: links between nodes, ``intra``: links inside one);
-a lane does its tasks one after another, in the order in which they were added, as a CUDA stream does. The same plan is
-executed (``harness.plan.lanes``) and priced (``harness.plan.simulate``), so a system says once what happens and when.
+Lanes are resources that work side by side (``compute``; ``inter``: links between nodes, ``intra``: links inside one,
+``intra2``: those of the third link level and deeper); a lane does its tasks one after another, in the order in which
+they were added, as a CUDA stream does. The same plan is executed (``harness.plan.lanes``) and priced
+(``harness.plan.simulate``), so a system says once what happens and when.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 from harness.errors import bad
 from harness.plan.cost import Cost
 
-COMPUTE, INTER, INTRA = "compute", "inter", "intra"
-LANES = (COMPUTE, INTER, INTRA)
+COMPUTE, INTER, INTRA, INTRA2 = "compute", "inter", "intra", "intra2"
+LANES = (COMPUTE, INTER, INTRA, INTRA2)
 
 
 Price = Callable[[Cost | None], Cost | None]

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from harness.errors import bad
-from harness.plan.cost import Even, OnLinks, Staged, Transfer, span
+from harness.plan.cost import Even, OnLinks, Transfer, span
 from harness.specs import Cluster
 from harness.topology import Topology
 from harness.traffic import blocks_of, inside_load, port_load
@@ -44,34 +44,10 @@ class LinkModel(abc.ABC):
     def seconds(self, cost: OnLinks) -> Any:
         """Of one collective whose ranks begin together: [..], or [.., W] where ranks differ."""
 
-    def staged(self, cost: Staged) -> Any:
-        """Of an exchange in stages whose ranks begin together, [..] or [.., W]: one piece takes the sum of its stages,
-        and each further piece as long as the slowest of them, behind which the others are hidden. Each piece pays its
-        start-up times. What is sent ahead may take longer than the first stage."""
-        each = [self.seconds(piece) for piece in cost.pieces]
-        found = sum(each) + (cost.chunks - 1) * functools.reduce(np.maximum, each, 0.0)
-        if not cost.ahead:
-            return found
-        ahead = sum(self.seconds(transfer) for transfer in cost.ahead)
-        behind = sum(each[1:]) + (cost.chunks - 1) * functools.reduce(np.maximum, each[1:], 0.0)
-        return np.maximum(found, ahead + behind)
-
     def finish(self, cost: Transfer, begins: Array, lane: Lane | None = None) -> Array:
         """When each rank is done, [.., W], that begins at ``begins`` [.., W]; of a model in which ranks do not meet.
         ``lane``: on which it goes on; None: on one of its own."""
         raise NotImplementedError
-
-    def finish_staged(self, cost: Staged, begins: Array, lane: Lane | None = None) -> Array:
-        """The same of an exchange in stages: a rank begins with a piece at a stage when it is done with that piece at
-        the stage before, and with the piece before at this one. Stages do not slow each other."""
-        done, known = [begins] * cost.chunks, begins  # of each piece
-        for transfer in cost.ahead:
-            known = self.finish(transfer, known, lane)
-        for stage, piece in enumerate(cost.pieces):
-            free = known if stage else begins
-            for chunk in range(cost.chunks):
-                free = done[chunk] = self.finish(piece, np.maximum(done[chunk], free), lane)
-        return done[-1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

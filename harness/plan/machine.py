@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.errors import bad
 from harness.ledger import Calibration
-from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer
+from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Timed, Transfer
 from harness.plan.device import CURVE, Device, Fitted, Roofline, Shared, Tiled
 from harness.plan.graph import Plan
 from harness.plan.host import LINKS, amount, unlayered
@@ -109,8 +109,6 @@ class Machine:
                 return np.asarray(cost.seconds, dtype=np.float64)
             case InTurn():
                 return sum(np.asarray(self.seconds(part)) for part in cost.parts)
-            case Staged():
-                return self.links.staged(cost)
             case Compute():
                 return self.device.seconds(cost)
             case OnLinks():
@@ -127,11 +125,6 @@ class Machine:
                 return InTurn(tuple(part for each in cost.parts if (part := self.priced(each)) is not None))
             case Transfer() if not self.links.meets:
                 return dataclasses.replace(cost, matrix=cost.matrix.astype(np.float32, copy=False))
-            case Staged() if not self.links.meets:
-                stages, ahead = (tuple(map(self.priced, each)) for each in (cost.stages, cost.ahead))
-                return Staged(stages, cost.chunks, ahead)  # type: ignore[arg-type]
-            case Staged():
-                return Timed("a2a", cost.scope, self.seconds(cost))
             case OnLinks():
                 return Timed(cost.operation, cost.scope, self.seconds(cost))
         return Hold(self.seconds(cost), amount(cost))
@@ -140,7 +133,7 @@ class Machine:
         """Seconds of what of a task goes over links."""
         if isinstance(cost, InTurn):
             return sum(np.asarray(self._on_links(part)) for part in cost.parts)
-        return self.seconds(cost) if isinstance(cost, OnLinks | Staged) else 0.0
+        return self.seconds(cost) if isinstance(cost, OnLinks) else 0.0
 
     def durations(self, plan: Plan) -> np.ndarray:
         """Seconds of every task alone on its lane, the processor's part with it, float64 [num_tasks, ...] broadcast

@@ -17,7 +17,8 @@ from harness.comm.assign import Hosting
 from harness.comm.exchange import Exchange
 from harness.comm.handover import pop
 from harness.comm.job import Job
-from harness.comm.journey import Cut, Journey, Trip
+from harness.comm.journey import Cut, Journey
+from harness.comm.trip import Trip
 from harness.layer.experts import Experts, IdentityExperts
 from harness.layer.gates import Gated
 from harness.layer.moe import UnifiedSystem
@@ -133,7 +134,7 @@ class NativePassage(NativeTasks, PlannedPassage):
 
     def forward_experts(self, batch: int) -> None:
         for piece in self._pieces("forward", batch):
-            counts = self.journey.counts.sum(0) if piece is None else self.journey.counts[piece]
+            counts = torch.from_numpy(self.journey.counts.sum(0) if piece is None else self.journey.counts[piece])
             arrived = self.there.arrived(piece).requires_grad_(torch.is_grad_enabled())
             made = self.segments[piece or 0].forward(lambda rows, counts=counts: self._experts(rows, counts), arrived)
             self.there.give(piece, made.detach())

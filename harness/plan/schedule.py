@@ -3,8 +3,8 @@
     Chunks    every chunk over its hops, out, to the experts, and home; with one chunk: one thing after another
 
 A schedule is one object for what runs and for what is priced: it asks ``Tasks.work`` what a task does. Hops are counted
-from the outermost link level; hop 0 is on the lane ``inter``, all others are on ``intra``, unless links are not to work
-side by side.
+from the outermost link level, and each is on a lane of its own (``inter``, ``intra``, ``intra2``), unless links are not
+to work side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol
 
 from harness.comm.journey import Cut
-from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
+from harness.plan.graph import COMPUTE, INTER, INTRA, INTRA2, Plan, Work
 
 Direction = Literal["forward", "backward"]
 #: what rows are on their way to the experts and from them, in each direction
@@ -104,7 +104,7 @@ class Chunks(Schedule):
         return [left[0, degree - 1]]
 
     def lane(self, hop: int) -> str:
-        return INTRA if hop and self.overlap else INTER
+        return (INTER, INTRA, INTRA2)[min(hop, 2)] if self.overlap else INTER
 
 
 def hop_name(hop: int) -> str:

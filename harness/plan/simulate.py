@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from harness.plan.cost import Cost, Hold, InTurn, OnLinks, Staged, Timed, Transfer, span
+from harness.plan.cost import Cost, Hold, InTurn, OnLinks, Timed, Transfer, span
 from harness.plan.graph import Plan, Timeline
 from harness.plan.links import Lane, LinkModel
 from harness.plan.machine import Contention, Machine
@@ -134,9 +134,9 @@ def _way(cost: Cost | None, topology: Topology, links: LinkModel | None) -> Way 
     match cost:
         case InTurn():
             return _in_turn(cost, topology, links)
-        case Transfer() | Staged() if links is not None and not links.meets:
+        case Transfer() if links is not None and not links.meets:
             return _apart(cost, links)
-        case OnLinks() | Staged():
+        case OnLinks():
             return Meeting.of(cost.scope, topology)
     return None
 
@@ -145,12 +145,10 @@ def _alone(ready: np.ndarray, lasts: np.ndarray, lane: Lane) -> tuple[np.ndarray
     return ready, ready + lasts
 
 
-def _apart(cost: Transfer | Staged, links: LinkModel) -> Way:
+def _apart(cost: Transfer, links: LinkModel) -> Way:
     """Ranks do not wait for each other; what the task lasts longer than alone, each of them does."""
-    finish, alone = (
-        (links.finish_staged, links.staged(cost)) if isinstance(cost, Staged) else (links.finish, links.seconds(cost))
-    )
-    return lambda ready, lasts, lane: (ready, finish(cost, ready, lane) + (lasts - alone))  # type: ignore[arg-type]
+    alone = links.seconds(cost)
+    return lambda ready, lasts, lane: (ready, links.finish(cost, ready, lane) + (lasts - alone))
 
 
 def _in_turn(cost: InTurn, topology: Topology, links: LinkModel | None) -> Way:
@@ -180,8 +178,6 @@ def _priced_s(cost: Cost, links: LinkModel | None) -> np.ndarray:
             return np.asarray(sum(_priced_s(part, links) for part in cost.parts))
         case Transfer() if links is not None:
             return np.asarray(links.seconds(cost))
-        case Staged() if links is not None:
-            return np.asarray(links.staged(cost))
     raise AssertionError(f"{type(cost).__name__} is not priced")
 
 

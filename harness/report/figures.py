@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -47,22 +48,7 @@ STYLE = {
     "ytick.color": "#1c2430",
     "grid.color": "#e3e7ec",
     "hatch.linewidth": 0.6,
-    # from here on seaborn's style "ticks", whose import takes seconds
-    "axes.axisbelow": True,
-    "axes.facecolor": "white",
-    "figure.facecolor": "white",
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"],
-    "lines.solid_capstyle": "round",
-    "patch.edgecolor": "w",
-    "patch.force_edgecolor": True,
-    "text.color": ".15",
 }
-#: seaborn's palette "colorblind"
-COLORS = [
-    (int(color[:2], 16) / 255, int(color[2:4], 16) / 255, int(color[4:], 16) / 255)
-    for color in ["0173b2", "de8f05", "029e73", "d55e00", "cc78bc", "ca9161", "fbafe4", "949494", "ece133", "56b4e9"]
-]
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,7 @@ class Look:
 
 def styled() -> contextlib.AbstractContextManager[None]:
     """Draw and save inside this: the report's style, and nobody else's."""
-    return plt.rc_context(STYLE)  # type: ignore[arg-type]
+    return plt.rc_context(dict(sns.axes_style("ticks"), **STYLE))
 
 
 def drawn(make: Callable[[], Figure], alt: str, caption: str) -> str:
@@ -92,8 +78,9 @@ def drawn(make: Callable[[], Figure], alt: str, caption: str) -> str:
 
 def looks(labels: Iterable[str]) -> dict[str, Look]:
     """Label -> look; colour-blind safe and told apart by shape as well."""
+    colors = sns.color_palette("colorblind", 10)
     return {
-        label: Look(COLORS[i % 10], _MARKERS[i % len(_MARKERS)], _HATCHES[i % len(_HATCHES)])
+        label: Look(colors[i % 10], _MARKERS[i % len(_MARKERS)], _HATCHES[i % len(_HATCHES)])
         for i, label in enumerate(labels)
     }
 

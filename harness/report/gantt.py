@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+import seaborn as sns
 
 from harness.plan.graph import Timeline
-from harness.report.figures import COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,7 +86,7 @@ def _spans(title: str, timeline: Timeline, rank: int) -> tuple[np.ndarray, np.nd
 
 def _colors(kinds: list[str]) -> dict[str, tuple[float, float, float]]:
     """Kinds that occur, and ``OTHER``, -> colour; the same one in every figure."""
-    known = dict(zip(KINDS, COLORS, strict=True))
+    known = dict(zip(KINDS, sns.color_palette("colorblind", len(KINDS)), strict=True))
     found = {kind: color for kind, color in known.items() if kind in set(kinds)}
     return found if set(kinds) <= set(KINDS) else found | {OTHER: _GREY}
 

@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from harness.comm.exchange import all_to_all
 from harness.comm.job import Job
+from harness.comm.journey import all_to_all
 
 Algorithm = Literal["flat", "1dh", "2dh"]
 
@@ -39,7 +39,7 @@ def node_mesh(job: Job) -> Mesh:
     rail = job.rail(0)
 
     def across(parts: torch.Tensor) -> torch.Tensor:
-        return all_to_all(parts, [1] * nodes, [1] * nodes, rail)[0]
+        return all_to_all(parts, [1] * nodes, [1] * nodes, rail)
 
     node = int(job.topology.unit_of(0)[job.rank])
     return Mesh(nodes, node, num_local, job.rank % num_local, job.inner(0), "inter", across)
@@ -54,7 +54,7 @@ def rank_mesh(job: Job, algorithm: Algorithm) -> Mesh:
 def _flat(job: Job, parts: torch.Tensor) -> torch.Tensor:
     """One all-to-all over all ranks (NCCL's)."""
     each = [1] * job.num_ranks
-    return all_to_all(parts, each, each, job.world if job.num_ranks > 1 else None)[0]
+    return all_to_all(parts, each, each, job.world if job.num_ranks > 1 else None)
 
 
 def _two_dimensional(job: Job, parts: torch.Tensor) -> torch.Tensor:
@@ -63,9 +63,9 @@ def _two_dimensional(job: Job, parts: torch.Tensor) -> torch.Tensor:
     nodes = job.topology.shape[0]
     num_local = job.num_ranks // nodes
     by_local = parts.view(nodes, num_local, *parts.shape[1:]).transpose(0, 1).contiguous()  # [L to, nodes to, ...]
-    here, _ = all_to_all(by_local, [1] * num_local, [1] * num_local, job.inner(0))  # [L from, nodes to, ...]
+    here = all_to_all(by_local, [1] * num_local, [1] * num_local, job.inner(0))  # [L from, nodes to, ...]
     by_node = here.transpose(0, 1).contiguous()  # [nodes to, L from, ...]
-    received, _ = all_to_all(by_node, [1] * nodes, [1] * nodes, job.rail(0))  # [nodes from, L from, ...]
+    received = all_to_all(by_node, [1] * nodes, [1] * nodes, job.rail(0))  # [nodes from, L from, ...]
     return received.view(parts.shape)
 
 
@@ -83,7 +83,7 @@ def _one_dimensional(job: Job, parts: torch.Tensor) -> torch.Tensor:
     handed = None
     if gathered is not None:
         by_node = gathered.view(num_local, nodes, num_local, *parts.shape[1:]).transpose(0, 1).contiguous()
-        arrived, _ = all_to_all(by_node, [1] * nodes, [1] * nodes, rail)  # [nodes from, L from, L to, ...]
+        arrived = all_to_all(by_node, [1] * nodes, [1] * nodes, rail)  # [nodes from, L from, L to, ...]
         handed = arrived.flatten(0, 1).transpose(0, 1).contiguous()  # [L to, ranks from, ...]
     received = torch.empty_like(parts)
     dist.scatter(received, list(handed) if handed is not None else None, src=leader, group=inner)

@@ -109,6 +109,9 @@ class HierExchange(Exchange):
                 group, ranks = (job.world if job.num_ranks > 1 else None), list(range(job.num_ranks))
             if group is None:
                 continue
+            if stage.a > 1:  # it has a lane of its own
+                group = job.deep(ranks)
+                assert group is not None
             unit_of_rank = torch.as_tensor(topology.unit_of(level))
             position = torch.full((topology.num_units(level),), -1)
             position[unit_of_rank[ranks]] = torch.arange(len(ranks))

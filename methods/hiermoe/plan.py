@@ -96,9 +96,9 @@ class HierJourney(Journey):
         self.slot, self.item, self.travelling = local[entries.held], entries.item, entries.weight
         edges = torch.tensor([0, *itertools.accumulate(self.items)], device=entries.item.device)
         ends = torch.searchsorted(entries.item, edges).tolist()  # entries come by item, and items by piece
-        self.counts = torch.stack(
-            [torch.bincount(self.slot[a:b], minlength=len(hosting.held)) for a, b in itertools.pairwise(ends)]
-        ).cpu()
+        counts = [torch.bincount(self.slot[a:b], minlength=len(hosting.held)) for a, b in itertools.pairwise(ends)]
+        self.counts = torch.stack(counts).cpu().numpy().copy()
+        del self.hosting, self.entries
 
     def tell_back(self, hop: int) -> None:
         told, leg = self.told[hop], self.legs[hop]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.bench import memory
-from harness.memory import peak_bytes
+from harness.memory import PARTS, peak_bytes
 from harness.specs import Experiment
 from tests.methods.hidden_on_ranks import timeline_of
 from tests.methods.test_fsmoe_training import training
@@ -31,7 +30,7 @@ def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
     every = session(cluster((2, 2))).call("tests.methods.hidden_on_ranks:traced", payload)
     for found in every:
         measured, planned = found["measured"], found["planned"]
-        assert tuple(measured) == memory.PARTS
+        assert tuple(measured) == PARTS
         static = ("parameters", "gradients", "optimizer", "materialised")
         assert [measured[part] for part in static] == [planned[part] for part in static]
         assert ("activations" in planned) == (system != "fsmoe")  # which sends padded chunks
@@ -43,7 +42,7 @@ def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
         assert measured["peak"] >= static + max(
             measured["gradients"], measured["activations"] + measured["materialised"]
         )
-        assert measured["peak"] <= sum(measured[part] for part in memory.PARTS[:-1]) + 300_000  # what a task needs
+        assert measured["peak"] <= sum(measured[part] for part in PARTS[:-1]) + 300_000  # what a task needs
     copies = [found["measured"]["materialised"] for found in every]
     assert (max(copies) > 0) == (system.startswith("hecate") or system == "fastermoe")
     if system == "hecate-rm":  # one layer's at a time

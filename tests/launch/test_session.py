@@ -99,7 +99,7 @@ def test_a_rank_that_hangs_is_named_and_its_stack_logged(tmp_path):
         ranks.call(WORK + "go_wrong", {"rank": 1, "how": "hang"}, timeout_s=2)
     error = failure.value
     assert (error.rank, error.kind, error.phase) == (1, "hung", "doing mischief")
-    assert "; a thread of rank 1 had raised ValueError: in a thread, at tests/launch/work.py:" in str(error)
+    assert "; a thread of rank 1 had raised ValueError: in a thread, at tests/launch/jobs.py:" in str(error)
     assert "s in this phase at tests/launch/work.py:" in str(error)
     assert "rank 0 in 'before the barrier' at tests/launch/work.py:" in str(error)
     for rank in range(4):
@@ -126,7 +126,7 @@ def test_what_a_lane_raises_is_told_though_its_rank_waits(tmp_path, monkeypatch)
         ranks.call(WORK + "lose_a_lane", timeout_s=60)
     error = failure.value
     assert (error.rank, error.kind, error.phase) == (2, "raised", "stepping")
-    assert re.match(r"RuntimeError: bad day, at tests/launch/work.py:\d+ in fail_with", error.message)
+    assert re.match(r"RuntimeError: bad day, at tests/launch/jobs.py:\d+ in fail_with", error.message)
     assert "bad day" in error.log_path.read_text()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from harness import ledger, presets
 from harness.case import cases_of
-from harness.plan.cost import Cost, InTurn, Staged, Transfer
+from harness.plan.cost import Cost, InTurn, Transfer
 from harness.plan.graph import INTER, INTRA
 from harness.plan.host import amount
 from harness.plan.links import Line, Ports
@@ -175,8 +175,6 @@ def transfers(cost: Cost | None) -> list[Transfer]:
             return [cost]
         case InTurn():
             return [each for part in cost.parts for each in transfers(part)]
-        case Staged():
-            return [dataclasses.replace(stage, messages=0) for stage in cost.stages]
     return []
 
 

@@ -27,7 +27,7 @@ def found() -> dict[str, Findings]:
         patch.setattr(assumptions, "INTERVALS", (10, 0))
         patch.setattr(assumptions, "CHANGES", {"default": {}})
         tables = {name: study.run(lambda text: None) for name, study in studies.STUDIES.items()}
-    for kept in (cells.setup, cells.loads, cells._run, cells.largest_batch):
+    for kept in (cells.setup, cells._loads, cells._run, cells.largest_batch):
         kept.cache_clear()
     return tables
 

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from harness import ledger, presets
-from harness.plan.cost import InTurn, OnLinks, Staged
+from harness.plan.cost import InTurn, OnLinks
+from harness.plan.graph import Plan
 from harness.plan.machine import Machine
 from harness.plan.passage import plan_alone
 from harness.plan.profiled import Profiled
+from harness.plan.simulate import simulate
 from harness.registry import system
 from harness.routing.types import Routing
 from harness.specs import Cluster
@@ -31,8 +33,6 @@ def transfers(cost):
     """All that a cost sends."""
     if isinstance(cost, InTurn):
         return [each for part in cost.parts for each in transfers(part)]
-    if isinstance(cost, Staged):
-        return [*cost.stages, *cost.ahead]
     return [cost] if isinstance(cost, OnLinks) else []
 
 
@@ -51,11 +51,6 @@ def test_what_tasks_cost_is_what_is_planned(dimension, options, gate):
         for direction in ("forward", "backward")
     }
     found = {direction: sum(planned[part] for part in PARTS[direction] if part in planned) for direction in sent}
-    if gate != "softmoe":  # the first hop home of the weights' gradients is hidden behind the experts
-        last = stages(dimension, 3)[-1]
-        hidden = passage.travel.stage_bytes("metadata_grad", last).astype(float)
-        np.fill_diagonal(hidden, 0)
-        found["backward"] = found["backward"] - hidden
     for direction, matrix in sent.items():
         np.testing.assert_allclose(matrix, found[direction])
 
@@ -67,10 +62,10 @@ def test_the_choice_of_a_dimension_is_paid_and_is_the_executed_rule():
     known = Cluster.model_validate({**plain.model_dump(), "name": "known", "collectives": dict.fromkeys(keys, costs)})
     case = make_case(Topology((2, 2, 2)), **GIVEN, cluster=known)
     passage = HierD.layout(case)
-    wire = HierD.wire(case)
+    wire = HierD.exchange.wire(case)
     counts = count(case.routing, case.placement.owner, case.topology)
-    assert passage.travel.chosen
-    assert passage.travel.dimension == PlannerModel(known).best(
+    assert passage.fares.travel.chosen
+    assert passage.fares.travel.dimension == PlannerModel(known).best(
         counts, wire.row_bytes, padded=False, chunks=wire.num_chunks
     )
     told, _ = transfers(plan_alone(passage, "forward").tasks[1].cost)
@@ -98,7 +93,12 @@ def test_the_judge_says_of_rows_what_the_planner_says(padded, chunks):
         wanted = PlannerModel(cluster).times(
             counts, row_bytes, deduplicated=deduplicate, exact=not padded, chunks=chunks
         )
-        found = float(Machine.published(cluster).seconds(HierD.layout(case).sent("dispatch"))[0])
+        plan = Plan()
+        for task in plan_alone(HierD.layout(case), "forward").tasks:
+            if task.kind == "dispatch":
+                after = [name for name in task.after if "dispatch" in name]
+                plan.add(task.name, task.lane, after, task.cost, kind="dispatch")
+        found = float(simulate(plan, Machine.published(cluster), case.topology).total_s.max())
         if padded and chunks > 1:
             assert found >= wanted[dimension - 1]  # every piece has a longest message of its own
         else:
@@ -125,7 +125,8 @@ def test_stages_of_three_levels_are_priced_by_the_profile_of_their_levels():
     calibration = ledger.latest(cluster, Path(__file__).parents[2] / ledger.LEDGER)
     links = Profiled(calibration)
     case = make_case(Topology((2, 2, 2)), **GIVEN, options={"dimension": 3}, cluster=cluster)
-    outer, middle, inner = HierD.layout(case).sent("dispatch").pieces
+    fares = HierD.layout(case).fares
+    outer, middle, inner = (fares.cost("dispatch", hop, 1) for hop in range(3))
     for piece, key in ((outer, "a2a.rack"), (middle, "a2a.node"), (inner, "a2a.rank")):
         alpha_s = calibration.fit(key).alpha_s
         lasts = links.ports.of(piece.matrix)
@@ -137,5 +138,8 @@ def test_every_hierarchical_system_is_priced_alone_with_its_tasks():
     for name in ("hiermoe", "hiermoe-hd", "hiermoe-hd2", "hiermoe-hd2-smart"):
         case = make_case(Topology((2, 2)), **GIVEN)
         plan = plan_alone(system(name).layout(case), "forward")
-        assert [task.kind for task in plan.tasks] == ["gate", "metadata", "dispatch", "experts", "combine", "restore"]
-        assert isinstance(plan.tasks[2].cost, Staged)
+        names = ["gate", "metadata", "metadata.intra", "dispatch", "dispatch.intra", "experts"]
+        names += ["combine.intra", "combine", "restore"]
+        assert [task.name.removeprefix("forward.") for task in plan.tasks] == names
+        lanes = [task.lane for task in plan.tasks if task.name.endswith(".intra")]
+        assert set(lanes) == {"intra"}
