@@ -38,7 +38,9 @@ class Groups(ScheduleSlot):
         "groups": f"of ranks in the smart schedule, 1: none (default: {GROUPS}, or as many as divide the ranks)"
     }
 
-    title: ClassVar[str] = "FasterMoE's smart schedule: groups of ranks exchange at once, experts compute on what is there"
+    title: ClassVar[str] = (
+        "FasterMoE's smart schedule: groups of ranks exchange at once, experts compute on what is there"
+    )
     source: ClassVar[str] = "PPoPP 2022 (He et al.), section 4.3"
 
     def clashes(self, parts: Mapping[str, Any]) -> str | None:

@@ -19,7 +19,6 @@ of slots (the memory that is set aside), and at most one copy of an expert.
 from __future__ import annotations
 
 import dataclasses
-
 from typing import ClassVar
 
 import numpy as np

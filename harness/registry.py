@@ -78,8 +78,8 @@ def brought(module: str, attribute: str) -> dict[str, Any]:
 
 @functools.cache
 def attributes(attribute: str, wrong: Callable[[str, Any], str] | None = None) -> dict[str, Any]:
-    """Mappings ``attribute`` of all files and folders of systems, joined, sorted. ``wrong``: what is, of a name and what
-    it stands for; empty: nothing."""
+    """Mappings ``attribute`` of all files and folders of systems, joined, sorted. ``wrong``: what is, of a name and
+    what it stands for; empty: nothing."""
     found: dict[str, Any] = {}
     for module in _modules():
         try:

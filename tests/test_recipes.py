@@ -74,7 +74,9 @@ def test_every_recipe_comes_back_by_its_name():
 
 
 def test_systems_that_are_recipes_have_their_parts():
-    named = {name: own for name, system in registry.systems().items() if (own := vars(system).get("recipe")) is not None}
+    named = {
+        name: own for name, system in registry.systems().items() if (own := vars(system).get("recipe")) is not None
+    }
     assert set(named) >= {"flat", "hecate", "hiermoe", "hiermoe-hd2", "fastermoe", "eplb", "smartmoe", "moetuner"}
     for name, own in named.items():
         system, whole = registry.system(name), recipes.DEFAULTS | dict(own)
@@ -273,7 +275,9 @@ def test_a_composition_goes_on_from_its_checkpoint(session, tmp_path):
 
     def run(folder: str, num_steps: int) -> dict[str, Any]:
         more = {"folder": str(tmp_path / folder), "num_steps": num_steps}
-        return session(cluster((2, 2))).call("tests.bench.checkpoint_on_ranks:trained", payload | more, timeout_s=100)[0]
+        return session(cluster((2, 2))).call("tests.bench.checkpoint_on_ranks:trained", payload | more, timeout_s=100)[
+            0
+        ]
 
     whole, _, rest = run("whole", 12), run("cut", 9), run("cut", 12)
     assert rest["began"] == 9
@@ -319,11 +323,11 @@ def test_one_file_adds_a_part_for_one_slot_in_few_lines(folder, session):
     with dropped(str(folder)):
         assert not registry.faults()
         trials = [(name, ("float64", "float32"), options_of(name)) for name in texts]
-        moved = [(name, ("float64",), registry.system(name).variants["materialised and re-sharded"]) for name in texts if
-                 "trades" in name]  # fmt: skip
+        (placed,) = (name for name in texts if name.startswith("trades"))
+        variant = registry.system(placed).variants["materialised and re-sharded"]
     ranks, here = session(cluster((2, 2))), {"folder": str(folder)}
     rows = ranks.call(CONFORM, {**here, "trials": trials, "trial": "ragged"}, timeout_s=100)[0]
-    rows += ranks.call(CONFORM, {**here, "trials": moved, "num_steps": 8}, timeout_s=100)[0]
+    rows += ranks.call(CONFORM, {**here, "trials": [(placed, (), variant)], "num_steps": 8}, timeout_s=100)[0]
     assert len(rows) == 2 * len(texts) + 1
     assert {row["status"] for row in rows} == {"ok"}, rows
     for name in ("padded", "halves", "hottest", "trades"):
@@ -357,6 +361,8 @@ def test_a_file_that_brings_no_part_is_left_out_and_named(tmp_path, monkeypatch,
 
 
 def test_parts_say_what_they_are():
-    parts: Mapping[str, Any] = {f"{slot} {name}": part for slot in recipes.SLOTS for name, part in recipes.known(slot).items()}
+    parts: Mapping[str, Any] = {
+        f"{slot} {name}": part for slot in recipes.SLOTS for name, part in recipes.known(slot).items()
+    }
     assert all(isinstance(part.title, str) and part.source for part in parts.values())
     assert all(issubclass(part, NativeSystem) for part in recipes.known("state").values())

@@ -76,7 +76,9 @@ def list_(
 
 @commands.command()
 def check(
-    systems: Annotated[list[str] | None, typer.Argument(help="Names of systems, or of recipes (moebench list slots).")] = None,
+    systems: Annotated[
+        list[str] | None, typer.Argument(help="Names of systems, or of recipes (moebench list slots).")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="Check every system.")] = False,
     ranks: Annotated[
         int | None, typer.Option(help="Local ranks over loopback (default 4); 16 experts must divide over them.")
@@ -89,8 +91,8 @@ def check(
     """Conformance: every system against the dense float64 oracle, forward and backward.
 
     Ragged tokens, ranks and experts without tokens, k = 1, k = E, drops, every gate. What a system cannot do is
-    refused with its reason. Parts of recipes are joined by +, in any order. Exit status 1 if anything is wrong, or if nothing at all could be checked, and with
-    --strict if anything was refused.
+    refused with its reason. Parts of recipes are joined by +, in any order. Exit status 1 if anything is wrong, or if
+    nothing at all could be checked, and with --strict if anything was refused.
 
     ```
     moebench check flat hiermoe-hd2 --ranks 4
