@@ -184,7 +184,7 @@ def _composed(name: str, names: tuple[str, ...]) -> type[System]:
     reason = clash(recipe)
 
     def refuse(cls: type[System], case: Case) -> str | None:
-        return reason or super(system, cls).refuse(case)  # type: ignore[misc]
+        return reason or super(composed, cls).refuse(case)  # type: ignore[misc]
 
     sources = dict.fromkeys(part.source for slot, part in parts.items() if recipe[slot] != DEFAULTS[slot])
     members = {
@@ -201,8 +201,8 @@ def _composed(name: str, names: tuple[str, ...]) -> type[System]:
         "recipe": recipe,
         "__module__": __name__,
     }
-    system: type[System] = type(name, (state,) if placing is Contiguous else (placing, state), members)
-    return system
+    composed: type[System] = type(name, (state,) if placing is Contiguous else (placing, state), members)
+    return composed
 
 
 def own_options(part: Any) -> Mapping[str, str]:

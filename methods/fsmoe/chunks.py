@@ -40,7 +40,7 @@ class Adaptive(Chunks, ScheduleSlot):
     source: ClassVar[str] = "arXiv 2501.10714, sections 3 to 6"
 
     @property
-    def title(self) -> str:
+    def title(self) -> str:  # type: ignore[override]
         return f"{self.policy.title}, on any exchange"
 
     def cut(self, case: Case, exchange: ExchangeSlot) -> Cut:

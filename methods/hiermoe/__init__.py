@@ -82,7 +82,7 @@ class Swap(Placing):
         )
 
 
-class HierMoE(Swap, HierD):
+class HierMoE(Swap, HierD):  # type: ignore[misc]
     """And, in training, two experts of each layer change places."""
 
     name = "hiermoe"
