@@ -5,8 +5,8 @@ while part j + 1 travels, and on tokens of shadows last."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,16 @@ class Groups(ScheduleSlot):
     options: ClassVar[Options] = {
         "groups": f"of ranks in the smart schedule, 1: none (default: {GROUPS}, or as many as divide the ranks)"
     }
+
+    title: ClassVar[str] = (
+        "FasterMoE's smart schedule: groups of ranks exchange at once, experts compute on what is there"
+    )
+    source: ClassVar[str] = "PPoPP 2022 (He et al.), section 4.3"
+
+    def clashes(self, parts: Mapping[str, Any]) -> str | None:
+        if not getattr(parts["state"], "in_groups", False):
+            return "it computes what stays with a shadow last, and of the states only fastermoe has shadows"
+        return None
 
     def refuse(self, case: Case, exchange: ExchangeSlot) -> str | None:
         if exchange.name != "flat" and num_groups(case) > 1:

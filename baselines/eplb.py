@@ -10,6 +10,8 @@ state.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
 from baselines.flexmoe import hosts_of
@@ -93,6 +95,7 @@ class EPLB(CopiedSystem):
     source = "the idea of DeepSeek's public expert-parallel load balancer, in training"
     every = EVERY
     preload = ("harness.compiled",)
+    recipe: ClassVar[dict[str, str]] = {"state": "eplb"}
 
     @classmethod
     def planner(cls, case: Case) -> Planner:

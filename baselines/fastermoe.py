@@ -149,6 +149,8 @@ class FasterMoE(ReplicatedSystem):
     }
     options: ClassVar[dict[str, str]] = {**slot_options, **Groups.options}
     schedule = Groups()
+    recipe: ClassVar[dict[str, str]] = {"state": "fastermoe", "schedule": "fastermoe"}
+    in_groups: ClassVar[bool] = True  # that schedule's
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"three shadows": {"shadows": 3}}
 
     @classmethod
@@ -173,3 +175,5 @@ class FasterMoE(ReplicatedSystem):
 #: brought to recipes, by name
 SCHEDULES = {"fastermoe": Groups()}
 STATES = {"fastermoe": FasterMoE}
+#: what the name alone gives
+SHORT = {"fastermoe": "state"}

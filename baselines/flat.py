@@ -7,6 +7,8 @@ nothing padded; experts compute once all have come, and nothing overlaps.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from harness.plan.native import NativeSystem
 
 
@@ -14,3 +16,4 @@ class Flat(NativeSystem):
     name = "flat"
     title = "all-to-all-v expert parallelism, the control"
     source = "expert parallelism of GShard (arXiv 2006.16668) with exact sizes"
+    recipe: ClassVar[dict[str, str]] = {}

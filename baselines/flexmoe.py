@@ -19,6 +19,7 @@ of slots (the memory that is set aside), and at most one copy of an expert.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -130,6 +131,7 @@ class FlexMoE(CopiedSystem):
     source = "SIGMOD 2023 (Nie et al.), policy maker; no public code"
     every = EVERY
     preload = ("harness.compiled",)
+    recipe: ClassVar[dict[str, str]] = {"state": "flexmoe"}
 
     @classmethod
     def planner(cls, case: Case) -> Planner:

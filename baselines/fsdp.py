@@ -30,6 +30,7 @@ class FSDPExperts(ReplicatedSystem):
     source = "fully sharded data parallelism (ZeRO-3), a baseline of Hecate (arXiv 2502.02581)"
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"training": {}}
     remembers = False
+    recipe: ClassVar[dict[str, str]] = {"state": "fsdp-experts"}
 
     @classmethod
     def policy(cls, case: Case, job: Job | None) -> Policy:

@@ -20,10 +20,12 @@ from baselines.flat import Flat
 from harness.comm.job import Job
 from harness.options import whole, yes
 from harness.placement import Placement
-from harness.plan.course import Course, FollowedCourse
+from harness.plan.course import FollowedCourse
 from harness.plan.following import Following
+from harness.plan.native import NativeLayer
+from harness.plan.placings import Placing
 from harness.plan.rearrange import Rearranger
-from harness.system import AfterStep, Case, MoELayer, System
+from harness.system import AfterStep, Case
 
 WINDOW = 2  # steps whose tokens count
 EVERY = 10
@@ -55,25 +57,28 @@ def following(case: Case) -> Following:
     return Following(greedy, whole(case, "place_every", EVERY, 10**9), WINDOW, yes(case, "optimizer_state", True))
 
 
-class Follows(System):
-    """A native system whose experts follow the load so."""
+class Follows(Placing):
+    """Experts follow the load so."""
 
+    title = "now and then to the ranks with the least load"
+    source = "ATC 2023 (Zhai et al.), online placement as in its artifact"
     slot_options: ClassVar[dict[str, str]] = OPTIONS
+    variant: ClassVar[dict[str, int]] = {"place_every": 3}
 
     @classmethod
-    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
-        return Rearranger(job, layers, following(case))  # type: ignore[arg-type]
+    def mover(cls, layers: Sequence[NativeLayer], case: Case, job: Job) -> AfterStep:
+        return Rearranger(job, layers, following(case))
 
     @classmethod
-    def course(cls, cases: Sequence[Case]) -> Course:
+    def moves(cls, cases: Sequence[Case]) -> FollowedCourse:
         return FollowedCourse(cls, cases, following(cases[0]))
 
 
 class SmartMoE(Follows, Flat):
     name = "smartmoe"
     title = "SmartMoE's dynamic expert placement, over the flat all-to-all"
-    source = "ATC 2023 (Zhai et al.), online placement as in its artifact"
     options: ClassVar[dict[str, str]] = OPTIONS
+    recipe: ClassVar[dict[str, str]] = {"placement": "smartmoe"}
 
 
 #: brought to recipes, by name

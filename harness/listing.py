@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness import presets
-from harness.errors import UserError
+from harness.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from harness.system import System
 
-KINDS = ("systems", "models", "clusters", "workloads", "suites")
+KINDS = ("systems", "slots", "models", "clusters", "workloads", "suites")
 Names = Sequence[str]  # of presets or of YAML files; none: all
 
 
@@ -20,6 +20,7 @@ def listing(kind: str, names: Names = ()) -> list[dict[str, Any]]:
     """A short row for each system, preset or suite."""
     rows = {
         "systems": _systems_short,
+        "slots": _slots_short,
         "models": _models,
         "clusters": _clusters,
         "workloads": _workloads,
@@ -30,8 +31,9 @@ def listing(kind: str, names: Names = ()) -> list[dict[str, Any]]:
 
 def full(kind: str, names: Names = ()) -> list[dict[str, Any]]:
     """Everything about each system, preset or suite, for scripts; presets carry their ``digest``."""
-    if kind in ("systems", "suites"):
-        return _systems(names) if kind == "systems" else _suites(names)
+    made = {"systems": _systems, "slots": _slots, "suites": _suites}.get(kind)
+    if made is not None:
+        return made(names)
     return [spec.model_dump(mode="json") | {"digest": spec.digest} for spec in _specs(kind, names)]
 
 
@@ -43,7 +45,7 @@ def _specs(kind: str, names: Names) -> list[Any]:
 def _systems(names: Names) -> list[dict[str, Any]]:
     from harness.registry import system, systems
 
-    chosen = {name: system(name) for name in names} or systems()
+    chosen = {system(name).name: system(name) for name in names} or systems()
     return [
         {
             "name": name,
@@ -69,6 +71,32 @@ def _systems_short(names: Names) -> list[dict[str, Any]]:
     return [
         {"name": s["name"], "kind": s["kind"], "version": s["version"], "what": s["title"], "missing": s["missing"]}
         for s in _systems(names)
+    ]
+
+
+def _slots(names: Names) -> list[dict[str, Any]]:
+    """What recipes of systems are made of: of some slots, or names."""
+    from harness import recipes
+
+    rows = recipes.rows()
+    words = {row[key] for row in rows for key in ("slot", "name", "short")}
+    for name in names:
+        if name not in words:
+            raise unknown("slots", name, sorted(words), "slots and what they hold")
+    return [row for row in rows if not names or {row["slot"], row["name"], row["short"]} & set(names)]
+
+
+def _slots_short(names: Names) -> list[dict[str, Any]]:
+    return [
+        {
+            "slot": row["slot"] if not at or rows[at - 1]["slot"] != row["slot"] else "",
+            "name": row["short"] + (" (default)" if row["default"] else ""),
+            "what": row["what"],
+            "options": ", ".join(row["options"]),
+            "source": _paper(row["source"]),
+        }
+        for rows in [_slots(names)]
+        for at, row in enumerate(rows)
     ]
 
 

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from harness.errors import UserError, bad, unknown, unreadable
 from harness.layer.work import expert_parameters
 from harness.placement import Placement
 from harness.registry import brought
+from harness.routing import Routing
 from harness.specs import DTYPE_BYTES, Cluster, Count, Dtype, Model, Spec
+from harness.system import Case
 from harness.topology import Topology, check_size
 
 SCHEMA_VERSION = 1
+ROUNDS = 8  # of annealing for what is served: what a few layers need, and the same wherever it is planned
 Say = Callable[[str], None]
 
 
@@ -169,6 +172,25 @@ def placer(name: str, where: str = "--method") -> Placer:
     if name not in known:
         raise unknown(where, name, known, "methods")
     return known[name]
+
+
+def planned(case: Case, profile: Sequence[Routing], method: str, where: str = "placement") -> list[Placement]:
+    """Where the planner called ``method`` puts the experts of a served model, layer by layer, the same at every call;
+    ``case``: of one of them; ``profile``: the routing of each, of other tokens than those that are served."""
+    planner, num_ranks = placer(method, where), case.topology.num_ranks
+    bandwidth = np.ones((num_ranks, num_ranks))
+    if case.cluster is not None:
+        check_memory(case.model, case.cluster, 1, num_ranks, case.dtype)
+        bandwidth, _ = bandwidths(case.cluster)
+    ids = np.stack([routing.ids for routing in profile])
+    request = Request(
+        *(case.model, case.topology, bandwidth, ids, ids),
+        rounds=ROUNDS,
+        cluster=case.cluster,
+        tokens=tuple(case.routing.tokens),
+        dtype=case.dtype,
+    )
+    return [Placement.of_slots(ranks) for ranks in slots_of(planner.run(request).owner, num_ranks)]
 
 
 # ------------------------------------------------------------------------------------------------------ the command

@@ -66,6 +66,7 @@ def parts(cluster: Cluster, systems: Iterable[str] = (), model: str = MODEL) -> 
 
 def _layer(cluster: Cluster, system: str, model: str) -> Part:
     experiments = layer_cost.experiments(cluster, system, model)
+    system = experiments[0].system  # a recipe by its one name
     payload = {"experiments": [experiment.model_dump(mode="json") for experiment in experiments]}
 
     def fit(answers: list[Any], shared_clock: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +20,7 @@ from harness.system import System
 
 FOLDERS = ("baselines", "methods")
 STATED = ("name", "title", "source", "kind")  # what a system says of itself
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _faults: dict[str, None] = {}  # as a set that keeps its order
 
 
@@ -47,11 +47,11 @@ def system(name: str) -> type[System]:
     """The system called ``name``, or of the recipe of that name (``harness.recipes``); else an error with the nearest
     known names."""
     known = systems()
-    if name not in known and ("+" in name or "=" in name):
+    if name not in known:
         from harness import recipes
 
-        return recipes.system(name)
-    if name not in known:
+        if "+" in name or "=" in name or name in recipes.gives():
+            return recipes.system(name)
         error = unknown("system", name, known, "systems")
         raise UserError("; ".join([str(error), *(f"left out: {fault}" for fault in faults())]))
     return known[name]
@@ -77,11 +77,20 @@ def brought(module: str, attribute: str) -> dict[str, Any]:
 
 
 @functools.cache
-def attributes(attribute: str) -> dict[str, Any]:
-    """Mappings ``attribute`` of all files and folders of systems, joined, sorted."""
+def attributes(attribute: str, wrong: Callable[[str, Any], str] | None = None) -> dict[str, Any]:
+    """Mappings ``attribute`` of all files and folders of systems, joined, sorted. ``wrong``: what is, of a name and
+    what it stands for; empty: nothing."""
     found: dict[str, Any] = {}
     for module in _modules():
-        for key, each in getattr(module, attribute, {}).items():
+        try:
+            own = dict(getattr(module, attribute, {}))
+        except (TypeError, ValueError) as error:
+            _left_out(module.__name__, f"{attribute}: {error}")
+            continue
+        for key, each in own.items():
+            if said := wrong(key, each) if wrong is not None else "":
+                _left_out(module.__name__, f"{attribute}[{key!r}] {said}")
+                continue
             if key in found and found[key] is not each:
                 _left_out(module.__name__, bad(attribute.lower(), key, "there are two of this name; rename one"))
             found.setdefault(key, each)
@@ -113,11 +122,17 @@ def _whole(member: type[System], module: ModuleType) -> bool:
         return False
     missing = [f"method {name}" for name in sorted(member.__abstractmethods__)]
     missing += [each for each in STATED if not isinstance(getattr(member, each, None), str)]
-    if not missing and not _NAME.fullmatch(member.name):
+    if not missing and not NAME.fullmatch(member.name):
         missing = [f"name of letters, digits, '.', '_' and '-' (it is {member.name!r})"]
-    if missing and here:
+    if missing and here and not any(member is part for part in _parts(module)):
         _left_out(module.__name__, f"class {member.__name__} has no {', no '.join(missing)}")
     return not missing
+
+
+def _parts(module: ModuleType) -> list[Any]:
+    """Classes of recipes (``harness.recipes``), which need no name of their own."""
+    brought = (getattr(module, attribute, {}) for attribute in ("STATES", "PLACINGS"))
+    return [part for parts in brought if isinstance(parts, dict) for part in parts.values()]
 
 
 def _one_of(name: str, same: list[type[System]]) -> type[System] | None:

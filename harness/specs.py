@@ -36,6 +36,8 @@ GEMMS: dict[str, int] = {"gpt": 2, "swiglu": 3}  # of one expert, by Model.ffn_t
 
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
+# of one, or of a recipe's parts (``harness.recipes``)
+SystemName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$", max_length=120)]
 # operation.scope, or operation.scope@ranks where it was found on another number of ranks: a2a.inter1, ar.inter@16
 CollectiveKey = Annotated[str, Field(pattern=r"^[a-z0-9]+\.[a-z0-9]+(@[1-9][0-9]*)?$")]
 PROSE = ("source", "interpretation")  # rewording a note makes no other experiment
@@ -356,7 +358,7 @@ class Experiment(Spec):
     model: Model
     cluster: Cluster
     workload: Workload
-    system: Name
+    system: SystemName
     phase: Phase
     dtype: Dtype = "bfloat16"
     backward: bool = True

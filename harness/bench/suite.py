@@ -10,7 +10,9 @@
         phase: exchange
 
 Names refer to presets; a mapping in the place of a name is a specification of its own, and so is the name of a YAML
-file (relative to this one) that holds such a mapping. Lists expand as a grid. ``seed`` takes the place of the
+file (relative to this one) that holds such a mapping. A system is a name, a recipe (``hiermoe-hd2+fsmoe+hecate``), or a
+recipe written out: ``{exchange: hiermoe-hd2, schedule: fsmoe, state: hecate, options: {t: 4}}``. Lists expand as a
+grid. ``seed`` takes the place of the
 workload's own.
 """
 
@@ -27,7 +29,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from harness import presets, registry
+from harness import presets, recipes, registry
 from harness.bench import serve
 from harness.case import placements
 from harness.errors import Unreadable, UserError, bad
@@ -202,9 +204,10 @@ def _grid(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _experiment(choice: dict[str, Any], here: str, folder: Path | None) -> Experiment:
-    system, options = _system(choice, here)
     with _at(here):
+        system, options = _system(choice, here)
         known = registry.system(str(system))
+        system = known.name
         fields = {
             "model": _resolve(choice["model"], presets.model, Model, f"{here}.model", folder),
             "cluster": _resolve(choice["cluster"], presets.cluster, Cluster, f"{here}.cluster", folder),
@@ -218,11 +221,9 @@ def _experiment(choice: dict[str, Any], here: str, folder: Path | None) -> Exper
             )
     for option in options:
         if option not in known.options:
-            raise bad(
-                f"{here}.options.{option}",
-                options[option],
-                f"{system} has no such option" + _nearest(option, known.options),
-            )
+            why = recipes.no_option(known, option)
+            remedy = f"{system} has no such option{f': {why}' if why else _nearest(option, known.options)}"
+            raise bad(f"{here}.options.{option}", options[option], remedy)
     for key, values in (("phase", get_args(Phase)), ("dtype", get_args(Dtype))):
         if choice[key] not in values:
             raise bad(f"{here}.{key}", choice[key], f"must be one of {', '.join(values)}")
@@ -238,11 +239,15 @@ def _system(choice: dict[str, Any], here: str) -> tuple[Any, dict[str, Any]]:
     given = choice["system"]
     if not isinstance(given, Mapping):
         given = {"name": given}
-    _check_keys(given, ("name", "options"), f"{here}.system")
+    slots = {key: value for key, value in given.items() if key in recipes.SLOTS}
+    if slots and "name" in given:
+        raise bad(f"{here}.system.name", given["name"], f"the {next(iter(slots))} says it already; leave one out")
+    _check_keys(given, (*recipes.SLOTS, "name", "options"), f"{here}.system")
     for options in (choice["options"], given.get("options", {})):
         if not isinstance(options, Mapping):
             raise bad(f"{here}.options", options, "must be a mapping from option to value")
-    return given.get("name"), {**choice["options"], **given.get("options", {})}
+    name = recipes.name_of(recipes.written(slots, f"{here}.system")) if slots else given.get("name")
+    return name, {**choice["options"], **given.get("options", {})}
 
 
 def _resolve(value: Any, preset: Callable[..., Any], spec: type[Any], here: str, folder: Path | None) -> Any:

@@ -45,17 +45,18 @@ def doctor(as_json: Json = False) -> None:
 @commands.command(name="list")
 def list_(
     kind: Annotated[
-        str, typer.Argument(help="systems, models, clusters, workloads or suites; all of them if left out.")
+        str, typer.Argument(help="systems, slots, models, clusters, workloads or suites; all of them if left out.")
     ] = "",
     names: Annotated[list[str] | None, typer.Argument(help="Only these: names, or YAML files of your own.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Systems, models, clusters, workloads and suites by name.
+    """Systems, models, clusters, workloads and suites by name, and what a system's slots may hold.
 
     With --json everything about each: shapes, constants, options, sources and interpretations.
 
     ```
     moebench list systems
+    moebench list slots
     moebench list clusters --json
     moebench list cluster my-cluster.yaml
     ```
@@ -75,7 +76,9 @@ def list_(
 
 @commands.command()
 def check(
-    systems: Annotated[list[str] | None, typer.Argument(help="Names of systems (moebench list systems).")] = None,
+    systems: Annotated[
+        list[str] | None, typer.Argument(help="Names of systems, or of recipes (moebench list slots).")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="Check every system.")] = False,
     ranks: Annotated[
         int | None, typer.Option(help="Local ranks over loopback (default 4); 16 experts must divide over them.")
@@ -88,12 +91,13 @@ def check(
     """Conformance: every system against the dense float64 oracle, forward and backward.
 
     Ragged tokens, ranks and experts without tokens, k = 1, k = E, drops, every gate. What a system cannot do is
-    refused with its reason; exit status 1 if anything is wrong, or if nothing at all could be checked, and with
-    --strict if anything was refused.
+    refused with its reason. Parts of recipes are joined by +, in any order. Exit status 1 if anything is wrong, or if
+    nothing at all could be checked, and with --strict if anything was refused.
 
     ```
     moebench check flat hiermoe-hd2 --ranks 4
     moebench check --all --ranks 8 --json
+    moebench check fsmoe+hiermoe-hd2 hiermoe-hd2+fsmoe+hecate --ranks 8
     moebench check hiermoe-hd2 --cluster emulated-2x4 --strict
     ```
     """

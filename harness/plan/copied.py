@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from harness.plan.passage import Passage
 from harness.plan.priced import PricedCopied
 from harness.plan.rearrange import Rearranger
 from harness.routing.certificate import expert_counts
-from harness.system import AfterStep, Case, MoELayer
+from harness.system import AfterStep, Case, MoELayer, System
 
 
 class CopiedLayer(NativeLayer):
@@ -87,6 +87,7 @@ class CopiedSystem(NativeSystem):
     routing, as if training had been going on; ``rearrange_every`` and ``slots`` are options of all of them."""
 
     every: ClassVar[int]
+    copies = True
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"rearranged": {"rearrange_every": 3}}
     options: ClassVar[dict[str, str]] = {
         "rearrange_every": "training steps between rearrangements (default 25)",
@@ -97,6 +98,13 @@ class CopiedSystem(NativeSystem):
     @abc.abstractmethod
     def planner(cls, case: Case) -> Planner:
         """For every layer of a case; all ranks must decide alike."""
+
+    @classmethod
+    def clashes(cls, parts: Mapping[str, Any]) -> str | None:
+        """With other parts of a recipe, by slot."""
+        if issubclass(parts["placement"], System):
+            return "it says itself where experts and their copies are; leave the placement out"
+        return None
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:

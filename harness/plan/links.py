@@ -26,7 +26,7 @@ from harness.topology import Topology
 from harness.traffic import blocks_of, inside_load, port_load
 
 Array = np.ndarray
-#: what a link model remembers of its ports between the transfers of a plan, for which it is asked in turn; empty at first
+#: what a link model remembers of its ports between the transfers of a plan, for which it is asked in turn
 Lane = dict[str, Array]
 
 

@@ -7,7 +7,7 @@ class Mine(NativeSystem):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -175,6 +175,9 @@ class NativeSystem(UnifiedSystem):
     stands_in = True
     exchange: ClassVar[ExchangeSlot] = FlatSlot()
     schedule: ClassVar[ScheduleSlot] = Serial()
+    recipe: ClassVar[Mapping[str, str] | None] = None  # what it is as a recipe, by slot; what is left out: the default
+    still: ClassVar[Mapping[str, Any]] = {}  # options with which it leaves experts where they are
+    copies: ClassVar[bool] = False  # whether experts have more than their owners
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:

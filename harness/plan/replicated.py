@@ -215,6 +215,7 @@ class ReplicatedSystem(NativeSystem):
     """A native system that differs by its policy alone."""
 
     remembers = True  # as most policies do
+    copies = True
 
     @classmethod
     @abc.abstractmethod

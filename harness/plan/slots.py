@@ -50,9 +50,11 @@ class Fares(abc.ABC):
 
 
 class ExchangeSlot(abc.ABC):
-    """``name``: in recipes. ``stages``: as ``System.stages``."""
+    """``name``, ``title`` (one line) and ``source``: in recipes. ``stages``: as ``System.stages``."""
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
     options: ClassVar[Options] = {}
     stages: ClassVar[tuple[str, ...]] = ("flat",)
 
@@ -102,6 +104,8 @@ class FlatSlot(ExchangeSlot):
     """One all-to-all-v over all ranks, exact sizes."""
 
     name = "flat"
+    title = "one all-to-all-v over all ranks, exact sizes"
+    source = "expert parallelism of GShard (arXiv 2006.16668)"
 
     def num_hops(self, case: Case) -> int:
         return 1
@@ -125,9 +129,11 @@ class FlatSlot(ExchangeSlot):
 
 
 class ScheduleSlot(Schedule, abc.ABC):
-    """A schedule with how it cuts a batch, and where it puts gradients."""
+    """A schedule with how it cuts a batch, and where it puts gradients. ``name``, ``title``, ``source``: in recipes."""
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
     options: ClassVar[Options] = {}
     #: options with which it cuts a batch into several chunks
     chunked: ClassVar[Mapping[str, Any]] = {}
@@ -154,6 +160,8 @@ class Serial(Chunks, ScheduleSlot):
     """One thing after another."""
 
     name = "serial"
+    title = "one thing after another"
+    source = "as every framework without overlap"
 
     def cut(self, case: Case, exchange: ExchangeSlot) -> Cut:
         return Cut()
@@ -163,6 +171,8 @@ class Pipelined(Chunks, ScheduleSlot):
     """Hops of a chunk beside those of others; experts compute once all have come."""
 
     name = "pipelined"
+    title = "hops of a chunk beside those of others; experts compute once all have come"
+    source = "arXiv 2508.09591, section III"
     options: ClassVar[Options] = {"chunks": "pieces of the batch whose hops overlap (default: as the exchange has it)"}
     chunked: ClassVar[Mapping[str, Any]] = {"chunks": 3}
 

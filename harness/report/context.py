@@ -12,6 +12,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from harness.bench.store import SIMULATED
+from harness.errors import UserError
 from harness.report import compare, page, words
 from harness.report.page import Column, Html
 from harness.report.run import GROUP, Run
@@ -240,14 +241,11 @@ def sweep(run_dir: Path) -> str:
 
 def _systems(run: Run) -> str:
     """What stands behind every name; a system that this installation lacks keeps its name."""
-    from harness import registry  # imports torch, which nothing else here needs
-
-    known = registry.systems()
     told = run.rows[run.rows["metric"] == "how"]
     how = told.groupby("system")["reason"].agg(lambda reasons: "; ".join(dict.fromkeys(reasons))).to_dict()
     rows = []
     for name in dict.fromkeys(run.rows.drop_duplicates("label").set_index("label").loc[run.labels, "system"]):
-        system = known.get(name)
+        system = _system(name)
         facts = (
             (system.title, {"package": "real package", "native": "native"}[system.kind], system.source)
             if system
@@ -263,6 +261,16 @@ def _systems(run: Run) -> str:
         *([Column("how", "how its experts computed", kind="prose")] if how else []),
     ]
     return page.table(frame, columns, "Systems")
+
+
+def _system(name: str) -> Any:
+    """None: not part of this installation."""
+    from harness import registry  # imports torch, which nothing else here needs
+
+    try:
+        return registry.system(name)
+    except UserError:
+        return None
 
 
 def _clusters(run: Run) -> str:

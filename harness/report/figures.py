@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -285,4 +285,10 @@ def legend(fig: Figure, look: dict[str, Look], labels: pd.Series, bars: bool = F
         ]
     else:
         handles = [Line2D([], [], color=look[x].color, marker=look[x].marker, ms=7, lw=2) for x in shown]
-    fig.legend(handles, shown, loc="outside upper left", ncols=min(5, len(shown)), frameon=False, fontsize=9.5)
+    fig.legend(handles, shown, loc="outside upper left", ncols=_columns(fig, shown), frameon=False, fontsize=9.5)
+
+
+def _columns(fig: Figure, labels: Sequence[str]) -> int:
+    """Of a legend: as many as fit beside each other by the longest label, at most 5."""
+    points = 72 * fig.get_figwidth() / (40 + 5.5 * max(map(len, labels), default=0))
+    return max(1, min(5, len(labels), int(points)))

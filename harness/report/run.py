@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from harness.bench.store import Store
-from harness.errors import bad
+from harness.errors import UserError, bad
 from harness.report import untold
 from harness.report.keep import keep
 
@@ -101,6 +101,7 @@ def load(run_dir: Path | str, *, baseline: str = "", control: str = "", usual: t
     experiments = {cell: data for (cell, _), data in untold.swept(path).items()} | merged(records, "experiments")
     rows = rows.assign(label=_labels(rows, experiments))
     cells = rows.drop_duplicates("cell")
+    baseline, control = _one_name(baseline), _one_name(control)
     for field, given in (("baseline", baseline), ("control", control)):
         if given and not _refers(cells, given):
             raise bad(field, given, _no_such(cells, given, path.name))
@@ -110,6 +111,18 @@ def load(run_dir: Path | str, *, baseline: str = "", control: str = "", usual: t
         baseline = next((name for name in (*usual, *most) if _refers(timed, name)), usual[0])
     control = control or (usual[1] if _refers(timed, usual[1]) else baseline)
     return Run(path, rows, records, tuple(damaged), baseline, control)
+
+
+def _one_name(reference: str) -> str:
+    """Of a recipe whose parts are given in any order."""
+    if "+" not in reference:
+        return reference
+    from harness import registry  # imports torch, which nothing else here needs
+
+    try:
+        return registry.system(reference).name
+    except UserError:
+        return reference  # a label
 
 
 def _refers(cells: pd.DataFrame, name: str) -> bool:

@@ -37,6 +37,11 @@ class Adaptive(Chunks, ScheduleSlot):
         "degree_backward": "likewise in backward",
     }
     chunked: ClassVar[Mapping[str, Any]] = {"degree_forward": 4, "degree_backward": 2}
+    source: ClassVar[str] = "arXiv 2501.10714, sections 3 to 6"
+
+    @property
+    def title(self) -> str:  # type: ignore[override]
+        return f"{self.policy.title}, on any exchange"
 
     def cut(self, case: Case, exchange: ExchangeSlot) -> Cut:
         if (degrees := forced(case)) is not None:
@@ -106,6 +111,7 @@ def _key(hop: Any) -> str:
     return f"{hop.operation}.{scope}"
 
 
+#: brought to recipes, by name
 SCHEDULES: Mapping[str, Adaptive] = {
     ("fsmoe" if name == "fsmoe" else f"fsmoe-{name}"): Adaptive(
         policy.overlap, "fsmoe" if name == "fsmoe" else f"fsmoe-{name}", policy

@@ -24,6 +24,8 @@ class Hecate(ReplicatedSystem):
     title = "Hecate (FSSDP): sharded experts, the loaded ones materialised under the attention"
     source = "arXiv 2502.02581, sections 3 to 5"
     rematerialise: ClassVar[bool] = False
+    recipe: ClassVar[dict[str, str]] = {"state": "hecate"}
+    still: ClassVar[dict[str, int]] = {"reshard_every": 0}
     options: ClassVar[dict[str, str]] = {
         "t": "overlap degree, experts that are materialised elsewhere (default: in training as many as are gathered "
         "while the attention computes, T_non-MoE * bw / expert_size, profiled in its second step; E / ranks where "
@@ -84,6 +86,7 @@ class HecateRM(Hecate):
     title = "Hecate with re-materialisation: one layer's copies at a time"
     source = "arXiv 2502.02581, section 5 (Hecate-RM)"
     rematerialise = True
+    recipe: ClassVar[dict[str, str]] = {"state": "hecate-rm"}
     variants = {}  # of Hecate's
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from baselines import smartmoe
 from harness.comm.job import Job
 from harness.options import whole
-from harness.plan.native import NativeSystem
+from harness.plan.native import NativeLayer, NativeSystem
+from harness.plan.placings import Placing
 from harness.plan.slots import Pipelined
-from harness.system import AfterStep, Case, MoELayer
+from harness.system import AfterStep, Case
 from methods.hiermoe.between import MAX_SHARE, SwapOptions, Swaps
 from methods.hiermoe.layout import EXCHANGES, Hier
 from methods.hiermoe.planner import PlannerModel
@@ -28,21 +29,30 @@ class HierD(NativeSystem):
     schedule = Pipelined()
     chunked: ClassVar[dict[str, bool | int | float | str]] = {"chunks": 3}
     options: ClassVar[dict[str, str]] = {"chunks": Hier.CHUNKS, **Hier.options}
+    recipe: ClassVar[dict[str, str]] = {"exchange": "hiermoe-hd", "schedule": "pipelined"}
 
 
-class HierMoE(HierD):
-    """And, in training, two experts of each layer change places where the time model finds that it pays."""
+class Swap(Placing):
+    """In training two experts of each layer change places where the time model finds that it pays."""
 
-    name = "hiermoe"
-    title = "HierMoE: the all-to-all of the dimension that pays, and expert swap in training"
-    source = "arXiv 2508.09591, sections III and IV (HierD-ES)"
-    options: ClassVar[dict[str, str]] = HierD.options | {
+    title = "HierMoE's expert swap: two experts of each layer change places where its time model finds that it pays"
+    source = "arXiv 2508.09591, section IV (HierD-ES)"
+    exchange: ClassVar[Hier]
+    slot_options: ClassVar[dict[str, str]] = {
         "swap_every": "training steps between updates, at least (default 1); more where the cluster's costs are known "
         f"and an update would take over {MAX_SHARE:.0%} of them",
         "swap_pairs": "swaps of each layer in one update (default 1)",
         "max": "of the objective: smooth, plain or log-sum-exp (default smooth)",
         "gamma": f"of the objective's smooth maximum (default {GAMMA:g})",
     }
+
+    @classmethod
+    def clashes(cls, parts: Mapping[str, Any]) -> str | None:
+        if not isinstance(parts["exchange"], Hier):
+            return f"it weighs the stages of HierMoE's exchanges, and {parts['exchange'].name} has none"
+        if parts["state"].copies:
+            return "its objective counts tokens where experts' owners are, and copies take them elsewhere"
+        return None
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:
@@ -52,13 +62,13 @@ class HierMoE(HierD):
         return super().refuse(case)
 
     @classmethod
-    def after_step(cls, layers: Sequence[MoELayer], case: Case, job: Job) -> AfterStep:
+    def mover(cls, layers: Sequence[NativeLayer], case: Case, job: Job) -> AfterStep:
         dimension = cls.exchange.dimension(case)
         model = dimension if isinstance(dimension, PlannerModel) else None
-        return Swapper(job, layers, cls.swaps(case), model, cls.exchange.wire(case).row_bytes)  # type: ignore[arg-type]
+        return Swapper(job, layers, cls.swaps(case), model, cls.exchange.wire(case).row_bytes)
 
     @classmethod
-    def course(cls, cases: Sequence[Case]) -> Swaps:
+    def moves(cls, cases: Sequence[Case]) -> Swaps:
         case = cases[0]
         return Swaps(cls, cases, cls.swaps(case), cls.exchange.dimension(case), cls.exchange.wire(case))
 
@@ -72,6 +82,16 @@ class HierMoE(HierD):
         )
 
 
+class HierMoE(Swap, HierD):  # type: ignore[misc]
+    """And, in training, two experts of each layer change places."""
+
+    name = "hiermoe"
+    title = "HierMoE: the all-to-all of the dimension that pays, and expert swap in training"
+    source = "arXiv 2508.09591, sections III and IV (HierD-ES)"
+    options: ClassVar[dict[str, str]] = HierD.options | Swap.slot_options
+    recipe: ClassVar[dict[str, str]] = HierD.recipe | {"placement": "hiermoe"}
+
+
 class HierMoEHD2(HierD):
     """HD2: a token crosses a node link once per destination node; one partial weighted sum per node returns."""
 
@@ -80,6 +100,7 @@ class HierMoEHD2(HierD):
     source = "arXiv 2508.09591, section III (HD2)"
     options: ClassVar[dict[str, str]] = {key: HierD.options[key] for key in ("chunks", "deduplicate", "padded")}
     exchange = EXCHANGES["hiermoe-hd2"]
+    recipe: ClassVar[dict[str, str]] = {"exchange": "hiermoe-hd2", "schedule": "pipelined"}
 
 
 class HierMoEHD2Smart(smartmoe.Follows, HierMoEHD2):
@@ -89,3 +110,8 @@ class HierMoEHD2Smart(smartmoe.Follows, HierMoEHD2):
     title = "HierMoE's two-dimensional all-to-all with SmartMoE's dynamic placement"
     source = "arXiv 2508.09591, section VI (HD2-MoE-Smart)"
     options: ClassVar[dict[str, str]] = HierMoEHD2.options | smartmoe.OPTIONS
+    recipe: ClassVar[dict[str, str]] = HierMoEHD2.recipe | {"placement": "smartmoe"}
+
+
+#: brought to recipes, by name
+PLACINGS = {"hiermoe": Swap}

@@ -75,6 +75,8 @@ class Hier(ExchangeSlot):
 
     name: str  # type: ignore[misc]
     fixed: int | None = None
+    title: ClassVar[str] = "HierMoE's deduplicated all-to-all of the dimension that pays"
+    source: ClassVar[str] = "arXiv 2508.09591, section III (HierD-AlltoAll)"
     options: ClassVar[Options] = {  # type: ignore[misc]
         "dimension": "d of HDd, 1 (all ranks at once) to the number of link levels "
         "(default: the best for each routing by the cluster's costs; 2 where none are known)",
@@ -151,6 +153,14 @@ class Hier(ExchangeSlot):
         )
 
 
+class HD2(Hier):
+    """Two dimensions, whatever pays."""
+
+    title: ClassVar[str] = "HierMoE's deduplicated all-to-all: across nodes, then inside them"
+    source: ClassVar[str] = "arXiv 2508.09591, section III (HD2)"
+    options: ClassVar[Options] = {key: text for key, text in Hier.options.items() if key != "dimension"}  # type: ignore[misc]
+
+
 def known_costs(cluster: Cluster | None) -> Cluster | None:
     """The cluster with the costs of all stages: of its latest calibration, or its own; None where some are missing."""
     if cluster is None:
@@ -162,6 +172,6 @@ def known_costs(cluster: Cluster | None) -> Cluster | None:
 
 
 #: brought to recipes, by name
-EXCHANGES: Mapping[str, Hier] = {"hiermoe-hd": Hier("hiermoe-hd"), "hiermoe-hd2": Hier("hiermoe-hd2", 2)}
+EXCHANGES: Mapping[str, Hier] = {"hiermoe-hd": Hier("hiermoe-hd"), "hiermoe-hd2": HD2("hiermoe-hd2", 2)}
 
-__all__ = ["EXCHANGES", "Hier", "HierFares", "known_costs"]
+__all__ = ["EXCHANGES", "HD2", "Hier", "HierFares", "known_costs"]

@@ -38,6 +38,19 @@ SMALL = 12  # ranks up to which variants are tried too
 PHASES = ("exchange", "layer", "train_step", "prefill", "decode")
 #: options of systems that decide something only then
 OPTIONS: dict[str, dict[str, Any]] = {"fastermoe": {"shadows": 3}}
+#: recipes beside the systems that have names of their own
+COMPOSED = (
+    "hiermoe-hd2+fsmoe+hecate",
+    "hiermoe-hd+fsmoe+hecate+smartmoe",
+    "hiermoe-hd2+pipelined+eplb",
+    "hiermoe-hd2+fsmoe-lina+fastermoe",
+    "hiermoe-hd+fsmoe+hiermoe",
+    "flat+fsmoe+fsdp-experts+two-stage",
+)
+
+
+def tried() -> list[type[System]]:
+    return [*registry.systems().values(), *map(registry.system, COMPOSED)]
 
 
 class Laid(Exception):
@@ -199,7 +212,7 @@ def main(num_ranks: int, out: Path, progress: Callable[[str], None] = print) -> 
     torch.set_num_threads(1)
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     job, rows = Job(Topology(SHAPES[num_ranks])), []
-    for system in registry.systems().values():
+    for system in tried():
         for number, options in enumerate(variants(system)):
             if number and num_ranks > SMALL:
                 break

@@ -31,6 +31,10 @@ MOVING: dict[str, dict[str, Any]] = {
     "hecate": {"t": 3, "window": 2, "reshard_every": 3},
     "hecate-rm": {"t": 5, "m": 1, "window": 3, "reshard_every": 2, "calibrate": True},
     "hiermoe": {"swap_every": 2, "swap_pairs": 2},
+    "hecate+smartmoe": {"t": 3, "window": 2, "place_every": 2},
+    "hiermoe-hd2+fsmoe+hecate-rm+smartmoe": {"t": 4, "m": 2, "place_every": 3},
+    "hiermoe-hd2+fsmoe+hiermoe": {"swap_every": 2},
+    "hiermoe-hd2+fsmoe+eplb": {"rearrange_every": 2},
 }
 STILL = ("flat", "fastermoe", "fsdp-experts")
 
