@@ -32,6 +32,8 @@ class ExpertGroups(Chunks, ScheduleSlot):
     """Chunks are groups of every rank's experts."""
 
     name = "eps-moe"
+    title = "in groups of each rank's experts, one group's hops beside another's products"
+    source = "arXiv 2410.12247"
     options: ClassVar[Options] = {
         "expert_groups": f"of a rank's experts, one computing while others travel (default: {GROUPS}, at most as many "
         "as a rank has experts)"

@@ -76,6 +76,8 @@ class NodeFares(Fares):
 
 class NodeSlot(ExchangeSlot):
     name = "ppmoe"
+    title = "every rank gets all tokens of its node"
+    source = "arXiv 2304.11414"
 
     def refuse(self, case: Case) -> str | None:
         return None if case.topology.num_levels > 1 else "a cluster of one link level has no nodes; take another"

@@ -73,7 +73,7 @@ def test_list_everything_as_tables(moebench):
     [
         (
             ["list", "nonsense"],
-            "kind: 'nonsense': unknown; known kinds are systems, models, clusters, workloads, suites",
+            "kind: 'nonsense': unknown; known kinds are systems, slots, models, clusters, workloads, suites",
         ),
         (["check", "fla"], "system: 'fla': unknown; did you mean 'flat'?"),
         (["check"], "name at least one, or give --all"),

@@ -196,8 +196,8 @@ def refused(exchange: str, schedule: str, state: str, placement: str) -> bool:
     copies = state != "owned"
     return (
         (schedule == "fastermoe" and state != "fastermoe")  # what stays with a shadow is computed last
-        or (state in ("flexmoe", "eplb") and placement != "contiguous")  # both move the same experts
-        or (placement == "hiermoe" and (exchange == "flat" or copies))  # the swap's objective
+        or (state in ("flexmoe", "eplb", "per-node") and placement != "contiguous")  # both move the same experts
+        or (placement == "hiermoe" and (not exchange.startswith("hiermoe") or copies))  # the swap's objective
     )
 
 
@@ -219,8 +219,10 @@ def sensible() -> list[str]:
     """All exchanges with all schedules and states."""
     found = []
     for names in itertools.product(*(recipes.known(slot) for slot in ("exchange", "schedule", "state"))):
-        exchange, schedule, _ = names
-        if not refused(*names, "contiguous") and (exchange == "flat" or schedule != "fastermoe"):
+        exchange, schedule, state = names
+        unfit = exchange != "flat" and schedule in ("fastermoe", "eps-moe")  # parts of them go apart
+        unfit |= exchange == "ppmoe" and state != "per-node"  # it stays in its node
+        if not refused(*names, "contiguous") and not unfit:
             found.append(recipes.name_of(dict(zip(("exchange", "schedule", "state"), names, strict=True))))
     return found
 
