@@ -65,7 +65,7 @@ test: setup
 	$(PY) -m pytest -n 3 -m "not long" $(ARGS)
 
 # Proofs that last: a shorter test of `make test` has an eye on the same behaviour. What lasts a minute or more of them
-# is marked `minutes` too, and .ci/run leaves it out.
+# is marked `minutes` too: make test-long ARGS='-m "long and not goldens and not minutes"' leaves it out.
 test-long: setup
 	$(PY) -m pytest -n 3 -m "long and not goldens" $(ARGS)
 
