@@ -27,6 +27,7 @@ class Exchange(abc.ABC):
     def __init__(self, job: Job, placement: Placement):
         self.job = job
         self.placement = placement
+        self._hosting: tuple[Placement, Hosting] | None = None
 
     def place(self, placement: Placement) -> None:
         """Experts are where ``placement`` says from now on."""
@@ -35,7 +36,9 @@ class Exchange(abc.ABC):
     @property
     def hosting(self) -> Hosting:
         """Of the placement alone."""
-        return Hosting(self.placement.hosts, self.placement.local(self.job.rank))
+        if self._hosting is None or self._hosting[0] is not self.placement:
+            self._hosting = self.placement, Hosting(self.placement.hosts, self.placement.local(self.job.rank))
+        return self._hosting[1]
 
     @abc.abstractmethod
     def journey(
