@@ -112,20 +112,16 @@ def dealt_pieces(
 
 
 def targets(ids: np.ndarray, source: np.ndarray, hosts: np.ndarray, topology: Topology) -> np.ndarray:
-    """The rank that computes each row by ``assign``: ``ids`` int [T, k] of tokens of ``source`` int [T] -> int [T,
-    k]."""
-    if (hosts.sum(1) == 1).all():
+    """The rank that computes each row by ``assign``, int [T, k]; ``ids`` int [T, k] of tokens of ``source`` int [T]."""
+    hosting = Hosting(hosts, np.empty(0, dtype=np.int64))
+    if not hosting.several:
         return hosts.argmax(1)[ids]
-    near, found = nearest(hosts, topology), np.empty(ids.shape, dtype=np.int64)
+    found = np.empty(ids.shape, dtype=np.int64)
     for rank in np.unique(source):
-        mine = np.flatnonzero(source == rank)
-        expert = ids[mine].ravel()
-        order = np.argsort(expert, kind="stable")
-        counts = np.bincount(expert, minlength=len(hosts))
-        place = np.empty_like(expert, dtype=np.int64)
-        place[order] = np.arange(len(expert)) - (counts.cumsum() - counts)[expert[order]]
-        host = near.holders(rank)[expert, (place + rank) % near.count[rank][expert]]
-        found[mine] = host.reshape(len(mine), -1)
+        mine = source == rank
+        expert = torch.from_numpy(ids[mine].ravel().astype(np.int64))
+        held = assign(expert, hosting, topology, int(rank)).numpy()
+        found[mine] = hosting.holder[held].reshape(-1, ids.shape[1])
     return found
 
 

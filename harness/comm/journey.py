@@ -14,7 +14,6 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -116,7 +115,7 @@ class Leg(Handover):
             moved = moved.to(at.device)
         counts = [part.reshape(degree, -1, part.shape[1]).sum(1).tolist() for part in (self.sent, self.received)]
         found = []
-        for chunk, (a, b) in enumerate(pairs(outgoing.starts)):
+        for chunk, (a, b) in enumerate(itertools.pairwise(outgoing.starts)):
             first, end = items.of(chunk)
             row = slice(a, b) if moved is None else moved[a:b]
             order = None if self.order is None else self.order[row]
@@ -244,7 +243,7 @@ class Journey(Handover, abc.ABC):
             total = self.counts.sum(0)
             places = (total.cumsum() - total + self.counts.cumsum(0) - self.counts).tolist()
             found = []
-            for piece, (a, b) in enumerate(pairs([0, *self.counts.sum(1).cumsum().tolist()])):
+            for piece, (a, b) in enumerate(itertools.pairwise([0, *self.counts.sum(1).cumsum().tolist()])):
                 order = stable_order(self.slot[a:b], max(1, self.counts.shape[1])) + a
                 runs, start = [], 0
                 for count, at in zip(self.counts[piece].tolist(), places[piece], strict=True):
@@ -259,7 +258,3 @@ class Journey(Handover, abc.ABC):
             if self.cut.forward == self.cut.backward:  # nobody asks again
                 del self.slot, self.item
         return self._landed[degree]
-
-
-def pairs(starts: Sequence[int]) -> list[tuple[int, int]]:
-    return list(itertools.pairwise(starts))

@@ -162,8 +162,8 @@ class CopiedSystem(NativeSystem):
         routing = cls.planned_routing(case)
         if routing is None:
             return None
-        placement, cut = cls.first(case), cls.schedule.cut(case, cls.exchange)
-        parts = cls.exchange.fares(case.placed(placement), routing, placement.hosts, cut).parts()
+        placement = cls.first(case)
+        parts = cls.fares(case.placed(placement), routing, placement.hosts).parts()
         if not case.identity_experts:
             sent = plan_sparse(placement.owner, placement.hosts, case.topology)
             spread = sent.bytes(expert_bytes(case.model, case.dtype))

@@ -27,7 +27,7 @@ from harness.traffic import blocks_of, inside_load, port_load
 
 Array = np.ndarray
 #: what a link model remembers of its ports between the transfers of a plan, for which it is asked in turn
-Lane = dict[str, Array]
+Busy = dict[str, Array]
 
 
 class LinkModel(abc.ABC):
@@ -44,9 +44,9 @@ class LinkModel(abc.ABC):
     def seconds(self, cost: OnLinks) -> Any:
         """Of one collective whose ranks begin together: [..], or [.., W] where ranks differ."""
 
-    def finish(self, cost: Transfer, begins: Array, lane: Lane | None = None) -> Array:
+    def finish(self, cost: Transfer, begins: Array, busy: Busy | None = None) -> Array:
         """When each rank is done, [.., W], that begins at ``begins`` [.., W]; of a model in which ranks do not meet.
-        ``lane``: on which it goes on; None: on one of its own."""
+        ``busy``: what earlier transfers have left there; None: nothing."""
         raise NotImplementedError
 
 
@@ -191,7 +191,7 @@ class SharedPorts(Ports):
 
     meets: ClassVar[bool] = False
 
-    def finish(self, cost: Transfer, begins: Array, lane: Lane | None = None) -> Array:
+    def finish(self, cost: Transfer, begins: Array, busy: Busy | None = None) -> Array:
         ends = self.flows(cost.matrix, begins + cost.messages * self.start_s)
         ends = np.where(cost.matrix > 0, ends, -np.inf)
         return np.maximum(np.maximum(ends.max(-1), ends.max(-2)), begins)
@@ -225,4 +225,4 @@ def _share(ends: Array, begins: Array, amounts: Array, each_s: float) -> None:
     ends[flows] = np.maximum(ends[flows], done)
 
 
-__all__ = ["AlphaBeta", "Lane", "Line", "LinkModel", "Ports", "SharedPorts", "balanced_bytes", "lines_of", "names"]
+__all__ = ["AlphaBeta", "Busy", "Line", "LinkModel", "Ports", "SharedPorts", "balanced_bytes", "lines_of", "names"]

@@ -30,7 +30,8 @@ from harness.plan.passage import Direction, Passage
 from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.plan.priced import PricedNative
 from harness.plan.segment import Segment
-from harness.plan.slots import ExchangeSlot, FlatSlot, ScheduleSlot, Serial
+from harness.plan.slots import ExchangeSlot, Fares, FlatSlot, ScheduleSlot, Serial
+from harness.routing.types import Routing
 from harness.system import Case, GradientSlices, MoELayer
 
 
@@ -40,7 +41,7 @@ class NativeLayer(PlannedLayer):
     def __init__(self, system: type[NativeSystem], case: Case, job: Job, weights: Weights):
         super().__init__(case, job, weights)
         self.exchange_: Exchange = system.exchange.make(case, job)
-        self.schedule, self.cut = system.schedule, system.schedule.cut(case, system.exchange)
+        self.schedule, self.cut = system.schedule, system.cut(case)
         self.num_hops = system.exchange.num_hops(case)
         if case.identity_experts:
             self.experts = IdentityExperts()
@@ -190,20 +191,29 @@ class NativeSystem(UnifiedSystem):
         return case.placement.hosts
 
     @classmethod
+    def cut(cls, case: Case) -> Cut:
+        """Of a batch, alike on all ranks."""
+        return cls.schedule.cut(case, cls.exchange)
+
+    @classmethod
+    def fares(cls, case: Case, routing: Routing, hosts: np.ndarray, counted: bool = False) -> Fares:
+        """Of a batch, as ``ExchangeSlot.fares``."""
+        return cls.exchange.fares(case, routing, hosts, cls.cut(case), counted)
+
+    @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:
         routing = cls.planned_routing(case)
         if routing is None:
             return None
-        return cls.exchange.fares(case, routing, cls.hosts(case), cls.schedule.cut(case, cls.exchange)).parts()
+        return cls.fares(case, routing, cls.hosts(case)).parts()
 
     @classmethod
     def layout(cls, case: Case) -> Passage | None:
         routing = cls.planned_routing(case)
         if routing is None:
             return None
-        cut = cls.schedule.cut(case, cls.exchange)
-        fares = cls.exchange.fares(case, routing, cls.hosts(case), cut)
-        return PricedNative(case, cls.schedule, cut, fares, cls.planned_rows(case))
+        fares = cls.fares(case, routing, cls.hosts(case))
+        return PricedNative(case, cls.schedule, cls.cut(case), fares, cls.planned_rows(case))
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> Any:
@@ -226,4 +236,4 @@ class NativeSystem(UnifiedSystem):
         return [cls.schedule.fixed(case, cut) for case, cut in zip(cases, cuts, strict=True)], slices
 
 
-__all__ = ["Cut", "NativeLayer", "NativePassage", "NativeSystem"]
+__all__ = ["NativeLayer", "NativePassage", "NativeSystem"]

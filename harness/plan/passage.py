@@ -11,15 +11,14 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
 from harness.comm.handover import Handover
+from harness.comm.journey import Direction
 from harness.plan.graph import INTER, Plan, Work
 from harness.system import MoELayer
-
-Direction = Literal["forward", "backward"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -188,9 +188,8 @@ class PricedReplicated(ReplicatedTasks, PricedNative):
         self.whole = plan_sparse(owner, hosts, self.topology)
         self.hosts, self.transfers = hosts, _Transfers(case)
         self.travels: Travel = travel(counts, hosts, self.topology)
-        cut = system.schedule.cut(case, system.exchange)
-        fares = system.exchange.fares(case, case.routing, hosts, cut, counted=True)
-        super().__init__(case, system.schedule, cut, fares, self.travels.computed)
+        fares = system.fares(case, case.routing, hosts, counted=True)
+        super().__init__(case, system.schedule, system.cut(case), fares, self.travels.computed)
 
     def transfer(self, what: str, num_tasks: int) -> StageWork:
         sparse = {"gather": self.early, "late": self.late}.get(what, self.whole)
@@ -205,9 +204,8 @@ class PricedCopied(CopiedTasks, PricedNative):
         self.sparse = None if case.identity_experts else plan_sparse(placement.owner, placement.hosts, self.topology)
         self.transfers = _Transfers(case)
         moved = travel(expert_counts(case.routing), placement.hosts, self.topology)
-        cut = system.schedule.cut(case, system.exchange)
-        fares = system.exchange.fares(case, case.routing, placement.hosts, cut)
-        super().__init__(case, system.schedule, cut, fares, moved.computed)
+        fares = system.fares(case, case.routing, placement.hosts)
+        super().__init__(case, system.schedule, system.cut(case), fares, moved.computed)
 
     def transfer(self, what: str, num_tasks: int) -> StageWork:
         assert self.sparse is not None

@@ -6,7 +6,7 @@ node; devices of a real node have a port each.
 
 Ranks do not meet there: gloo and NCCL send to and receive from each other rank by itself. So what one rank sends
 another begins when both are ready, and a rank goes on when its own rows are there and have left. Flows share a port
-evenly; those of a lane's next transfer wait until the port is free of this one.
+evenly; those of the next transfer, on whatever lane, wait until the port is free of this one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from harness.comm.fits import Fit
 from harness.ledger import Calibration
 from harness.plan.cost import Even, OnLinks, Transfer
-from harness.plan.links import Lane, Line, LinkModel, Ports, names
+from harness.plan.links import Busy, Line, LinkModel, Ports, names
 from harness.topology import Topology
 
 
@@ -44,7 +44,7 @@ class Profiled(LinkModel):
         alpha, _ = self._fit(f"a2a.{cost.scope}")
         return dataclasses.replace(self.ports, start_s=alpha).seconds(cost)
 
-    def finish(self, cost: Transfer, begins: np.ndarray, lane: Lane | None = None) -> np.ndarray:
+    def finish(self, cost: Transfer, begins: np.ndarray, busy: Busy | None = None) -> np.ndarray:
         from harness.plan.fair import pairwise  # numba takes its time to import
 
         alpha, _ = self._fit(f"a2a.{cost.scope}")
@@ -54,8 +54,8 @@ class Profiled(LinkModel):
         done = np.array(np.broadcast_to(begins, shape)).reshape(-1, num_ranks)
         starts = np.broadcast_to(begins + alpha * np.asarray(cost.messages)[..., None], shape).reshape(done.shape)
         matrices = np.broadcast_to(cost.matrix, (*shape, num_ranks)).reshape(-1, num_ranks, num_ranks)
-        lane = Lane() if lane is None else lane
-        free = lane.setdefault("free", np.zeros((len(done), len(units), 2, num_ranks)))
+        busy = Busy() if busy is None else busy
+        free = busy.setdefault("free", np.zeros((len(done), len(units), 2, num_ranks)))
         for item in range(len(done)):
             matrix = np.ascontiguousarray(matrices[item], dtype=np.float64)
             pairwise(matrix, np.ascontiguousarray(starts[item]), units, shared, each_s, free[item], done[item])

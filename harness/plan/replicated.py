@@ -252,8 +252,7 @@ class ReplicatedSystem(NativeSystem):
             return None
         policy, owner = cls.policy(case, None), case.placement.owner
         early, hosts = decided(case, policy, expert_counts(routing))
-        cut = cls.schedule.cut(case, cls.exchange)
-        exchange = cls.exchange.fares(case, routing, hosts, cut, counted=True).parts()
+        exchange = cls.fares(case, routing, hosts, counted=True).parts()
         if case.identity_experts:
             return exchange
         each = expert_bytes(case.model, case.dtype)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
-from harness.comm.journey import Cut
+from harness.comm.journey import Cut, Direction
 from harness.plan.graph import COMPUTE, INTER, INTRA, INTRA2, Plan, Work
 
-Direction = Literal["forward", "backward"]
 #: what rows are on their way to the experts and from them, in each direction
 AWAY: dict[Direction, tuple[str, str]] = {"forward": ("dispatch", "combine"), "backward": ("combine", "dispatch")}
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from harness.plan.cost import Cost, Hold, InTurn, OnLinks, Timed, Transfer, span
 from harness.plan.graph import Plan, Timeline
-from harness.plan.links import Lane, LinkModel
+from harness.plan.links import Busy, LinkModel
 from harness.plan.machine import Contention, Machine
 from harness.topology import Topology
 
@@ -89,7 +89,7 @@ class Meeting:
         first, behind = span(scope, topology.num_levels)
         return cls(math.prod(topology.shape[first:behind]), math.prod(topology.shape[behind:]))
 
-    def __call__(self, ready: np.ndarray, lasts: np.ndarray, lane: Lane) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, ready: np.ndarray, lasts: np.ndarray, busy: Busy) -> tuple[np.ndarray, np.ndarray]:
         begins = self._largest(ready)
         return begins, begins + self._largest(lasts)
 
@@ -99,7 +99,7 @@ class Meeting:
 
 
 #: of a task that is ready at [..], and takes [..] alone, on a lane: when it begins and ends
-Way = Callable[[np.ndarray, np.ndarray, Lane], tuple[np.ndarray, np.ndarray]]
+Way = Callable[[np.ndarray, np.ndarray, Busy], tuple[np.ndarray, np.ndarray]]
 
 
 def _longest_path(plan: Plan, durations: np.ndarray, ways: Mapping[int, Way]) -> tuple[np.ndarray, np.ndarray]:
@@ -113,12 +113,12 @@ def _longest_path(plan: Plan, durations: np.ndarray, ways: Mapping[int, Way]) ->
         if isinstance(way, Meeting):
             groups[here] = way.members, way.apart
     flat = [np.ascontiguousarray(each, dtype=np.float64).reshape(len(order), -1) for each in (durations, start, end)]
-    done, ports = 0, Lane()  # all lanes go through the same ports
+    done, busy = 0, Busy()  # all lanes go through the same ports
     for place in [i for i, here in enumerate(order) if not isinstance(ways.get(int(here), Meeting(1, 1)), Meeting)]:
         walk(order[done:place], waits, bounds, groups, *flat)
         here, done = int(order[place]), place + 1
         before = waits[bounds[here] : bounds[here + 1]]
-        start[here], end[here] = ways[here](end[before].max(0, initial=0.0), durations[here], ports)
+        start[here], end[here] = ways[here](end[before].max(0, initial=0.0), durations[here], busy)
     walk(order[done:], waits, bounds, groups, *flat)
     return start, end
 
@@ -140,14 +140,14 @@ def _way(cost: Cost | None, topology: Topology, links: LinkModel | None) -> Way 
     return None
 
 
-def _alone(ready: np.ndarray, lasts: np.ndarray, lane: Lane) -> tuple[np.ndarray, np.ndarray]:
+def _alone(ready: np.ndarray, lasts: np.ndarray, busy: Busy) -> tuple[np.ndarray, np.ndarray]:
     return ready, ready + lasts
 
 
 def _apart(cost: Transfer, links: LinkModel) -> Way:
     """Ranks do not wait for each other; what the task lasts longer than alone, each of them does."""
     alone = links.seconds(cost)
-    return lambda ready, lasts, lane: (ready, links.finish(cost, ready, lane) + (lasts - alone))
+    return lambda ready, lasts, busy: (ready, links.finish(cost, ready, busy) + (lasts - alone))
 
 
 def _in_turn(cost: InTurn, topology: Topology, links: LinkModel | None) -> Way:
@@ -156,11 +156,11 @@ def _in_turn(cost: InTurn, topology: Topology, links: LinkModel | None) -> Way:
     each = [_priced_s(part, links) for part in cost.parts] or [np.zeros(1)]
     alone = sum(each)
 
-    def way(ready: np.ndarray, lasts: np.ndarray, lane: Lane) -> tuple[np.ndarray, np.ndarray]:
+    def way(ready: np.ndarray, lasts: np.ndarray, busy: Busy) -> tuple[np.ndarray, np.ndarray]:
         longer, begins, now = lasts - alone, None, ready
         for i, (go, seconds) in enumerate(zip(ways, each, strict=True)):
             takes = np.broadcast_to(seconds + longer if i == len(each) - 1 else seconds, ready.shape)
-            start, now = go(now, takes, lane)
+            start, now = go(now, takes, busy)
             begins = start if begins is None else begins
         assert begins is not None
         return begins, now
