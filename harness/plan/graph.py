@@ -74,7 +74,7 @@ class Plan:
         self.tasks.append(
             Task(name, lane, tuple(after), self.price(cost), run, kind or name.split("[")[0].split(".")[-1])
         )
-        for known in ("order", "walk", "serial"):
+        for known in ("order", "walk"):
             self.__dict__.pop(known, None)
         return name
 
@@ -86,22 +86,15 @@ class Plan:
     def order(self) -> list[int]:
         """Tasks in an order that respects lanes and waits, of all such the first by the order of adding; an error that
         names the tasks of a cycle or a stranger."""
-        before = self._before
-        behind: list[list[int]] = [[] for _ in before]
-        for here, several in enumerate(before):
-            for each in several:
-                behind[each].append(here)
-        missing = [len(several) for several in before]
-        ready = [here for here, several in enumerate(before) if not several]  # a heap
-        found = []
+        turns = self.turns()
+        ready = list(turns.first)  # a heap
+        found: list[int] = []
         while ready:
             found.append(here := heapq.heappop(ready))
-            for each in behind[here]:
-                missing[each] -= 1
-                if not missing[each]:
-                    heapq.heappush(ready, each)
-        if len(found) < len(before):
-            cycle = self._cycle(set(range(len(before))) - set(found))
+            for each in turns.ended(here):
+                heapq.heappush(ready, each)
+        if turns.left:
+            cycle = self._cycle(set(range(len(self.tasks))) - set(found))
             raise bad("plan", " -> ".join(cycle), "tasks wait for each other in a circle")
         return found
 
@@ -149,11 +142,29 @@ class Plan:
         found.index = dict(self.index)
         return found
 
-    @functools.cached_property
-    def serial(self) -> bool:
-        """Whether no two tasks can be at work at once: each waits for the one before it, or follows it on its lane."""
-        tasks = [self.tasks[here] for here in self.order]
-        return all(a.name in b.after or a.lane == b.lane for a, b in itertools.pairwise(tasks))
+    def turns(self) -> Turns:
+        return Turns(self._before)
+
+
+class Turns:
+    """Which tasks may begin, as others end. ``first``: those that wait for none; ``left``: how many have not ended."""
+
+    def __init__(self, before: list[list[int]]):
+        """``before``: of every task those that it waits for."""
+        self.behind: list[list[int]] = [[] for _ in before]
+        for here, several in enumerate(before):
+            for each in set(several):
+                self.behind[each].append(here)
+        self.missing = [len(set(several)) for several in before]
+        self.first = [here for here, missing in enumerate(self.missing) if not missing]
+        self.left = len(before)
+
+    def ended(self, here: int) -> list[int]:
+        """What may begin now, in the order of adding."""
+        self.left -= 1
+        for each in self.behind[here]:
+            self.missing[each] -= 1
+        return [each for each in self.behind[here] if not self.missing[each]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

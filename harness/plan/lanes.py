@@ -1,9 +1,9 @@
 """Run a plan: every lane does its tasks in order, and waits for what they wait for on other lanes.
 
-On CUDA a lane is a stream and a wait an event, all issued by the calling thread. On CPU a lane is a thread, so that a
+On CUDA a lane is a stream and a wait an event, all issued by the calling thread. On CPU threads do the tasks, so that a
 collective (each lane has process groups of its own) and a computation really go on side by side: gloo and torch let go
-of the interpreter while they work. The lane ``compute`` is the calling thread's. Where no two tasks of a plan can be at
-work at once, all are: on busy cores a thread wakes late.
+of the interpreter while they work. The thread that ends a task goes on with what waited for it, and wakes others only
+for what can be at work beside that: on busy cores a thread wakes late.
 """
 
 from __future__ import annotations
@@ -39,24 +39,21 @@ class Executor:
         """``failing``: told at once of what a task raises, as other lanes may wait for other ranks for ever."""
         self.device, self.failing = torch.device(device), failing
         self.lanes = lanes
-        self._inbox: dict[str, queue.SimpleQueue[Callable[[], None] | None]] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         if self.device.type == "cuda":
             self.streams = {
                 lane: torch.cuda.current_stream(self.device) if lane == COMPUTE else torch.cuda.Stream(self.device, -1)
                 for lane in lanes
             }
             return
-        num_threads = torch.get_num_threads()
-        for lane in lanes:
-            if lane != COMPUTE:
-                inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-                self._inbox[lane] = inbox
-                threading.Thread(target=_serve, args=(inbox, num_threads), name=f"lane {lane}", daemon=True).start()
+        for _ in lanes:
+            work = (self._inbox, torch.get_num_threads())
+            threading.Thread(target=_serve, args=work, name="lanes", daemon=True).start()
 
     def close(self) -> None:
-        for inbox in self._inbox.values():
-            inbox.put(None)
-        self._inbox = {}
+        if self.device.type != "cuda":
+            for _ in self.lanes:
+                self._inbox.put(None)
 
     def run(self, plan: Plan, serial: bool = False) -> Timeline:
         """Execute; returns when every task has ended (on CUDA: has been issued, and the calling stream waits for all).
@@ -67,7 +64,7 @@ class Executor:
         plan.order  # noqa: B018  # a cycle or a stranger is found before anything runs
         if self.device.type == "cuda":
             return self._run_streams(plan, serial)
-        return self._run_serial(plan) if serial or plan.serial else self._run_threads(plan)
+        return self._run_serial(plan) if serial else self._run_threads(plan)
 
     # ------------------------------------------------------------------ CPU
 
@@ -85,35 +82,34 @@ class Executor:
         return Timeline(plan.done(), start, end)
 
     def _run_threads(self, plan: Plan) -> Timeline:
-        ended = [threading.Event() for _ in plan.tasks]
         start, end = np.zeros(len(plan.tasks)), np.zeros(len(plan.tasks))
         failures: list[tuple[str, BaseException]] = []
-        grad = torch.is_grad_enabled()
+        grad, turns, lock, over = torch.is_grad_enabled(), plan.turns(), threading.Lock(), threading.Event()
 
-        def work(here: int) -> None:
-            task = plan.tasks[here]
-            try:
-                for name in task.after:
-                    ended[plan.index[name]].wait()
+        def take(ready: list[int]) -> None:
+            """The first of some tasks whose turn it is, and what it was the last to hold up; other threads the rest."""
+            while ready:
+                here, *others = ready
+                for other in others:
+                    self._inbox.put(functools.partial(take, [other]))
+                task = plan.tasks[here]
                 start[here] = time.perf_counter()
-                if task.run is not None and not failures:
-                    with torch.set_grad_enabled(grad):
-                        task.run()
-            except BaseException as error:
-                failures.append((task.name, error))
-                self.failing(error)
-            finally:
+                try:
+                    if task.run is not None and not failures:
+                        with torch.set_grad_enabled(grad):
+                            task.run()
+                except BaseException as error:
+                    failures.append((task.name, error))
+                    self.failing(error)
                 end[here] = time.perf_counter()
-                ended[here].set()
+                with lock:
+                    ready = turns.ended(here)
+                ready.sort(key=lambda each: plan.tasks[each].lane != task.lane)
+            if not turns.left:
+                over.set()
 
-        for here, task in enumerate(plan.tasks):
-            if task.lane != COMPUTE:
-                self._inbox[task.lane].put(lambda here=here: work(here))  # type: ignore[misc]
-        for here, task in enumerate(plan.tasks):
-            if task.lane == COMPUTE:
-                work(here)
-        for event in ended:
-            event.wait()
+        take(turns.first)
+        over.wait()
         if failures:
             name, error = failures[0]
             if not isinstance(error, Exception):
