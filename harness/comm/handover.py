@@ -23,6 +23,8 @@ import torch
 
 def used_here(value: Any) -> Any:
     """Record the tensor, or those in a list, tuple or dict, on the current stream; returns ``value``."""
+    if not torch.cuda.is_initialized():
+        return value
     if isinstance(value, torch.Tensor):
         if value.is_cuda:
             value.record_stream(torch.cuda.current_stream(value.device))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from harness.comm.job import Job
-from harness.plan.graph import COMPUTE, LANES, Plan, Timeline
+from harness.plan.graph import COMPUTE, INTER, LANES, Plan, Timeline
 
 
 class PlanFailure(RuntimeError):
@@ -104,7 +104,7 @@ class Executor:
                 end[here] = time.perf_counter()
                 with lock:
                     ready = turns.ended(here)
-                ready.sort(key=lambda each: plan.tasks[each].lane != task.lane)
+                ready.sort(key=lambda each: plan.tasks[each].lane != INTER)  # the slowest link waits for no thread
             if not turns.left:
                 over.set()
 

@@ -54,6 +54,8 @@ class HierFares(Fares):
             return InTurn(tuple(before)) if before else None
         # a table of sizes, then the columns
         messages = 1 if part != "metadata" else 3 if self.travel.wire.padded else 2
+        if part == "metadata_grad" and not hop:
+            messages = 0  # the rows behind it set off at once
         sent = self._transfer(part, stages[hop], messages, degree)
         return InTurn((*before, sent)) if before else sent
 

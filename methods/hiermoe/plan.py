@@ -72,6 +72,7 @@ class HierJourney(Journey):
         self.entries = Entries(item, held, weight)
         self.items = [b - a for a, b in itertools.pairwise(self.item_bounds)]  # of every piece
         self.told: list[Told | None] = []
+        self.returning: tuple[dist.Work, torch.Tensor, torch.Tensor] | None = None  # gradients of weights
         self.chain: list[Hop | None] = []
 
     def tell(self, hop: int) -> None:
@@ -105,11 +106,20 @@ class HierJourney(Journey):
         if told is None or leg is None or not self.learns:
             return
         assert self.dweight is not None
-        came = all_to_all(self.dweight[told.arrival], told.received, told.sent, leg.group)
-        self.dweight = torch.empty_like(came)
-        self.dweight[told.wire_order] = came
+        sent = self.dweight[told.arrival]
+        self.dweight = sent.new_empty(len(told.wire_order))
+        if hop:
+            self.dweight[told.wire_order] = all_to_all(sent, told.received, told.sent, leg.group)
+            return
+        came = torch.empty_like(self.dweight)
+        work = dist.all_to_all_single(came, sent, told.sent, told.received, group=leg.group, async_op=True)
+        self.returning = work, came, told.wire_order  # the rows behind it do not wait for it
 
     def gradients(self) -> torch.Tensor:
+        if self.returning is not None:
+            work, came, order = self.returning
+            work.wait()
+            self.dweight[order] = came  # type: ignore[index]
         found = self.like.new_zeros(self.like.numel())
         found[self.choice] = self.dweight.to(found.dtype)  # type: ignore[union-attr]
         return found.view(self.like.shape)

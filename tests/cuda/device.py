@@ -342,6 +342,7 @@ def _install_module() -> None:
     cuda.default_stream = lambda device=None: streams.DEFAULT
     cuda._lazy_init = lambda: None
     cuda.is_available, cuda.device_count, cuda.current_device = lambda: True, lambda: 1, lambda: 0
+    cuda.is_initialized = lambda: True
     cuda.set_device = cuda.empty_cache = cuda.manual_seed_all = lambda *args: None
     cuda.get_device_properties = lambda device=None: _Properties()
     cuda.get_device_name = lambda device=None: _Properties().name
