@@ -74,8 +74,6 @@ class Groups(ScheduleSlot):
             after = [plan.put(f"{prefix}metadata", INTER, after, tasks.work(direction, "metadata", (0,)))]
         sent = [plan.put(f"{prefix}{out}[{j}]", INTER, after, tasks.work(direction, "out", (0, j))) for j in groups]
         ready = tasks.ready(plan, prefix) if forward else tasks.ready_back()
-        if not forward:
-            plan.put(f"{prefix}metadata", INTER, (), tasks.work(direction, "metadata", (0,)))
         if gradients is not None:
             plan.put(f"{prefix}gradients", INTER, (), gradients)
         made = [

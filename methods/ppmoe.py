@@ -61,6 +61,7 @@ class NodeFares(Fares):
     """Nothing on the hop between nodes, all on the one inside them."""
 
     num_hops = 2
+    weights_travel = True
 
     def __init__(self, parts: Mapping[str, np.ndarray]):
         self._parts = parts

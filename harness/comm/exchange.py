@@ -7,6 +7,7 @@ An exchange makes a ``Journey`` of every batch. Who computes a row is decided be
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,7 +23,10 @@ from harness.routing.types import Routing
 
 
 class Exchange(abc.ABC):
-    """Tokens to experts and back, on one rank of ``job``. ``placement``: the experts' owners, or all that hold one."""
+    """Tokens to experts and back, on one rank of ``job``. ``placement``: the experts' owners, or all that hold one.
+    ``weights_travel``: gate weights go with the tokens, and so their gradients come back (``Journey.tell_back``)."""
+
+    weights_travel: ClassVar[bool] = False
 
     def __init__(self, job: Job, placement: Placement):
         self.job = job

@@ -17,7 +17,7 @@ class Trip(Handover):
         self.journey, self.cut, self.direction = journey, journey.cut, direction
         self.degree = journey.cut.degree(direction)
         self.back = direction == "backward"
-        self.parts, self.given = Held(), Held()
+        self.parts, self.given, self.settled = Held(), Held(), Held()
         self.rows = Held()  # that landed, by expert: piece by piece, or (None) of all pieces
 
     # ------------------------------------------------------------------ out
@@ -110,12 +110,17 @@ class Trip(Handover):
             rows = leg.exchange(rows, sent.receive, sent.send, self.degree, chunk)
         self.parts[chunk] = rows
 
+    def settle(self, chunk: int) -> None:
+        """What may be done ahead of ``end`` when a chunk is home."""
+        if not self.journey.shared:
+            self.settled[chunk] = self._settle(0, chunk)
+
     def end(self) -> torch.Tensor:
         """[T, M]: sums over each token's experts, weighted in forward."""
         journey, chunks = self.journey, range(self.degree)
         if journey.shared and self.degree > 1:
             return self._sum_all()
-        items = [self._settle(0, chunk) for chunk in chunks]
+        items = [self.settled.pop(each) if each in self.settled else self._settle(0, each) for each in chunks]
         whole = items[0] if len(items) == 1 else torch.cat(items)
         return whole if journey.copies is None else journey.copies.gather(whole)
 

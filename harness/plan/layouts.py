@@ -70,11 +70,13 @@ class PlannedTasks(Passage):
 
 
 class NativeTasks(PlannedTasks):
-    """``schedule``: lays out the tasks between gate and mix, of ``num_hops`` hops and a batch cut by ``cut``."""
+    """``schedule``: lays out the tasks between gate and mix, of ``num_hops`` hops and a batch cut by ``cut``.
+    ``weights_travel``: gradients of gate weights come back over the hops."""
 
     schedule: Schedule
     num_hops: int
     cut: Cut
+    weights_travel: bool
 
     def ready(self, plan: Plan, prefix: str) -> list[str]:
         """What the experts' forward waits for beside the tokens. Called when these have their place in the plan."""

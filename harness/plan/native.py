@@ -79,7 +79,7 @@ class NativePassage(NativeTasks, PlannedPassage):
     def __init__(self, layer: NativeLayer, gated: Gated | None):
         super().__init__(layer, gated)
         self.schedule, self.num_hops = layer.schedule, layer.num_hops
-        self.cut = layer.cut
+        self.cut, self.weights_travel = layer.cut, layer.exchange_.weights_travel
         self.segments = [Segment() for _ in range(1 if self.cut.whole else self.cut.pieces)]
 
     # ------------------------------------------------------------------ what the experts do; a subclass has copies
@@ -145,6 +145,10 @@ class NativePassage(NativeTasks, PlannedPassage):
         self.there.home(hop, chunk)
 
     @torch.no_grad()
+    def forward_settle(self, chunk: int) -> None:
+        self.there.settle(chunk)
+
+    @torch.no_grad()
     def backward_out(self, hop: int, chunk: int) -> None:
         if not hop and not chunk:
             dhome = pop(self, "dhome")
@@ -165,6 +169,10 @@ class NativePassage(NativeTasks, PlannedPassage):
     @torch.no_grad()
     def backward_home(self, hop: int, chunk: int) -> None:
         self.back.home(hop, chunk)
+
+    @torch.no_grad()
+    def backward_settle(self, chunk: int) -> None:
+        self.back.settle(chunk)
 
     def _pieces(self, direction: Direction, batch: int) -> list[int | None]:
         return [None] if self.cut.whole else list(self.cut.of_chunk(direction, batch))

@@ -118,7 +118,7 @@ class PricedNative(NativeTasks):
 
     def __init__(self, case: Case, schedule: Schedule, cut: Cut, fares: Fares, rows: Array):
         self.case, self.schedule, self.cut, self.fares, self.rows = case, schedule, cut, fares, rows
-        self.num_hops = fares.num_hops
+        self.num_hops, self.weights_travel = fares.num_hops, fares.weights_travel
         by_experts = cut.by == "experts"
         self.piece = expert_pieces(case.placement.owner, cut.pieces) if by_experts else None  # of each expert
 

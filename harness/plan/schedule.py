@@ -26,6 +26,7 @@ class Tasks(Protocol):
 
     num_hops: int
     cut: Cut
+    weights_travel: bool
 
     def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work: ...
     def ready(self, plan: Plan, prefix: str) -> list[str]: ...
@@ -82,7 +83,7 @@ class Chunks(Schedule):
             ready = tasks.ready(plan, prefix)
         else:
             ready, back = tasks.ready_back(), arrived[-1:]
-            for hop in hops[::-1]:
+            for hop in hops[::-1] if tasks.weights_travel else ():
                 back = [tell(hop, back)]
         if gradients is not None:
             plan.put(f"{prefix}gradients", INTER, (), gradients)
@@ -100,6 +101,9 @@ class Chunks(Schedule):
         left: dict[tuple[int, int], str] = {}
         for hop, chunk in order:
             left[hop, chunk] = put(home, hop, chunk, [left[hop + 1, chunk] if hop < last else made[chunk]], "home")
+        for chunk in range(degree - 1):  # sums of what is home, while the others are on their way
+            work = tasks.work(direction, "settle", (chunk,))
+            plan.put(f"{prefix}settle[{chunk}]", COMPUTE, [left[0, chunk]], work, "restore")
         return [left[0, degree - 1]]
 
     def lane(self, hop: int) -> str:

@@ -28,9 +28,11 @@ Options = Mapping[str, str]
 
 
 class Fares(abc.ABC):
-    """What the exchange of one batch sends, and what that costs. Parts are those of ``System.planned_bytes``."""
+    """What the exchange of one batch sends, and what that costs. Parts are those of ``System.planned_bytes``.
+    ``weights_travel``: as ``harness.comm.exchange.Exchange`` has it."""
 
     num_hops: int
+    weights_travel: ClassVar[bool] = False
 
     @abc.abstractmethod
     def bytes(self, part: str) -> np.ndarray | None:

@@ -45,6 +45,7 @@ class HierExchange(Exchange):
     are. ``everyone``: every member of a hop gets every item, whether it needs it or not."""
 
     everyone: ClassVar[bool] = False
+    weights_travel: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class HierFares(Fares):
 
     travel: HierTravel
     num_hops: int  # type: ignore[assignment]
+    weights_travel: ClassVar[bool] = True
     told: Array | None = None
 
     def bytes(self, part: str) -> Array | None:
