@@ -187,7 +187,7 @@ class LayerContender:
         dx = gradients = gate_weights = None
         if self.experiment.backward:
             dx = torch.zeros_like(self.x) if self.x.grad is None else self.x.grad
-            with Untimed("by gradients") as after:
+            with Untimed("by gradients", receives=True) as after:
                 gradients = self.layer.gradients()
             self.wrong = self.wrong or after.wrong
             if isinstance(self.state, gates.Gated) and self.state.mix is None:

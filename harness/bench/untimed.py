@@ -21,11 +21,12 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size of a num
 
 class Untimed(TorchDispatchMode):
     """Around what a system does outside the clock, where it may lay out anew what is there; ``wrong``: what it did
-    beyond that, in words. ``products``: whether it may multiply matrices (a gate does)."""
+    beyond that, in words. ``products``: whether it may multiply matrices (a gate does); ``receives``: whether it may
+    put together what other ranks have."""
 
-    def __init__(self, doing: str, products: bool = False):
+    def __init__(self, doing: str, products: bool = False, receives: bool = False):
         super().__init__()
-        self.doing, self.products, self.wrong = doing, products, ""
+        self.doing, self.products, self.receives, self.wrong = doing, products, receives, ""
         self._received = 0
 
     def __enter__(self) -> Any:
@@ -34,7 +35,8 @@ class Untimed(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if received := arrivals.received_bytes() - self._received:
+        received = arrivals.received_bytes() - self._received
+        if received and not self.receives:
             self.wrong = f"{received:,} bytes were received {self.doing}, outside the clock"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
