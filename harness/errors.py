@@ -85,7 +85,8 @@ _ECHO = re.compile(
 _PACKAGES = tuple(str(Path(__file__).parents[1] / name) + os.sep for name in ("harness", "baselines", "methods"))
 _LIBRARIES = (sysconfig.get_path("stdlib") + os.sep, f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 _AT = "raised at "
-_MAX_WORDS = 1000  # of one exception; those of C++ bring their stacks
+_MAX_WORDS = 1000  # letters of one exception; those of C++ bring their stacks
+_MOST_CAUSES, _MOST_LETTERS = 3, 100_000
 
 
 def tells_out_of_memory(text: str) -> bool:
@@ -100,11 +101,32 @@ def is_echo(text: str) -> bool:
 
 
 def told(error: BaseException) -> str:
-    """``error`` on one line: its class, its words, and the file and line that they come from."""
-    text = " ".join(str(error).split("Exception raised from ", 1)[0].split())
-    text = text if len(text) <= _MAX_WORDS else text[: _MAX_WORDS - 3] + "..."
+    """``error`` on one line: its class, its words, what it was raised from, and the file and line that this comes
+    from."""
     place = place_of(error)
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place and f', at {place}'}"
+    return f"{_named(error)}{place and f', at {place}'}"
+
+
+def words(error: BaseException) -> str:
+    """Of ``error``, on one line, as any terminal and file takes them; also where it cannot say them."""
+    try:
+        text = str(error)
+    except Exception as fault:
+        text = f"its str() raises {type(fault).__name__}: {words(fault)}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text[:_MOST_LETTERS].split()))
+
+
+def _named(error: BaseException, depth: int = 0) -> str:
+    text = words(error).split("Exception raised from ", 1)[0].rstrip()
+    text = text if len(text) <= _MAX_WORDS else text[: _MAX_WORDS - 3] + "..."
+    inner = _inner(error)
+    told_inner = "" if inner is None or depth > _MOST_CAUSES else f", from {_named(inner, depth + 1)}"
+    return f"{type(error).__name__}{': ' if text else ''}{text}{told_inner}"
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    """What it was raised from; of a group the first."""
+    return error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error.__cause__
 
 
 def placed(error: Exception) -> Exception:
@@ -115,8 +137,9 @@ def placed(error: Exception) -> Exception:
 
 def place_of(error: BaseException) -> str:
     """``file:line in function``, of the cause that was first: the innermost that is of no library, if there is one."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    inner = _inner(error)
+    while inner is not None and (inner.__traceback__ is not None or hasattr(inner, "__notes__")):
+        error, inner = inner, _inner(inner)
     for note in getattr(error, "__notes__", ()):
         if note.startswith(_AT):
             return str(note.removeprefix(_AT))

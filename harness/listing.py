@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness import presets
-from harness.errors import UserError, unknown
+from harness.errors import UserError, unknown, words
 
 if TYPE_CHECKING:
     from harness.system import System
@@ -64,7 +64,7 @@ def _state(system: type[System]) -> dict[str, str | None]:
     try:
         return {"version": system.version(), "missing": system.missing()}
     except Exception as error:  # a half-installed package may raise anything
-        return {"version": None, "missing": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        return {"version": None, "missing": f"{type(error).__name__}: {words(error)}"}
 
 
 def _systems_short(names: Names) -> list[dict[str, Any]]:

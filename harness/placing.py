@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from harness import __version__, outputs, sealed
-from harness.errors import UserError, bad, unknown, unreadable
+from harness.errors import UserError, bad, unknown, unreadable, words
 from harness.layer.work import expert_parameters
 from harness.placement import Placement
 from harness.registry import brought
@@ -140,7 +140,7 @@ def read(path: Path) -> PlacementFile:
     try:
         data = sealed.unseal(path.read_text(encoding="utf-8"), "placement")
     except (OSError, ValueError) as error:
-        raise unreadable("placement", str(path), f"cannot be read ({str(error).splitlines()[0]}); {again}") from None
+        raise unreadable("placement", str(path), f"cannot be read ({words(error)}); {again}") from None
     version = data.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         remedy = f"schema_version {version} is newer than this moebench reads ({SCHEMA_VERSION}); upgrade moebench"
@@ -314,7 +314,7 @@ def read_bandwidths(path: Path, num_ranks: int) -> np.ndarray:
     try:
         found = np.loadtxt(path, delimiter=",", ndmin=2)
     except (OSError, ValueError) as error:
-        remedy = f"cannot be read ({str(error).splitlines()[0]}); give rows of numbers divided by commas"
+        remedy = f"cannot be read ({words(error)}); give rows of numbers divided by commas"
         raise unreadable("--bandwidths", str(path), remedy) from None
     if found.shape != (num_ranks, num_ranks):
         raise bad(

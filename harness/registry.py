@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from harness.errors import UserError, bad, unknown
+from harness.errors import UserError, bad, unknown, words
 from harness.system import System
 
 FOLDERS = ("baselines", "methods")
@@ -149,7 +149,7 @@ def _one_of(name: str, same: list[type[System]]) -> type[System] | None:
 
 
 def _left_out(module: str, why: object) -> None:
-    reason = f"{type(why).__name__}: {why}" if isinstance(why, BaseException) else str(why)
+    reason = f"{type(why).__name__}: {words(why)}" if isinstance(why, BaseException) else str(why)
     _faults[f"{_file(module)}: {' '.join(reason.split())}"] = None
 
 

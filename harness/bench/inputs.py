@@ -7,7 +7,7 @@ import dataclasses
 from harness.bench import dry, tidy
 from harness.bench.store import Store
 from harness.bench.suite import Bad, Race, Suite
-from harness.errors import Unreadable, UserError
+from harness.errors import Unreadable, UserError, words
 from harness.specs import Experiment
 
 
@@ -45,7 +45,7 @@ def wrong(experiment: Experiment, entry: str) -> str | None:
     except UserError as error:
         return str(error)
     except Exception as error:  # of a system's planning: as much its own affair as one on a rank
-        return f"{experiment.system} cannot be planned: {type(error).__name__}: {' '.join(str(error).split())}"
+        return f"{experiment.system} cannot be planned: {type(error).__name__}: {words(error)}"
     return None
 
 

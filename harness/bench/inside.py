@@ -8,7 +8,7 @@ the job a token of the fullest expert, and the weights of that expert and anothe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,21 +16,33 @@ import torch.distributed as dist
 
 from harness.bench.choices import Gates
 from harness.bench.conserved import least_of
-from harness.bench.witness import Given, Verdict, compare, see
+from harness.bench.witness import Given, Verdict, compare, first_of, see, settled
 from harness.comm.agree import of_all
-from harness.comm.handover import Held
+from harness.comm.handover import Held, version
 from harness.comm.job import Job
 from harness.layer.grouped import Lens, Matrices, identities, look
 from harness.layer.weights import Weights
+from harness.layer.work import expert_parameters
 from harness.system import Case, Gradients, MoELayer, System
 
 SAMPLED_TOKENS = 6  # of each rank, beside the first and the last
 SAMPLED_EXPERTS = 1  # beside the fullest
+#: numbers of weights that a rank draws once more to compare them with those that a training begins with
+DRAWN = 4_000_000
+#: a gradient of which a step of Adam must be seen: that divides it by its own size and 1e-8
+LEAST_GRADIENT = 1e-6
 _WATCHED = 3
+#: a layer leaves what it is given and what it has handed on as they are, or nobody can tell what it made of what
+_WRITTEN = {"x": "its input was written to", "y": "its output was written to after it was handed on"}
 
 
 def watched_layers(num_layers: int) -> list[int]:
-    """Those that take turns: the first, one in the middle, the last."""
+    """All, in the order in which they take turns: the first, one in the middle, the last, then the others."""
+    ahead = _ahead(num_layers)
+    return ahead + [layer for layer in range(num_layers) if layer not in ahead]
+
+
+def _ahead(num_layers: int) -> list[int]:
     return sorted({round(i * (num_layers - 1) / (_WATCHED - 1)) for i in range(_WATCHED)})
 
 
@@ -70,7 +82,11 @@ class LayerWitness:
 
     def check(self, name: str, step: int, known: Known, held: Held, gradients: Gradients | None = None) -> Verdict:
         """Collective: ``held`` has x and y [T, M], and dy and dx if there was a backward; it is emptied."""
-        x, y, dy, dx = (held.pop(each) if each in held else None for each in ("x", "y", "dy", "dx"))
+        seen_as = {each: held.pop(each) for each in ("x", "y", "dy", "dx") if each in held}
+        x, y, dy, dx = (seen_as.get(each, (None, 0))[0] for each in ("x", "y", "dy", "dx"))
+        written = [words for each, words in _WRITTEN.items() if each in seen_as and _written(*seen_as[each])]
+        where = f"at {name}, layer {self.layer}"
+        changed = Verdict({}, first_of(self.job, f"{written[0]} {where}" if written else ""))
         assert x is not None
         assert y is not None
         x, first = x.detach(), self.calls == 0
@@ -83,6 +99,8 @@ class LayerWitness:
             given = self._given(x, dy, known, step, whole=first)
         if dy is not None and dx is None:
             dx = torch.zeros_like(x)
+        if changed.reason:
+            return changed
         seen = see(self.lens, name, y, dx, gradients if dy is not None else None)
         if self.job.num_ranks > 1:  # a training step has summed them over ranks
             seen.gate = {each: value / self.job.num_ranks for each, value in seen.gate.items()}
@@ -138,6 +156,54 @@ class LayerWitness:
         return (torch.tensor(sorted(each), dtype=torch.int64, device=device) for each in (tokens, experts))  # type: ignore[return-value]
 
 
+class Witnesses(dict[int, LayerWitness]):
+    """Of a model's layers: of those whose turn comes first for good, of the others the last."""
+
+    def __init__(self, num_layers: int, make: Callable[[int], LayerWitness]):
+        super().__init__()
+        self.ahead, self.make = _ahead(num_layers), make
+
+    def __missing__(self, layer: int) -> LayerWitness:
+        for other in [each for each in self if each not in self.ahead]:
+            del self[other]
+        self[layer] = self.make(layer)
+        return self[layer]
+
+
+def check_drawn(
+    job: Job, layers: Sequence[MoELayer], weights_of: Callable[[int], Weights], tolerance: float
+) -> Verdict:
+    """Collective, ahead of any step: experts of every layer against those that were drawn, as many as ``DRAWN`` allows
+    and one of each layer at least."""
+    worst: tuple[float, str] = (0.0, "")
+    model = weights_of(0).model
+    at_most = max(1, DRAWN // (len(layers) * expert_parameters(model)))
+    for layer, each in enumerate(layers):
+        own = parameters_of(each).experts
+        rng = np.random.default_rng([layer, job.rank])
+        for e in rng.choice(list(own), min(at_most, len(own)), replace=False).tolist() if own else ():
+            drawn = weights_of(layer).expert(e)
+            for name, found in own[e].items():
+                wanted = drawn[name].to(found.device).double()
+                error = float((found.double() - wanted).abs().max() / wanted.abs().max())
+                if not error <= max(tolerance, worst[0]):
+                    text = f"weights {name} of expert {e} of layer {layer} on rank {job.rank} begin {error:.3e} off"
+                    worst = error, f"{text}, allowed {tolerance:.3e}"
+    return settled(job, worst)
+
+
+def check_updated(job: Job, layer: MoELayer, known: Known, gradients: Gradients, where: str) -> Verdict:
+    """Collective, after a step: of each expert that is still here, what has a gradient is no longer what it was."""
+    now, still = parameters_of(layer).experts, (0.0, "")
+    for e, of in gradients.experts.items():
+        before = known.matrices(e) if e in now else {}
+        for name in before:
+            largest = float(of[name].abs().max())
+            if largest > max(LEAST_GRADIENT, still[0]) and torch.equal(now[e][name], before[name]):
+                still = largest, f"{name} of expert {e} on rank {job.rank} has a gradient and no update at {where}"
+    return settled(job, still)
+
+
 def parameters_of(layer: MoELayer) -> Gradients:
     """Weights in the oracle's layout: what ``gradients`` makes of them, as it maps each parameter's gradient there."""
     parameters = list(layer.parameters())
@@ -149,3 +215,7 @@ def parameters_of(layer: MoELayer) -> Gradients:
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
+
+
+def _written(tensor: torch.Tensor, before: int) -> bool:
+    return version(tensor) != before

@@ -12,7 +12,8 @@ import torch
 
 from harness.bench.choices import Gates
 from harness.bench.timing import Sample, Stopwatch
-from harness.bench.witness import Given, Seen, Verdict, compare, see
+from harness.bench.untimed import Untimed, marks
+from harness.bench.witness import Given, Seen, Verdict, compare, first_of, see
 from harness.comm.job import Job
 from harness.layer import gates
 from harness.layer.grouped import Lens, Pairs, identities, look
@@ -126,6 +127,9 @@ class LayerContender:
         self.seen: list[tuple[int, Seen]] = []  # not compared yet, with the number of the call
         self.x, self.dy = self.truth.inputs(0)
         self.y: torch.Tensor | None = None
+        self.state: Any = None  # of an exchange: what was prepared
+        self.stopped: dict[str, list[int | None]] = {}  # marks of what there was when the clock stopped
+        self.wrong = ""
 
     @property
     def layers(self) -> list[MoELayer]:
@@ -138,9 +142,10 @@ class LayerContender:
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         with torch.set_grad_enabled(self.experiment.backward):
             forward = self._forward()
-            samples = [watch.measure(rep, "forward", forward)]
+            samples = [watch.measure(rep, "forward", forward, functools.partial(self._stop, "output"))]
             if self.experiment.backward:
-                samples.append(watch.measure(rep, "backward", self._backward))
+                stop = functools.partial(self._stop, "gradients")
+                samples.append(watch.measure(rep, "backward", self._backward, stop))
         self._see(f"timed repetition {rep}")
         return samples
 
@@ -158,10 +163,13 @@ class LayerContender:
         self.x, self.dy = self.truth.inputs(self.calls)
         self.x.requires_grad_(self.experiment.backward)
         exchange = self.experiment.phase == "exchange"
-        state = self.layer.prepare(self.x) if exchange else None
+        if exchange:
+            with Untimed("by prepare", products=True) as ahead:
+                self.state = self.layer.prepare(self.x)
+            self.wrong = self.wrong or ahead.wrong
 
         def forward() -> None:
-            self.y = self.layer.exchange(self.x, state) if exchange else self.layer(self.x)
+            self.y = self.layer.exchange(self.x, self.state) if exchange else self.layer(self.x)
 
         return forward
 
@@ -172,19 +180,41 @@ class LayerContender:
     def _see(self, name: str) -> None:
         """Outside the clock: keep what the call made, as far as it is to be compared."""
         assert self.y is not None
-        dx, gradients = None, None
+        if type(self.y) is not torch.Tensor:
+            self.wrong = (
+                self.wrong or f"the output is no tensor but a {type(self.y).__name__}, perhaps not computed yet"
+            )
+        dx = gradients = gate_weights = None
         if self.experiment.backward:
             dx = torch.zeros_like(self.x) if self.x.grad is None else self.x.grad
-            gradients = self.layer.gradients()
-        self.seen.append((self.calls, see(self.truth.lens, f"call {self.calls} ({name})", self.y, dx, gradients)))
+            with Untimed("by gradients", receives=True) as after:
+                gradients = self.layer.gradients()
+            self.wrong = self.wrong or after.wrong
+            if isinstance(self.state, gates.Gated) and self.state.mix is None:
+                gate_weights = self.state.ids, self.state.weights.grad
+        for what, mark in self.stopped.items():
+            if mark != marks(self._made(what)):
+                self.wrong = self.wrong or f"{what} of {name} changed after the clock had stopped"
+        self.stopped = {}
+        name = f"call {self.calls} ({name})"
+        self.seen.append((self.calls, see(self.truth.lens, name, self.y, dx, gradients, gate_weights)))
         self.calls += 1
-        self.y = None
+        self.y = self.state = None
+
+    def _made(self, what: str) -> list[torch.Tensor | None]:
+        if what == "output":
+            return [self.y]
+        return [self.x.grad, *(parameter.grad for parameter in self.layer.parameters())]
+
+    def _stop(self, what: str) -> None:
+        self.stopped[what] = marks(self._made(what))
 
     def check(self) -> Verdict:
         """Collective: of all calls since the last check."""
         calls = [(seen, functools.partial(self.truth.given, call)) for call, seen in self.seen]
         self.seen = []
-        return compare(
+        late = Verdict({}, first_of(self.job, self.wrong))
+        return late + compare(
             Gates(self.job, self.system, self.case, self.truth.weights),
             self.truth.lens,
             calls,

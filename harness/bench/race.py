@@ -19,7 +19,8 @@ from harness.bench.checkpoint import Checkpoints, resumed
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
-from harness.bench.witness import Verdict
+from harness.bench.untimed import put_back, settings
+from harness.bench.witness import Verdict, first_of
 from harness.case import case_of
 from harness.comm.agree import attempt, failed, first_said, status_of
 from harness.comm.job import Job
@@ -96,9 +97,11 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     contenders: list[tuple[Experiment, Contender]] = []
     room = Room(job, len(experiments))
     shared: dict[Any, Any] = {}
+    before, changed = settings(), dict.fromkeys(outcomes, "")
     for experiment in experiments:
         room.clear()
         contender = admit(job, experiment, outcomes[experiment.digest], payload, shared)
+        changed[experiment.digest] = put_back(before)
         room.take(contender)
         if contender is not None:
             contenders.append((experiment, contender))
@@ -110,11 +113,13 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
             name_phase(job, experiment, f"timed repetition {rep}")
             with room.turn(contender, warm_up=True):
                 outcomes[experiment.digest].samples += contender.run(rep, watch)
+            changed[experiment.digest] = put_back(before) or changed[experiment.digest]
             tell(job, {"did": "time", "system": experiment.system})
     for experiment, contender in contenders:
         name_phase(job, experiment, "checking what was timed")
         outcome = outcomes[experiment.digest]
         with room.turn(contender):
+            settle(outcome, Verdict({}, first_of(job, changed[experiment.digest])))
             settle(outcome, contender.check())
             settle(
                 outcome,

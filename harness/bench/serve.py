@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from harness.bench import train
-from harness.bench.inside import Known, LayerWitness, watched_layers
+from harness.bench.inside import Known, LayerWitness, Witnesses, watched_layers
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict, first_of
 from harness.case import case_of, placed_by, placements
@@ -85,7 +85,7 @@ class Server:
     ):
         self.shared = {} if shared is None else shared
         self.calls, self.verdict = 0, Verdict({"logits": 0.0})
-        self.witnesses: dict[int, LayerWitness] = {}
+        self.witnesses = Witnesses(experiment.model.num_layers, self._witness)
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
         self.stands_in = experiment.compute == "stand-in"
         self.job, self.system, self.experiment = job, system, experiment
@@ -173,23 +173,30 @@ class Server:
     def _see(self, name: str) -> np.ndarray | None:
         """Collective, outside the clock: what the pass made -> the rows that its watched layer needed."""
         layer, name = self._watched, f"pass {self.calls} ({name})"
-        key = "weights", layer
-        if key not in self.shared:  # those that every system must have loaded, of this rank's part of the experts
-            weights = self._weights(layer)
-            every = Placement.contiguous(self.model.num_experts, self.job.num_ranks)
-            own = {e: weights.expert(e) for e in map(int, every.local(self.job.rank))} if not self.stands_in else {}
-            self.shared[key] = Known({}, own.__getitem__, every.owner)
-        if layer not in self.witnesses:
-            case = case_of(self.experiment, str(self.job.device), layer=layer, placement=self.placed[layer])
-            natural = self.experiment.workload.generator == "natural"
-            self.witnesses[layer] = LayerWitness(
-                self.job, self.system, case, self._weights(layer), natural=natural, layer=layer
-            )
-        self.verdict += self.witnesses[layer].check(name, 0, self.shared[key], self.step.seen)
+        self.verdict += self.witnesses[layer].check(name, 0, self._known(layer), self.step.seen)
         if not bool(self.step.logits.isfinite().all()):
             self.verdict += Verdict({"logits": np.inf}, f"logits of {name} are not finite")
         self.calls += 1
         return self.witnesses[layer].least
+
+    def _known(self, layer: int) -> Known:
+        """Collective. Of layers whose turn comes first the weights that every system must have loaded, of this rank's
+        part of the experts; of the others those that this one has."""
+        if layer not in self.witnesses.ahead:
+            return self.witnesses[layer].read(self.layers[layer], moves=False)
+        key = "weights", layer
+        if key not in self.shared:
+            weights = self._weights(layer)
+            every = Placement.contiguous(self.model.num_experts, self.job.num_ranks)
+            own = {e: weights.expert(e) for e in map(int, every.local(self.job.rank))} if not self.stands_in else {}
+            self.shared[key] = Known({}, own.__getitem__, every.owner)
+        known: Known = self.shared[key]
+        return known
+
+    def _witness(self, layer: int) -> LayerWitness:
+        case = case_of(self.experiment, str(self.job.device), layer=layer, placement=self.placed[layer])
+        natural = self.experiment.workload.generator == "natural"
+        return LayerWitness(self.job, self.system, case, self._weights(layer), natural=natural, layer=layer)
 
     def _weights(self, layer: int) -> Weights:
         model, dtype = self.model, self.experiment.dtype

@@ -59,9 +59,12 @@ class Stopwatch:
         self._barrier_bytes = [0] * len(self._count() or [])
         self._barrier_bytes = self._calibrate()
 
-    def measure(self, rep: int, direction: str, work: Callable[[], object]) -> Sample:
-        """Run ``work`` once, at the agreed start. Between the two readings of the counters nothing else is sent than
-        the barriers' own bytes, which are measured beforehand and taken off."""
+    def measure(
+        self, rep: int, direction: str, work: Callable[[], object], stopped: Callable[[], object] | None = None
+    ) -> Sample:
+        """Run ``work`` once, at the agreed start; ``stopped``: at once when this rank's clock has stopped. Between the
+        two readings of the counters nothing else is sent than the barriers' own bytes, which are measured beforehand
+        and taken off."""
         self._barrier()
         counted = self._count()
         window, window_cpu, busy = time.perf_counter(), time.process_time(), _busy_cpu_s()
@@ -80,6 +83,8 @@ class Stopwatch:
         end = time.perf_counter()
         own = time.process_time() - cpu
         arrived = arrivals.received_bytes() - arrived
+        if stopped is not None:
+            stopped()
         self._barrier()
         window, window_cpu = time.perf_counter() - window, time.process_time() - window_cpu
         busy = _busy_cpu_s() - busy

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from harness.bench import memory
 from harness.bench.checkpoint import Checkpoints
-from harness.bench.inside import Known, LayerWitness, watched_layers
+from harness.bench.inside import Known, LayerWitness, Witnesses, check_drawn, check_updated, watched_layers
 from harness.bench.steered import OracleLayer, Steered, steered_gpt
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict
@@ -133,7 +133,7 @@ class Trainer:
         self.system = system
         self.timeline: Timeline | None = None  # of the last step
         self.losses: dict[int, float] = {}  # by step
-        self.witnesses: dict[int, LayerWitness] = {}
+        self.witnesses = Witnesses(experiment.model.num_layers, self._witness)
         self.timed: dict[int, int] = {}  # steps, by repetition
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
         self.seen = Held()  # of the last step, of the layer that was watched
@@ -200,24 +200,32 @@ class Trainer:
 
     def _known(self) -> Known:
         """Collective, outside the clock: weights of the watched layer ahead of the step."""
+        if not self.step and self.experiment.compute == "real":
+            tolerance = self.system.tolerance(self.experiment.dtype)
+            self.verdict += check_drawn(self.job, self.layers, self._weights, tolerance)
         layer = self._watched
-        if layer not in self.witnesses:
-            case = case_of(self.experiment, str(self.job.device), layer=layer)
-            weights = Weights(case.model, case.dtype, seed=self.experiment.workload.seed, layer=layer)
-            self.witnesses[layer] = LayerWitness(
-                self.job, self.system, case, weights, natural=not self.training.prescribed, layer=layer
-            )
         return self.witnesses[layer].read(self.layers[layer], moves=self.after_step is not None)
+
+    def _weights(self, layer: int) -> Weights:
+        return Weights(self.experiment.model, self.experiment.dtype, seed=self.experiment.workload.seed, layer=layer)
+
+    def _witness(self, layer: int) -> LayerWitness:
+        case, natural = case_of(self.experiment, str(self.job.device), layer=layer), not self.training.prescribed
+        return LayerWitness(self.job, self.system, case, self._weights(layer), natural=natural, layer=layer)
 
     def _see(self, share: torch.Tensor, known: Known, name: str) -> float:
         """Collective, outside the clock: what the step made -> its loss."""
         step, layer = self.step - 1, self._watched_last
         self.losses[step] = self.last_loss = self._job_loss(share)
+        before = known
         if step == 0:  # nothing has changed them yet: they must be those that were drawn
             known = dataclasses.replace(known, matrices=self.witnesses[layer].weights.expert, gate={})
         of_call = f"step {step} ({name})"
         gradients = self.layers[layer].gradients() if self.gradients is None else self.gradients
         self.gradients = None
+        if self.experiment.compute == "real":
+            where = f"{of_call}, layer {layer}"
+            self.verdict += check_updated(self.job, self.layers[layer], before, gradients, where)
         self.verdict += self.witnesses[layer].check(of_call, step, known, self.seen, gradients)
         if not np.isfinite(self.last_loss):
             self.verdict += Verdict({"loss": np.inf}, f"the loss of {of_call} is {self.last_loss}")

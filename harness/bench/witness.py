@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from statistics import NormalDist
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from harness.bench.choices import Gates
+from harness.bench.off import of_experts, scale_of, worst_pair, worst_token
 from harness.comm.agree import of_all
 from harness.comm.handover import used_here
 from harness.comm.job import Job
@@ -58,6 +58,8 @@ class Seen:
     dx: torch.Tensor | None = None  # [T, q + 1]
     experts: dict[int, dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)  # [q + 1] of each matrix
     gate: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # [q], this rank's own part
+    #: of an exchange whose gate stands before it: ids [T, k], and gradients of their weights [T, k], if there are any
+    gate_weights: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
 
 @dataclasses.dataclass
@@ -72,7 +74,12 @@ class Given:
 
 
 def see(
-    lens: Lens, name: str, y: torch.Tensor, dx: torch.Tensor | None = None, gradients: Gradients | None = None
+    lens: Lens,
+    name: str,
+    y: torch.Tensor,
+    dx: torch.Tensor | None = None,
+    gradients: Gradients | None = None,
+    gate_weights: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> Seen:
     """Of y, dx [T, M] and weight gradients; they may be gone afterwards."""
     y = _rows(y, lens.y)
@@ -87,7 +94,7 @@ def see(
 
     experts = {e: {matrix: through(matrix, of[matrix]) for matrix in of} for e, of in gradients.experts.items()}
     gate = {n: lens.of_matrix(n, used_here(gradient.detach())) for n, gradient in gradients.gate.items()}
-    return Seen(name, y, dx, experts, gate)
+    return Seen(name, y, dx, experts, gate, gate_weights)
 
 
 def _rows(rows: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
@@ -109,6 +116,7 @@ class _Wanted:
     gate_terms: torch.Tensor  # squared size of what the gate's gradients are added up from; it may cancel
     names: list[str]  # of the matrices
     ids: Callable[[int], list[int]]  # experts of a token
+    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None  # token, expert, gradient of its weight: [n]
 
 
 def _mixed(gates: Gates, given: Given, lens: Lens, identity: bool) -> _Wanted:
@@ -191,7 +199,9 @@ def _want(gates: Gates, given: Given, lens: Lens, *, constant_gate: bool, natura
         for i, (name, gradient) in enumerate(zip(parameters, found[1:], strict=True)):
             if gradient is not None:
                 gate[i, :-1], gate[i, -1] = lens.of_matrix(name, gradient), gradient.square().sum()
-    return _Wanted(y, dx, sure, experts, doubtful, gate, terms, names, ids)
+    taken = sure[pairs.token] & (g.detach() > 0)
+    of_pairs = pairs.token[taken], pairs.expert[taken], pairs.gate[taken].double()
+    return _Wanted(y, dx, sure, experts, doubtful, gate, terms, names, ids, of_pairs)
 
 
 def compare(
@@ -228,10 +238,13 @@ def compare(
         for kind, found, expected in (("output", seen.y, wanted.y), ("input_grad", seen.dx, wanted.dx)):
             if found is None or expected is None:
                 continue
-            scale = _scale(job, found, expected, wanted.sure)
+            scale = scale_of(job, found, expected, wanted.sure)
             if bool(wanted.sure.any()):
-                error, token = _worst_token(found[:, :-1], expected, wanted.sure)
-                note(kind, error / scale, f"of token {token}{_of(wanted.ids(token))} on rank {job.rank} {at}")
+                error, token = worst_token(found[:, :-1], expected, wanted.sure)
+                note(kind, error / scale, f"of token {token}{of_experts(wanted.ids(token))} on rank {job.rank} {at}")
+        if seen.gate_weights is not None and wanted.pairs is not None:
+            error, token = worst_pair(wanted.pairs, *seen.gate_weights)
+            note("weight_grad", error, f"of the gate's weights of token {token} on rank {job.rank} {at}")
         if wanted.dx is not None:
             for error, text in _weights(job, gates, given, seen, wanted, at):
                 note("weight_grad", error, text)
@@ -336,42 +349,3 @@ def settled(job: Job, worst: tuple[float, str]) -> Verdict:
 def first_of(job: Job, reason: str) -> str:
     """Collective: what the first rank says that has something to say."""
     return next(filter(None, of_all(job, reason)), "")
-
-
-def _worst_token(found: torch.Tensor, expected: torch.Tensor, sure: torch.Tensor) -> tuple[float, int]:
-    """Largest difference among the ``sure`` ones of [T, q], and whose it is."""
-    difference = (found.double() - expected.double()).abs().amax(1).nan_to_num(nan=torch.inf)
-    difference = difference.where(sure, torch.full_like(difference, -1))
-    token = int(difference.argmax())
-    return float(difference[token]), token
-
-
-def _of(experts: list[int]) -> str:
-    return f" (experts {', '.join(map(str, experts[:4]))}{', ...' if len(experts) > 4 else ''})" if experts else ""
-
-
-def _scale(job: Job, found: torch.Tensor, expected: torch.Tensor, sure: torch.Tensor) -> float:
-    """Collective: the number that errors of the rows ``found`` [T, q + 1] are relative to; 1 of nothing.
-
-    Rounding takes some part of every number of a row, in any direction: through the lens a normal error, whose
-    deviation is that part of the row's length. So the largest error is relative to the largest number that rows of
-    these lengths usually show, were each seen through directions of its own; rows of a trained layer are alike, and
-    all may stand nearly at right angles to these. A found row is as long as the right one, or is wrong by half its
-    length at least."""
-    lengths = found[sure, -1].double()
-    parts = torch.zeros(4, dtype=torch.float64, device=found.device)
-    if len(lengths):
-        parts[0], parts[1] = expected[sure].abs().max(), lengths.max()
-        parts[2], parts[3] = lengths.square().sum(), lengths.numel() * expected.shape[1]
-    every = [torch.empty_like(parts) for _ in range(job.num_ranks)]
-    if job.num_ranks > 1:
-        dist.all_gather(every, parts)
-    else:
-        every = [parts]
-    largest, longest = torch.stack(every).amax(0)[:2].tolist()
-    squares, count = torch.stack(every).sum(0)[2:].tolist()
-    if not count:
-        return 1.0
-    usual = NormalDist().inv_cdf(1 - 0.5 / count) * math.sqrt(squares * expected.shape[1] / count)
-    scale = max(largest, longest, usual)
-    return scale if math.isnan(squares) or scale > 1e-300 else 1.0

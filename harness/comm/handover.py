@@ -54,6 +54,16 @@ class Held(dict[Any, Any]):
         return used_here(super().pop(key))
 
 
+def seen(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """To be looked at later, with what ``version`` says of it now: another one tells that it was written to since."""
+    return tensor.detach(), version(tensor)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often it was written to in place; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
 def pop(owner: object, name: str) -> Any:
     """Read an attribute and clear it, so that its tensor can be freed as soon as its consumer has let go of it."""
     value = getattr(owner, name)

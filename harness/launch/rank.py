@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Kind, UserError, tells_out_of_memory, told
+from harness.errors import Kind, UserError, tells_out_of_memory, told, words
 from harness.launch import gpus
 from harness.launch.kernel import die_with_parent, enter_network
 from harness.launch.network import INTERFACE, Counters
@@ -192,8 +192,8 @@ def raised(rank: int, error: BaseException, phase: str) -> Raised:
     user_error = isinstance(error, UserError)
     return Raised(
         rank,
-        "out_of_memory" if tells_out_of_memory(f"{names}: {error}") else "raised",
-        " ".join(str(error).split()) if user_error else told(error),
+        "out_of_memory" if tells_out_of_memory(f"{names}: {words(error)}") else "raised",
+        words(error) if user_error else told(error),
         user_error,
         time.monotonic(),
         phase,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from harness.comm.handover import Handover, Held
+from harness.comm.handover import Handover, Held, seen
 from harness.layer.gpt import GPT, Cache
 from harness.plan.graph import COMPUTE, Plan, Timeline, Work
 from harness.plan.passage import Direction, Way
@@ -108,7 +108,7 @@ class ServingStep(ServingTasks, Handover):
 
     def _see(self, layer: int, name: str, tensor: torch.Tensor) -> None:
         if layer == self.watched:
-            self.seen[name] = tensor.detach()
+            self.seen[name] = seen(tensor)
 
 
 def parts_s(timeline: Timeline, num_layers: int) -> dict[str, list[float]]:

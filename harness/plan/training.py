@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from harness.comm.handover import Handover, Held, pop
+from harness.comm.handover import Handover, Held, pop, seen
 from harness.comm.job import Job
 from harness.layer.gpt import GPT, Block
 from harness.plan.gradients import Stream, sum_over
@@ -247,4 +247,4 @@ class TrainingStep(TrainingTasks):
 
     def _see(self, layer: int, name: str, tensor: torch.Tensor | None) -> None:
         if layer == self.watched and tensor is not None:
-            self.seen[name] = tensor.detach()
+            self.seen[name] = seen(tensor)

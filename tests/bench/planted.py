@@ -33,13 +33,16 @@ class Masked(MoELayer):
         super().__init__()
         self.inner, self.case, self.job, self.fault = inner, case, job, fault
         self.calls = 0
+        self.index = 0  # among a model's layers
         self.last: Any = None
+        self.hidden: dict[str, torch.Tensor] = {}  # gradients of w1, by what is wrong with them
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._out(x, self.inner)
 
     def prepare(self, x: torch.Tensor) -> Any:
-        return self.inner.prepare(x)
+        state = self.inner.prepare(x)
+        return state._replace(weights=state.weights.detach()) if self.fault is no_gate_gradient else state
 
     def exchange(self, x: torch.Tensor, state: Any) -> torch.Tensor:
         return self._out(x, lambda rows: self.inner.exchange(rows, state))
@@ -51,7 +54,13 @@ class Masked(MoELayer):
         return self.fault(self, x, run)
 
     def gradients(self) -> Gradients:
-        return self.inner.gradients()
+        if "late" in self.hidden:
+            self.inner.experts.w1.grad = self.hidden.pop("late")
+        found, w1 = self.inner.gradients(), getattr(self.inner.experts, "w1", None)
+        if "unseen" in self.hidden and w1 is not None and w1.grad is None:
+            own = zip(self.inner.experts.local, self.hidden["unseen"], strict=True)
+            return Gradients(found.gate, {e: {**found.experts[e], "w1": gradient} for e, gradient in own})
+        return found
 
     def shared_parameters(self) -> list[torch.nn.Parameter]:
         return self.inner.shared_parameters()
@@ -141,6 +150,71 @@ def repeats(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
     return x * 0 + layer.last.detach()
 
 
+def middle_layer(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """The second of four layers is wrong."""
+    return run(x) * (0.8 if layer.index == 1 else 1.0)
+
+
+def in_place(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """What it was given is another thing afterwards, and the output right for that."""
+    with torch.no_grad():
+        x.mul_(0.9)
+    return run(x)
+
+
+class _Later(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.made, later = y.clone(), torch.zeros_like(y)
+        ctx.later = later.detach()
+        return later
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]
+        ctx.later.copy_(ctx.made)
+        return dy
+
+
+def late_output(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """The last transfer is waited for in backward."""
+    return _Later.apply(run(x))
+
+
+def more_threads(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """It takes the cores of the other ranks."""
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    return run(x)
+
+
+def no_gate_gradient(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """Its backward leaves out the gradients of the gate's weights (``Masked.prepare``)."""
+    return run(x)
+
+
+def late_weights(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """Weights' gradients are made when somebody asks for them, behind the clock."""
+    _keep_gradient(layer, layer.inner.experts.w1, "late")
+    return run(x)
+
+
+def no_update(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """An expert's gradients are right and the optimizer does not see them."""
+    if layer.job.rank == 1:
+        _keep_gradient(layer, layer.inner.experts.w1, "unseen")
+    return run(x)
+
+
+def _keep_gradient(layer: Masked, parameter: torch.nn.Parameter, name: str) -> None:
+    if layer.calls > 1:
+        return
+
+    def hide(own: torch.nn.Parameter) -> None:
+        assert own.grad is not None
+        layer.hidden[name], own.grad = own.grad, None
+
+    parameter.register_post_accumulate_grad_hook(hide)
+
+
 class Local(MoELayer):
     """Every rank has all experts and sends nothing, although the plan is flat's; without its gradients' sum."""
 
@@ -175,6 +249,13 @@ FAULTS: dict[str, Callable[..., torch.Tensor]] = {
         second_call,
         stale_routing,
         repeats,
+        middle_layer,
+        in_place,
+        late_output,
+        late_weights,
+        more_threads,
+        no_gate_gradient,
+        no_update,
     )
 }
 
@@ -188,6 +269,7 @@ def _system(fault_name: str, fault: Callable[..., torch.Tensor]) -> type[System]
         @classmethod
         def build(cls, case: Case, job: Job, weights: Weights) -> Any:
             made = Masked(super().build(case, job, weights), case, job, fault)
+            made.index = weights.layer
             if fault is stale_routing:
                 exchange = made.exchange
                 made.exchange = (  # type: ignore[method-assign]
@@ -253,6 +335,20 @@ class Reordered(Flat):
         return made
 
 
+class HalfLoaded(Flat):
+    """An expert of the third layer begins with half of its weights."""
+
+    name = "half-loaded"
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> Any:
+        made = super().build(case, job, weights)
+        if max(case.routing.tokens) > SMALL and weights.layer == 2 and job.rank == 1:
+            with torch.no_grad():
+                made.experts.w2[0] *= 0.5
+        return made
+
+
 class SendsSums(SendsNothing):
     name = "sends-sums"
 
@@ -267,6 +363,7 @@ ALL: tuple[type[System], ...] = (
     *(_system(name, fault) for name, fault in FAULTS.items()),
     SendsNothing,
     SendsSums,
+    HalfLoaded,
     Reordered,
 )
 

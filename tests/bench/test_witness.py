@@ -51,6 +51,31 @@ FOUND: dict[str, dict[str, str]] = {
 ALIKE: dict[str, str] = {"second-call": "(warm-up)", "repeats": "(warm-up)", "last-token": "of token 95"}
 
 
+#: what calls of one layer alone, or of layers that never had their turn, would not show; by phase, in bfloat16
+OUTSIDE: dict[str, dict[str, str]] = {
+    "exchange": {
+        "late-output": "output of timed repetition 0 changed after the clock had stopped",
+        "more-threads": "torch.get_num_threads() from 1 to 2",
+        "no-gate-gradient": "weight_grad off by 1.000e+00, allowed 2.000e-02, of the gate's weights of token",
+    },
+    "layer": {"late-weights": "gradients of timed repetition 0 changed after the clock had stopped"},
+    "train_step": {
+        "middle-layer": "layer 1",
+        "in-place": "its input was written to at step 0 (warm-up), layer 0",
+        "no-update": "has a gradient and no update at step 0",
+        "half-loaded": "weights w2 of expert 2 of layer 2 on rank 1 begin 5.0",
+    },
+    "prefill": {"middle-layer": "layer 1", "in-place": "its input was written to at pass 0 (warm-up), layer 0"},
+}
+
+
+@pytest.mark.parametrize("phase", OUTSIDE)
+def test_nothing_is_hidden_from_the_witness(session, phase: str) -> None:
+    """Behind the clock, in a layer between those watched first, ahead of the first step, in what a system was given."""
+    cells = experiments(phase, [*OUTSIDE[phase], "flat"], "bfloat16", num_layers=4, hidden=96)
+    race(session, cells, OUTSIDE[phase], repeats=3)
+
+
 def experiments(
     phase: str, systems: list[str], dtype: str = "float32", seed: int = 3, **shape: Any
 ) -> list[Experiment]:
@@ -85,11 +110,13 @@ def test_an_experts_matrices_may_stand_in_any_order(session) -> None:
     race(session, experiments("train_step", ["reordered", "flat"], ffn_type="swiglu"), {})
 
 
-def race(session, cells: list[Experiment], wanted: dict[str, str], warmup: int = 1) -> dict[str, float]:
+def race(
+    session, cells: list[Experiment], wanted: dict[str, str], warmup: int = 1, repeats: int = 2
+) -> dict[str, float]:
     """Some are wrong, for the reasons that are ``wanted``, and the others right -> errors of the last."""
     payload: dict[str, Any] = {
         "experiments": [e.model_dump(mode="json") for e in cells],
-        "repeats": 2,
+        "repeats": repeats,
         "warmup": warmup,
     }
     answers = session("local-2").call("tests.bench.planted:run_race", payload, timeout_s=120)
