@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,7 +96,8 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     outcomes = {experiment.digest: Outcome() for experiment in experiments}
     payload = payload | _resumed(job, experiments, payload)
     contenders: list[tuple[Experiment, Contender]] = []
-    room = Room(job, len(experiments))
+    folder = Path(payload["checkpoints"][0]) if "checkpoints" in payload else None
+    room = Room(job, len(experiments), folder)
     shared: dict[Any, Any] = {}
     before, changed = settings(), dict.fromkeys(outcomes, "")
     for experiment in experiments:

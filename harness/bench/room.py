@@ -1,16 +1,21 @@
-"""Room on one device for all contenders of a race, which take turns (A B B A) until its end.
+"""Room for all contenders of a race, which take turns (A B B A) until its end.
 
-If the device has room for all of them, each stays there. If not, whoever is not at work waits in the host's memory
-(parameters, optimizer state, caches), and its turn begins with coming back and one untimed step, so that the allocator
-has found its blocks before the clock runs. Which of the two is decided from what the contenders that are there have
-been seen to hold, for all ranks alike, and stands in the rows. On CPUs everybody stays.
+If the device has room for all of them, each stays there. If not, whoever is not at work waits elsewhere (parameters,
+optimizer state, caches): of a GPU in the host's memory, of CPUs in files that have no name any more. Its turn begins
+with coming back and one untimed step, so that the allocator has found its blocks before the clock runs. Which of the
+two is decided from what the contenders that are there have been seen to hold, for all ranks alike, and stands in the
+rows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
     from harness.bench.race import Contender
 
 SHARE = 0.8  # of the device that may be counted on
-HOST_SHARE = 0.8
+HOST_SHARE = 0.8  # of the host's memory, and of its disk
 
 
 def fits(num_contenders: int, kept_bytes: float, passing_bytes: float, device_bytes: float) -> bool:
@@ -36,11 +41,21 @@ def fits(num_contenders: int, kept_bytes: float, passing_bytes: float, device_by
     return num_contenders * kept_bytes + 2 * passing_bytes <= SHARE * device_bytes
 
 
-class Room:
-    """Of one rank; collective: every rank makes the same calls. ``num_contenders``: as many as may come."""
+def in_memory(folder: Path) -> bool:
+    """Whether what is written there takes the machine's memory."""
+    mounts = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+    path = next((each for each in (folder.resolve(), *folder.resolve().parents) if each in mounts), None)
+    return path is not None and mounts[path] in ("tmpfs", "ramfs")
 
-    def __init__(self, job: Job, num_contenders: int):
+
+class Room:
+    """Of one rank; collective: every rank makes the same calls. ``num_contenders``: as many as may come; ``folder``:
+    for those that wait, where the folder for temporary files is no disk."""
+
+    def __init__(self, job: Job, num_contenders: int, folder: Path | None = None):
         self.job, self.num_contenders = job, num_contenders
+        temporary = Path(tempfile.gettempdir())
+        self.folder = folder if folder is not None and in_memory(temporary) else temporary
         self.cuda = job.device.type == "cuda"
         self.parks = False
         self.contenders: list[Contender] = []
@@ -51,14 +66,15 @@ class Room:
     @property
     def how(self) -> str:
         """Where contenders are between their turns, for the rows; empty where there is no choice."""
-        if not self.cuda and not self.parks:
-            return ""
+        if not self.cuda:
+            return "on disk between turns" if self.parks else ""
         return "in the host's memory between turns" if self.parks else "on the device between turns"
 
     def clear(self) -> None:
         """Ahead of the next contender: what the last one left, and conformance, is given back."""
+        gc.collect()
+        self._before = psutil.Process().memory_info().rss
         if self.cuda:
-            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.synchronize(self.job.device)
             torch.cuda.reset_peak_memory_stats(self.job.device)
@@ -90,10 +106,13 @@ class Room:
         self._park(contender)
 
     def _crowded(self) -> bool:
-        """Whether not all can stay. ``MemoryError`` where they cannot wait on the host either."""
-        if not self.cuda or self.num_contenders < 2:
+        """Whether not all can stay. ``MemoryError`` where they cannot wait elsewhere either."""
+        if self.num_contenders < 2:
             return False
         gc.collect()
+        return self._crowded_device() if self.cuda else self._crowded_host()
+
+    def _crowded_device(self) -> bool:
         device, here = self.job.device, torch.cuda.memory_allocated(self.job.device)
         peak = torch.cuda.max_memory_allocated(device)
         total = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)  # without other programs'
@@ -114,21 +133,47 @@ class Room:
             )
         return True
 
+    def _crowded_host(self) -> bool:
+        """Ranks share the memory of their machine, and its disk."""
+        here, free = psutil.Process().memory_info().rss, shutil.disk_usage(self.folder).free
+        found = [here - self._before, -psutil.virtual_memory().available, -free]
+        worst = torch.tensor(found, dtype=torch.float64)
+        if self.job.num_ranks > 1:
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+        kept, available, free = worst.abs().tolist()
+        self.kept_bytes = max(self.kept_bytes, kept)
+        num_ranks = self.job.num_ranks if self.job.shared_clock else self.job.topology.shape[-1]  # of this machine
+        of_each = self.kept_bytes * num_ranks
+        if (self.num_contenders - len(self.contenders)) * of_each <= HOST_SHARE * available:
+            return False
+        if self.num_contenders * of_each > HOST_SHARE * free:
+            raise MemoryError(
+                f"{self.num_contenders} systems of {of_each / 1e9:.3g} GB on {num_ranks} ranks fit neither the memory, "
+                f"of which {available / 1e9:.3g} GB are left, nor, while they wait, {self.folder} with "
+                f"{free / 1e9:.3g} GB; race fewer at a time, or name a larger disk (TMPDIR)"
+            )
+        return True
+
     def _park(self, contender: Contender) -> None:
-        self._parked[id(contender)] = Parked(t for t in contender.keep() if t.device == self.job.device)
+        held = (t for t in contender.keep() if t.device == self.job.device)
+        self._parked[id(contender)] = Parked(held, self.folder)
         if self.cuda:
             torch.cuda.empty_cache()
 
 
 class Parked:
-    """Memory of ``tensors`` in the host's memory; the tensors themselves, and all views of them, stay as they are, with
-    nothing in them, until it is ``back``."""
+    """Memory of ``tensors`` in the host's memory, or of a CPU's tensors in a file in ``folder``; the tensors
+    themselves, and all views of them, stay as they are, with nothing in them, until it is ``back``."""
 
-    def __init__(self, tensors: Iterable[torch.Tensor]):
+    def __init__(self, tensors: Iterable[torch.Tensor], folder: Path):
         found = {t.untyped_storage().data_ptr(): (t.untyped_storage(), t.device) for t in tensors if t.numel()}
         self.away = []
-        for storage, device in found.values():
-            host = _host_bytes(storage.nbytes(), pinned=device.type == "cuda")
+        if not found:
+            return
+        sizes = [storage.nbytes() for storage, _ in found.values()]
+        on_gpu = any(device.type == "cuda" for _, device in found.values())
+        whole = _host_bytes(sum(sizes)) if on_gpu else _file_bytes(sum(sizes), folder)
+        for (storage, device), host in zip(found.values(), whole.split(sizes), strict=True):
             host.copy_(_bytes_of(storage, device), non_blocking=True)
             self.away.append((storage, host, device))
         self._settle()
@@ -150,8 +195,14 @@ def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> torch.Tens
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
-def _host_bytes(num_bytes: int, pinned: bool) -> torch.Tensor:
-    if pinned:
-        with contextlib.suppress(RuntimeError):  # a machine may not pin all that it has
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+def _host_bytes(num_bytes: int) -> torch.Tensor:
+    with contextlib.suppress(RuntimeError):  # a machine may not pin all that it has
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _file_bytes(num_bytes: int, folder: Path) -> torch.Tensor:
+    """Of a file that goes with the tensor, however this process ends. ``OSError`` where the disk is full."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".waits-") as file:
+        os.posix_fallocate(file.fileno(), 0, num_bytes)  # what is missing later is no error but a signal
+        return torch.from_file(file.name, shared=True, size=num_bytes, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""A race whose contenders wait on the host between their turns, and the same race with room for all of them."""
+"""A race whose contenders wait elsewhere between their turns, and the same race with room for all of them."""
 
 from __future__ import annotations
 

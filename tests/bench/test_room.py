@@ -1,13 +1,15 @@
-"""Contenders that have no room beside each other wait on the host, and find everything again in their turns."""
+"""Contenders that have no room beside each other wait elsewhere, and find everything again in their turns."""
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
-from harness.bench.room import Parked, Room, fits
+from harness.bench.room import Parked, Room, _file_bytes, fits
 from tests.methods.test_fsmoe_training import training
 from tests.methods.test_hiermoe import cluster
 
@@ -19,15 +21,42 @@ def test_what_is_counted():
     assert not fits(6, 10e9, 6e9, 80e9)
 
 
+@pytest.mark.parametrize(("available", "free", "parks"), [(10e9, 0, False), (3e9, 9e9, True), (3e9, 5e9, None)])
+def test_ranks_of_one_machine_share_its_memory_and_its_disk(monkeypatch, available, free, parks):
+    """Six contenders of 0.1 GB on 10 ranks, of which one is there."""
+    job = SimpleNamespace(
+        device=torch.device("cpu"), num_ranks=1, shared_clock=False, topology=SimpleNamespace(shape=(10,))
+    )
+    held = iter((1.0e9, 1.1e9))
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=next(held)))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    room = Room(job, 6)
+    room.clear()
+    room.contenders.append(SimpleNamespace())
+    if parks is None:
+        with pytest.raises(MemoryError, match=r"6 systems of 1 GB on 10 ranks .* 3 GB are left.* with 5 GB; .*TMPDIR"):
+            room._crowded()
+    else:
+        assert room._crowded() == parks
+
+
+def test_a_full_disk_is_an_error_and_no_signal(tmp_path):
+    with pytest.raises(OSError, match=r"No space left|File too large"):
+        _file_bytes(1 << 60, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_who_is_alone_stays():
     assert not Room(SimpleNamespace(device=torch.device("cuda", 0)), 1)._crowded()
 
 
-def test_views_and_ties_survive():
+def test_views_and_ties_survive(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
     row, tied, empty = whole[1], whole.view(-1), torch.empty(0)
-    parked = Parked([whole, row, tied, empty])
+    parked = Parked([whole, row, tied, empty], tmp_path)
     assert whole.untyped_storage().nbytes() == 0
+    assert not list(tmp_path.iterdir())  # whatever happens, nothing stays
     parked.back()
     assert whole.tolist() == torch.arange(12.0).view(3, 4).tolist()
     row[0] = -1
@@ -49,7 +78,7 @@ def test_a_race_goes_on_as_if_there_had_been_room(session, phase, systems):
         assert set(rank["held"]) == {0}
         for parked, stays in zip(rank["parked"].values(), rank["stays"].values(), strict=True):
             assert parked["status"] == stays["status"] == "ok", parked["reason"]
-            assert parked["how"]["state"] == "in the host's memory between turns"
+            assert parked["how"]["state"] == "on disk between turns"
             assert stays["how"]["state"] == ""
             assert parked["how"]["experts"].startswith(("one GEMM an expert: ", "one batched"))
             assert parked["errors"] == stays["errors"]

@@ -40,7 +40,7 @@ def slow(shape):
     [
         pytest.param("hecate", {"t": 3, "reshard_every": 7, "window": 3}, marks=pytest.mark.long),
         pytest.param("hecate", {"t": 5, "m": 1, "reshard_every": 10}, marks=pytest.mark.long),
-        ("hecate-rm", {"t": 3, "m": 2, "reshard_every": 7, "calibrate": True}),
+        pytest.param("hecate-rm", {"t": 3, "m": 2, "reshard_every": 7, "calibrate": True}, marks=pytest.mark.long),
     ],
     ids=["wide", "tight", "rematerialised"],
 )

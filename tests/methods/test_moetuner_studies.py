@@ -118,6 +118,7 @@ def test_gains_stand_beside_the_reported_ones_and_add_up(few: None) -> None:
         assert seconds["shared-ports"] <= seconds["ports"]
 
 
+@pytest.mark.long
 def test_no_rival_has_a_better_objective_on_held_out_routing(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "ROUTINGS", ("recorded early", "markov 0.9"))
     table = studies.objective(quietly).tables["objective"]
