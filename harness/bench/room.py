@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from harness.comm.job import Job
+from harness.launch.kernel import give_back
 
 if TYPE_CHECKING:
     from harness.bench.race import Contender
@@ -73,6 +74,7 @@ class Room:
     def clear(self) -> None:
         """Ahead of the next contender: what the last one left, and conformance, is given back."""
         gc.collect()
+        give_back()
         self._before = psutil.Process().memory_info().rss
         if self.cuda:
             torch.cuda.empty_cache()

@@ -55,3 +55,10 @@ def use_batch_scheduling() -> str:
     except OSError:
         return "SCHED_OTHER"
     return "SCHED_BATCH"
+
+
+def give_back() -> None:
+    """Memory that was freed goes back to the kernel, as far as the C library (glibc) does it; else it stays with it in
+    pieces, and a process that has had several systems holds what all of them have held."""
+    if trim := getattr(_libc, "malloc_trim", None):
+        trim(0)
