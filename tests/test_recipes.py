@@ -195,7 +195,9 @@ def refused(exchange: str, schedule: str, state: str, placement: str) -> bool:
     """The list of what makes no sense."""
     copies = state != "owned"
     return (
-        (schedule == "fastermoe" and state != "fastermoe")  # what stays with a shadow is computed last
+        ((exchange == "slots") != (state == "shards"))  # who sees the rows of a node
+        or (state == "shards" and placement != "contiguous")  # they do not move
+        or (schedule == "fastermoe" and state != "fastermoe")  # what stays with a shadow is computed last
         or (state in ("flexmoe", "eplb", "per-node") and placement != "contiguous")  # both move the same experts
         or (placement == "hiermoe" and (not exchange.startswith("hiermoe") or copies))  # the swap's objective
     )

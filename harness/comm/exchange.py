@@ -7,6 +7,7 @@ An exchange makes a ``Journey`` of every batch. Who computes a row is decided be
 from __future__ import annotations
 
 import abc
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,13 +17,17 @@ from harness.comm.job import Job
 from harness.comm.journey import Cut, Journey, Leg, all_to_all, bounds
 from harness.comm.replicas import there_and_back
 from harness.comm.rows import stable_order
+from harness.comm.trip import Trip
 from harness.placement import Placement
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 
 
 class Exchange(abc.ABC):
-    """Tokens to experts and back, on one rank of ``job``. ``placement``: the experts' owners, or all that hold one."""
+    """Tokens to experts and back, on one rank of ``job``. ``placement``: the experts' owners, or all that hold one.
+    ``trip``: how a direction of its journeys is walked; hops need not be all-to-alls."""
+
+    trip: ClassVar[type[Trip]] = Trip
 
     def __init__(self, job: Job, placement: Placement):
         self.job = job

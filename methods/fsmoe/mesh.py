@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -13,22 +12,18 @@ import torch.distributed as dist
 from harness.comm.job import Job
 from harness.comm.journey import all_to_all
 
-Algorithm = Literal["flat", "1dh", "2dh"]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mesh:
     """``num_ep`` groups of ``num_esp`` ranks; each holds ``1 / num_ep`` of the experts, each of its ranks a shard.
 
-    ``scope``: of the exchange between EP ranks, as costs know it. ``across``: parts [num_ep, ...] to every EP rank of
-    this rank's shard -> parts from every one."""
+    ``across``: parts [num_ep, ...] to every EP rank of this rank's shard -> parts from every one."""
 
     num_ep: int
     ep_index: int
     num_esp: int
     esp_index: int
     esp_group: dist.ProcessGroup | None
-    scope: str
     across: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -42,13 +37,13 @@ def node_mesh(job: Job) -> Mesh:
         return all_to_all(parts, [1] * nodes, [1] * nodes, rail)
 
     node = int(job.topology.unit_of(0)[job.rank])
-    return Mesh(nodes, node, num_local, job.rank % num_local, job.inner(0), "inter", across)
+    return Mesh(nodes, node, num_local, job.rank % num_local, job.inner(0), across)
 
 
-def rank_mesh(job: Job, algorithm: Algorithm) -> Mesh:
+def rank_mesh(job: Job, algorithm: str) -> Mesh:
     """Whole experts (N_ESP = 1), tokens exchanged among all ranks by ``algorithm``."""
-    run = {"flat": _flat, "1dh": _one_dimensional, "2dh": _two_dimensional}[algorithm]
-    return Mesh(job.num_ranks, job.rank, 1, 0, None, "flat", lambda parts: run(job, parts))
+    run = ALGORITHMS[algorithm]
+    return Mesh(job.num_ranks, job.rank, 1, 0, None, lambda parts: run(job, parts))
 
 
 def _flat(job: Job, parts: torch.Tensor) -> torch.Tensor:
@@ -88,3 +83,6 @@ def _one_dimensional(job: Job, parts: torch.Tensor) -> torch.Tensor:
     received = torch.empty_like(parts)
     dist.scatter(received, list(handed) if handed is not None else None, src=leader, group=inner)
     return received
+
+
+ALGORITHMS = {"flat": _flat, "1dh": _one_dimensional, "2dh": _two_dimensional}

@@ -12,11 +12,7 @@ from harness.layer.weights import Weights
 from harness.registry import system
 from harness.routing import planned_routing
 from harness.specs import Experiment, Workload
-from methods.fsmoe.cut import Cut
 from methods.fsmoe.hooks import Compress, Hooks
-from methods.fsmoe.layer import FSMoELayer
-from methods.fsmoe.mesh import node_mesh
-from methods.fsmoe.step import POLICIES
 from tests.baselines import recorded
 
 GATES = {name: trial for name, trial in conformance.TRIALS.items() if "gate" in trial.model}
@@ -92,21 +88,15 @@ class Noted(Hooks):
 
 def hooked(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """A layer with and without hooks on inputs that differ by what the hooks undo."""
-    case = recorded.make_case(job.topology, model={"hidden": 64}, tokens=32)
+    options = {"degree_forward": 2, "degree_backward": 1}
+    case = recorded.make_case(job.topology, options=options, model={"hidden": 64}, tokens=32)
     generator = torch.Generator().manual_seed(job.rank)
     x = torch.randn(32, 64, generator=generator)
     found = []
     hooks = Noted()
-    for given, scale in ((hooks, 1.0), (None, 2.0)):
-        layer = FSMoELayer(
-            case,
-            job,
-            Weights(case.model, case.dtype),
-            policy=POLICIES["fsmoe"],
-            cut=Cut(2, 1),
-            mesh=node_mesh(job),
-            hooks=given,
-        )
+    for given, scale in ((hooks, 1.0), (Hooks(), 2.0)):
+        layer: Any = system("fsmoe").build(case, job, Weights(case.model, case.dtype))
+        layer.exchange_.hooks = given
         inner = (x * scale).requires_grad_()
         y = layer(inner)
         y.sum().backward()
@@ -143,7 +133,7 @@ def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "part_bytes": trainer.stream.part_bytes,
         "before_combine": all(early),
         "lanes": sorted({task.lane for task in timeline.plan.tasks}),
-        "degrees": [layer.cut.degree_backward for layer in trainer.layers],
+        "degrees": [layer.cut.backward for layer in trainer.layers],
     }
 
 
