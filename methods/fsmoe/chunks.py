@@ -206,8 +206,6 @@ def _key(hop: Any) -> str:
 
 #: brought to recipes, by name
 SCHEDULES: Mapping[str, Adaptive] = {
-    ("fsmoe" if name == "fsmoe" else f"fsmoe-{name}"): Adaptive(
-        policy.overlap, "fsmoe" if name == "fsmoe" else f"fsmoe-{name}", policy
-    )
-    for name, policy in POLICIES.items()
+    name: Adaptive(policy.overlap, name, policy)
+    for name, policy in ((f"fsmoe-{rival}".removesuffix("-fsmoe"), policy) for rival, policy in POLICIES.items())
 }

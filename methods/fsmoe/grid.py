@@ -25,8 +25,7 @@ from harness.plan.simulate import simulate
 from harness.specs import GEMMS, Cluster
 from methods.fsmoe.costs import LayerCosts, attention_gradient_elements, layer_costs, reduce_costs
 from methods.fsmoe.degree import DEGREES, closed_form, scan_degree
-from methods.fsmoe.shards import Slices
-from methods.fsmoe.sizes import PricedSlots, Sizes
+from methods.fsmoe.sizes import PricedSlots, Sizes, Slices
 from methods.fsmoe.step import POLICIES, Decision, Policy, reduction
 
 ELEMENT_BYTES = 4  # the authors' driver runs in float32

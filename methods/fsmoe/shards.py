@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from harness.layer.gates import Gated
 from harness.layer.order import ORDERS
 from harness.layer.weights import Weights
 from harness.plan.cost import Compute, Cost, Even, Hold, InTurn, Timed
+from harness.plan.gradients import GradientBytes, Stream
 from harness.plan.graph import COMPUTE, Work
 from harness.plan.native import NativeLayer, NativePassage, NativeSystem
 from harness.plan.passage import Dense, Direction
@@ -32,29 +34,24 @@ from harness.plan.slots import Options, Reach
 from harness.specs import DTYPE_BYTES
 from harness.system import Case, GradientSlices, System
 from methods.fsmoe.chunks import Adaptive
-from methods.fsmoe.mesh import Mesh
-from methods.fsmoe.sizes import LayerSizes, PricedSlots, SlotTasks, layer_sizes, planned_capacity, sharded
+from methods.fsmoe.sizes import LayerSizes, PricedSlots, Slices, SlotTasks, layer_sizes, planned_capacity, sharded
 from methods.fsmoe.slots import CapacitySlots, SlotExchange, SlotTrip, one_of
-from methods.fsmoe.step import reduction
-
-Slices = tuple[Work | None, Work | None, Work | None]
 
 
 class Shards(nn.Module):
     """This rank's shard of its EP group's experts: ``w1`` (and ``w3``) [E_ep, M, H / N_ESP], ``w2``
     [E_ep, H / N_ESP, M]."""
 
-    def __init__(self, weights: Weights, mesh: Mesh, device: torch.device):
+    def __init__(self, weights: Weights, exchange: SlotExchange):
         super().__init__()
-        self.mesh = mesh
-        num_experts = weights.model.num_experts // mesh.num_ep
-        self.experts = range(mesh.ep_index * num_experts, (mesh.ep_index + 1) * num_experts)
+        self.exchange, num_own = exchange, weights.model.num_experts // exchange.num_ep
+        self.experts = range(exchange.ep_index * num_own, (exchange.ep_index + 1) * num_own)
         drawn = [weights.expert(e) for e in self.experts]
         self.names = ("w1", "w2", "w3") if weights.model.ffn_type == "swiglu" else ("w1", "w2")
         for name in self.names:
             whole = torch.stack([w[name] for w in drawn])
-            shard = whole.chunk(mesh.num_esp, dim=1 if name == "w2" else 2)[mesh.esp_index].contiguous()
-            self.register_parameter(name, nn.Parameter(shard.to(device)))
+            shard = whole.chunk(exchange.num_esp, dim=1 if name == "w2" else 2)[exchange.esp_index].contiguous()
+            self.register_parameter(name, nn.Parameter(shard.to(exchange.job.device)))
 
     def how(self) -> str:
         return "one batched GEMM over padded slots"
@@ -66,29 +63,45 @@ class Shards(nn.Module):
             parameter = getattr(self, name)
             own = (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).contiguous()
             parts = [own]
-            if self.mesh.esp_group is not None:
-                parts = [torch.empty_like(own) for _ in range(self.mesh.num_esp)]
-                dist.all_gather(parts, own, group=self.mesh.esp_group)
+            if self.exchange.esp_group is not None:
+                parts = [torch.empty_like(own) for _ in range(self.exchange.num_esp)]
+                dist.all_gather(parts, own, group=self.exchange.esp_group)
             whole = torch.cat(parts, dim=1 if name == "w2" else 2)
             for e, gradient in zip(self.experts, whole, strict=True):
                 found[e][name] = gradient
         return found
 
 
-class ShardedLayer(NativeLayer):
-    """``slices``: of gradients that stand for those of a layer whose backward is done, where the layer runs alone;
-    ``reduced``: these."""
+class ShardedTasks(SlotTasks):
+    """``sizes``, ``placed`` and ``stream``: of a layer that runs alone, what it stands for beside its experts; the
+    gradients of a layer whose backward is done, and their slices."""
 
+    of_layer: LayerSizes
+    placed: GradientSlices
+    stream: GradientBytes
+
+    def dense(self, direction: Direction) -> list[Dense]:
+        seconds = self.of_layer.dense_s[direction == "backward"]
+        work = Work(Hold(seconds), partial(time.sleep, seconds))
+        return [Dense("attention", COMPUTE, work)] if seconds else []
+
+    def slices(self) -> Slices:
+        self.stream.taken = 0
+        pairs = zip(self.placed.num_bytes, self.placed.messages, strict=True)
+        found = [self.stream.take("gradients", num_bytes, messages, after_part=1) for num_bytes, messages in pairs]
+        return found[0], found[1], found[2]
+
+
+class ShardedLayer(NativeLayer):
     exchange_: SlotExchange
 
     def __init__(self, system: type[Sharded], case: Case, job: Job, weights: Weights):
         super().__init__(system, case, job, weights)
-        self.case, self.slices = case, system.slices(case)
+        self.case, self.placed = case, system.placed(case)
         self.order, self.restore = ORDERS[one_of(case, "order", "tutel", "gshard")]
-        num_elements = [num_bytes // case.torch_dtype.itemsize for num_bytes in self.slices.num_bytes]
-        self.reduced = [
-            torch.full((count,), job.rank, dtype=case.torch_dtype, device=job.device) for count in num_elements
-        ]
+        count = sum(self.placed.num_bytes) // case.torch_dtype.itemsize
+        gradient = nn.Parameter(torch.empty(1, dtype=case.torch_dtype, device=job.device).expand(count))
+        self.stream = Stream([[gradient]], job.rail(0), "inter")
         self._sizes: dict[int, LayerSizes] = {}
 
     @property
@@ -103,7 +116,7 @@ class ShardedLayer(NativeLayer):
         return ShardedPassage(self, gated)
 
 
-class ShardedPassage(SlotTasks, NativePassage):
+class ShardedPassage(ShardedTasks, NativePassage):
     """Forward and backward may be cut differently, because what forward keeps lies in whole buffers that backward
     slices again: rows [E_ep, N, C, M] and pre-activations [E_ep, N, C, H / N_ESP] of all N ranks' slots."""
 
@@ -113,6 +126,7 @@ class ShardedPassage(SlotTasks, NativePassage):
 
     def __init__(self, layer: ShardedLayer, gated: Gated | None):
         super().__init__(layer, gated)
+        self.of_layer, self.placed, self.stream = layer.sizes, layer.placed, layer.stream
         self.shards = tuple(layer.experts.parameters())
         self.kept_rows: list[torch.Tensor] = []
         self.dshards: list[torch.Tensor] = []
@@ -152,7 +166,7 @@ class ShardedPassage(SlotTasks, NativePassage):
     @torch.no_grad()
     def _compute(self, direction: Direction, trip: SlotTrip, batch: int, make: Any) -> None:
         for chunk in range(trip.degree) if self.cut.whole else (batch,):
-            arrived, sizes = trip.arrived(chunk), getattr(self.layer.sizes, direction)
+            arrived, sizes = trip.arrived(chunk), getattr(self.of_layer, direction)
             if sizes.wait_s is not None:  # values mean nothing
                 time.sleep(sizes.chunk_wait_s(trip.degree))
                 trip.give(chunk, arrived)
@@ -188,37 +202,17 @@ class ShardedPassage(SlotTasks, NativePassage):
             dx += d @ w.mT
         return dx
 
-    # ------------------------------------------------------------------ alone
-
-    def dense(self, direction: Direction) -> list[Dense]:
-        seconds = self.layer.sizes.dense_s[direction == "backward"]
-        return [Dense("attention", COMPUTE, Work(run=lambda: time.sleep(seconds)))] if seconds else []
-
-    def slices(self) -> Slices:
-        return self._reduction(0), self._reduction(1), self._reduction(2)
-
-    def _reduction(self, part: int) -> Work | None:
-        """The all-reduce of ``reduced[part]`` between nodes, in the slice's number of messages."""
-        layer = self.layer
-        buffer, group, messages = layer.reduced[part], layer.job.rail(0), layer.slices.messages[part]
-
-        def run() -> None:
-            if group is not None:
-                for message in buffer.tensor_split(messages):
-                    dist.all_reduce(message, dist.ReduceOp.AVG, group=group)
-
-        return Work(run=run) if len(buffer) else None
-
 
 def activate(pre: Sequence[torch.Tensor]) -> torch.Tensor:
     """gpt: gelu of the one; swiglu: silu of the first times the second."""
     return F.gelu(pre[0]) if len(pre) == 1 else F.silu(pre[0]) * pre[1]
 
 
-class PricedShards(PricedSlots):
+class PricedShards(ShardedTasks, PricedSlots):
     def __init__(self, system: type[Sharded], case: Case, of_layer: LayerSizes):
         self.case, self.schedule, self.cut, self.of_layer = case, system.schedule, system.cut(case), of_layer
-        self.num_hops, self.placed = system.exchange.num_hops(case), system.slices(case)
+        self.num_hops, self.placed = system.exchange.num_hops(case), system.placed(case)
+        self.stream = GradientBytes([sum(self.placed.num_bytes)], DTYPE_BYTES[case.dtype], "inter")
         self.sizes = {"forward": of_layer.forward, "backward": of_layer.backward}
 
     def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
@@ -233,15 +227,6 @@ class PricedShards(PricedSlots):
         tokens = np.asarray(self.case.routing.tokens, dtype=np.float64)
         order = Compute(np.zeros(len(tokens)), 1, row_bytes * tokens + self.of_layer.forward.slot_bytes)
         return Work(InTurn(tuple(cost for cost in (gate, self._agreement(), order) if cost is not None)))
-
-    def dense(self, direction: Direction) -> list[Dense]:
-        seconds = self.of_layer.dense_s[direction == "backward"]
-        return [Dense("attention", COMPUTE, Work(Hold(seconds)))] if seconds else []
-
-    def slices(self) -> Slices:
-        pairs = zip(self.placed.num_bytes, self.placed.messages, strict=True)
-        found = [reduction(num_bytes, messages) if num_bytes else None for num_bytes, messages in pairs]
-        return found[0], found[1], found[2]
 
     def _agreement(self) -> Cost:
         """All ranks meet to agree on a capacity, 8 bytes. What that takes is left out where a cluster states costs, but
@@ -278,8 +263,8 @@ class Sharded(NativeSystem):
         return super().refuse(case)
 
     @classmethod
-    def slices(cls, case: Case) -> GradientSlices:
-        """Of a layer alone."""
+    def placed(cls, case: Case) -> GradientSlices:
+        """Slices of the gradients of a layer alone."""
         if isinstance(cls.schedule, Adaptive):
             return cls.schedule.decide(case, cls.exchange)[1]
         return GradientSlices((0, 0, layer_sizes(case, 1).gradient_bytes))
@@ -288,7 +273,7 @@ class Sharded(NativeSystem):
     def experts(cls, case: Case, job: Job, weights: Weights) -> Shards | IdentityExperts:
         if case.stand_in:  # which needs no weights
             return IdentityExperts()
-        return Shards(weights, cls.exchange.make(case, job).mesh, job.device)
+        return Shards(weights, cls.exchange.make(case, job))
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> ShardedLayer:
@@ -309,6 +294,6 @@ class Sharded(NativeSystem):
             return None
         gradients, ranks = np.zeros((num_ranks, num_ranks)), np.arange(num_ranks)
         if nodes > 1:
-            each = sum(cls.slices(case).num_bytes) * 2 * (nodes - 1) / nodes
+            each = sum(cls.placed(case).num_bytes) * 2 * (nodes - 1) / nodes
             gradients[ranks, np.roll(ranks, -num_ranks // nodes)] = each
         return {**parts, "gradients": gradients}

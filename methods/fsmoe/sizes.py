@@ -26,6 +26,9 @@ from harness.specs import DTYPE_BYTES, EXPERTS_CHOOSE, GEMMS
 from harness.system import Case
 from methods.fsmoe.costs import attention_gradient_elements
 
+#: of a gradient all-reduce, as ``Passage.slices``
+Slices = tuple[Work | None, Work | None, Work | None]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Sizes:
@@ -128,7 +131,7 @@ def layer_sizes(case: Case, capacity: int) -> LayerSizes:
     slots, width = model.num_experts * capacity * model.hidden, DTYPE_BYTES[case.dtype]
     stages = _stages(case, float(slots * width))
     forward, backward = Sizes.both(slots, model.ffn, gemms, width, num_esp, scope=scope, stages=stages)
-    gradient_bytes = int(case.options.get("gradient_bytes", 0))
+    gradient_bytes = int(case.options.get("gradient_bytes", 0)) // width * width
     if not case.stand_in:
         forward, backward = (
             dataclasses.replace(each, rows=_rows(case, capacity, num_esp, times))
@@ -160,7 +163,7 @@ def _rows(case: Case, capacity: int, num_esp: int, times: int) -> Experts | None
 
 
 def _stages(case: Case, slot_bytes: float) -> tuple[Even | Transfer, ...] | None:
-    """Of an all-to-all over all ranks (``methods.fsmoe.mesh``), or over one node, where shards send nothing. None: it
+    """Of an all-to-all over all ranks (``methods.fsmoe.slots``), or over one node, where shards send nothing. None: it
     is one collective."""
     nodes, num_ranks = case.topology.shape[0], case.topology.num_ranks
     num_local, algorithm = num_ranks // nodes, case.options.get("all_to_all", "flat")

@@ -12,7 +12,7 @@ from harness.layer.weights import Weights
 from harness.registry import system
 from harness.routing import planned_routing
 from harness.specs import Experiment, Workload
-from methods.fsmoe.hooks import Compress, Hooks
+from methods.fsmoe.hooks import Hooks
 from tests.baselines import recorded
 
 GATES = {name: trial for name, trial in conformance.TRIALS.items() if "gate" in trial.model}
@@ -43,17 +43,34 @@ def gradients_in_flight(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     case = recorded.make_case(job.topology, options=payload["options"], model={"hidden": 64}, tokens=64)
     layer: Any = system("fsmoe").build(case, job, Weights(case.model, case.dtype))
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(job.rank)).requires_grad_()
-    layer(x).sum().backward()
+    y = layer(x)
+    layer.stream.buffer.fill_(job.rank)
+    y.sum().backward()
     timeline = layer.timelines["backward"]
     degree = payload["options"]["degree_backward"]
     others = job.topology.rail(job.rank, 0)
     return {
-        "reduced": bool((layer.reduced[0] == sum(others) / len(others)).all()),
-        "elements": layer.reduced[0].numel(),
+        "reduced": bool((layer.stream.buffer == sum(others)).all()),
+        "elements": layer.stream.buffer.numel(),
         "after_dispatch": timeline.of("backward.gradients")[0] >= timeline.of(f"backward.dispatch[{degree - 1}]")[1],
         "before_combine": timeline.of("backward.gradients")[1] <= timeline.of("backward.combine[0]")[0],
         "forward_chunks": sum(task.kind == "experts" for task in layer.timelines["forward"].plan.tasks),
     }
+
+
+class Compress(Hooks):
+    """Cross the links in ``wire`` and compute in ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype, wire: torch.dtype = torch.bfloat16):
+        self.dtype, self.wire = dtype, wire
+
+    def before_dispatch(self, parts: torch.Tensor) -> torch.Tensor:
+        return parts.to(self.wire)
+
+    def after_dispatch(self, parts: torch.Tensor) -> torch.Tensor:
+        return parts.to(self.dtype)
+
+    before_combine, after_combine = before_dispatch, after_dispatch
 
 
 class Noted(Hooks):

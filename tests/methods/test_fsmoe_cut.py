@@ -22,9 +22,9 @@ from harness.specs import Cluster, Experiment
 from harness.system import Case, GradientSlices
 from methods.fsmoe.chunks import weigh_slots
 from methods.fsmoe.costs import layer_costs
-from methods.fsmoe.degree import pipeline_time
 from methods.fsmoe.sizes import PricedSlots, layer_sizes, planned_capacity
 from methods.fsmoe.step import POLICIES
+from tests.methods.fsmoe_grid import pipeline_time
 
 SUITE = suite.load("fsmoe-emulated")
 COSTS = {

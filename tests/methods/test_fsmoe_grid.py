@@ -14,7 +14,7 @@ from harness.plan.graph import Plan
 from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from methods.fsmoe.costs import reduce_costs
-from methods.fsmoe.degree import DEGREES, chunk_times, closed_form, pipeline_time
+from methods.fsmoe.degree import DEGREES, chunk_times, closed_form
 from methods.fsmoe.grid import (
     HEADS,
     TESTBEDS,
@@ -31,6 +31,7 @@ from methods.fsmoe.grid import (
 )
 from methods.fsmoe.sensitivity import as_printed, between, changes, rescaled, sensitivity
 from methods.fsmoe.step import POLICIES, reduction
+from tests.methods.fsmoe_grid import pipeline_time
 
 
 @pytest.fixture(scope="module")
