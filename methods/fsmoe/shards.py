@@ -30,7 +30,7 @@ from harness.plan.graph import COMPUTE, Work
 from harness.plan.native import NativeLayer, NativePassage, NativeSystem
 from harness.plan.passage import Dense, Direction
 from harness.plan.priced import gate_work, mix_work
-from harness.plan.slots import Options, Reach
+from harness.plan.slots import Reach
 from harness.specs import DTYPE_BYTES
 from harness.system import Case, GradientSlices, System
 from methods.fsmoe.chunks import Adaptive
@@ -73,8 +73,8 @@ class Shards(nn.Module):
 
 
 class ShardedTasks(SlotTasks):
-    """``sizes``, ``placed`` and ``stream``: of a layer that runs alone, what it stands for beside its experts; the
-    gradients of a layer whose backward is done, and their slices."""
+    """What stands beside the experts of a layer that runs alone: a dense part by ``of_layer``, and ``stream``, gradients
+    of a layer whose backward is done, in the slices ``placed``."""
 
     of_layer: LayerSizes
     placed: GradientSlices
@@ -82,14 +82,12 @@ class ShardedTasks(SlotTasks):
 
     def dense(self, direction: Direction) -> list[Dense]:
         seconds = self.of_layer.dense_s[direction == "backward"]
-        work = Work(Hold(seconds), partial(time.sleep, seconds))
-        return [Dense("attention", COMPUTE, work)] if seconds else []
+        return [Dense("attention", COMPUTE, Work(Hold(seconds), partial(time.sleep, seconds)))] if seconds else []
 
     def slices(self) -> Slices:
         self.stream.taken = 0
         pairs = zip(self.placed.num_bytes, self.placed.messages, strict=True)
-        found = [self.stream.take("gradients", num_bytes, messages, after_part=1) for num_bytes, messages in pairs]
-        return found[0], found[1], found[2]
+        return tuple(self.stream.take("gradients", *each, after_part=1) for each in pairs)  # type: ignore[return-value]
 
 
 class ShardedLayer(NativeLayer):
@@ -242,7 +240,7 @@ class Sharded(NativeSystem):
     source = "arXiv 2501.10714, section 3.1: expert-sharding parallelism"
     takes: ClassVar[Reach] = "node"
     exchange: ClassVar[CapacitySlots] = CapacitySlots()
-    options: ClassVar[Options] = {  # type: ignore[misc]
+    options: ClassVar[dict[str, str]] = {
         "experts": "sharded (over the ranks of a node, as the paper assumes) or whole (one rank each); default sharded",
         "order": "gshard (matrix products) or tutel (copied rows); default tutel",
         "gradient_bytes": "gradients to all-reduce between nodes in backward (default: 0; with stand-in compute, where "
