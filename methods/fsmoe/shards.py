@@ -73,8 +73,8 @@ class Shards(nn.Module):
 
 
 class ShardedTasks(SlotTasks):
-    """What stands beside the experts of a layer that runs alone: a dense part by ``of_layer``, and ``stream``, gradients
-    of a layer whose backward is done, in the slices ``placed``."""
+    """What stands beside the experts of a layer that runs alone: a dense part by ``of_layer``, and as ``stream``
+    gradients of a layer whose backward is done, in the slices ``placed``."""
 
     of_layer: LayerSizes
     placed: GradientSlices

@@ -138,8 +138,9 @@ def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         for task in timeline.plan.tasks
         if task.kind == "gradients" and task.cost is not None
     }
+    first = {task.name.removesuffix("[0]"): task.name for task in timeline.plan.tasks}  # chunks, if there are some
     early = [
-        timeline.of(name)[0] < timeline.of(f"{name.removesuffix('.gradients')}.combine[0]")[0]
+        timeline.of(name)[0] < timeline.of(first[f"{name.removesuffix('.gradients')}.combine"])[0]
         for name in slices
         if name.endswith("backward.gradients")
     ]
