@@ -222,6 +222,11 @@ def clash(recipe: Mapping[str, str]) -> str | None:
     """Why its parts do not go together."""
     whole = DEFAULTS | dict(recipe)
     parts = {slot: known(slot)[name] for slot, name in whole.items()}
+    reaches, takes = parts["exchange"].reaches, parts["state"].takes
+    if reaches != takes:
+        words = {"rank": "one rank that holds its expert", "node": "all ranks of the expert's node"}
+        brings = f"the exchange {whole['exchange']} brings a row to {words[reaches]}"
+        return f"{brings}, the state {whole['state']} needs it on {words[takes]}"
     for slot, part in parts.items():
         check = getattr(part, "clashes", None)
         if check is not None and (reason := check(parts)):

@@ -18,7 +18,7 @@ Which experts rows need, with the gate's weights, comes beside them instead of b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -33,7 +33,7 @@ from harness.plan.copied import CopiedSystem
 from harness.plan.cost import Cost, Transfer
 from harness.plan.following import Planner
 from harness.plan.native import NativeSystem
-from harness.plan.slots import ExchangeSlot, Fares
+from harness.plan.slots import ExchangeSlot, FlatFares
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
 from harness.specs import DTYPE_BYTES
@@ -57,17 +57,11 @@ class NodeExchange(HierExchange):
         return [None, Hop(group, position[holder], *index_inside(holder, job.rank))]
 
 
-class NodeFares(Fares):
+class NodeFares(FlatFares):
     """Nothing on the hop between nodes, all on the one inside them."""
 
     num_hops = 2
     weights_travel = True
-
-    def __init__(self, parts: Mapping[str, np.ndarray]):
-        self._parts = parts
-
-    def bytes(self, part: str) -> np.ndarray | None:
-        return self._parts.get(part)
 
     def cost(self, part: str, hop: int, degree: int) -> Cost | None:
         matrix = self.bytes(part) if hop else None

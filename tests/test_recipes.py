@@ -51,6 +51,9 @@ OPTIONS = {"t": 4, "shadows": 2}
         ("smartmoe+pipelined+hiermoe-hd2", "hiermoe-hd2-smart"),
         ("hiermoe+hiermoe-hd+pipelined", "hiermoe"),
         ("moetuner+flat", "moetuner"),
+        ("fsmoe+shards+slots", "fsmoe"),
+        ("slots+fsmoe-lina+contiguous+shards", "fsmoe-lina"),
+        ("shards+slots", "slots+shards"),
         # a name in two slots gives the state
         ("fastermoe+hiermoe-hd2", "hiermoe-hd2+fastermoe"),
         ("fastermoe+serial", "flat+fastermoe"),
@@ -96,6 +99,8 @@ def test_systems_that_are_recipes_have_their_parts():
         ("fsmoe+pipelined", "'pipelined': gives the schedule of the recipe, and 'fsmoe' does so too; take one"),
         ("hecate+hecate", "'hecate': gives the state of the recipe, and it is named twice"),
         ("fastermoe+hecate", "'hecate': gives the state of the recipe, and 'fastermoe' does so too; take one"),
+        ("hecate+shards", "'shards': gives the state of the recipe, and 'hecate' does so too; take one"),
+        ("slots+hiermoe-hd2", "'hiermoe-hd2': gives the exchange of the recipe, and 'slots' does so too; take one"),
         ("hecate+fastermoe", "take one, or give another slot (schedule=fastermoe)"),
         ("hecate+fsmo", "'fsmo': unknown; did you mean 'fsmoe'? known parts of recipes are "),
         ("hecate+", "'': unknown; known parts of recipes are "),
@@ -195,7 +200,9 @@ def refused(exchange: str, schedule: str, state: str, placement: str) -> bool:
     """The list of what makes no sense."""
     copies = state != "owned"
     return (
-        (schedule == "fastermoe" and state != "fastermoe")  # what stays with a shadow is computed last
+        ((exchange == "slots") != (state == "shards"))  # who sees the rows of a node
+        or (state == "shards" and placement != "contiguous")  # they do not move
+        or (schedule == "fastermoe" and state != "fastermoe")  # what stays with a shadow is computed last
         or (state in ("flexmoe", "eplb", "per-node") and placement != "contiguous")  # both move the same experts
         or (placement == "hiermoe" and (not exchange.startswith("hiermoe") or copies))  # the swap's objective
     )
@@ -211,6 +218,14 @@ def test_pairs_that_make_no_sense_are_refused_with_the_reason():
             told.add(reason)
             assert recipes.made(recipe).refuse(case) == reason
             assert "\n" not in reason
+    reaches = (
+        "the exchange hiermoe-hd2 brings a row to one rank that holds its expert, the state shards needs it on all "
+    )
+    assert f"{reaches}ranks of the expert's node" in told
+    assert any(
+        reason.startswith("the exchange slots brings a row to all ranks of the expert's node") for reason in told
+    )
+    assert any("cut over their node and do not move" in reason for reason in told)
     grouped = registry.system("fastermoe+schedule=fastermoe+hiermoe-hd2")
     assert "which the exchange hiermoe-hd2 cannot" in str(grouped.refuse(case))
 

@@ -17,6 +17,7 @@ from harness.comm.job import Job
 from harness.comm.journey import Cut, Journey, Leg, all_to_all, bounds
 from harness.comm.replicas import there_and_back
 from harness.comm.rows import stable_order
+from harness.comm.trip import Trip
 from harness.placement import Placement
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
@@ -24,9 +25,11 @@ from harness.routing.types import Routing
 
 class Exchange(abc.ABC):
     """Tokens to experts and back, on one rank of ``job``. ``placement``: the experts' owners, or all that hold one.
-    ``weights_travel``: gate weights go with the tokens, and so their gradients come back (``Journey.tell_back``)."""
+    ``weights_travel``: gate weights go with the tokens, and so their gradients come back (``Journey.tell_back``).
+    ``trip``: how a direction of its journeys is walked; hops need not be all-to-alls."""
 
     weights_travel: ClassVar[bool] = False
+    trip: ClassVar[type[Trip]] = Trip
 
     def __init__(self, job: Job, placement: Placement):
         self.job = job

@@ -18,8 +18,8 @@ from typing import Literal
 from harness.comm.journey import Cut
 from harness.comm.sparse import SparsePlan
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
-from harness.plan.passage import Passage
-from harness.plan.schedule import Schedule
+from harness.plan.passage import Direction, Passage
+from harness.plan.schedule import AWAY, Bound, Schedule, hop_name
 from harness.topology import Topology
 
 #: of one task of a transfer: its stages, and which hops (``SparsePlan.near``; None: all)
@@ -77,6 +77,11 @@ class NativeTasks(PlannedTasks):
     num_hops: int
     cut: Cut
     weights_travel: bool
+    tells: bool = True
+
+    def called(self, direction: Direction, way: Bound, hop: int) -> str:
+        """A task of a hop; its kind is what stands before the dot."""
+        return AWAY[direction][way == "home"] + hop_name(hop)
 
     def ready(self, plan: Plan, prefix: str) -> list[str]:
         """What the experts' forward waits for beside the tokens. Called when these have their place in the plan."""

@@ -30,7 +30,7 @@ from harness.plan.passage import Direction, Passage
 from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.plan.priced import PricedNative
 from harness.plan.segment import Segment
-from harness.plan.slots import ExchangeSlot, Fares, FlatSlot, ScheduleSlot, Serial
+from harness.plan.slots import ExchangeSlot, Fares, FlatSlot, Reach, ScheduleSlot, Serial
 from harness.routing.types import Routing
 from harness.system import Case, GradientSlices, MoELayer
 
@@ -43,12 +43,7 @@ class NativeLayer(PlannedLayer):
         self.exchange_: Exchange = system.exchange.make(case, job)
         self.schedule, self.cut = system.schedule, system.cut(case)
         self.num_hops = system.exchange.num_hops(case)
-        if case.identity_experts:
-            self.experts = IdentityExperts()
-        else:
-            self.experts = Experts(weights, case.placement.local(job.rank).tolist(), case.device)
-            self.experts.stand_in = case.stand_in_costs
-
+        self.experts = IdentityExperts() if case.identity_experts else system.experts(case, job, weights)
         self.routed: tuple[torch.Tensor, torch.Tensor | None] | None = (
             None  # the gate's ids and kept, of the last batch
         )
@@ -101,6 +96,8 @@ class NativePassage(NativeTasks, PlannedPassage):
 
     def depart(self, rows: torch.Tensor) -> None:
         self.rows = rows.detach()
+        if not self.tells:
+            self.forward_metadata(0)
 
     def arrive(self) -> torch.Tensor:
         home = self.there.end()
@@ -126,7 +123,7 @@ class NativePassage(NativeTasks, PlannedPassage):
         if not hop:
             rows = pop(self, "rows")
             self.none = rows.new_zeros(1, 1).expand(rows.shape)
-            self.there = Trip(self.journey, "forward")
+            self.there = self.layer.exchange_.trip(self.journey, "forward")
             self.there.begin(rows)
 
     @torch.no_grad()
@@ -152,7 +149,7 @@ class NativePassage(NativeTasks, PlannedPassage):
     def backward_out(self, hop: int, chunk: int) -> None:
         if not hop and not chunk:
             dhome = pop(self, "dhome")
-            self.back = Trip(self.journey, "backward")
+            self.back = self.layer.exchange_.trip(self.journey, "backward")
             self.back.begin(self.none if dhome is None else dhome)
         self.back.out(hop, chunk)
 
@@ -187,6 +184,7 @@ class NativeSystem(UnifiedSystem):
     recipe: ClassVar[Mapping[str, str] | None] = None  # what it is as a recipe, by slot; what is left out: the default
     still: ClassVar[Mapping[str, Any]] = {}  # options with which it leaves experts where they are
     copies: ClassVar[bool] = False  # whether experts have more than their owners
+    takes: ClassVar[Reach] = "rank"  # who must get a row that is sent to an expert
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:
@@ -224,6 +222,13 @@ class NativeSystem(UnifiedSystem):
         return PricedNative(case, cls.schedule, cls.cut(case), fares, cls.planned_rows(case))
 
     @classmethod
+    def experts(cls, case: Case, job: Job, weights: Weights) -> Any:
+        """Of one rank, a module."""
+        found = Experts(weights, case.placement.local(job.rank).tolist(), case.device)
+        found.stand_in = case.stand_in_costs
+        return found
+
+    @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> Any:
         return NativeLayer(cls, case, job, weights)
 
@@ -231,16 +236,20 @@ class NativeSystem(UnifiedSystem):
     def place_gradients(
         cls, layers: Sequence[MoELayer], case: Case, gradient_bytes: Sequence[int], scope: str
     ) -> list[GradientSlices]:
-        cuts, slices = cls.schedule.settle([case] * len(layers), cls.exchange, gradient_bytes, scope)
-        for layer, cut in zip(reversed(layers), cuts, strict=True):
-            layer.cut = cut  # type: ignore[assignment]
+        degrees, slices = cls.schedule.settle(case, cls.exchange, gradient_bytes, scope)
+        for layer, degree in zip(layers, degrees, strict=False):
+            assert isinstance(layer, NativeLayer)
+            layer.cut = layer.cut._replace(backward=degree)
         return slices
 
     @classmethod
     def settle(
         cls, cases: Sequence[Case], gradient_bytes: Sequence[int], scope: str
     ) -> tuple[list[Case], list[GradientSlices]]:
-        cuts, slices = cls.schedule.settle([cases[0]] * len(cases), cls.exchange, gradient_bytes, scope)
+        degrees, slices = cls.schedule.settle(cases[0], cls.exchange, gradient_bytes, scope)
+        cuts = [cls.cut(case) for case in cases]
+        for i, degree in enumerate(reversed(degrees)):
+            cuts[i] = cuts[i]._replace(backward=degree)
         return [cls.schedule.fixed(case, cut) for case, cut in zip(cases, cuts, strict=True)], slices
 
 

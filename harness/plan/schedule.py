@@ -12,23 +12,27 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from harness.comm.journey import Cut, Direction
 from harness.plan.graph import COMPUTE, INTER, INTRA, INTRA2, Plan, Work
 
 #: what rows are on their way to the experts and from them, in each direction
 AWAY: dict[Direction, tuple[str, str]] = {"forward": ("dispatch", "combine"), "backward": ("combine", "dispatch")}
+Bound = Literal["out", "home"]
 
 
 class Tasks(Protocol):
-    """What a schedule lays out: a passage with ``num_hops`` hops, cut by ``cut``."""
+    """What a schedule lays out: a passage with ``num_hops`` hops, cut by ``cut``. ``tells``: metadata goes before the
+    rows of each hop, and what comes home is summed. ``weights_travel``: gradients of gate weights go home, too."""
 
     num_hops: int
     cut: Cut
     weights_travel: bool
+    tells: bool
 
     def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work: ...
+    def called(self, direction: Direction, way: Bound, hop: int) -> str: ...
     def ready(self, plan: Plan, prefix: str) -> list[str]: ...
     def ready_back(self) -> list[str]: ...
 
@@ -59,17 +63,18 @@ class Chunks(Schedule):
     ) -> list[str]:
         cut, hops, forward = tasks.cut, range(tasks.num_hops), direction == "forward"
         degree, last, after = cut.degree(direction), tasks.num_hops - 1, list(after)
-        out, home = AWAY[direction]
 
-        def put(what: str, hop: int, chunk: int, waits: Sequence[str], task: str) -> str:
-            name = f"{prefix}{what}{hop_name(hop)}" + (f"[{chunk}]" if degree > 1 else "")
-            return plan.put(name, self.lane(hop), waits, tasks.work(direction, task, (hop, chunk)), what)
+        def put(way: Bound, hop: int, chunk: int, waits: Sequence[str]) -> str:
+            what = tasks.called(direction, way, hop)
+            name = f"{prefix}{what}" + (f"[{chunk}]" if degree > 1 else "")
+            work = tasks.work(direction, way, (hop, chunk))
+            return plan.put(name, self.lane(hop), waits, work, what.partition(".")[0])
 
         def tell(hop: int, waits: Sequence[str]) -> str:
             name = f"{prefix}metadata{hop_name(hop)}"
             return plan.put(name, self.lane(hop), waits, tasks.work(direction, "metadata", (hop,)), "metadata")
 
-        if forward:
+        if forward and tasks.tells:
             told = [tell(0, after)]
             for hop in hops[1:]:
                 told = [tell(hop, told)]
@@ -77,7 +82,7 @@ class Chunks(Schedule):
         # The outer link first and never idle; behind it each chunk goes as far as it can before the next one.
         sent: dict[tuple[int, int], str] = {}
         for hop, chunk in sorted(((h, c) for h in hops for c in range(degree)), key=lambda at: (sum(at), -at[0])):
-            sent[hop, chunk] = put(out, hop, chunk, [sent[hop - 1, chunk]] if hop else after, "out")
+            sent[hop, chunk] = put("out", hop, chunk, [sent[hop - 1, chunk]] if hop else after)
         arrived = [sent[last, chunk] for chunk in range(degree)]
         if forward:
             ready = tasks.ready(plan, prefix)
@@ -94,14 +99,16 @@ class Chunks(Schedule):
         ]
         if cut.whole:
             made *= degree
-        # The first chunk goes straight through, so that the outer link, the last to be entered, starts early.
+        # The first chunk goes straight through, so that the outer link, the last to be entered, starts early; where all
+        # links share a lane, each does, so that the last one alone trails.
         order = sorted(
-            ((last - h, c) for h in hops for c in range(degree)), key=lambda at: (at[1] > 0, last - at[0] + at[1])
+            ((last - h, c) for h in hops for c in range(degree)),
+            key=lambda at: (at[1] > 0, last - at[0] + at[1]) if self.overlap else (at[1], last - at[0]),
         )
         left: dict[tuple[int, int], str] = {}
         for hop, chunk in order:
-            left[hop, chunk] = put(home, hop, chunk, [left[hop + 1, chunk] if hop < last else made[chunk]], "home")
-        for chunk in range(degree - 1):  # sums of what is home, while the others are on their way
+            left[hop, chunk] = put("home", hop, chunk, [left[hop + 1, chunk] if hop < last else made[chunk]])
+        for chunk in range(degree - 1 if tasks.tells else 0):  # sums of what is home, while others are on their way
             work = tasks.work(direction, "settle", (chunk,))
             plan.put(f"{prefix}settle[{chunk}]", COMPUTE, [left[0, chunk]], work, "restore")
         return [left[0, degree - 1]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from harness.system import Case, GradientSlices
 
 #: option -> one-line meaning with its default
 Options = Mapping[str, str]
+#: who gets a row that is sent to an expert: one rank that holds it, or all ranks of its node
+Reach = Literal["rank", "node"]
 
 
 class Fares(abc.ABC):
@@ -59,6 +61,7 @@ class ExchangeSlot(abc.ABC):
     source: ClassVar[str]
     options: ClassVar[Options] = {}
     stages: ClassVar[tuple[str, ...]] = ("flat",)
+    reaches: ClassVar[Reach] = "rank"
 
     def refuse(self, case: Case) -> str | None:
         """Why it cannot carry this case, as data."""
@@ -148,10 +151,11 @@ class ScheduleSlot(Schedule, abc.ABC):
         """Alike on all ranks."""
 
     def settle(
-        self, cases: Sequence[Case], exchange: ExchangeSlot, gradient_bytes: Sequence[int], scope: str
-    ) -> tuple[list[Cut], list[GradientSlices]]:
-        """Of a training step: cuts of ``cases``, first layer first, and slices, last layer first."""
-        return [self.cut(case, exchange) for case in cases], [GradientSlices()] * len(gradient_bytes)
+        self, case: Case, exchange: ExchangeSlot, gradient_bytes: Sequence[int], scope: str
+    ) -> tuple[list[int], list[GradientSlices]]:
+        """Of a training step, last layer first: into how many chunks backwards are cut (none: as they are), and slices.
+        ``case``: of the first layer."""
+        return [], [GradientSlices()] * len(gradient_bytes)
 
     def fixed(self, case: Case, cut: Cut) -> Case:
         """``case`` with options by which it is cut so."""

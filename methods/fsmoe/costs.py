@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,7 +19,9 @@ from harness.plan.cost import Even
 from harness.plan.device import CURVE
 from harness.plan.machine import Machine
 from harness.specs import Cluster, Collective, Gemm
-from methods.fsmoe.schedule import Sizes
+
+if TYPE_CHECKING:
+    from methods.fsmoe.sizes import Sizes
 
 START_S, LAUNCH_S = 2e-5, 5e-6
 Array = np.ndarray[Any, np.dtype[Any]]

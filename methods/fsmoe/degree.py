@@ -102,23 +102,6 @@ def overlappable(costs: LayerCosts, degree: ArrayLike) -> Array:
     return closed_form(costs, degree) - 2 * np.asarray(degree) * costs.a2a.chunk_s(degree)
 
 
-def pipeline_time(costs: LayerCosts, degree: ArrayLike, t_gar: ArrayLike = 0.0) -> Array:
-    """The layer's time [...] as the longest of all four cases' paths, whichever predicates hold.
-
-    Interpretation: equal to ``closed_form`` where t_ag = t_rs, or the degree is 1, or there is no t_ag and t_rs. Where
-    t_a2a lies between t_ag and (t_ag + t_rs) / 2, Q1 (which asks t_ag alone) names the wrong lane as the bottleneck;
-    the paper's formula is then the shorter one, and not long enough for that lane's work.
-    """
-    r = np.asarray(degree)
-    t = chunk_times(costs, r)
-    intra = t.ag + t.rs
-    idle = np.maximum(
-        np.maximum(t_gar, intra),
-        np.maximum(r * t.exp + intra, r * intra) - 2 * (r - 1) * t.a2a,
-    )
-    return 2 * r * t.a2a + idle
-
-
 def degree_terms(costs: LayerCosts, degrees: Sequence[int] = DEGREES) -> tuple[Array, Array]:
     """Two tables [R, N] that price any slice: a layer of degree r takes ``link[r] + max(t_gar, overlappable[r])``."""
     r = np.reshape(np.asarray(degrees, dtype=np.float64), (-1, *(1,) * len(costs.shape)))

@@ -13,18 +13,19 @@ import numpy as np
 import pandas as pd
 
 from harness import presets
+from harness.comm.journey import Cut
 from harness.errors import bad
 from harness.layer.work import ATTENTION_GEMMS, attention_macs
 from harness.plan.cost import Compute, Even, Hold
 from harness.plan.graph import COMPUTE, INTRA, Plan, Work
 from harness.plan.machine import Contention, Machine
 from harness.plan.passage import Dense, Direction, backward_layer, forward_layer
+from harness.plan.schedule import Chunks
 from harness.plan.simulate import simulate
 from harness.specs import GEMMS, Cluster
 from methods.fsmoe.costs import LayerCosts, attention_gradient_elements, layer_costs, reduce_costs
 from methods.fsmoe.degree import DEGREES, closed_form, scan_degree
-from methods.fsmoe.layout import FSMoETasks, Slices
-from methods.fsmoe.schedule import Priced, Sizes, moe
+from methods.fsmoe.sizes import PricedSlots, Sizes, Slices
 from methods.fsmoe.step import POLICIES, Decision, Policy, reduction
 
 ELEMENT_BYTES = 4  # the authors' driver runs in float32
@@ -115,7 +116,7 @@ class Layers:
         return dataclasses.replace(self, **{name: of(getattr(self, name)) for name in varied})
 
 
-class Generalized(FSMoETasks):
+class Generalized(PricedSlots):
     """``Layers`` that are cut alike. The paper prices no gate and no order; ``gate``: of studies that do, in forward,
     half of that in backward."""
 
@@ -127,11 +128,14 @@ class Generalized(FSMoETasks):
         slices: Slices = (None, None, None),
         gate: Compute | None = None,
     ):
-        self.layer, self.overlap, self.placed, self.gate = layer, policy.overlap, slices, gate
-        self.walk, self.walk_back = Priced(layer.forward, degrees[0]), Priced(layer.backward, degrees[1])
+        self.layer, self.placed, self.gate = layer, slices, gate
+        self.schedule, self.cut = Chunks(policy.overlap), Cut(*degrees, whole=False)
+        self.sizes = {"forward": layer.forward, "backward": layer.backward}
 
     def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
-        if task != "gate" or self.gate is None:
+        if task not in ("gate", "restore"):
+            return super().work(direction, task, part)
+        if task == "restore" or self.gate is None:
             return Work()
         times = {"forward": 1, "backward": 2}[direction]
         return Work(Compute(times * self.gate.macs, times * self.gate.launches))
@@ -321,13 +325,14 @@ def closed_form_gap(testbed: str) -> pd.DataFrame:
     _, given = configured_layers(testbed, Assumptions(dense=False))
     machine = given.machine()
     slice_s = reduce_costs(given.cluster).time_s(given.gradient_bytes)
-    directions = {"forward": (given.forward, given.costs), "backward": (given.backward, given.costs.backward())}
+    directions = {"forward": given.costs, "backward": given.costs.backward()}
     rows = []
-    for (direction, (sizes, costs)), degree, sliced in itertools.product(directions.items(), DEGREES, (False, True)):
+    for (direction, costs), degree, sliced in itertools.product(directions.items(), DEGREES, (False, True)):
         if direction == "forward" and sliced:
             continue
-        plan = Plan()
-        moe(plan, Priced(sizes, degree), gradients=reduction(given.gradient_bytes) if sliced else None)
+        plan, way = Plan(), Generalized(given, POLICIES["fsmoe"], (degree, degree))
+        walk = way.there_and_back if direction == "forward" else way.back_and_there
+        walk(plan, gradients=reduction(given.gradient_bytes) if sliced else None)
         planned = simulate(plan, machine).total_s
         gap = np.round(closed_form(costs, degree, slice_s if sliced else 0.0) / planned - 1, 12) + 0.0
         rows.append(

@@ -39,18 +39,3 @@ class Hooks:
     def before_moe_end(self, y: torch.Tensor) -> torch.Tensor:
         """Tokens [T, M] as they leave."""
         return y
-
-
-class Compress(Hooks):
-    """Cross the links in ``wire`` and compute in ``dtype``."""
-
-    def __init__(self, dtype: torch.dtype, wire: torch.dtype = torch.bfloat16):
-        self.dtype, self.wire = dtype, wire
-
-    def before_dispatch(self, parts: torch.Tensor) -> torch.Tensor:
-        return parts.to(self.wire)
-
-    def after_dispatch(self, parts: torch.Tensor) -> torch.Tensor:
-        return parts.to(self.dtype)
-
-    before_combine, after_combine = before_dispatch, after_dispatch

@@ -29,7 +29,7 @@ from harness.topology import Topology
 from methods.fsmoe.costs import Array, attention_gradient_elements, reduce_costs
 from methods.fsmoe.grid import ELEMENT_BYTES, Generalized, Layers, layers
 from methods.fsmoe.place import Slices, place
-from methods.fsmoe.schedule import Sizes
+from methods.fsmoe.sizes import Sizes
 from methods.fsmoe.step import LINA_CHUNK_BYTES, POLICIES, Policy, reduction
 
 #: Interpretation, after a block that is commented out in the authors' driver: tokens are not split over the

@@ -12,11 +12,7 @@ from harness.layer.weights import Weights
 from harness.registry import system
 from harness.routing import planned_routing
 from harness.specs import Experiment, Workload
-from methods.fsmoe.cut import Cut
-from methods.fsmoe.hooks import Compress, Hooks
-from methods.fsmoe.layer import FSMoELayer
-from methods.fsmoe.mesh import node_mesh
-from methods.fsmoe.step import POLICIES
+from methods.fsmoe.hooks import Hooks
 from tests.baselines import recorded
 
 GATES = {name: trial for name, trial in conformance.TRIALS.items() if "gate" in trial.model}
@@ -47,17 +43,34 @@ def gradients_in_flight(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     case = recorded.make_case(job.topology, options=payload["options"], model={"hidden": 64}, tokens=64)
     layer: Any = system("fsmoe").build(case, job, Weights(case.model, case.dtype))
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(job.rank)).requires_grad_()
-    layer(x).sum().backward()
+    y = layer(x)
+    layer.stream.buffer.fill_(job.rank)
+    y.sum().backward()
     timeline = layer.timelines["backward"]
     degree = payload["options"]["degree_backward"]
     others = job.topology.rail(job.rank, 0)
     return {
-        "reduced": bool((layer.reduced[0] == sum(others) / len(others)).all()),
-        "elements": layer.reduced[0].numel(),
+        "reduced": bool((layer.stream.buffer == sum(others)).all()),
+        "elements": layer.stream.buffer.numel(),
         "after_dispatch": timeline.of("backward.gradients")[0] >= timeline.of(f"backward.dispatch[{degree - 1}]")[1],
         "before_combine": timeline.of("backward.gradients")[1] <= timeline.of("backward.combine[0]")[0],
         "forward_chunks": sum(task.kind == "experts" for task in layer.timelines["forward"].plan.tasks),
     }
+
+
+class Compress(Hooks):
+    """Cross the links in ``wire`` and compute in ``dtype``."""
+
+    def __init__(self, dtype: torch.dtype, wire: torch.dtype = torch.bfloat16):
+        self.dtype, self.wire = dtype, wire
+
+    def before_dispatch(self, parts: torch.Tensor) -> torch.Tensor:
+        return parts.to(self.wire)
+
+    def after_dispatch(self, parts: torch.Tensor) -> torch.Tensor:
+        return parts.to(self.dtype)
+
+    before_combine, after_combine = before_dispatch, after_dispatch
 
 
 class Noted(Hooks):
@@ -92,21 +105,15 @@ class Noted(Hooks):
 
 def hooked(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """A layer with and without hooks on inputs that differ by what the hooks undo."""
-    case = recorded.make_case(job.topology, model={"hidden": 64}, tokens=32)
+    options = {"degree_forward": 2, "degree_backward": 1}
+    case = recorded.make_case(job.topology, options=options, model={"hidden": 64}, tokens=32)
     generator = torch.Generator().manual_seed(job.rank)
     x = torch.randn(32, 64, generator=generator)
     found = []
     hooks = Noted()
-    for given, scale in ((hooks, 1.0), (None, 2.0)):
-        layer = FSMoELayer(
-            case,
-            job,
-            Weights(case.model, case.dtype),
-            policy=POLICIES["fsmoe"],
-            cut=Cut(2, 1),
-            mesh=node_mesh(job),
-            hooks=given,
-        )
+    for given, scale in ((hooks, 1.0), (Hooks(), 2.0)):
+        layer: Any = system("fsmoe").build(case, job, Weights(case.model, case.dtype))
+        layer.exchange_.hooks = given
         inner = (x * scale).requires_grad_()
         y = layer(inner)
         y.sum().backward()
@@ -131,8 +138,9 @@ def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         for task in timeline.plan.tasks
         if task.kind == "gradients" and task.cost is not None
     }
+    first = {task.name.removesuffix("[0]"): task.name for task in timeline.plan.tasks}  # chunks, if there are some
     early = [
-        timeline.of(name)[0] < timeline.of(f"{name.removesuffix('.gradients')}.combine[0]")[0]
+        timeline.of(name)[0] < timeline.of(first[f"{name.removesuffix('.gradients')}.combine"])[0]
         for name in slices
         if name.endswith("backward.gradients")
     ]
@@ -143,7 +151,7 @@ def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "part_bytes": trainer.stream.part_bytes,
         "before_combine": all(early),
         "lanes": sorted({task.lane for task in timeline.plan.tasks}),
-        "degrees": [layer.cut.degree_backward for layer in trainer.layers],
+        "degrees": [layer.cut.backward for layer in trainer.layers],
     }
 
 

@@ -10,18 +10,21 @@ import pytest
 from harness import presets
 from harness.bench import suite
 from harness.case import case_of
+from harness.comm.journey import Cut
 from harness.errors import UserError
 from harness.plan.agreement import agreement
 from harness.plan.graph import Plan
 from harness.plan.machine import Machine
+from harness.plan.schedule import Chunks
 from harness.plan.simulate import simulate
 from harness.registry import system
 from harness.specs import Cluster, Experiment
+from harness.system import Case, GradientSlices
+from methods.fsmoe.chunks import weigh_slots
 from methods.fsmoe.costs import layer_costs
-from methods.fsmoe.cut import choose_cut, layer_sizes, padded_capacity
-from methods.fsmoe.degree import pipeline_time
-from methods.fsmoe.schedule import Priced, moe
+from methods.fsmoe.sizes import PricedSlots, layer_sizes, planned_capacity
 from methods.fsmoe.step import POLICIES
+from tests.methods.fsmoe_grid import pipeline_time
 
 SUITE = suite.load("fsmoe-emulated")
 COSTS = {
@@ -37,6 +40,11 @@ def case_and_costs(experiment: Experiment) -> tuple:
     return case, Cluster.model_validate({**experiment.cluster.model_dump(), "collectives": COSTS})
 
 
+def decided(name: str, case: Case, costs: Cluster) -> tuple[Cut, GradientSlices]:
+    of = system(name)
+    return of.schedule.decide(case, of.exchange, weigh_slots(case, costs))
+
+
 def cell(model: str, name: str) -> Experiment:
     return next(
         e for e in SUITE.experiments if e.model.name == model and e.system == name and e.workload.name == "balanced-256"
@@ -46,7 +54,7 @@ def cell(model: str, name: str) -> Experiment:
 def test_the_emulated_grid_has_24_layers_under_six_schedules_with_stand_in_compute():
     assert len(SUITE.races) == 24
     for race in SUITE.races:
-        assert {system(e.system).policy for e in race.experiments} == set(POLICIES.values())
+        assert {system(e.system).schedule.policy for e in race.experiments} == set(POLICIES.values())
         assert {e.compute for e in race.experiments} == {"stand-in"}
 
 
@@ -59,23 +67,23 @@ def test_gradients_go_where_the_policy_says_and_none_is_lost():
         "-no-overlap": (2,),
     }.items():
         case, costs = case_and_costs(cell("m512-h1024-swiglu", f"fsmoe{name}"))
-        cut = choose_cut(case, system(f"fsmoe{name}").policy, costs)
-        assert sum(cut.reduced_bytes) == layer_sizes(case, 1).gradient_bytes > 0
-        assert cut.reduced_bytes[filled[0]] > 0
+        _, slices = decided(f"fsmoe{name}", case, costs)
+        assert sum(slices.num_bytes) == layer_sizes(case, 1).gradient_bytes > 0
+        assert slices.num_bytes[filled[0]] > 0
     case, costs = case_and_costs(cell("m512-h1024-swiglu", "fsmoe-lina"))
-    cut = choose_cut(case, POLICIES["lina"], costs)
-    assert sum(cut.messages[:2]) >= 2
+    _, slices = decided("fsmoe-lina", case, costs)
+    assert sum(slices.messages[:2]) >= 2
 
 
 def test_a_longer_layer_is_cut_finer_and_a_rival_has_one_degree():
     degrees = []
     for model in ("m512-h1024-gpt", "m1024-h2048-swiglu"):
         case, costs = case_and_costs(cell(model, "fsmoe"))
-        cut = choose_cut(case, POLICIES["fsmoe"], costs)
-        degrees.append(cut.degree_forward)
-        assert padded_capacity(case, case.routing, cut) % cut.multiple == 0
-        tutel = choose_cut(case, POLICIES["tutel"], costs)
-        assert tutel.degree_forward == tutel.degree_backward
+        cut, _ = decided("fsmoe", case, costs)
+        degrees.append(cut.forward)
+        assert planned_capacity(case, case.routing, cut.pieces) % cut.pieces == 0
+        tutel, _ = decided("fsmoe-tutel", case, costs)
+        assert tutel.forward == tutel.backward
     assert degrees[0] < degrees[1]
 
 
@@ -83,8 +91,9 @@ def test_the_simulated_walk_is_the_formula_where_gather_and_scatter_take_as_long
     case, costs = case_and_costs(cell("m1024-h2048-gpt", "fsmoe"))
     sizes = layer_sizes(case, 64).forward
     for degree in (1, 2, 4, 8):
-        plan = Plan()
-        moe(plan, Priced(sizes, degree))
+        plan, way = Plan(), PricedSlots()
+        way.schedule, way.cut, way.sizes = Chunks(), Cut(degree, degree, whole=False), {"forward": sizes}
+        way.there_and_back(plan)
         found = float(simulate(plan, Machine.published(costs)).total_s)
         assert found == pytest.approx(float(pipeline_time(layer_costs(sizes, costs), degree)), rel=1e-9)
 
@@ -95,7 +104,7 @@ def test_one_degree_alone_is_refused_and_bad_ones_name_the_remedy():
         case.options.clear()
         case.options.update(options)
         with pytest.raises(UserError, match=r"options.degree_backward: .*must be one of 1, 2, 4, 8; give both"):
-            choose_cut(case, POLICIES["fsmoe"], costs)
+            decided("fsmoe", case, costs)
 
 
 def test_packages_have_no_stand_in():

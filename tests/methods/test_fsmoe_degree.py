@@ -24,12 +24,11 @@ from methods.fsmoe.degree import (
     chunk_times,
     closed_form,
     overlappable,
-    pipeline_time,
     scan_degree,
     slsqp_degree,
 )
 from methods.fsmoe.grid import layers
-from tests.methods.fsmoe_grid import grid
+from tests.methods.fsmoe_grid import grid, pipeline_time
 
 EVERY = np.array(DEGREES)[:, None]  # [R, 1]
 

@@ -14,11 +14,12 @@ from harness.plan.graph import Plan
 from harness.plan.machine import Machine
 from harness.plan.simulate import simulate
 from methods.fsmoe.costs import reduce_costs
-from methods.fsmoe.degree import DEGREES, chunk_times, closed_form, pipeline_time
+from methods.fsmoe.degree import DEGREES, chunk_times, closed_form
 from methods.fsmoe.grid import (
     HEADS,
     TESTBEDS,
     Assumptions,
+    Generalized,
     closed_form_gap,
     configured_layers,
     different_degrees,
@@ -28,9 +29,9 @@ from methods.fsmoe.grid import (
     speedups,
     step_s,
 )
-from methods.fsmoe.schedule import Priced, moe
 from methods.fsmoe.sensitivity import as_printed, between, changes, rescaled, sensitivity
 from methods.fsmoe.step import POLICIES, reduction
+from tests.methods.fsmoe_grid import pipeline_time
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +107,8 @@ def random_layers(equal: bool):
 @pytest.mark.parametrize("sliced", [False, True])
 def test_the_plan_is_the_formula_where_gather_and_scatter_take_as_long(degree, sliced):
     given, num_bytes = random_layers(equal=True)
-    plan = Plan()
-    moe(plan, Priced(given.backward, degree), gradients=reduction(num_bytes) if sliced else None)
+    plan, way = Plan(), Generalized(given, POLICIES["fsmoe"], (1, degree))
+    way.back_and_there(plan, gradients=reduction(num_bytes) if sliced else None)
     found = simulate(plan, Machine.published(given.cluster)).total_s
     t_gar = reduce_costs(given.cluster).time_s(num_bytes) if sliced else 0.0
     costs = given.costs.backward()
@@ -119,7 +120,7 @@ def test_elsewhere_the_plan_is_longer_for_two_reasons_and_no_third(degree):
     """Q1 names the wrong lane (``pipeline_time`` does not), or the bottleneck changes on the way."""
     given, _ = random_layers(equal=False)
     plan = Plan()
-    moe(plan, Priced(given.forward, degree))
+    Generalized(given, POLICIES["fsmoe"], (degree, 1)).there_and_back(plan)
     found = simulate(plan, Machine.published(given.cluster)).total_s
     formula = closed_form(given.costs, degree)
     assert (formula <= found * (1 + 1e-12)).all()

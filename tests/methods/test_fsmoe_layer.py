@@ -17,7 +17,7 @@ SYSTEMS = [name for name in registry.systems() if name.startswith("fsmoe")]
 
 
 def test_every_schedule_is_a_system():
-    assert {registry.system(name).policy for name in SYSTEMS} == set(POLICIES.values())
+    assert {registry.system(name).schedule.policy for name in SYSTEMS} == set(POLICIES.values())
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (4, 2)], ids=str)

@@ -10,14 +10,16 @@ import pytest
 
 from harness import presets
 from harness.case import case_of, cases_of
+from harness.comm.journey import Cut
 from harness.plan.machine import Machine
 from harness.plan.passage import plan_alone
 from harness.plan.priced_step import gradient_bytes
 from harness.registry import system
 from harness.simulation import simulate
 from harness.specs import Cluster, Experiment, with_levels
+from harness.system import Case
+from methods.fsmoe.chunks import calibrated, cost_keys
 from methods.fsmoe.costs import START_S
-from methods.fsmoe.cut import calibrated, choose_cut
 from tests.methods.test_fsmoe_cut import COSTS
 
 RATES = {"node": 1e9, "gpu": 1e10}
@@ -29,6 +31,14 @@ def cluster(kind: str = "physical", shape: tuple[int, int] = (2, 4), **stated: A
         for (name, rate), size in zip(RATES.items(), shape, strict=True)
     ]
     return with_levels("mine", levels, kind=kind, **{"device_flops_per_s": 1e14, **stated})
+
+
+def costs_of(case: Case) -> Cluster | None:
+    return calibrated(case, cost_keys(case))[0]
+
+
+def cut_of(case: Case) -> Cut:
+    return system("fsmoe").cut(case)
 
 
 def experiment(on: Cluster, phase: str = "layer", name: str = "fsmoe", **changes: Any) -> Experiment:
@@ -83,12 +93,12 @@ def test_identity_experts_cost_nothing_and_an_expert_s_shards_what_it_costs():
 def test_a_stand_in_waits_as_long_as_the_cluster_s_products_take():
     on = cluster(collectives=COSTS, gemm={"alpha_s": 1e-3, "beta_s_per_mac": 1e-11})
     given = experiment(on, compute="stand-in")
-    cut = choose_cut(case_of(given), system("fsmoe").policy)
-    assert cut.degree_forward > 1
+    cut = cut_of(case_of(given))
+    assert cut.forward > 1
     found = simulate(given, Machine.published(on)).timelines["forward"]
     start, end = found.of("forward.experts[0]")
-    sizes = system("fsmoe").layout(case_of(given)).sizes
-    np.testing.assert_allclose(end - start, 2 * 1e-3 + sizes.forward.macs * 1e-11 / cut.degree_forward)
+    sizes = system("fsmoe").layout(case_of(given)).of_layer
+    np.testing.assert_allclose(end - start, 2 * 1e-3 + sizes.forward.macs * 1e-11 / cut.forward)
     start, end = found.of("forward.attention")
     np.testing.assert_allclose(end - start, sizes.dense_s[0])
 
@@ -98,11 +108,11 @@ def test_a_stand_in_waits_as_long_as_the_cluster_s_products_take():
 
 def test_a_real_cluster_without_costs_is_planned_by_its_data_sheet():
     case = case_of(experiment(cluster()))
-    costs, _ = calibrated(case)
+    costs = costs_of(case)
     alpha, beta = costs.linear("a2a.inter")
     assert (alpha, beta) == (START_S, pytest.approx(4 / 2 / RATES["node"]))  # 4 ranks share a port, half goes through
     assert costs.linear("ag.intra")[1] == pytest.approx(3 / 4 / RATES["gpu"])
-    assert choose_cut(case, system("fsmoe").policy).degree_forward > 1
+    assert cut_of(case).forward > 1
 
 
 @pytest.mark.parametrize(
@@ -118,17 +128,17 @@ def test_a_real_cluster_without_costs_is_planned_by_its_data_sheet():
 )
 def test_where_nothing_can_be_weighed_there_is_one_chunk(on):
     case = case_of(experiment(on))
-    assert calibrated(case)[0] is None
-    assert choose_cut(case, system("fsmoe").policy).degree_forward == 1
+    assert costs_of(case) is None
+    assert cut_of(case).forward == 1
 
 
 def test_costs_that_are_stated_come_before_rates():
     on = cluster(collectives={**COSTS, "ar.inter": COSTS["ar.inter"]}, gemm={"alpha_s": 0, "beta_s_per_mac": 1e-12})
-    costs, _ = calibrated(case_of(experiment(on)))
+    costs = costs_of(case_of(experiment(on)))
     assert costs is on
     half = dataclasses.replace(case_of(experiment(on)), options={"experts": "whole"})  # a2a.flat is not stated
-    assert calibrated(half)[0].linear("ar.inter") == on.linear("ar.inter")
-    assert calibrated(half)[0].linear("a2a.flat")[0] == START_S
+    assert costs_of(half).linear("ar.inter") == on.linear("ar.inter")
+    assert costs_of(half).linear("a2a.flat")[0] == START_S
 
 
 # -------------------------------------------------------------------------------------------------------- whole steps
@@ -146,8 +156,8 @@ def test_a_step_settles_degrees_and_slices_once(name):
     moved = [dataclasses.replace(a, routing=b.routing) for a, b in zip(cases, later, strict=True)]
     for before, after in zip(cases, moved, strict=True):  # another routing makes other buffers, cut alike
         ways = system(name).layout(before), system(name).layout(after)
-        assert [way.walk.degree for way in ways] == [before.options["degree_forward"]] * 2
-        assert ways[0].sizes.forward.slot_bytes != ways[1].sizes.forward.slot_bytes
+        assert [way.cut.forward for way in ways] == [before.options["degree_forward"]] * 2
+        assert ways[0].of_layer.forward.slot_bytes != ways[1].of_layer.forward.slot_bytes
 
 
 def test_long_slices_lower_the_degrees_of_the_layers_that_send_them():

@@ -72,7 +72,7 @@ def test_every_schedule_trains_alike_where_costs_decide(session, system):
     for each in run(session, system, (2, 2), priced=True):
         kinds = {name.split(".")[-1] for name in each["slices"]}
         wanted = {"after": "gradients-after", "dense": "gradients-dense"}
-        policy = registry.system(system).policy
+        policy = registry.system(system).schedule.policy
         assert wanted.get(policy.gradients, "gradients") in kinds
         assert {1, 2, 4, 8} >= set(each["degrees"])
 
