@@ -15,12 +15,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from threading import Event, Lock
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from harness.comm.job import Job
 from harness.plan.graph import COMPUTE, INTER, LANES, Plan, Timeline
+
+Inbox: TypeAlias = "queue.SimpleQueue[Callable[[], None] | None]"
 
 
 class PlanFailure(RuntimeError):
@@ -39,7 +43,7 @@ class Executor:
         """``failing``: told at once of what a task raises, as other lanes may wait for other ranks for ever."""
         self.device, self.failing = torch.device(device), failing
         self.lanes = lanes
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: Inbox = queue.SimpleQueue()
         if self.device.type == "cuda":
             self.streams = {
                 lane: torch.cuda.current_stream(self.device) if lane == COMPUTE else torch.cuda.Stream(self.device, -1)
@@ -82,40 +86,15 @@ class Executor:
         return Timeline(plan.done(), start, end)
 
     def _run_threads(self, plan: Plan) -> Timeline:
-        start, end = np.zeros(len(plan.tasks)), np.zeros(len(plan.tasks))
-        failures: list[tuple[str, BaseException]] = []
-        grad, turns, lock, over = torch.is_grad_enabled(), plan.turns(), threading.Lock(), threading.Event()
-
-        def take(ready: list[int]) -> None:
-            """The first of some tasks whose turn it is, and what it was the last to hold up; other threads the rest."""
-            while ready:
-                here, *others = ready
-                for other in others:
-                    self._inbox.put(functools.partial(take, [other]))
-                task = plan.tasks[here]
-                start[here] = time.perf_counter()
-                try:
-                    if task.run is not None and not failures:
-                        with torch.set_grad_enabled(grad):
-                            task.run()
-                except BaseException as error:
-                    failures.append((task.name, error))
-                    self.failing(error)
-                end[here] = time.perf_counter()
-                with lock:
-                    ready = turns.ended(here)
-                ready.sort(key=lambda each: plan.tasks[each].lane != INTER)  # the slowest link waits for no thread
-            if not turns.left:
-                over.set()
-
-        take(turns.first)
-        over.wait()
-        if failures:
-            name, error = failures[0]
+        run = _Run(plan, self._inbox, self.failing)
+        run.take(run.turns.first)
+        run.over.wait()
+        if run.failures:
+            name, error = run.failures[0]
             if not isinstance(error, Exception):
                 raise error  # Ctrl-C and the like
             raise PlanFailure(f"task {name}: {type(error).__name__}: {error}") from error
-        return Timeline(plan.done(), start, end)
+        return Timeline(plan.done(), run.start, run.end)
 
     # ------------------------------------------------------------------ CUDA
 
@@ -142,6 +121,38 @@ class Executor:
         for event in finish:
             calling.wait_event(event)
         return _DeviceTimeline(plan.done(), self.device, begin, finish)
+
+
+class _Run:
+    """One run of a plan by several threads. It holds no reference to itself, so that tensors go when it is over."""
+
+    def __init__(self, plan: Plan, inbox: Inbox, failing: Callable[[BaseException], None]):
+        self.plan, self.inbox, self.failing = plan, inbox, failing
+        self.start, self.end = np.zeros(len(plan.tasks)), np.zeros(len(plan.tasks))
+        self.failures: list[tuple[str, BaseException]] = []
+        self.grad, self.turns, self.lock, self.over = torch.is_grad_enabled(), plan.turns(), Lock(), Event()
+
+    def take(self, ready: list[int]) -> None:
+        """The first of some tasks whose turn it is, and what it was the last to hold up; other threads the rest."""
+        while ready:
+            here, *others = ready
+            for other in others:
+                self.inbox.put(functools.partial(self.take, [other]))
+            task = self.plan.tasks[here]
+            self.start[here] = time.perf_counter()
+            try:
+                if task.run is not None and not self.failures:
+                    with torch.set_grad_enabled(self.grad):
+                        task.run()
+            except BaseException as error:
+                self.failures.append((task.name, error))
+                self.failing(error)
+            self.end[here] = time.perf_counter()
+            with self.lock:
+                ready = self.turns.ended(here)
+            ready.sort(key=lambda each: self.plan.tasks[each].lane != INTER)  # the slowest link waits for no thread
+        if not self.turns.left:
+            self.over.set()
 
 
 class _DeviceTimeline(Timeline):
@@ -179,10 +190,11 @@ def _mark(device: torch.device) -> tuple[float, torch.cuda.Event, float]:
     return before, event, time.perf_counter()
 
 
-def _serve(inbox: queue.SimpleQueue[Callable[[], None] | None], num_threads: int) -> None:
+def _serve(inbox: Inbox, num_threads: int) -> None:
     torch.set_num_threads(num_threads)  # OpenMP counts threads per thread
     while (work := inbox.get()) is not None:
         work()
+        del work  # and what it holds
 
 
 def executor_of(job: Job) -> Executor:

@@ -76,7 +76,7 @@ class NativeTasks(PlannedTasks):
     schedule: Schedule
     num_hops: int
     cut: Cut
-    weights_travel: bool
+    weights_travel: bool = False
     tells: bool = True
 
     def called(self, direction: Direction, way: Bound, hop: int) -> str:
