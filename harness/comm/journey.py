@@ -166,17 +166,17 @@ class Placed(NamedTuple):
 
 class Landed(Handover):
     """One piece: (row, expert) pairs in the order of experts. ``item`` int64 [Q]: the row of the piece's chunk;
-    ``runs``: of every expert its pairs, and their places among those of all pieces (``Cut.whole``); ``entry`` int64
-    [Q]: number of the pair among all, and ``weight`` [Q]: of the gate, where weights travel."""
+    ``place`` int64 [Q]: among the pairs of all pieces in the order of experts (``Cut.whole``); None where there is one
+    piece; ``entry`` int64 [Q]: number of the pair among all, and ``weight`` [Q]: of the gate, where weights travel."""
 
     def __init__(
         self,
         item: torch.Tensor,
-        runs: list[tuple[slice, slice]],
+        place: torch.Tensor | None,
         entry: torch.Tensor | None = None,
         weight: torch.Tensor | None = None,
     ):
-        self.item, self.runs, self.entry, self.weight = item, runs, entry, weight
+        self.item, self.place, self.entry, self.weight = item, place, entry, weight
 
 
 class Journey(Handover, abc.ABC):
@@ -241,19 +241,19 @@ class Journey(Handover, abc.ABC):
             placed, each = self.placed(self.num_hops, degree), self.cut.pieces // degree
             item = self.item if placed.position is None else placed.position.to(self.item.device)[self.item]
             total = self.counts.sum(0)
-            places = (total.cumsum() - total + self.counts.cumsum(0) - self.counts).tolist()
+            places = total.cumsum() - total + self.counts.cumsum(0) - self.counts
             found = []
             for piece, (a, b) in enumerate(itertools.pairwise([0, *self.counts.sum(1).cumsum().tolist()])):
                 order = stable_order(self.slot[a:b], max(1, self.counts.shape[1])) + a
-                runs, start = [], 0
-                for count, at in zip(self.counts[piece].tolist(), places[piece], strict=True):
-                    runs.append((slice(start, start + count), slice(at, at + count)))
-                    start += count
+                place, count = None, self.counts[piece]
+                if self.cut.pieces > 1:
+                    shift = places[piece] - (count.cumsum() - count)
+                    place = torch.from_numpy(np.arange(b - a) + shift.repeat(count)).to(item.device)
                 first = placed.of(piece // each)[0]
                 if self.travelling is None:
-                    found.append(Landed(item[order] - first, runs))
+                    found.append(Landed(item[order] - first, place))
                 else:
-                    found.append(Landed(item[order] - first, runs, order, self.travelling[order]))
+                    found.append(Landed(item[order] - first, place, order, self.travelling[order]))
             self._landed[degree] = found
             if self.cut.forward == self.cut.backward:  # nobody asks again
                 del self.slot, self.item

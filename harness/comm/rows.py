@@ -96,12 +96,13 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def dot_rows(a: torch.Tensor, source: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Inner products of a[source] and b [R, M], row by row -> [R], added in the accumulator's format."""
-    if not len(b):
+def dot_rows(a: torch.Tensor, source: torch.Tensor, b: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
+    """Inner products of a[source] and b (or b[place]) [R, M], row by row -> [R], added in the accumulator's format."""
+    rows = torch.arange(len(source), device=b.device)
+    if not len(rows):
         return b.new_zeros(0, dtype=accumulator(b.dtype))
     # The gradient of embedding_bag's weights is just this, fused; its public face would compute the sums as well.
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        a, b, torch.arange(len(b), device=b.device), torch.arange(len(b), device=b.device), source, 0
+        a, b, rows if place is None else place, rows, source, 0
     )
     return dots.to(accumulator(b.dtype))

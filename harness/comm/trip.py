@@ -52,19 +52,15 @@ class Trip(Handover):
         for piece in self.cut.of_chunk(self.direction, chunk):
             landed = journey.landed(self.degree)[piece]
             if not self.back or journey.travelling is None:
-                rows = None if apart else part.index_select(0, landed.item)
+                rows = part.index_select(0, landed.item)
             else:
                 rows = scale_rows(part, landed.item, landed.weight)  # type: ignore[arg-type]
                 if journey.learns:
                     self._dots(piece, landed, part)
-            if not apart:
+            if apart:
+                self.rows[None].index_copy_(0, landed.place, rows)
+            else:
                 self.rows[None if self.cut.whole else piece] = rows
-                continue
-            for pairs, places in landed.runs:
-                if rows is None:
-                    torch.index_select(part, 0, landed.item[pairs], out=self.rows[None][places])
-                else:
-                    self.rows[None][places] = rows[pairs]
 
     def _dots(self, piece: int, landed: Landed, part: torch.Tensor) -> None:
         """Gradients of a piece's weights, where these travelled: what the experts made times what comes for it."""
@@ -72,11 +68,9 @@ class Trip(Handover):
         if journey.dweight is None:
             journey.dweight = torch.empty_like(journey.travelling)  # type: ignore[arg-type]
         made = journey.made[None if self.cut.whole else piece]
-        runs = landed.runs if self.cut.whole else [(slice(None), slice(None))]
+        dots = dot_rows(part, landed.item, made, landed.place if self.cut.whole else None)
         assert landed.entry is not None
-        for pairs, places in runs:
-            dots = dot_rows(part, landed.item[pairs], made[places])
-            journey.dweight[landed.entry[pairs]] = dots.to(journey.dweight.dtype)
+        journey.dweight[landed.entry] = dots.to(journey.dweight.dtype)
 
     def _dots_at_home(self, dy: torch.Tensor) -> None:
         """The same where they stayed: what came home times its gradient."""
@@ -133,8 +127,7 @@ class Trip(Handover):
         if self.cut.whole:
             made = self.given[None]
             if self.cut.pieces > 1:
-                place = torch.cat([torch.arange(to.start, to.stop) for each in landed for _, to in each.runs])
-                place = place.to(made.device)
+                place = torch.cat([each.place for each in landed if each.place is not None])
             if chunk == self.degree - 1:
                 del self.given[None]
         else:
