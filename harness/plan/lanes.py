@@ -89,12 +89,13 @@ class Executor:
         run = _Run(plan, self._inbox, self.failing)
         run.take(run.turns.first)
         run.over.wait()
+        run.plan = plan.done()  # another thread may still be on its way out
         if run.failures:
             name, error = run.failures[0]
             if not isinstance(error, Exception):
                 raise error  # Ctrl-C and the like
             raise PlanFailure(f"task {name}: {type(error).__name__}: {error}") from error
-        return Timeline(plan.done(), run.start, run.end)
+        return Timeline(run.plan, run.start, run.end)
 
     # ------------------------------------------------------------------ CUDA
 
@@ -148,6 +149,7 @@ class _Run:
                 self.failures.append((task.name, error))
                 self.failing(error)
             self.end[here] = time.perf_counter()
+            del task  # a thread that goes on to wait holds no tensors
             with self.lock:
                 ready = self.turns.ended(here)
             ready.sort(key=lambda each: self.plan.tasks[each].lane != INTER)  # the slowest link waits for no thread
