@@ -19,8 +19,6 @@ from xdist.scheduler import LoadScopeScheduling
 TIMED, RANKS, WAITS, LONG, OTHER = "timed", "ranks", "waits", "long", "other"
 #: of this folder: what lasts some seconds comes before what lasts none, so that all processes end at the same time
 LASTS = ("cuda", "gpu", "sweep", "launch", "bench/test_run.py", "report", "test_placing.py", "test_cli.py", "methods")
-#: the same of those that need ranks
-RANKS_LAST = ("test_recipes.py", "bench", "plan")
 UNITS_FILE = "units_file"  # where a process tells the one that deals out tests which unit each belongs to
 
 
@@ -40,11 +38,6 @@ def _unit(path: Path, fixtures: set[str]) -> str:
     return f"{RANKS if 'session' in fixtures else LONG if long else OTHER} {path}"
 
 
-def _ends_soon(unit: str) -> bool:
-    path = unit.partition(" ")[2]
-    return not path.startswith(tuple(str(Path(__file__).parent / name) for name in RANKS_LAST))
-
-
 class TimedFirst(LoadScopeScheduling):
     """Its scopes are the units. A worker holds back its last test until it knows the next, so it is told early."""
 
@@ -60,8 +53,7 @@ class TimedFirst(LoadScopeScheduling):
     def _assign_work_unit(self, node: Any) -> None:
         if self.workqueue and not self._others_time(node):
             order = [RANKS, WAITS, LONG, OTHER] if self._has_ranks(node) else [WAITS, LONG, OTHER, RANKS]
-            kinds = [TIMED, *order]
-            unit = min(self.workqueue, key=lambda each: (kinds.index(each.partition(" ")[0]), _ends_soon(each)))
+            unit = min(self.workqueue, key=lambda each: [TIMED, *order].index(each.partition(" ")[0]))
             self.workqueue.move_to_end(unit, last=False)
             super()._assign_work_unit(node)
 
