@@ -10,6 +10,7 @@ rows.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -54,15 +55,22 @@ class Room:
     for those that wait, where the folder for temporary files is no disk."""
 
     def __init__(self, job: Job, num_contenders: int, folder: Path | None = None):
-        self.job, self.num_contenders = job, num_contenders
-        temporary = Path(tempfile.gettempdir())
-        self.folder = folder if folder is not None and in_memory(temporary) else temporary
+        self.job, self.num_contenders, self._other = job, num_contenders, folder
         self.cuda = job.device.type == "cuda"
         self.parks = False
         self.contenders: list[Contender] = []
         self.kept_bytes = self.passing_bytes = 0.0  # of the contender with most
         self._before = 0
         self._parked: dict[int, Parked] = {}
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where those wait that have no room, on CPUs."""
+        temporary = Path(tempfile.gettempdir())
+        if self._other is None or not in_memory(temporary):
+            return temporary
+        self._other.mkdir(parents=True, exist_ok=True)
+        return self._other
 
     @property
     def how(self) -> str:
@@ -75,12 +83,13 @@ class Room:
         """Ahead of the next contender: what the last one left, and conformance, is given back."""
         gc.collect()
         give_back()
-        self._before = psutil.Process().memory_info().rss
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.synchronize(self.job.device)
-            torch.cuda.reset_peak_memory_stats(self.job.device)
-            self._before = torch.cuda.memory_allocated(self.job.device)
+        if not self.cuda:
+            self._before = psutil.Process().memory_info().rss
+            return
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize(self.job.device)
+        torch.cuda.reset_peak_memory_stats(self.job.device)
+        self._before = torch.cuda.memory_allocated(self.job.device)
 
     def take(self, contender: Contender | None) -> None:
         """``contender`` has been built and has run; None: it did not come to that."""

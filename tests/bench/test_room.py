@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from types import SimpleNamespace
 
 import psutil
@@ -39,6 +40,16 @@ def test_ranks_of_one_machine_share_its_memory_and_its_disk(monkeypatch, availab
             room._crowded()
     else:
         assert room._crowded() == parks
+
+
+def test_where_temporary_files_are_in_memory_they_wait_in_the_run(monkeypatch, tmp_path):
+    job = SimpleNamespace(device=torch.device("cpu"))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    for fstype, folder in (("ext4", tmp_path), ("tmpfs", tmp_path / "run" / "checkpoints")):
+        mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=tmp_path, fstype=fstype)]
+        monkeypatch.setattr(psutil, "disk_partitions", lambda all, mounts=mounts: mounts)
+        assert Room(job, 2, tmp_path / "run" / "checkpoints").folder == folder
+        assert folder.is_dir()
 
 
 def test_a_full_disk_is_an_error_and_no_signal(tmp_path):
