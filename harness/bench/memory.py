@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from harness.bench.timing import quiet
 from harness.comm.exchange import FlatExchange
 from harness.comm.replicas import nearest
 from harness.memory import Rows, activation_bytes, expert_bytes, peak_bytes, state_bytes
@@ -62,7 +63,8 @@ def measured(trainer: Trainer) -> dict[str, float]:
     if trainer.job.device.type == "cuda":
         activations, most = _on_device(trainer, tokens, serially)
     else:
-        activations, most = _recorded(trainer, tokens, serially)
+        with quiet():  # what an earlier trainer left in a circle would be counted as given back by this step
+            activations, most = _recorded(trainer, tokens, serially)
     return {
         "parameters": parameters,
         "gradients": _bytes(p.grad for p in training.gpt.parameters() if p.grad is not None) + buffer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from typing import Any
 
@@ -24,6 +25,7 @@ def traced(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         trainer._job_loss(trainer._update(tokens))
         seconds.append(time.perf_counter() - begin)
         timelines.append(trainer.timelines()["step"])
+    trainer.training.gpt.blocks[0].moe_norm.register_forward_pre_hook(_collects)
     measured, planned = trainer.memory()
     return {
         "seconds": seconds,
@@ -40,6 +42,11 @@ def traced(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "measured": measured,
         "planned": planned,
     }
+
+
+def _collects(*_: Any) -> None:
+    """As the collector may at any time, of what earlier calls left in circles."""
+    gc.collect()
 
 
 def timeline_of(found: list[dict[str, Any]], step: int = -1) -> Timeline:
