@@ -18,7 +18,7 @@ from harness.bench.choices import Gates
 from harness.bench.conserved import least_of
 from harness.bench.witness import Given, Verdict, compare, first_of, see, settled
 from harness.comm.agree import of_all
-from harness.comm.handover import Held, version
+from harness.comm.handover import Held
 from harness.comm.job import Job
 from harness.layer.grouped import Lens, Matrices, identities, look
 from harness.layer.weights import Weights
@@ -83,8 +83,8 @@ class LayerWitness:
     def check(self, name: str, step: int, known: Known, held: Held, gradients: Gradients | None = None) -> Verdict:
         """Collective: ``held`` has x and y [T, M], and dy and dx if there was a backward; it is emptied."""
         seen_as = {each: held.pop(each) for each in ("x", "y", "dy", "dx") if each in held}
-        x, y, dy, dx = (seen_as.get(each, (None, 0))[0] for each in ("x", "y", "dy", "dx"))
-        written = [words for each, words in _WRITTEN.items() if each in seen_as and _written(*seen_as[each])]
+        x, y, dy, dx = (seen_as[each].tensor if each in seen_as else None for each in ("x", "y", "dy", "dx"))
+        written = [words for each, words in _WRITTEN.items() if each in seen_as and seen_as[each].written]
         where = f"at {name}, layer {self.layer}"
         changed = Verdict({}, first_of(self.job, f"{written[0]} {where}" if written else ""))
         assert x is not None
@@ -215,7 +215,3 @@ def parameters_of(layer: MoELayer) -> Gradients:
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
             parameter.grad = gradient
-
-
-def _written(tensor: torch.Tensor, before: int) -> bool:
-    return version(tensor) != before

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _MARK = "moebench: forward is done"
 
 
+@quiet()  # what an earlier trainer left in a circle would be counted as this one's, or as given back by its step
 def measured(trainer: Trainer) -> dict[str, float]:
     """Collective: bytes of each of ``PARTS`` on this rank, over one more training step."""
     training, meter = trainer.training, meter_of(trainer.job)
@@ -63,8 +64,7 @@ def measured(trainer: Trainer) -> dict[str, float]:
     if trainer.job.device.type == "cuda":
         activations, most = _on_device(trainer, tokens, serially)
     else:
-        with quiet():  # what an earlier trainer left in a circle would be counted as given back by this step
-            activations, most = _recorded(trainer, tokens, serially)
+        activations, most = _recorded(trainer, tokens, serially)
     return {
         "parameters": parameters,
         "gradients": _bytes(p.grad for p in training.gpt.parameters() if p.grad is not None) + buffer,

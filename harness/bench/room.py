@@ -62,6 +62,8 @@ class Room:
         self.kept_bytes = self.passing_bytes = 0.0  # of the contender with most
         self._before = 0
         self._parked: dict[int, Parked] = {}
+        gc.collect()  # what the last race left
+        gc.freeze()  # what is older than a race need not be looked at after each of its systems
 
     @functools.cached_property
     def folder(self) -> Path:
@@ -80,8 +82,7 @@ class Room:
         return "in the host's memory between turns" if self.parks else "on the device between turns"
 
     def clear(self) -> None:
-        """Ahead of the next contender: what the last one left, and conformance, is given back."""
-        gc.collect()
+        """Ahead of the next contender: freed memory is given back."""
         give_back()
         if not self.cuda:
             self._before = psutil.Process().memory_info().rss
@@ -93,6 +94,7 @@ class Room:
 
     def take(self, contender: Contender | None) -> None:
         """``contender`` has been built and has run; None: it did not come to that."""
+        gc.collect()  # what conformance left, and whoever did not come to that
         if contender is None:
             self.num_contenders -= 1
             return
@@ -120,7 +122,6 @@ class Room:
         """Whether not all can stay. ``MemoryError`` where they cannot wait elsewhere either."""
         if self.num_contenders < 2:
             return False
-        gc.collect()
         return self._crowded_device() if self.cuda else self._crowded_host()
 
     def _crowded_device(self) -> bool:

@@ -16,9 +16,12 @@ from. On CPU nothing happens: there a thread that reads a tensor keeps it.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
+
+COPIED_ROWS = 8  # of a tensor that is to be looked at later
 
 
 def used_here(value: Any) -> Any:
@@ -54,14 +57,30 @@ class Held(dict[Any, Any]):
         return used_here(super().pop(key))
 
 
-def seen(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """To be looked at later, with what ``version`` says of it now: another one tells that it was written to since."""
-    return tensor.detach(), version(tensor)
+@dataclasses.dataclass
+class Seen:
+    """A tensor [T, ...] to be looked at later, with what tells whether it was written to since."""
+
+    tensor: torch.Tensor
+    version: int  # how often it was written to in place; 0 where torch does not count
+    rows: torch.Tensor  # a few, copied: what is written through ``Tensor.data`` is not counted
+
+    @property
+    def written(self) -> bool:
+        now = _rows(self.tensor)
+        return version(self.tensor) != self.version or not torch.allclose(now, self.rows, 0, 0, equal_nan=True)
+
+
+def seen(tensor: torch.Tensor) -> Seen:
+    return Seen(tensor.detach(), version(tensor), _rows(tensor.detach()).clone())
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often it was written to in place; 0 where torch does not count."""
     return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[:: max(1, len(tensor) // COPIED_ROWS)]
 
 
 def pop(owner: object, name: str) -> Any:

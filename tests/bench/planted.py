@@ -162,6 +162,12 @@ def in_place(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
     return run(x)
 
 
+def behind_torch(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """The same, and torch does not count it."""
+    x.data.mul_(0.9)
+    return run(x)
+
+
 class _Later(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
@@ -215,6 +221,21 @@ def _keep_gradient(layer: Masked, parameter: torch.nn.Parameter, name: str) -> N
     parameter.register_post_accumulate_grad_hook(hide)
 
 
+class StepBefore(Masked):
+    """Computes with the experts of the step before, which an optimizer's step hardly tells from these."""
+
+    def _out(self, x: torch.Tensor, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        experts = list(self.inner.experts.parameters())
+        now = [parameter.data for parameter in experts]
+        before, self.last = self.last or now, [value.clone() for value in now]
+        for parameter, value in zip(experts, before, strict=True):
+            parameter.data = value
+        y = run(x)
+        for parameter, value in zip(experts, now, strict=True):
+            parameter.data = value
+        return y
+
+
 class Local(MoELayer):
     """Every rank has all experts and sends nothing, although the plan is flat's; without its gradients' sum."""
 
@@ -251,6 +272,7 @@ FAULTS: dict[str, Callable[..., torch.Tensor]] = {
         repeats,
         middle_layer,
         in_place,
+        behind_torch,
         late_output,
         late_weights,
         more_threads,
@@ -278,6 +300,15 @@ def _system(fault_name: str, fault: Callable[..., torch.Tensor]) -> type[System]
             return made
 
     return Planted
+
+
+class WeightsBefore(Flat):
+    name = "weights-before"
+    title = StepBefore.__doc__ or ""
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> Any:
+        return StepBefore(super().build(case, job, weights), case, job, torch.nn.Identity())
 
 
 class SendsNothing(Flat):
@@ -364,6 +395,7 @@ ALL: tuple[type[System], ...] = (
     SendsNothing,
     SendsSums,
     HalfLoaded,
+    WeightsBefore,
     Reordered,
 )
 

@@ -62,10 +62,16 @@ OUTSIDE: dict[str, dict[str, str]] = {
     "train_step": {
         "middle-layer": "layer 1",
         "in-place": "its input was written to at step 0 (warm-up), layer 0",
+        "behind-torch": "its input was written to at step 0 (warm-up), layer 0",
+        "weights-before": "when all experts had changed their signs: output off by",
         "no-update": "has a gradient and no update at step 0",
         "half-loaded": "weights w2 of expert 2 of layer 2 on rank 1 begin 5.0",
     },
-    "prefill": {"middle-layer": "layer 1", "in-place": "its input was written to at pass 0 (warm-up), layer 0"},
+    "prefill": {
+        "middle-layer": "layer 1",
+        "in-place": "its input was written to at pass 0 (warm-up), layer 0",
+        "behind-torch": "its input was written to at pass 0 (warm-up), layer 0",
+    },
 }
 
 

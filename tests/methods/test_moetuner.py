@@ -73,9 +73,9 @@ def test_what_two_halves_have_in_common_repeats() -> None:
 def test_chains_are_kept_where_loads_are_even() -> None:
     """Differences of loads that are chance must not cost the chains that are not."""
     rng = np.random.default_rng(0)
-    ids = np.zeros((8, 2048, 1), dtype=int)
+    ids = np.zeros((5, 2048, 1), dtype=int)
     ids[0, :, 0] = rng.integers(0, 8, 2048)
-    for layer in range(1, 8):
+    for layer in range(1, 5):
         ids[layer, :, 0] = np.where(
             rng.random(2048) < 0.9, rng.permutation(8)[ids[layer - 1, :, 0]], rng.integers(0, 8, 2048)
         )
