@@ -19,6 +19,8 @@ from xdist.scheduler import LoadScopeScheduling
 TIMED, RANKS, WAITS, LONG, OTHER = "timed", "ranks", "waits", "long", "other"
 #: of this folder: what lasts some seconds comes before what lasts none, so that all processes end at the same time
 LASTS = ("cuda", "gpu", "sweep", "launch", "bench/test_run.py", "report", "test_placing.py", "test_cli.py", "methods")
+#: of those that need ranks, what lasts longest with few tests; files with many tests come first anyway
+FEW_AND_LONG = ("bench/test_phases.py", "bench/test_witness.py", "bench/test_conserved.py")
 UNITS_FILE = "units_file"  # where a process tells the one that deals out tests which unit each belongs to
 
 
@@ -53,7 +55,10 @@ class TimedFirst(LoadScopeScheduling):
     def _assign_work_unit(self, node: Any) -> None:
         if self.workqueue and not self._others_time(node):
             order = [RANKS, WAITS, LONG, OTHER] if self._has_ranks(node) else [WAITS, LONG, OTHER, RANKS]
-            unit = min(self.workqueue, key=lambda each: [TIMED, *order].index(each.partition(" ")[0]))
+            unit = min(
+                self.workqueue,
+                key=lambda each: ([TIMED, *order].index(each.partition(" ")[0]), not each.endswith(FEW_AND_LONG)),
+            )
             self.workqueue.move_to_end(unit, last=False)
             super()._assign_work_unit(node)
 
