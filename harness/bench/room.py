@@ -15,7 +15,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +85,6 @@ class Room:
         """Ahead of the next contender: freed memory is given back."""
         give_back()
         if not self.cuda:
-            self._before = psutil.Process().memory_info().rss
             return
         torch.cuda.empty_cache()
         torch.cuda.synchronize(self.job.device)
@@ -146,9 +145,13 @@ class Room:
         return True
 
     def _crowded_host(self) -> bool:
-        """Ranks share the memory of their machine, and its disk."""
-        here, free = psutil.Process().memory_info().rss, shutil.disk_usage(self.folder).free
-        found = [here - self._before, -psutil.virtual_memory().available, -free]
+        """Ranks share the memory of their machine, and its disk. What a process grows by counts for nothing: it imports
+        and compiles for all contenders as it admits the first."""
+        kept, free = (
+            sum(each.nbytes() for each in storages(self.contenders[-1].keep(), self.job.device)),
+            shutil.disk_usage(self.folder).free,
+        )
+        found = [kept, -psutil.virtual_memory().available, -free]
         worst = torch.tensor(found, dtype=torch.float64)
         if self.job.num_ranks > 1:
             dist.all_reduce(worst, dist.ReduceOp.MAX)
@@ -167,40 +170,43 @@ class Room:
         return True
 
     def _park(self, contender: Contender) -> None:
-        held = (t for t in contender.keep() if t.device == self.job.device)
-        self._parked[id(contender)] = Parked(held, self.folder)
+        self._parked[id(contender)] = Parked(storages(contender.keep(), self.job.device), self.job.device, self.folder)
         if self.cuda:
             torch.cuda.empty_cache()
 
 
-class Parked:
-    """Memory of ``tensors`` in the host's memory, or of a CPU's tensors in a file in ``folder``; the tensors
-    themselves, and all views of them, stay as they are, with nothing in them, until it is ``back``."""
+def storages(tensors: Iterable[torch.Tensor], device: torch.device) -> list[torch.UntypedStorage]:
+    """Memory of those on ``device``, each once."""
+    here = (t for t in tensors if t.device == device and t.numel())
+    return list({t.untyped_storage().data_ptr(): t.untyped_storage() for t in here}.values())
 
-    def __init__(self, tensors: Iterable[torch.Tensor], folder: Path):
-        found = {t.untyped_storage().data_ptr(): (t.untyped_storage(), t.device) for t in tensors if t.numel()}
-        self.away = []
-        if not found:
+
+class Parked:
+    """Memory of a device in the host's memory, or a CPU's in a file in ``folder``; the tensors that it is of, and all
+    views of them, stay as they are, with nothing in them, until it is ``back``."""
+
+    def __init__(self, storages: Sequence[torch.UntypedStorage], device: torch.device, folder: Path):
+        self.device, self.away = device, []
+        if not storages:
             return
-        sizes = [storage.nbytes() for storage, _ in found.values()]
-        on_gpu = any(device.type == "cuda" for _, device in found.values())
-        whole = _host_bytes(sum(sizes)) if on_gpu else _file_bytes(sum(sizes), folder)
-        for (storage, device), host in zip(found.values(), whole.split(sizes), strict=True):
+        sizes = [storage.nbytes() for storage in storages]
+        whole = _host_bytes(sum(sizes)) if device.type == "cuda" else _file_bytes(sum(sizes), folder)
+        for storage, host in zip(storages, whole.split(sizes), strict=True):
             host.copy_(_bytes_of(storage, device), non_blocking=True)
-            self.away.append((storage, host, device))
+            self.away.append((storage, host))
         self._settle()
-        for storage, _, _ in self.away:
+        for storage in storages:
             storage.resize_(0)
 
     def back(self) -> None:
-        for storage, host, device in self.away:
+        for storage, host in self.away:
             storage.resize_(len(host))
-            _bytes_of(storage, device).copy_(host, non_blocking=True)
+            _bytes_of(storage, self.device).copy_(host, non_blocking=True)
         self._settle()
 
     def _settle(self) -> None:
-        for device in {device for _, _, device in self.away if device.type == "cuda"}:
-            torch.cuda.synchronize(device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> torch.Tensor:

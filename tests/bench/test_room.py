@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from harness.bench.room import Parked, Room, _file_bytes, fits
+from harness.bench.room import Parked, Room, _file_bytes, fits, storages
 from tests.methods.test_fsmoe_training import training
 from tests.methods.test_hiermoe import cluster
 
@@ -28,13 +28,12 @@ def test_ranks_of_one_machine_share_its_memory_and_its_disk(monkeypatch, availab
     job = SimpleNamespace(
         device=torch.device("cpu"), num_ranks=1, shared_clock=False, topology=SimpleNamespace(shape=(10,))
     )
-    held = iter((1.0e9, 1.1e9))
-    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: SimpleNamespace(rss=next(held)))
+    held = torch.empty(100_000_000, dtype=torch.uint8)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     room = Room(job, 6)
     room.clear()
-    room.contenders.append(SimpleNamespace())
+    room.contenders.append(SimpleNamespace(keep=lambda: [held, held[:7], held.view(torch.float32)]))
     if parks is None:
         with pytest.raises(MemoryError, match=r"6 systems of 1 GB on 10 ranks .* 3 GB are left.* with 5 GB; .*TMPDIR"):
             room._crowded()
@@ -65,7 +64,7 @@ def test_who_is_alone_stays():
 def test_views_and_ties_survive(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
     row, tied, empty = whole[1], whole.view(-1), torch.empty(0)
-    parked = Parked([whole, row, tied, empty], tmp_path)
+    parked = Parked(storages([whole, row, tied, empty], whole.device), whole.device, tmp_path)
     assert whole.untyped_storage().nbytes() == 0
     assert not list(tmp_path.iterdir())  # whatever happens, nothing stays
     parked.back()
