@@ -147,11 +147,8 @@ class Room:
     def _crowded_host(self) -> bool:
         """Ranks share the memory of their machine, and its disk. What a process grows by counts for nothing: it imports
         and compiles for all contenders as it admits the first."""
-        kept, free = (
-            sum(each.nbytes() for each in storages(self.contenders[-1].keep(), self.job.device)),
-            shutil.disk_usage(self.folder).free,
-        )
-        found = [kept, -psutil.virtual_memory().available, -free]
+        kept = sum(each.nbytes() for each in storages(self.contenders[-1].keep(), self.job.device))
+        found = [kept, -psutil.virtual_memory().available, -shutil.disk_usage(self.folder).free]
         worst = torch.tensor(found, dtype=torch.float64)
         if self.job.num_ranks > 1:
             dist.all_reduce(worst, dist.ReduceOp.MAX)

@@ -1,7 +1,7 @@
 """Computation as a timed wait, as long as a cluster's gemm costs say, so that two cores can stand for eight GPUs.
 
-What waits hands its input on, and its parameters get gradients of zeros: what is sent keeps its size, and so does what
-the optimizer does. Values mean nothing. It is the processor that waits: a GPU would go on meanwhile.
+What waits hands its input on, and its parameters get gradients of zeros, once: what is sent keeps its size, and so does
+what the optimizer does. Values mean nothing. It is the processor that waits: a GPU would go on meanwhile.
 """
 
 from __future__ import annotations
@@ -39,4 +39,5 @@ class _Wait(torch.autograd.Function):
     def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
         time.sleep(2 * ctx.seconds)
         needed = zip(ctx.parameters, ctx.needs_input_grad[2:], strict=True)
-        return dy, None, *(torch.zeros_like(p) if wanted else None for p, wanted in needed)
+        # Where experts are computed by pieces, adding the zeros of each piece would take longer than the wait.
+        return dy, None, *(torch.zeros_like(p) if wanted and p.grad is None else None for p, wanted in needed)
