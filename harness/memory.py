@@ -90,13 +90,9 @@ def activation_bytes(
     )
 
 
-def peak_bytes(
-    experiment: Experiment, num_tokens: int, parts: Mapping[str, float], most_experts: int, gpu: bool | None = None
-) -> float:
+def peak_bytes(experiment: Experiment, num_tokens: int, parts: Mapping[str, float]) -> float:
     """The most that a rank holds in a step, of what it holds by part (``state_bytes``, ``materialised``,
-    ``activations``): around the loss, or when all gradients are there and AdamW updates the largest tensor, which on
-    GPUs, where it is fused, takes nothing beside. ``most_experts``: that it owns of one layer. ``gpu`` as above."""
-    gpu = experiment.cluster.kind == "physical" if gpu is None else gpu
+    ``activations``): around the loss, or when all gradients are there, as AdamW takes nothing beside."""
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
     wide = max(4, width)
     attention = model.num_layers * attention_parameters(experiment.model) * width
@@ -104,10 +100,7 @@ def peak_bytes(
     of_loss = num_tokens * (model.vocab * (width + wide * copies) + model.hidden * (2 * width + wide * copies))
     of_norm = num_tokens * model.hidden * wide * numbers + model.vocab * model.hidden * width
     at_loss = attention + parts["materialised"] + parts["activations"] + max(of_norm, of_loss)
-    projected = model.hidden + 2 * model.hidden // model.num_heads * (model.num_kv_heads or model.num_heads)
-    largest = max(model.vocab, projected, most_experts * model.ffn) * model.hidden * width
-    at_update = parts["gradients"] + (0 if gpu else 2 * largest)
-    return parts["parameters"] + parts["optimizer"] + max(at_loss, at_update)
+    return parts["parameters"] + parts["optimizer"] + max(at_loss, parts["gradients"])
 
 
 def room_bytes(experiment: Experiment, case: Case) -> float | None:

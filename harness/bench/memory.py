@@ -122,9 +122,7 @@ def planned(trainer: Trainer) -> dict[str, float]:
     found["materialised"] = float(each * together(copies)) if copies else 0.0
     if (activations := _planned_activations(trainer)) is not None:
         found["activations"] = activations
-        most_experts = max(len(p.local(job.rank)) for p in placements)
-        gpu = job.device.type == "cuda"
-        found["peak"] = peak_bytes(experiment, trainer.training.tokens[job.rank], found, most_experts, gpu)
+        found["peak"] = peak_bytes(experiment, trainer.training.tokens[job.rank], found)
     return found
 
 

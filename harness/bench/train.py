@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from harness.bench.checkpoint import Checkpoints
 from harness.bench.inside import Known, LayerWitness, Witnesses, check_drawn, check_updated, watched_layers
 from harness.bench.steered import OracleLayer, Steered, steered_gpt
 from harness.bench.timing import Sample, Stopwatch
-from harness.bench.witness import Verdict
+from harness.bench.witness import Verdict, first_of
 from harness.case import case_of
 from harness.comm.handover import Held
 from harness.comm.job import Job
@@ -77,9 +77,7 @@ class Training:
         self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
         routers = {id(p) for p in self.routers()} if self.prescribed else set()
         trained = [p for p in self.gpt.parameters() if id(p) not in routers]
-        # By default torch would take all tensors at once on a GPU, and hold as much again as there are parameters.
-        fused = torch.device(device).type == "cuda"
-        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, foreach=False, fused=fused)
+        self.optimizer = adamw(trained)
 
     @property
     def attentions(self) -> list[Attention]:
@@ -310,6 +308,11 @@ class Trainer:
         return float(total)
 
 
+def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    """Fused: one pass over a parameter, its gradient and its moments, and nothing held beside them."""
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, foreach=False, fused=True)
+
+
 def gate_case(
     job: Job, system: type[System], experiment: Experiment, found: dict[str, Any], num_steps: int = _GATE_STEPS
 ) -> dict[str, Any]:
@@ -335,10 +338,21 @@ def gate_case(
     if error > tolerance:
         reason = f"loss of {num_steps} steps off by {error:.1e} of the oracle's, allowed {tolerance:.0e}"
     else:
-        reason = _with_others_weights(trainer)
+        reason = first_of(job, _laid_out(trainer.training.gpt)) or _with_others_weights(trainer)
     if reason:
         row["status"], row["reason"] = "nonconforming", reason
     return row
+
+
+def _laid_out(gpt: nn.Module) -> str:
+    """Which gradient lies in memory in an order that is not its parameter's, in which a fused optimizer reads it."""
+    for name, parameter in gpt.named_parameters():
+        gradient = parameter.grad
+        if gradient is None or (gradient.is_contiguous() and parameter.is_contiguous()):
+            continue
+        if gradient.stride() != parameter.stride():
+            return f"the gradient of {name} lies with strides {gradient.stride()}, not {parameter.stride()}"
+    return ""
 
 
 def _with_others_weights(trainer: Trainer) -> str:
@@ -369,7 +383,7 @@ def oracle_losses(experiment: Experiment, system: type[System], topology: Topolo
     routers, dtype = {id(p) for p in training.routers()}, TORCH_DTYPE[experiment.dtype]
     trained = [p for of in training.optimizer.param_groups for p in of["params"]]
     held = [nn.Parameter(p.detach().to(accumulator(dtype) if id(p) in routers else dtype)) for p in trained]
-    optimizer = torch.optim.AdamW(held, lr=LEARNING_RATE, foreach=False)
+    optimizer = adamw(held)
     losses = []
     for step in range(num_steps):
         loss = training.loss(training.prepare(step))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from harness.bench.train import adamw
 from harness.memory import PARTS, peak_bytes
 from harness.specs import Experiment
 from tests.methods.hidden_on_ranks import timeline_of
@@ -52,16 +53,13 @@ def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
         assert timeline_of(every).hidden("gather").keys() == gathers
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_what_the_update_holds_beside_is_as_planned(gpu):
-    """On a GPU AdamW is fused and holds nothing beside its tensors; elsewhere twice the largest."""
+def test_the_update_holds_nothing_beside():
     experiment = Experiment.model_validate(training("flat", cluster((1, 2)), dtype="float32")["experiment"])
     parts = {"parameters": 0.0, "optimizer": 0.0, "gradients": 1e9, "materialised": 0.0, "activations": 0.0}
-    own = 64  # experts, whose w1 together are the largest
-    planned = peak_bytes(experiment, 16, parts, own, gpu) - 1e9
-    largest = torch.nn.Parameter(torch.ones(own, 32, 32))
-    largest.grad = torch.ones_like(largest)
-    optimizer = torch.optim.AdamW([largest], foreach=False, fused=gpu)
+    assert peak_bytes(experiment, 16, parts) == 1e9
+    parameter = torch.nn.Parameter(torch.ones(64, 32, 32))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = adamw([parameter])
     optimizer.step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         optimizer.step()
@@ -70,4 +68,4 @@ def test_what_the_update_holds_beside_is_as_planned(gpu):
         if event.name() == "[memory]":
             now += event.nbytes()
             most = max(most, now)
-    assert most == pytest.approx(planned, abs=64)
+    assert most <= 64

@@ -114,3 +114,13 @@ def test_losses_of_a_race_may_differ_as_rounding_makes_them(
     training["workload"]["tokens_per_rank"], training["dtype"] = 96, dtype
     found = losses._against(Experiment.model_validate(training), {step: 4 * (1 + off)}, {step: 4.0}, "the oracle's")
     assert (not found.reason) is right, found
+
+
+def test_a_gradient_in_another_order_than_its_parameter_is_named():
+    """A fused optimizer would take its numbers for others."""
+    layer = torch.nn.Linear(3, 4)
+    layer.weight.grad = torch.ones(3, 4).t()
+    layer.bias.grad = torch.ones(4)
+    assert "weight lies with strides (1, 4), not (3, 1)" in train._laid_out(layer)
+    layer.weight.grad = layer.weight.grad.contiguous()
+    assert not train._laid_out(layer)
