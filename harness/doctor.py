@@ -128,19 +128,16 @@ def _caches() -> Finding:
 def _packages() -> list[Finding]:
     """Every real package that a system file wraps."""
     try:
-        from harness.registry import faults, systems
+        from harness.registry import faults, state, systems
 
         packages = [member for member in systems().values() if member.kind == "package"]
     except Exception as error:
         return [Finding("systems", "broken", f"{type(error).__name__}: {error}", "make setup")]
     findings = [Finding("systems", "broken", fault, "mend that file, or move it away") for fault in faults()]
     for package in packages:
-        try:
-            missing = package.missing()
-        except Exception as error:  # a half-installed package may raise anything on import
-            missing = f"{type(error).__name__}: {error}"
+        version, missing = state(package)
         if missing is None:
-            findings.append(Finding(f"system {package.name}", "ok", package.version() or "installed"))
+            findings.append(Finding(f"system {package.name}", "ok", version or "installed"))
         else:
             what, _, remedy = missing.partition("; ")
             findings.append(Finding(f"system {package.name}", "missing", what, _exact(remedy)))

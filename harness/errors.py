@@ -17,6 +17,10 @@ Kind = Literal["raised", "died", "hung", "out_of_memory"]  # of a rank's failure
 STATUS_OF_FAILURE: dict[Kind, str] = {"raised": "failed", "died": "failed", "hung": "hung", "out_of_memory": "oom"}
 
 
+#: what a system's own code may raise wherever it is asked, at the expense of its own cells alone
+OF_A_SYSTEM = (Exception, SystemExit)
+
+
 class UserError(ValueError):
     """Bad input. The command line prints its message on one line and exits with status 2.
 
@@ -105,6 +109,11 @@ def told(error: BaseException) -> str:
     from."""
     place = place_of(error)
     return f"{_named(error)}{place and f', at {place}'}"
+
+
+def unplannable(system: str, error: BaseException) -> str:
+    """Why a cell has no plan: its system raised ``error`` when it was asked for one."""
+    return f"{system} cannot be planned: {told(error)}"
 
 
 def words(error: BaseException) -> str:

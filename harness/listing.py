@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness import presets
-from harness.errors import UserError, unknown, words
+from harness.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from harness.system import System
+    pass
 
 KINDS = ("systems", "slots", "models", "clusters", "workloads", "suites")
 Names = Sequence[str]  # of presets or of YAML files; none: all
@@ -43,7 +43,7 @@ def _specs(kind: str, names: Names) -> list[Any]:
 
 
 def _systems(names: Names) -> list[dict[str, Any]]:
-    from harness.registry import system, systems
+    from harness.registry import state, system, systems
 
     chosen = {system(name).name: system(name) for name in names} or systems()
     return [
@@ -51,20 +51,12 @@ def _systems(names: Names) -> list[dict[str, Any]]:
             "name": name,
             "kind": system.kind,
             "title": system.title,
-            **_state(system),
+            **dict(zip(("version", "missing"), state(system), strict=True)),
             "options": dict(system.options),
             "source": system.source,
         }
         for name, system in chosen.items()
     ]
-
-
-def _state(system: type[System]) -> dict[str, str | None]:
-    """Version, and what is missing; a system that cannot even tell is one that is missing something."""
-    try:
-        return {"version": system.version(), "missing": system.missing()}
-    except Exception as error:  # a half-installed package may raise anything
-        return {"version": None, "missing": f"{type(error).__name__}: {words(error)}"}
 
 
 def _systems_short(names: Names) -> list[dict[str, Any]]:

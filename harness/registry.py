@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from harness.errors import UserError, bad, unknown, words
+from harness.errors import OF_A_SYSTEM, UserError, bad, unknown, words
 from harness.system import System
 
 FOLDERS = ("baselines", "methods")
@@ -57,6 +57,15 @@ def system(name: str) -> type[System]:
     return known[name]
 
 
+def state(system: type[System]) -> tuple[str | None, str | None]:
+    """Version, and what is missing; a system that cannot even tell is one that is missing something."""
+    try:
+        missing = system.missing()
+        return None if missing else system.version(), missing
+    except OF_A_SYSTEM as error:  # a half-installed package may raise anything
+        return None, f"{type(error).__name__}: {words(error)}"
+
+
 def brought(module: str, attribute: str) -> dict[str, Any]:
     """What methods bring beside systems: mappings ``attribute`` of every ``<folder>/<module>.py``, joined, sorted."""
     found: dict[str, Any] = {}
@@ -66,7 +75,7 @@ def brought(module: str, attribute: str) -> dict[str, Any]:
             if not info.ispkg or importlib.util.find_spec(name) is None:
                 continue
             own = dict(getattr(importlib.import_module(name), attribute))
-        except (Exception, SystemExit) as error:  # a method's own affair
+        except OF_A_SYSTEM as error:  # a method's own affair
             _left_out(name, error)
             continue
         for key, each in own.items():
@@ -110,7 +119,7 @@ def _modules() -> Iterator[ModuleType]:
     for info in _listed():
         try:
             yield importlib.import_module(info.name)
-        except (Exception, SystemExit) as error:  # a system's own affair
+        except OF_A_SYSTEM as error:  # a system's own affair
             _left_out(info.name, error)
 
 

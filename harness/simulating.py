@@ -20,7 +20,7 @@ from harness.bench import dry, lock, provenance, run, tidy
 from harness.bench.progress import columns
 from harness.bench.store import SIMULATED, Store
 from harness.bench.suite import Race, Suite
-from harness.errors import Unplanned, UserError, bad, told
+from harness.errors import OF_A_SYSTEM, Unplanned, UserError, bad, unplannable
 from harness.placing import check_memory
 from harness.plan.choice import Wanted, fingerprint
 from harness.plan.graph import Timeline
@@ -72,7 +72,7 @@ def simulate_suite(
                 outcome: Any = "failed", lacks[key]
             else:
                 outcome = judged(experiment, machines[key], steps, before(race, warm), lambda text: say(text, -1))
-            keep(store, experiment, outcome)
+            outcome = keep(store, experiment, outcome)
             if isinstance(outcome, tuple):
                 say(f"{outcome[0]}: {experiment.system}: {outcome[1]}", None)
             say("", steps + before(race, warm))
@@ -120,8 +120,8 @@ def judged(experiment: Experiment, machine: Machine, steps: int, warm: int, prog
         return "refused", str(error)
     except UserError as error:
         return "failed", str(error)
-    except Exception as error:  # of a system's planning: as much its own affair as one on a rank
-        return "failed", f"{experiment.system} cannot be planned: {told(error)}"
+    except OF_A_SYSTEM as error:
+        return "failed", unplannable(experiment.system, error)
 
 
 def refusal(experiment: Experiment) -> str | None:
@@ -139,11 +139,17 @@ def refusal(experiment: Experiment) -> str | None:
     return None
 
 
-def keep(store: Store, experiment: Experiment, outcome: Any) -> None:
-    """What the judge said of a cell, and its timelines."""
+def keep(store: Store, experiment: Experiment, outcome: Any) -> Any:
+    """What the judge said of a cell, and its timelines -> the same, or why it could not be kept."""
+    try:
+        rows = tidy.rows_of_simulation(experiment, store.path.name, outcome)
+    except OF_A_SYSTEM as error:  # its bytes are planned there
+        outcome = "failed", unplannable(experiment.system, error)
+        rows = tidy.rows_of_simulation(experiment, store.path.name, outcome)
     if not isinstance(outcome, tuple) and outcome.timelines:
         store.write_trace(experiment.digest, {name: _first_ranks(each) for name, each in outcome.timelines.items()})
-    store.append(tidy.rows_of_simulation(experiment, store.path.name, outcome))
+    store.append(rows)
+    return outcome
 
 
 def _first_ranks(timeline: Timeline) -> Timeline:

@@ -10,7 +10,7 @@ from harness.bench import race
 from harness.bench.run import expected_s
 from harness.bench.suite import Suite
 from harness.case import case_of
-from harness.errors import UserError
+from harness.errors import OF_A_SYSTEM, UserError, unplannable
 from harness.launch import gpus
 from harness.specs import Cluster, Experiment
 
@@ -29,6 +29,8 @@ def rows(suite: Suite, launches: int | None = None, here: bool = True) -> Iterat
                 seconds = expected_s(experiment, each)
             except UserError as error:
                 refused = str(error)
+            except OF_A_SYSTEM as error:
+                refused = unplannable(experiment.system, error)
             yield _row(experiment, count, 0.0 if refused else count * seconds, refused)
     for bad in suite.bad:
         yield _row(bad.experiment, launches or bad.launches, 0.0, bad.reason)
@@ -62,6 +64,6 @@ def refusal(experiment: Experiment, *, installed: bool = False) -> str | None:
     is to be taken for installed here."""
     cluster, system = experiment.cluster, registry.system(experiment.system)
     case = case_of(experiment, "cuda:0" if cluster.device_type == "cuda" else "cpu")
-    missing = None if installed else system.missing()
+    missing = None if installed else registry.state(system)[1]
     refused = experiment.lacks or missing or race.no_stand_in(system, case) or system.refuse(case)
     return refused or memory.refusal(experiment, system, case)

@@ -7,7 +7,7 @@ import dataclasses
 from harness.bench import dry, tidy
 from harness.bench.store import Store
 from harness.bench.suite import Bad, Race, Suite
-from harness.errors import Unreadable, UserError, words
+from harness.errors import OF_A_SYSTEM, Unreadable, UserError, unplannable
 from harness.specs import Experiment
 
 
@@ -44,8 +44,8 @@ def wrong(experiment: Experiment, entry: str) -> str | None:
         raise Unreadable(f"{entry}: {error}") from None
     except UserError as error:
         return str(error)
-    except Exception as error:  # of a system's planning: as much its own affair as one on a rank
-        return f"{experiment.system} cannot be planned: {type(error).__name__}: {words(error)}"
+    except OF_A_SYSTEM as error:
+        return unplannable(experiment.system, error)
     return None
 
 

@@ -65,7 +65,7 @@ def versions(systems: Iterable[str]) -> dict[str, str | None]:
         found[name] = importlib.metadata.version(name)
     for name in sorted(set(systems)):
         if registry.system(name).kind == "package":
-            found[name] = registry.system(name).version()
+            found[name] = registry.state(registry.system(name))[0]
     return found
 
 

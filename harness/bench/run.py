@@ -260,7 +260,7 @@ class Sessions:
         experiments = [experiment for race in self.races for experiment in race.experiments]
         systems = {registry.system(experiment.system) for experiment in experiments}
         training = {"torch._dynamo"} if any(experiment.phase == "train_step" for experiment in experiments) else set()
-        return sorted(training | {name for each in systems if each.missing() is None for name in each.preload})
+        return sorted(training | {name for each in systems if registry.state(each)[1] is None for name in each.preload})
 
     def _timeout_s(self, race: Race) -> float:
         if self.settings.timeout_s is not None:

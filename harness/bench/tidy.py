@@ -313,7 +313,7 @@ def _cores(answers: list[dict[str, Any]], samples: tuple[dict[str, Any], ...], t
 def estimate_s(experiment: Experiment, repeats: int, warmup: int) -> float:
     """A rough time of one cell in one launch: its bytes at line rate with a margin, and what is done around it."""
     system = registry.system(experiment.system)
-    if system.missing() is not None:
+    if registry.state(system)[1] is not None:
         return 0.0
     if experiment.digest not in _limits:
         budgets = physics.budgets(experiment, system, cases_of(experiment))

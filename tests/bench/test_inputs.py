@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from baselines.fsdp import FSDPExperts
+from harness import listing, simulating
 from harness.bench import dry, inputs, suite
 from harness.bench.run import run_suite
 from harness.bench.store import Store
 from harness.errors import UserError
+from harness.plan.choice import Wanted
 from harness.routing.trace import Header, Recorded, write_trace
 
 FILE = """
@@ -93,14 +97,33 @@ def test_every_layer_of_a_trace_is_looked_at(tmp_path: Path) -> None:
         suite.parse(text, "mixed.yaml")
 
 
-def test_a_system_that_cannot_plan_costs_its_own_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    from baselines.fsdp import FSDPExperts
+def bad_day(case: object = None) -> None:
+    raise RuntimeError("bad day")
 
-    def broken(case: object) -> None:
-        raise RuntimeError("bad day")
 
-    monkeypatch.setattr(FSDPExperts, "planned_bytes", broken)
+def leaves(case: object = None) -> None:
+    sys.exit("leaving")
+
+
+@pytest.mark.parametrize(
+    ("fails", "words"), [(bad_day, "RuntimeError: bad day, at "), (leaves, "SystemExit: leaving, at ")]
+)
+@pytest.mark.parametrize("asked_for", ["planned_bytes", "refuse", "missing", "version"])
+def test_a_system_that_cannot_answer_costs_its_own_cell(monkeypatch, tmp_path, asked_for, fails, words) -> None:
+    """Whatever is asked of it, in every command, and also where it would end the process."""
+    monkeypatch.setattr(FSDPExperts, asked_for, fails)
     text = asked("{tokens_per_rank: 8, generator: uniform}", "[flat, fsdp-experts]")
-    found = inputs.sift(suite.parse(text.replace("ffn: 16", "ffn: 24"), "mixed.yaml", strict=False))
-    assert [each.system for each in found.experiments] == ["flat"]
-    assert found.bad[0].reason.endswith("fsdp-experts cannot be planned: RuntimeError: bad day")
+    text = text.replace("ffn: 16", "ffn: 24").replace("local-2", "emulated-2x4-balanced")
+    plans = asked_for in ("planned_bytes", "refuse")
+    whole = suite.parse(text, "mixed.yaml", strict=False)
+    rows = {row["system"]: row["refused"] for row in dry.rows(whole)}
+    assert rows["flat"] is None
+    assert (words in rows["fsdp-experts"]) if plans else rows["fsdp-experts"].startswith(words[:-5])
+    found = inputs.sift(suite.parse(text, "mixed.yaml", strict=False))
+    assert [each.system for each in found.experiments] == ["flat"] if plans else not found.bad
+    if plans:
+        assert f"fsdp-experts cannot be planned: {words}" in found.bad[0].reason
+    listed = {each["name"]: each["missing"] for each in listing.listing("systems")}
+    assert (listed["fsdp-experts"] is None) == plans
+    counts = simulating.simulate_suite(whole, tmp_path / "sim", Wanted(), show_progress=False)
+    assert counts == ({"ok": 1, "failed": 1} if plans else {"ok": 2})
