@@ -124,3 +124,10 @@ def test_a_gradient_in_another_order_than_its_parameter_is_named():
     assert "weight lies with strides (1, 4), not (3, 1)" in train._laid_out(layer)
     layer.weight.grad = layer.weight.grad.contiguous()
     assert not train._laid_out(layer)
+
+
+def test_a_trial_draws_from_as_many_letters_whatever_the_model_has():
+    """Of two letters the loss becomes so small that what rounding does to it is called a fault."""
+    experiment = Experiment.model_validate(flat_training("natural", vocab=2))
+    assert experiment.model.vocab == 2
+    assert train.reduced(experiment).model.vocab == 256
