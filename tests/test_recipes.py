@@ -29,6 +29,8 @@ ROOT = Path(__file__).parents[1]
 CONFORM = "tests.recipes_on_ranks:conform"
 #: with which a state has copies, at the shapes of these tests
 OPTIONS = {"t": 4, "shadows": 2}
+#: exchanges that bring rows to all ranks of a node
+NODE_WIDE = ("slots", "parm-s1", "parm-baseline")
 
 # ------------------------------------------------------------------------------------------------------------- names
 
@@ -54,6 +56,8 @@ OPTIONS = {"t": 4, "shadows": 2}
         ("fsmoe+shards+slots", "fsmoe"),
         ("slots+fsmoe-lina+contiguous+shards", "fsmoe-lina"),
         ("shards+slots", "slots+shards"),
+        ("shards+parm-s1", "parm"),
+        ("shards+fsmoe+parm-s1", "parm-s1+fsmoe+shards"),
         # a name in two slots gives the state
         ("fastermoe+hiermoe-hd2", "hiermoe-hd2+fastermoe"),
         ("fastermoe+serial", "flat+fastermoe"),
@@ -200,11 +204,12 @@ def refused(exchange: str, schedule: str, state: str, placement: str) -> bool:
     """The list of what makes no sense."""
     copies = state != "owned"
     return (
-        ((exchange == "slots") != (state == "shards"))  # who sees the rows of a node
+        ((exchange in NODE_WIDE) != (state == "shards"))  # who sees the rows of a node
         or (state == "shards" and placement != "contiguous")  # they do not move
         or (schedule == "fastermoe" and state != "fastermoe")  # what stays with a shadow is computed last
         or (state in ("flexmoe", "eplb", "per-node") and placement != "contiguous")  # both move the same experts
         or (placement == "hiermoe" and (not exchange.startswith("hiermoe") or copies))  # the swap's objective
+        or (exchange == "parm-baseline" and schedule != "serial")  # it has nothing side by side
     )
 
 

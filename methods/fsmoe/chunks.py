@@ -28,7 +28,7 @@ from harness.system import Case, GradientSlices
 from methods.fsmoe.costs import NOTHING, LayerCosts, Linear, layer_costs, reduce_costs, stated_costs
 from methods.fsmoe.degree import DEGREES
 from methods.fsmoe.place import place, unweighed_slices
-from methods.fsmoe.sizes import layer_sizes, planned_capacity, sharded
+from methods.fsmoe.sizes import layer_sizes, planned_capacity
 from methods.fsmoe.slots import CapacitySlots
 from methods.fsmoe.step import POLICIES, Decision, Policy
 
@@ -147,7 +147,7 @@ def forced(case: Case) -> tuple[int, int] | None:
 def weigh(case: Case, exchange: ExchangeSlot, *others: str) -> Weighed | None:
     """By costs that include ``others``; None where some are unknown."""
     if isinstance(exchange, CapacitySlots):
-        return weigh_slots(case, *calibrated(case, (*cost_keys(case), *others)))
+        return weigh_slots(case, exchange, *calibrated(case, (*cost_keys(case, exchange), *others)))
     fares = exchange.fares(case, case.routing, case.placement.hosts, Cut())
     hops = [fares.cost("dispatch", hop, 1) for hop in range(fares.num_hops)]
     cluster = None
@@ -171,19 +171,20 @@ def weigh(case: Case, exchange: ExchangeSlot, *others: str) -> Weighed | None:
     return Weighed(cluster, LayerCosts(linear(hops[0]), within, within, NOTHING if case.identity_experts else experts))
 
 
-def weigh_slots(case: Case, cluster: Cluster | None, least_bytes: float = 0.0) -> Weighed | None:
+def weigh_slots(
+    case: Case, exchange: CapacitySlots, cluster: Cluster | None, least_bytes: float = 0.0
+) -> Weighed | None:
     """``least_bytes``: smallest all-to-all of which the costs say something."""
     if cluster is None:
         return None
-    sizes = layer_sizes(case, planned_capacity(case, case.routing)).forward
+    sizes = exchange.sizes(case, planned_capacity(case, case.routing)).forward
     degrees = [r for r in DEGREES if r == 1 or sizes.slot_bytes / r >= least_bytes]
     return Weighed(cluster, layer_costs(sizes, cluster), degrees)
 
 
-def cost_keys(case: Case) -> tuple[str, ...]:
+def cost_keys(case: Case, exchange: CapacitySlots) -> tuple[str, ...]:
     """Costs by which a case in slots is planned."""
-    links = ("a2a.inter", "ag.intra", "rs.intra") if sharded(case) else ("a2a.flat",)
-    return (*links, "ar.inter") if case.stand_in else (*links, "ar.inter", "gemm")
+    return (*exchange.links(case), "ar.inter", *(() if case.stand_in else ("gemm",)))
 
 
 def calibrated(case: Case, keys: Sequence[str]) -> tuple[Cluster | None, float]:

@@ -281,7 +281,7 @@ class Sharded(NativeSystem):
     @classmethod
     def layout(cls, case: Case) -> PricedShards:
         routing = cls.planned_routing(case) or case.routing
-        return PricedShards(cls, case, layer_sizes(case, planned_capacity(case, routing, cls.cut(case).pieces)))
+        return PricedShards(cls, case, cls.exchange.sizes(case, planned_capacity(case, routing, cls.cut(case).pieces)))
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray] | None:

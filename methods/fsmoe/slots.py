@@ -29,7 +29,7 @@ from harness.routing.types import Routing
 from harness.system import Case
 from harness.topology import Topology
 from methods.fsmoe.hooks import Hooks
-from methods.fsmoe.sizes import Sizes, layer_sizes, planned_capacity, sharded
+from methods.fsmoe.sizes import LayerSizes, Sizes, layer_sizes, planned_capacity, sharded
 
 
 class SlotTrip(Trip):
@@ -49,7 +49,7 @@ class SlotTrip(Trip):
         exchange, hooks = self.journey.exchange, self.journey.exchange.hooks
         if not hop:
             parts = self.source[:, self.slots(chunk)].contiguous().view(self.shape)
-            self.parts[chunk] = hooks.after_dispatch(exchange.across(hooks.before_dispatch(parts)))
+            self.parts[chunk] = hooks.after_dispatch(exchange.there(hooks.before_dispatch(parts)))
         elif exchange.esp_group is not None:
             own = self.parts[chunk]
             gathered = own.new_empty(exchange.num_esp, *own.shape)
@@ -66,8 +66,8 @@ class SlotTrip(Trip):
     def home(self, hop: int, chunk: int) -> None:
         exchange, hooks = self.journey.exchange, self.journey.exchange.hooks
         if not hop:
-            parts = hooks.before_combine(self.parts.pop(chunk).view(self.shape))
-            self.result[:, self.slots(chunk)] = hooks.after_combine(exchange.across(parts)).view(-1, *self.shape[2:])
+            parts = hooks.before_combine(self.parts.pop(chunk).view(-1, *self.shape[1:]))
+            self.result[:, self.slots(chunk)] = hooks.after_combine(exchange.back(parts)).flatten(0, 1)
         elif exchange.esp_group is not None:
             partial = self.parts[chunk]
             own = partial.new_empty(self.shape)
@@ -113,6 +113,15 @@ class SlotExchange(Exchange):
     def across(self, parts: torch.Tensor) -> torch.Tensor:
         """parts [num_ep, ...] to every EP rank of this rank's shard -> parts from every one."""
         return self.algorithm(self.job, parts)
+
+    def there(self, parts: torch.Tensor) -> torch.Tensor:
+        """The outermost hop to the experts; an exchange of one hop gives what came from all ranks, [num_esp, num_ep,
+        ...]."""
+        return self.across(parts)
+
+    def back(self, parts: torch.Tensor) -> torch.Tensor:
+        """The same home; of one hop from [num_esp * num_ep, ...] partial sums, added up."""
+        return self.across(parts)
 
     def journey(
         self, ids: torch.Tensor, weights: torch.Tensor, kept: torch.Tensor | None, hosting: Hosting, cut: Cut
@@ -240,8 +249,21 @@ class CapacitySlots(ExchangeSlot):
             raise bad("options.all_to_all", algorithm, "is a choice for whole experts; add experts: whole")
         return SlotExchange(job, case.placement, sharded(case), algorithm)
 
+    def links(self, case: Case) -> tuple[str, ...]:
+        """Costs of its hops."""
+        return ("a2a.inter", "ag.intra", "rs.intra") if sharded(case) else ("a2a.flat",)
+
+    def sizes(self, case: Case, capacity: int) -> LayerSizes:
+        """Of a layer with ``capacity`` slots an expert and rank."""
+        found = layer_sizes(case, capacity)
+        return dataclasses.replace(found, forward=self.sent(found.forward), backward=self.sent(found.backward))
+
+    def sent(self, sizes: Sizes) -> Sizes:
+        """In hops of its own, where these are others than FSMoE's."""
+        return sizes
+
     def fares(self, case: Case, routing: Routing, hosts: np.ndarray, cut: Cut, counted: bool = False) -> SlotFares:
-        sizes = layer_sizes(case, planned_capacity(case, routing, cut.pieces)).forward
+        sizes = self.sizes(case, planned_capacity(case, routing, cut.pieces)).forward
         return SlotFares(sizes, case.topology, self.num_hops(case))
 
 

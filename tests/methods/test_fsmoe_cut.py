@@ -42,7 +42,7 @@ def case_and_costs(experiment: Experiment) -> tuple:
 
 def decided(name: str, case: Case, costs: Cluster) -> tuple[Cut, GradientSlices]:
     of = system(name)
-    return of.schedule.decide(case, of.exchange, weigh_slots(case, costs))
+    return of.schedule.decide(case, of.exchange, weigh_slots(case, of.exchange, costs))
 
 
 def cell(model: str, name: str) -> Experiment:

@@ -34,7 +34,7 @@ def cluster(kind: str = "physical", shape: tuple[int, int] = (2, 4), **stated: A
 
 
 def costs_of(case: Case) -> Cluster | None:
-    return calibrated(case, cost_keys(case))[0]
+    return calibrated(case, cost_keys(case, system("fsmoe").exchange))[0]
 
 
 def cut_of(case: Case) -> Cut:
