@@ -1,8 +1,9 @@
 """Parm (Pan et al., INFOCOM 2024, arXiv 2407.00599): dedicated schedules for model, expert and expert-sharding
 parallelism (MP, EP, ESP), whose experts are cut over the ranks of a node.
 
-DeepSpeed-MoE's way, as the paper has it: an all-gather over the ranks of an expert (ESP), an all-to-all between nodes
-(EP) of all that was gathered, the experts, an all-reduce over ESP, and all of it home, where a rank keeps its part.
+DeepSpeed-MoE's way, an interpretation (only the abstract was at hand, and what FSMoE's paper says of it): an all-gather
+over the ranks of an expert (ESP), an all-to-all between nodes (EP) of all that was gathered, the experts, an all-reduce
+over ESP, and all of it home, where a rank keeps its part.
 Parm's S1 splits tokens over the ranks that hold the same ones (MP) ahead of the gate and merges the rest into one
 all-to-all over EP and ESP: rows go straight to every rank of their expert's node, partial sums straight home, where
 they are added up; an all-gather over MP follows. Its S2 splits behind the gate and hides that all-gather, then of
