@@ -58,7 +58,7 @@ class Held(dict[Any, Any]):
 
 
 @dataclasses.dataclass
-class Seen:
+class Seen(Handover):
     """A tensor [T, ...] to be looked at later, with what tells whether it was written to since."""
 
     tensor: torch.Tensor

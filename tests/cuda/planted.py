@@ -15,21 +15,25 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from harness.comm.handover import Held
+from harness.comm.handover import Held, Seen, seen
 from harness.plan.graph import Plan
 from harness.plan.lanes import Executor, executor
 from tests.cuda import emulated
 from tests.cuda.ranks import nothing_waited_for, say_where
 
 
-def two_lanes(lanes: Executor, *, ordered: bool, held: dict[str, torch.Tensor]) -> dict[str, list[str]]:
-    """``make`` on one lane, ``use`` on another, then ``make-more`` on the first, in memory of the same size."""
+def two_lanes(
+    lanes: Executor, *, ordered: bool, held: dict[str, Any], keep: Callable[[torch.Tensor], Any] = lambda made: made
+) -> dict[str, list[str]]:
+    """``make`` on one lane, ``use`` on another, then ``make-more`` on the first, in memory of the same size. ``keep``:
+    as what it is held."""
     plan = Plan()
 
     def use() -> None:
-        held["y"] = held.pop("x") + 1
+        x = held.pop("x")
+        held["y"] = (x.tensor if isinstance(x, Seen) else x) + 1
 
-    plan.add("make", "inter", run=lambda: held.update(x=torch.ones(1000, device="cuda") * 2))
+    plan.add("make", "inter", run=lambda: held.update(x=keep(torch.ones(1000, device="cuda") * 2)))
     plan.add("use", "compute", ["make"] if ordered else [], run=use)
     plan.add("make-more", "inter", run=lambda: held.update(z=torch.ones(1000, device="cuda") * 3))
     plan.add("end", "compute", ["make-more"], run=lambda: held.clear())
@@ -65,6 +69,12 @@ def recorded() -> Any:
     """As ``reuse``, but handed over as the harness does it: nothing is wrong."""
     with executor("cuda") as lanes:
         return two_lanes(lanes, ordered=True, held=Held())
+
+
+def looked_at() -> Any:
+    """The same of a tensor that is kept to be looked at later."""
+    with executor("cuda") as lanes:
+        return two_lanes(lanes, ordered=True, held=Held(), keep=seen)
 
 
 def missing_wait_event() -> Any:
@@ -220,8 +230,8 @@ def timeline() -> Any:
     return {"late_s": late, "lasts_s": lasts, "calling": apart, "calling_serially": streams}
 
 
-ALL = (race, reuse, recorded, missing_wait_event, host_waits, columns, asynchronous, cpu_in_collectives, mixes, devices,
-       memory, events, timeline)  # fmt: skip
+ALL = (race, reuse, recorded, looked_at, missing_wait_event, host_waits, columns, asynchronous, cpu_in_collectives,
+       mixes, devices, memory, events, timeline)  # fmt: skip
 
 
 def main(out: Path) -> None:

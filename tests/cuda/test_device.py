@@ -34,7 +34,7 @@ def test_a_reuse_names_tasks_lanes_and_the_pool(planted):
 
 
 def test_what_is_recorded_or_waited_for_is_no_fault(planted):
-    for name in ("recorded", "host_waits", "columns"):
+    for name in ("recorded", "looked_at", "host_waits", "columns"):
         assert planted[name] == CLEAN, name
 
 
