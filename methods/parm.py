@@ -120,7 +120,7 @@ class MergedSlots(OneHop):
 class GatheredSlots(OneHop):
     name = "parm-baseline"
     title = "capacity slots: gathered in the node, all of that between nodes; all-reduced there, and home"
-    source = "DeepSpeed-MoE's schedule as arXiv 2407.00599 has it"
+    source = "DeepSpeed-MoE's schedule, an interpretation of arXiv 2407.00599"
     kind = Gathered
 
     def clashes(self, parts: Mapping[str, Any]) -> str | None:
