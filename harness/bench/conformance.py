@@ -124,7 +124,7 @@ def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
 
 def check_training(job: Job, name: str, options: dict[str, Any], num_steps: int = 8) -> dict[str, Any]:
     """A few AdamW steps in float64, whose losses must be the oracle's."""
-    from harness.bench import train
+    from harness.bench import training_check
 
     model = BASE.model_copy(update={"name": "training", "num_layers": 2, "num_heads": 4, "seq": 8, "vocab": 64})
     levels = [{"name": f"level{i}", "size": size} for i, size in enumerate(job.topology.shape)]
@@ -138,7 +138,7 @@ def check_training(job: Job, name: str, options: dict[str, Any], num_steps: int 
         options=options,
     )
     found, error = attempt(
-        job, lambda: train.gate_case(job, registry.system(name), experiment, _row("ok", ""), num_steps)
+        job, lambda: training_check.gate_case(job, registry.system(name), experiment, _row("ok", ""), num_steps)
     )
     if said := failed(job, error):
         return _row(status_of(said), said)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from harness.bench import train
+from harness.bench import train, training_check
 from harness.bench.witness import Verdict
 from harness.comm.job import Job
 from harness.registry import system as system_called
@@ -53,7 +53,7 @@ def allowed(experiment: Experiment, step: int) -> float:
     """Relative difference of two right losses of a step: steps build on each other's rounding, and on each other's
     choices where rounding decides some."""
     num_tokens = sum(experiment.workload.tokens(experiment.cluster.num_ranks))
-    limit = train.LOSS_TOLERANCE[experiment.dtype] * max(1.0, (MEASURED_TOKENS / num_tokens) ** 0.5)
+    limit = training_check.LOSS_TOLERANCE[experiment.dtype] * max(1.0, (MEASURED_TOKENS / num_tokens) ** 0.5)
     if experiment.workload.generator == "natural":
         if experiment.dtype == "bfloat16" and step >= TOGETHER:
             return LATER
@@ -95,7 +95,7 @@ def _of_oracle(job: Job, experiment: Experiment, num_steps: int) -> dict[int, fl
     """Collective: rank 0 works them out."""
     losses = torch.zeros(num_steps, dtype=torch.float64, device=job.device)
     if job.rank == 0 and num_steps:
-        found = train.oracle_losses(experiment, system_called(experiment.system), job.topology, num_steps)
+        found = training_check.oracle_losses(experiment, system_called(experiment.system), job.topology, num_steps)
         losses += torch.tensor(found, dtype=torch.float64).to(job.device)
     if job.num_ranks > 1 and num_steps:
         dist.broadcast(losses, 0)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from harness import devices, memory, registry
-from harness.bench import conformance, conserved, losses, serve, train
+from harness.bench import conformance, conserved, losses, serve, train, training_check
 from harness.bench.checkpoint import Checkpoints, resumed
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
@@ -177,7 +177,7 @@ def admit(
     name_phase(job, experiment, "conformance before timing")
     found = conforms(job, system, experiment)
     if found["status"] == "ok" and experiment.phase == "train_step":
-        found = train.gate_case(job, system, experiment, found)
+        found = training_check.gate_case(job, system, experiment, found)
     if found["status"] == "ok" and experiment.phase in SERVING:
         found = serve.gate_case(job, system, experiment, found)
     outcome.errors = dict(found["errors"])

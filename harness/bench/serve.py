@@ -25,8 +25,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from harness.bench import train
+from harness.bench import training_check
 from harness.bench.inside import Known, LayerWitness, Witnesses, watched_layers
+from harness.bench.steered import OracleLayer, Steered, steered_gpt
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict, first_of
 from harness.case import case_of, placed_by, placements
@@ -119,7 +120,7 @@ class Server:
             for attention in (m for m in self.gpt.modules() if isinstance(m, Attention)):
                 attention.keep_heads(job.rank % self.sharing, self.sharing)
             self.gpt.requires_grad_(False)
-        self.steered: list[train.Steered] = [m for m in self.gpt.modules() if isinstance(m, train.Steered)]
+        self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
         self.layers: list[MoELayer] = [steered.layer for steered in self.steered]  # type: ignore[misc]
         self.prescribed: list[torch.Tensor] | None = None  # routing of this rank's tokens, by layer
         if experiment.workload.generator != "natural":
@@ -266,7 +267,7 @@ class Server:
 
 def serving_gpt(
     experiment: Experiment,
-    moe: Callable[[int, Weights], MoELayer | train.OracleLayer],
+    moe: Callable[[int, Weights], MoELayer | OracleLayer],
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     arrays: stored.Arrays | None = None,
@@ -278,7 +279,7 @@ def serving_gpt(
         def weights_of(layer: int) -> Weights:
             return stored.StoredWeights(model, experiment.dtype, layer=layer, arrays=arrays)
 
-    gpt = train.steered_gpt(experiment, moe, dtype, device, weights_of)
+    gpt = steered_gpt(experiment, moe, dtype, device, weights_of)
     if arrays is not None:
         stored.fill(gpt, arrays, experiment.dtype)
     return gpt.requires_grad_(False)
@@ -346,7 +347,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment, found: dic
 
 def reduced(experiment: Experiment) -> Experiment:
     """The same in float64 and small enough for the oracle."""
-    small = train.reduced(experiment)
+    small = training_check.reduced(experiment)
     natural = experiment.phase == "decode" or experiment.workload.generator == "natural"
     update: dict[str, Any] = {"tokens_per_rank": 4 if experiment.phase == "decode" else 16, "params": {}}
     update["generator"] = "natural" if natural else "uniform"
@@ -376,14 +377,14 @@ def oracle_logits(experiment: Experiment, topology: Topology) -> torch.Tensor:
     sequences = text(experiment, ranks)
     tokens = tuple(len(text(experiment, [rank])) * experiment.model.seq for rank in ranks)
 
-    def moe(layer: int, weights: Weights) -> train.OracleLayer:
+    def moe(layer: int, weights: Weights) -> OracleLayer:
         case = case_of(experiment, layer=layer)
         every = Routing(np.zeros((sum(tokens), experiment.model.top_k), np.int32), tokens, experiment.model.num_experts)
-        return train.OracleLayer(weights, chosen, dataclasses.replace(case, routing=every))
+        return OracleLayer(weights, chosen, dataclasses.replace(case, routing=every))
 
     gpt = serving_gpt(experiment, moe, torch.float64, arrays=stored_arrays(experiment))
     if experiment.workload.generator != "natural":
-        for layer, steered in enumerate(m for m in gpt.modules() if isinstance(m, train.Steered)):
+        for layer, steered in enumerate(m for m in gpt.modules() if isinstance(m, Steered)):
             routing = make_routing(experiment.workload, experiment.model, topology, layer=layer)
             assert routing is not None
             steered.ids = torch.as_tensor(routing.ids.astype(np.int64))

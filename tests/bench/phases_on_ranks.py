@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 from unittest import mock
 
-from harness.bench import race, serve, train
+from harness.bench import race, serve, training_check
 from harness.comm.job import Job
 
 CHECKED = {"status": "ok", "reason": "", "errors": {}}
@@ -16,7 +16,7 @@ def run(job: Job, payload: dict[str, Any]) -> list[dict[str, list[dict[str, Any]
     found = []
     with (
         mock.patch.object(race, "conforms", return_value=CHECKED),
-        mock.patch.object(train, "gate_case", return_value=CHECKED),
+        mock.patch.object(training_check, "gate_case", return_value=CHECKED),
         mock.patch.object(serve, "gate_case", return_value=CHECKED),
     ):
         for experiments in payload["races"]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import presets, registry
-from harness.bench import losses, train
+from harness.bench import losses, train, training_check
 from harness.comm.job import Job
 from harness.launch.session import Session
 from harness.plan import gradients, training
@@ -42,11 +42,11 @@ def loss_gate(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         "experts": (gradients.Stream, "give_back", without_experts),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Trainer", Watched)
+        patch.setattr(training_check, "Trainer", Watched)
         if payload["without"]:
             patch.setattr(*left_out[payload["without"]])
         found = {"status": "ok", "reason": "", "errors": {}}
-        return train.gate_case(job, registry.system(experiment.system), experiment, found)
+        return training_check.gate_case(job, registry.system(experiment.system), experiment, found)
 
 
 def flat_training(generator: str, **model: Any) -> dict[str, Any]:
@@ -121,13 +121,13 @@ def test_a_gradient_in_another_order_than_its_parameter_is_named():
     layer = torch.nn.Linear(3, 4)
     layer.weight.grad = torch.ones(3, 4).t()
     layer.bias.grad = torch.ones(4)
-    assert "weight lies with strides (1, 4), not (3, 1)" in train._laid_out(layer)
+    assert "weight lies with strides (1, 4), not (3, 1)" in training_check._laid_out(layer)
     layer.weight.grad = layer.weight.grad.contiguous()
-    assert not train._laid_out(layer)
+    assert not training_check._laid_out(layer)
 
 
 def test_a_trial_draws_from_as_many_letters_whatever_the_model_has():
     """Of two letters the loss becomes so small that what rounding does to it is called a fault."""
     experiment = Experiment.model_validate(flat_training("natural", vocab=2))
     assert experiment.model.vocab == 2
-    assert train.reduced(experiment).model.vocab == 256
+    assert training_check.reduced(experiment).model.vocab == 256

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from harness.bench import conformance, train
+from harness.bench import conformance, train, training_check
 from harness.comm.job import Job
 from harness.layer.weights import Weights
 from harness.registry import system
@@ -131,7 +131,11 @@ def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     experiment = Experiment.model_validate(payload["experiment"])
     trainer = train.Trainer(job, system(experiment.system), experiment)
     losses = [trainer._job_loss(trainer._update(trainer.training.prepare(step))) for step in range(10)]
-    wanted = train.oracle_losses(experiment, system(experiment.system), job.topology, 10) if job.rank == 0 else losses
+    wanted = (
+        training_check.oracle_losses(experiment, system(experiment.system), job.topology, 10)
+        if job.rank == 0
+        else losses
+    )
     timeline = trainer.timelines()["step"]
     slices = {
         task.name: int(task.cost.num_bytes)
@@ -159,4 +163,4 @@ def gated(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """The loss check that comes before every race."""
     experiment = Experiment.model_validate(payload["experiment"])
     found: dict[str, Any] = {"status": "ok", "reason": "", "errors": {}}
-    return train.gate_case(job, system(experiment.system), experiment, found)
+    return training_check.gate_case(job, system(experiment.system), experiment, found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.bench import train
+from harness.bench import train, training_check
 from harness.comm.job import Job
 from harness.registry import system
 from harness.specs import Experiment
@@ -28,7 +28,9 @@ def trained(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         )
     expected = []
     if job.rank == 0 and payload.get("oracle", True):
-        expected = train.oracle_losses(experiment, system(experiment.system), job.topology, payload["num_steps"])
+        expected = training_check.oracle_losses(
+            experiment, system(experiment.system), job.topology, payload["num_steps"]
+        )
     return {
         "losses": losses,
         "oracle": expected,
