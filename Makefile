@@ -59,6 +59,12 @@ reproduce: setup
 	@made=$$($(VENV)/bin/moebench run --suite auto $(if $(RUN),--name $(RUN))); status=$$?; [ -n "$$made" ] || exit $$status; \
 	  echo "$$made"; $(VENV)/bin/moebench report summary --run "$$(basename "$${made%%:*}")" || exit; exit $$status
 
+# Tests run side by side, so that each takes one thread; and what they start need not compile the project's files again
+# where an environment (many containers) says that nothing compiled is to be kept.
+test test-long test-goldens: export OMP_NUM_THREADS := 1
+test test-long test-goldens: export OPENBLAS_NUM_THREADS := 1
+test test-long test-goldens: export PYTHONDONTWRITEBYTECODE :=
+
 # In three processes; what measures time runs before them and alone. One test under a debugger: make test ARGS="-n0 --pdb ..."
 # The last -m counts, so that ARGS may hold another one.
 test: setup
