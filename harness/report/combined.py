@@ -45,10 +45,10 @@ class Combined:
 
     @functools.cached_property
     def pairs(self) -> pd.DataFrame:
-        """A row a race that has both: the best of either kind (label, cell, seconds) and the ratio with its interval,
+        """A row a race of layers or whole steps that has both: the best of either kind (label, cell, seconds) and the ratio with its interval,
         above 1 where the composition is faster."""
         found = compare.times(self.run)
-        found = found[found["direction"] == "total"]
+        found = found[(found["direction"] == "total") & (found["phase"] != "exchange")]
         composed = found["label"].map(is_composition)
         rows = []
         for race, here in found.groupby("race", sort=False):
@@ -131,6 +131,28 @@ class Combined:
         note = f"differences of at least {TELLING:.0%} of the time, and how much of it lanes work {SIDE_BY_SIDE}"
         return Html(page.table(frame, columns, "Where the gain comes from", note))
 
+    def bounds(self) -> Html:
+        """Exchanges beside the least time in which their own bytes pass the busiest port of either level."""
+        found = compare.times(self.run)
+        found = found[
+            (found["phase"] == "exchange") & found["speed_of_light_s"].notna() & (found["direction"] == "total")
+        ]
+        if found.empty:
+            return Html(page.missing("No exchange of this run has a known lower bound.", ""))
+        ends = zip(*(found[end] / found["speed_of_light_s"] for end in ("point", "low", "high")), strict=True)
+        shown = found.assign(over=[page.ratio(*each) for each in ends])
+        self.keep("combined_bounds", found)
+        columns = [
+            *RACE,
+            Column("label", "system"),
+            Column("point", "ms", page.milliseconds, "num"),
+            Column("speed_of_light_s", "lower bound, ms", page.milliseconds, "num"),
+            Column("over", "time over bound [95 % interval]", kept, "num"),
+            Column("evidence", "evidence", page.badge),
+        ]
+        note = "there and back, forward and backward; the bound of what a system sends falls as it sends less"
+        return Html(page.table(shown, columns, "How near exchanges come to their lower bounds", note))
+
     def unpaid(self) -> Html:
         """Races in which combining does not pay."""
         pairs = self.pairs
@@ -188,7 +210,7 @@ class Lacking:
     def _nothing(self) -> Html:
         return Html()
 
-    lanes = timelines = unpaid = races = _nothing
+    lanes = timelines = bounds = unpaid = races = _nothing
 
 
 def of_run(run_dir: str, out_dir: str) -> Combined | Lacking:

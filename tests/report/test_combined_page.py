@@ -34,12 +34,12 @@ def test_a_race_has_its_best_of_both_kinds(maker):
     for workload, factor in (("balanced-2048", 1.0), ("zipf-2", 1.5)):
         for name, seconds in times.items():
             slow = factor if "+" in name else 1.0  # composing does not pay where routing is skewed
-            maker.timed(experiment(name, workload), seconds * slow, noise=0.001)
+            maker.timed(experiment(name, workload, phase="layer"), seconds * slow, noise=0.001)
     plan = Plan((COMPUTE, INTER))
     plan.add("dispatch", INTER, kind="dispatch")
     for name, end_s in (("hecate", 0.8), ("hiermoe-hd2+fsmoe", 0.3)):
         timeline = Timeline(plan, np.zeros((1, 2)), np.full((1, 2), end_s))
-        maker.store.write_trace(experiment(name).digest, {"forward": timeline})
+        maker.store.write_trace(experiment(name, phase="layer").digest, {"forward": timeline})
     maker.write_records()
     kept = {}
     combined = Combined(load_run(maker.path, usual=("flat", "flat")), kept.__setitem__)
@@ -55,6 +55,18 @@ def test_a_race_has_its_best_of_both_kinds(maker):
     line, beside = kept["combined_lanes"].to_dict("records")
     assert (line["lane"], line["kind"], line["saved_s"]) == (INTER, "dispatch", pytest.approx(0.5))
     assert (beside["kind"], beside["saved_s"]) == (SIDE_BY_SIDE, pytest.approx(0))
+
+
+def test_an_exchange_stands_beside_its_lower_bound(maker):
+    for name, seconds in (("flat", 1.3), ("hiermoe-hd2", 0.5)):
+        maker.timed(experiment(name), seconds, noise=0.001, node_bytes=40e6)  # 0.4 s at the rate of its port
+        maker.timed(experiment(name, phase="layer"), seconds, node_bytes=40e6)
+    maker.write_records()
+    kept = {}
+    shown = Combined(load_run(maker.path, usual=("flat", "flat")), kept.__setitem__).bounds().html
+    assert list(kept["combined_bounds"]["phase"]) == ["exchange", "exchange"]
+    assert "1.25" in shown
+    assert "3.25" in shown
 
 
 def test_without_a_run_it_says_how_to_make_one(tmp_path):
