@@ -51,10 +51,12 @@ def cell(model: str, name: str) -> Experiment:
     )
 
 
-def test_the_emulated_grid_has_24_layers_under_six_schedules_with_stand_in_compute():
+def test_the_emulated_grid_has_24_layers_under_six_schedules_and_flat_with_stand_in_compute():
     assert len(SUITE.races) == 24
     for race in SUITE.races:
-        assert {system(e.system).schedule.policy for e in race.experiments} == set(POLICIES.values())
+        *own, flat = race.experiments
+        assert {system(e.system).schedule.policy for e in own} == set(POLICIES.values())
+        assert flat.system == "flat"
         assert {e.compute for e in race.experiments} == {"stand-in"}
 
 
