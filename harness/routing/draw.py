@@ -9,10 +9,14 @@ import numpy as np
 
 from harness.errors import bad
 from harness.routing.deal import rounded
-from harness.specs import Model, Workload
+from harness.specs import Model, Spec, Workload
 from harness.topology import Topology
 
 CHUNK_ELEMENTS = 1 << 22  # of a [tokens, E] work array
+
+
+class NoParams(Spec):
+    """The generator has no parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
