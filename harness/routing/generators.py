@@ -27,6 +27,7 @@ from harness.topology import Topology
 STATED: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
     "balanced": (NoParams, skewed.balanced),
     "zipf": (skewed.Zipf, skewed.zipf),
+    "lognormal": (skewed.Lognormal, skewed.lognormal),
     "hot_experts": (hot.HotExperts, hot.hot_experts),
     "hot_rank": (hot.HotRank, hot.hot_rank),
     "rotating": (hot.Rotating, hot.rotating),

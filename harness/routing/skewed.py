@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import statistics
 from typing import Annotated
 
 import numpy as np
@@ -10,6 +12,9 @@ from pydantic import Field
 
 from harness.routing.draw import Draw, NoParams, rounded_use
 from harness.specs import Count, Spec
+
+SCALE_GRID = 2.0**-20  # of a scale of log-loads
+STEEPEST = 2.0**20
 
 
 def balanced(p: NoParams, draw: Draw) -> np.ndarray:
@@ -48,10 +53,7 @@ def zipf(p: Zipf, draw: Draw) -> np.ndarray:
 
 def zipf_exponent(target: float, draw: Draw) -> float:
     """s with E / sum_i i^-s = target."""
-    limit = draw.num_experts / draw.top_k
-    if target > limit * (1 + 1e-9):
-        text = f"{draw.top_k} distinct of {draw.num_experts} experts allow at most E / k = {limit:g}"
-        raise draw.bad("target", target, f"unreachable: {text}")
+    check_reachable(target, draw)
     index = np.arange(1, draw.num_experts + 1, dtype=np.float64)
 
     def excess(exponent: float) -> float:
@@ -64,6 +66,53 @@ def zipf_exponent(target: float, draw: Draw) -> float:
     from scipy.optimize import brentq  # slow to import, and not every workload needs it
 
     return float(brentq(excess, 0.0, 64.0))
+
+
+def check_reachable(target: float, draw: Draw, param: str = "target") -> None:
+    """``UserError`` where no k distinct experts a token give a max/mean of ``target``, which ``param`` asks for."""
+    limit = draw.num_experts / draw.top_k
+    if target > limit * (1 + 1e-9):
+        text = f"{draw.top_k} distinct of {draw.num_experts} experts allow at most E / k = {limit:g}"
+        raise draw.bad(param, target, f"unreachable: {text}")
+
+
+class Lognormal(Spec):
+    """``target``: load of the most used expert over the mean load, 1 to E / k."""
+
+    target: Annotated[float, Field(ge=1)] = 2.0
+
+
+def lognormal(p: Lognormal, draw: Draw) -> np.ndarray:
+    """The logarithms of loads are normal: the i-th least used expert has the (i - 1/2) / E quantile, and max/mean is
+    ``target``."""
+    check_reachable(p.target, draw)
+    use = draw.top_k * shares_of_logs(normal_quantiles(draw.num_experts), p.target)
+    return rounded_use(draw, use[draw.popularity_rng().permutation(draw.num_experts)])
+
+
+@functools.lru_cache(maxsize=8)
+def normal_quantiles(count: int) -> np.ndarray:
+    """Of the standard normal distribution in the middle of ``count`` parts equally likely, ascending."""
+    inverse = statistics.NormalDist().inv_cdf
+    return np.array([inverse((index + 0.5) / count) for index in range(count)])
+
+
+def shares_of_logs(logs: np.ndarray, target: float) -> np.ndarray:
+    """Loads in proportion to exp(s * ``logs`` [E]), summing to 1, with s >= 0 such that max/mean is ``target``: less
+    than that by 1e-5 of it at most, as s is rounded down (by 1e-6) so that it is the same on all machines."""
+    below, num_experts = logs - logs.max(), len(logs)  # [E], at most 0
+
+    def reached(scale: float) -> float:
+        return num_experts / float(np.exp(scale * below).sum())
+
+    low, high = 0.0, 1.0
+    while reached(high) < target and high < STEEPEST:
+        low, high = high, 2 * high
+    while high - low > SCALE_GRID / 4:
+        middle = (low + high) / 2
+        low, high = (middle, high) if reached(middle) < target else (low, middle)
+    load = np.exp(np.floor(low / SCALE_GRID) * SCALE_GRID * below)
+    return load / load.sum()
 
 
 class Empty(Spec):
