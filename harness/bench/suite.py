@@ -293,7 +293,8 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
                     raise bad(
                         "workload.tokens_per_rank", tokens, f"must be a multiple of model.seq = {experiment.model.seq}"
                     )
-        of_all = workload.generator == "trace" and experiment.phase in ("train_step", *SERVING)
+        from_file = workload.generator == "trace" or "like" in workload.params
+        of_all = from_file and experiment.phase in ("train_step", *SERVING)
         _draw(workload, experiment.model, topology, experiment.model.num_layers if of_all else 1)
 
 

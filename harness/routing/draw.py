@@ -13,6 +13,7 @@ from harness.specs import Model, Spec, Workload
 from harness.topology import Topology
 
 CHUNK_ELEMENTS = 1 << 22  # of a [tokens, E] work array
+PROFILE_STEP = 1_000_000  # whose tokens placements are planned by: far from all that is served
 
 
 class NoParams(Spec):
@@ -57,6 +58,10 @@ class Draw:
 
     def sample_rng(self) -> np.random.Generator:
         return self._rng(3, self.step)
+
+    def walk_rng(self, level: int, index: int) -> np.random.Generator:
+        """Of one point of time, whatever the step."""
+        return self._rng(4, level, index)
 
     def bad(self, param: str, value: object, remedy: str) -> Exception:
         return bad(f"{self.where}.{param}", value, remedy)

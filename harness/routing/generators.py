@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from harness.routing import drawn, hot, skewed
+from harness.routing import drawn, hot, skewed, walk
 from harness.routing.deal import deal, deal_at_once, deal_in_groups, rounded
 from harness.routing.draw import Draw, NoParams
 from harness.routing.skewed import groups_of
@@ -28,6 +28,7 @@ STATED: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
     "balanced": (NoParams, skewed.balanced),
     "zipf": (skewed.Zipf, skewed.zipf),
     "lognormal": (skewed.Lognormal, skewed.lognormal),
+    "walk": (walk.Walk, walk.walk),
     "hot_experts": (hot.HotExperts, hot.hot_experts),
     "hot_rank": (hot.HotRank, hot.hot_rank),
     "rotating": (hot.Rotating, hot.rotating),
