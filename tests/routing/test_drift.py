@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from numpy._core import _multiarray_umath as umath
 
 from harness import presets
-from harness.bench.tidy import certificate
 from harness.errors import UserError
 from harness.routing import counts_of, planned_routing
 from harness.routing.draw import PROFILE_STEP, Draw
@@ -202,6 +201,8 @@ def test_a_walk_like_a_trace_has_each_layers_correlation_and_skew(trace):
 
 
 def test_what_was_fitted_is_shown_and_kept(trace, moebench, tmp_path):
+    from harness.bench.tidy import certificate  # slow to import
+
     file = tmp_path / "mine.yaml"
     file.write_text(f"{{tokens_per_rank: 64, generator: walk, params: {{like: {trace}}}}}")
     (row,) = json.loads(moebench("list", "workloads", file, "--json")[1])
