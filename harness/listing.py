@@ -10,6 +10,7 @@ from typing import Any
 from harness import presets
 from harness.errors import UserError, unknown
 from harness.routing import walk
+from harness.routing.generators import WHAT
 from harness.specs import Workload
 
 KINDS = ("systems", "slots", "models", "clusters", "workloads", "suites")
@@ -144,8 +145,9 @@ def _workloads(names: Names) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": w.name,
-                "tokens/rank": w.tokens_per_rank,
+                "tokens/rank": str(w.tokens_per_rank),
                 "generator": w.generator,
+                "what": WHAT.get(w.generator, ""),
                 "params": params,
                 "source": _paper(w.source),
             }

@@ -7,10 +7,11 @@ Sizes are counts of elements unless a name says otherwise (``_s`` seconds, ``_by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+import numpy as np
+from pydantic import Field, field_validator, model_validator
 
 from harness.errors import UserError, bad
 from harness.spec import Count, Name, Spec, content_hash
@@ -239,6 +240,29 @@ class Cluster(Spec):
         return math.prod(self.shape[:-1])
 
 
+class Ragged(Spec):
+    """Tokens of ranks that fall evenly from rank 0, which has ``max_over_mean`` times the mean, to the last one."""
+
+    mean: Count
+    max_over_mean: Annotated[float, Field(ge=1, le=2)] = 1.75
+    multiple: Count = 1  # of which every rank has a whole number of tokens: of ``model.seq`` where samples are whole
+
+    @model_validator(mode="after")
+    def _whole(self) -> Ragged:
+        if self.mean % self.multiple:
+            raise ValueError(f"mean: {self.mean} is no multiple of {self.multiple}")
+        return self
+
+    def tokens(self, num_ranks: int) -> tuple[int, ...]:
+        """Of each rank; together as many as with ``mean`` on each."""
+        shares = np.linspace(self.max_over_mean, 2 - self.max_over_mean, num_ranks) if num_ranks > 1 else np.ones(1)
+        ends = np.rint(np.cumsum(shares * (self.mean // self.multiple)))
+        return tuple((np.diff(ends, prepend=0).astype(int) * self.multiple).tolist())
+
+    def __str__(self) -> str:
+        return f"{self.mean}, max/mean {self.max_over_mean:g}"
+
+
 class Workload(Spec):
     """Tokens per rank and where they go: a generator with a seed, or a recorded trace.
 
@@ -246,15 +270,27 @@ class Workload(Spec):
     """
 
     name: Name
-    tokens_per_rank: Count | tuple[Annotated[int, Field(ge=0)], ...] = 1024  # one number, or one per rank
+    #: one number, or one per rank, or a rule that gives each rank another one
+    tokens_per_rank: Count | tuple[Annotated[int, Field(ge=0)], ...] | Ragged = 1024
     generator: str = "balanced"  # a name of harness.routing.generators, or "trace", or "natural"
     params: dict[str, float | int | str] = {}
     seed: Annotated[int, Field(ge=0)] = 0
     source: str = ""
     interpretation: str = ""
 
+    @field_validator("tokens_per_rank", mode="before")
+    @classmethod
+    def _ragged(cls, given: Any) -> Any:
+        """One reason, and not one for each kind of number that it is none of."""
+        try:
+            return Ragged.parse(given, "ragged") if isinstance(given, Mapping) else given
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
     def tokens(self, num_ranks: int) -> tuple[int, ...]:
         """Tokens of each rank; an error if the workload lists another number of ranks."""
+        if isinstance(self.tokens_per_rank, Ragged):
+            return self.tokens_per_rank.tokens(num_ranks)
         if isinstance(self.tokens_per_rank, int):
             return (self.tokens_per_rank,) * num_ranks
         if len(self.tokens_per_rank) != num_ranks:

@@ -30,6 +30,7 @@ STATED: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
     "lognormal": (skewed.Lognormal, skewed.lognormal),
     "walk": (walk.Walk, walk.walk),
     "hot_experts": (hot.HotExperts, hot.hot_experts),
+    "spread_hot_experts": (hot.HotExperts, hot.spread_hot_experts),
     "hot_rank": (hot.HotRank, hot.hot_rank),
     "rotating": (hot.Rotating, hot.rotating),
     "burst": (hot.Burst, hot.burst),
@@ -40,6 +41,24 @@ STATED: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
 DRAWN: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
     "uniform": (NoParams, drawn.uniform),
     "markov": (drawn.Markov, drawn.markov),
+}
+#: what each generator is, in a line; also of those that ``harness.routing.make`` adds
+WHAT = {
+    "balanced": "all experts and ranks alike",
+    "uniform": "any k experts, token by token",
+    "zipf": "i-th expert's load as i^-s",
+    "lognormal": "log-loads are normal",
+    "walk": "log-loads drift, step by step",
+    "hot_experts": "a hot set, anywhere",
+    "spread_hot_experts": "a hot set, on all ranks alike",
+    "hot_rank": "one rank's experts are hot",
+    "rotating": "a hot set that moves on",
+    "burst": "balanced, with bursts of a hot set",
+    "empty": "experts or ranks without tokens",
+    "grouped": "each group of experts alike",
+    "markov": "experts bring the next layer's",
+    "trace": "as recorded",
+    "natural": "the router's own choice",
 }
 GENERATORS = ("balanced", "uniform", *(name for name in STATED if name != "balanced"), "markov")
 

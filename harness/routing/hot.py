@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from harness.routing.draw import Draw, NoParams, rounded_use
-from harness.routing.skewed import balanced
+from harness.routing.skewed import alternating, balanced, experts_per_rank
 from harness.specs import Count, Spec
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -35,17 +35,25 @@ def _hot(draw: Draw, experts: np.ndarray, share: float) -> np.ndarray:
     return use
 
 
-def _hot_set(draw: Draw, num_hot: int, shift: int = 0) -> np.ndarray:
-    """``num_hot`` experts of a random order, ``shift`` sets further on."""
+def _hot_set(draw: Draw, num_hot: int, shift: int = 0, spread: bool = False) -> np.ndarray:
+    """``num_hot`` experts of a random order, ``shift`` sets further on. ``spread``: over nodes and ranks."""
     if num_hot > draw.num_experts:
         raise draw.bad("hot_experts", num_hot, f"the model has {draw.num_experts} experts")
-    order = draw.popularity_rng().permutation(draw.num_experts)
+    rng = draw.popularity_rng()
+    order = alternating(draw, rng) if spread else rng.permutation(draw.num_experts)
     return order[(shift * num_hot + np.arange(num_hot)) % draw.num_experts]
 
 
 def hot_experts(p: HotExperts, draw: Draw) -> np.ndarray:
     """One hot set, the same at every step."""
     return rounded_use(draw, _hot(draw, _hot_set(draw, p.hot_experts), p.share))
+
+
+def spread_hot_experts(p: HotExperts, draw: Draw) -> np.ndarray:
+    """One hot set with as many experts on each node and rank, or one more (contiguous placement): experts are as hot as
+    ``hot_experts`` has them, ranks are not."""
+    experts_per_rank(draw, "hot_experts", p.hot_experts)
+    return rounded_use(draw, _hot(draw, _hot_set(draw, p.hot_experts, spread=True), p.share))
 
 
 class HotRank(Spec):
@@ -60,9 +68,7 @@ def hot_rank(p: HotRank, draw: Draw) -> np.ndarray:
     num_ranks = draw.topology.num_ranks
     if p.rank >= num_ranks:
         raise draw.bad("rank", p.rank, f"the cluster has ranks 0 to {num_ranks - 1}")
-    if draw.num_experts % num_ranks:
-        raise draw.bad("rank", p.rank, f"{draw.num_experts} experts do not divide over {num_ranks} ranks")
-    each = draw.num_experts // num_ranks
+    each = experts_per_rank(draw, "rank", p.rank)
     return rounded_use(draw, _hot(draw, p.rank * each + np.arange(each), p.share))
 
 

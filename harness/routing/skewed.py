@@ -24,18 +24,31 @@ def balanced(p: NoParams, draw: Draw) -> np.ndarray:
     goes on where the one before it stopped: so every pair of ranks, every pair of nodes and the sum over all ranks
     are balanced to one assignment too (experts placed contiguously).
     """
-    rng = draw.step_rng()
-    ranks = draw.topology.shape if draw.num_experts % draw.topology.num_ranks == 0 else ()
-    grid = np.arange(draw.num_experts).reshape(*ranks, -1)
-    for axis, size in enumerate(grid.shape):
-        grid = grid.take(rng.permutation(size), axis)
-    order = grid.T.ravel()
+    order = alternating(draw, draw.step_rng())
     counts, start = np.empty((len(draw.tokens), draw.num_experts), np.int64), 0
     for rank, num_tokens in enumerate(draw.tokens):
         counts[rank], more = divmod(num_tokens * draw.top_k, draw.num_experts)
         counts[rank, order[(start + np.arange(more)) % draw.num_experts]] += 1
         start += more
     return counts
+
+
+def alternating(draw: Draw, rng: np.random.Generator) -> np.ndarray:
+    """Experts in a random order in which nodes alternate fastest, then ranks; just a random one where experts do not
+    divide over the ranks."""
+    ranks = draw.topology.shape if draw.num_experts % draw.topology.num_ranks == 0 else ()
+    grid = np.arange(draw.num_experts).reshape(*ranks, -1)
+    for axis, size in enumerate(grid.shape):
+        grid = grid.take(rng.permutation(size), axis)
+    return grid.T.ravel()
+
+
+def experts_per_rank(draw: Draw, param: str, value: object) -> int:
+    """``UserError`` naming ``param`` where experts do not divide over the ranks."""
+    num_ranks = draw.topology.num_ranks
+    if draw.num_experts % num_ranks:
+        raise draw.bad(param, value, f"{draw.num_experts} experts do not divide over {num_ranks} ranks")
+    return draw.num_experts // num_ranks
 
 
 class Zipf(Spec):
@@ -116,19 +129,29 @@ def shares_of_logs(logs: np.ndarray, target: float) -> np.ndarray:
 
 
 class Empty(Spec):
-    """``num_empty`` experts get no token at all, at most E - k of them; the others share evenly."""
+    """``num_empty`` experts get no token at all, nor do any of ``empty_ranks`` ranks (contiguous placement): at most
+    E - k in all. The others share evenly."""
 
-    num_empty: Count = 1
+    num_empty: Annotated[int, Field(ge=0)] = 1
+    empty_ranks: Annotated[int, Field(ge=0)] = 0
 
 
 def empty(p: Empty, draw: Draw) -> np.ndarray:
-    """Experts without tokens."""
-    used = draw.num_experts - p.num_empty
+    """Experts without tokens, and ranks that receive none."""
+    if not p.num_empty and not p.empty_ranks:
+        raise draw.bad("num_empty", 0, "leaves no expert empty; give 1 or more, or empty_ranks, or use balanced")
+    rng = draw.popularity_rng()
+    order = rng.permutation(draw.num_experts)  # those without tokens last
+    each = experts_per_rank(draw, "empty_ranks", p.empty_ranks) if p.empty_ranks else 0
+    used = draw.num_experts - p.num_empty - p.empty_ranks * each
     if used < draw.top_k:
         text = f"k = {draw.top_k} of {draw.num_experts} experts leave at most {draw.num_experts - draw.top_k} empty"
-        raise draw.bad("num_empty", p.num_empty, text)
+        raise draw.bad("empty_ranks" if p.empty_ranks else "num_empty", p.empty_ranks or p.num_empty, text)
+    if p.empty_ranks:
+        idle = np.isin(order // each, rng.permutation(draw.topology.num_ranks)[: p.empty_ranks])
+        order = np.concatenate([order[~idle], order[idle]])
     use = np.zeros(draw.num_experts)
-    use[draw.popularity_rng().permutation(draw.num_experts)[:used]] = draw.top_k / used
+    use[order[:used]] = draw.top_k / used
     return rounded_use(draw, use)
 
 
