@@ -285,7 +285,7 @@ class Workload(Spec):
         try:
             return Ragged.parse(given, "ragged") if isinstance(given, Mapping) else given
         except UserError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(str(error).removeprefix("ragged.")) from None
 
     def tokens(self, num_ranks: int) -> tuple[int, ...]:
         """Tokens of each rank; an error if the workload lists another number of ranks."""
