@@ -91,7 +91,8 @@ class Fitted:
 
 def fit(loads: np.ndarray) -> tuple[float, float]:
     """rho and target of ``loads`` [S, E], two steps or more: one correlation for all pairs of steps, those with more
-    spread counting more; half a token is added to each load, as some have none. A correlation below 0 counts as 0."""
+    spread counting more; half a token is added to each load, as some have none. A correlation below 0 counts as 0.
+    Few tokens scatter by chance, and a walk takes that for drift."""
     logs = np.log(loads + 0.5)
     logs -= logs.mean(1, keepdims=True)
     spread = np.sqrt((logs**2).sum(1))

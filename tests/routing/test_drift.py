@@ -117,6 +117,22 @@ def test_a_fit_gives_back_what_a_walk_was_made_with(rho, shape, seed):
     assert found_rho == pytest.approx(rho, abs=5 * (1 - rho**2) / (119 * num_experts) ** 0.5 + 0.01)
 
 
+@pytest.mark.parametrize(
+    ("logs", "rho"),
+    [
+        ([[1, 2, 3], [1, 3, 2]], 0.5),
+        ([[1, 2, 3], [3, 2, 1]], 0),
+        ([[1, 2, 3], [4, 6, 8]], 1),
+        ([[2, 2, 2], [1, 2, 3]], 0),
+    ],
+)
+def test_a_fit_is_the_correlation_of_log_loads_half_a_token_added(logs, rho):
+    loads = np.exp(np.array(logs, float)) - 0.5
+    found = fit(loads)
+    assert found == pytest.approx((rho, (loads.max(1) / loads.mean(1)).mean()))
+    assert fit(np.zeros((2, 3), int)) == (0, 1)
+
+
 def test_a_walk_has_its_max_over_mean_at_every_step_and_on_every_rank():
     for step in (0, 1, 5, 70, 10**6):
         found = counts("walk", rho=0.9, target=4.0, step=step, layer=2)
