@@ -266,7 +266,7 @@ class Ragged(Spec):
 class Workload(Spec):
     """Tokens per rank and where they go: a generator with a seed, or a recorded trace.
 
-    ``params`` are the generator's own (``harness.routing.generators`` names them and their ranges).
+    ``params`` are the generator's own (``harness.routing.generators`` says where they and their ranges stand).
     """
 
     name: Name

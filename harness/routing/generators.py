@@ -4,7 +4,8 @@ Most generators (``STATED``) state loads: how many of each rank's assignments ea
 expert used so often by a token (``use``, float [E], summing to k, each at most 1), and round that for every rank: so a
 target skew is met on every rank and not only on average. ``harness.routing.deal`` makes tokens of them, which are
 random in everything else; those of ``grouped``, one group of experts after another. The others (``DRAWN``) draw every
-token. Who is popular depends on (seed, layer); which token goes where on the step and the rank too. The order among a
+token. Their parameters stand beside them: ``skewed`` (the same experts at every step), ``hot`` (a set of experts, which
+may move), ``walk`` (popularity that drifts), ``drawn``. Who is popular depends on (seed, layer); which token goes where on the step and the rank too. The order among a
 token's k experts is random.
 """
 

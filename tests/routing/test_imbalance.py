@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from harness import presets
+from harness.bench import suite
 from harness.errors import UserError
 from harness.routing import KNOWN_GENERATORS, counts_of
 from harness.routing.generators import WHAT
@@ -172,3 +173,19 @@ def test_what_cannot_be_is_refused_in_one_line(fields, parts):
         counts_of(Workload.parse({"name": "w", **fields}, "workload w"), model(), NODES)
     assert "\n" not in str(error.value)
     assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_ragged_samples_are_whole_or_the_remedy_is_named():
+    text = """
+name: demo
+experiments:
+  - model: {num_layers: 1, hidden: 16, ffn: 8, num_experts: 8, top_k: 2, seq: 16}
+    cluster: local-4
+    workload: {tokens_per_rank: {mean: 64, max_over_mean: 1.5, multiple: 16}}
+    system: flat
+    phase: train_step
+"""
+    (race,) = suite.parse(text, "demo.yaml").races
+    assert race.first.workload.tokens(4) == (96, 80, 48, 32)
+    with pytest.raises(UserError, match=r"multiple of model.seq = 16; give it as tokens_per_rank.multiple"):
+        suite.parse(text.replace(", multiple: 16", ""), "demo.yaml")
