@@ -4,9 +4,11 @@ Most generators (``STATED``) state loads: how many of each rank's assignments ea
 expert used so often by a token (``use``, float [E], summing to k, each at most 1), and round that for every rank: so a
 target skew is met on every rank and not only on average. ``harness.routing.deal`` makes tokens of them, which are
 random in everything else; those of ``grouped``, one group of experts after another. The others (``DRAWN``) draw every
-token. Their parameters stand beside them: ``skewed`` (the same experts at every step), ``hot`` (a set of experts, which
-may move), ``walk`` (popularity that drifts), ``drawn``. Who is popular depends on (seed, layer); which token goes where on the step and the rank too. The order among a
-token's k experts is random.
+token. Who is popular depends on (seed, layer), in a walk on the step too; which token goes where on the step and the
+rank as well. The order among a token's k experts is random.
+
+Parameters and their ranges stand beside each: ``skewed`` (the same experts at every step), ``hot`` (a set of experts,
+which may move), ``walk`` (popularity that drifts), ``drawn``.
 """
 
 from __future__ import annotations
