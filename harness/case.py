@@ -14,12 +14,11 @@ from harness.memory import room_bytes
 from harness.placement import Placement
 from harness.registry import system as system_called
 from harness.routing import Routing, make_routing, planned_routing
+from harness.routing.draw import PROFILE_STEP
 from harness.routing.outline import Outlined, few_tokens
 from harness.specs import SERVING, Experiment
 from harness.system import Case
 from harness.topology import Topology
-
-PROFILE_STEP = 1_000_000  # of a generator: far from all that is served
 
 
 def cases_of(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import presets
 from harness.errors import UserError, unknown
-
-if TYPE_CHECKING:
-    pass
+from harness.routing import walk
+from harness.routing.generators import WHAT
+from harness.specs import Workload
 
 KINDS = ("systems", "slots", "models", "clusters", "workloads", "suites")
 Names = Sequence[str]  # of presets or of YAML files; none: all
@@ -34,7 +35,14 @@ def full(kind: str, names: Names = ()) -> list[dict[str, Any]]:
     made = {"systems": _systems, "slots": _slots, "suites": _suites}.get(kind)
     if made is not None:
         return made(names)
-    return [spec.model_dump(mode="json") | {"digest": spec.digest} for spec in _specs(kind, names)]
+    return [spec.model_dump(mode="json") | {"digest": spec.digest} | _fitted(spec) for spec in _specs(kind, names)]
+
+
+def _fitted(spec: Any) -> dict[str, Any]:
+    """What a workload is fitted to, where it is fitted to a trace."""
+    if not isinstance(spec, Workload) or not (found := walk.told(spec)):
+        return {}
+    return {"fitted": [dataclasses.asdict(each) for each in found]}
 
 
 def _specs(kind: str, names: Names) -> list[Any]:
@@ -132,11 +140,14 @@ def _workloads(names: Names) -> list[dict[str, Any]]:
     rows = []
     for w in _specs("workloads", names):
         params = ", ".join(f"{key} {value}" for key, value in w.params.items())
+        if fitted := walk.told(w):
+            params += f" ({walk.in_words(fitted)})"
         rows.append(
             {
                 "name": w.name,
-                "tokens/rank": w.tokens_per_rank,
+                "tokens/rank": str(w.tokens_per_rank),
                 "generator": w.generator,
+                "what": WHAT.get(w.generator, ""),
                 "params": params,
                 "source": _paper(w.source),
             }

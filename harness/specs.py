@@ -6,25 +6,15 @@ Sizes are counts of elements unless a name says otherwise (``_s`` seconds, ``_by
 
 from __future__ import annotations
 
-import difflib
-import functools
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+import numpy as np
+from pydantic import Field, field_validator, model_validator
 
 from harness.errors import UserError, bad
+from harness.spec import Count, Name, Spec, content_hash
 
 Phase = Literal["exchange", "layer", "train_step", "prefill", "decode"]
 SERVING = ("prefill", "decode")  # phases of a whole model in inference
@@ -34,85 +24,10 @@ EXPERTS_CHOOSE = ("expert_choice", "softmoe")
 DTYPE_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
 GEMMS: dict[str, int] = {"gpt": 2, "swiglu": 3}  # of one expert, by Model.ffn_type
 
-Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 # of one, or of a recipe's parts (``harness.recipes``)
 SystemName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$", max_length=120)]
 # operation.scope, or operation.scope@ranks where it was found on another number of ranks: a2a.inter1, ar.inter@16
 CollectiveKey = Annotated[str, Field(pattern=r"^[a-z0-9]+\.[a-z0-9]+(@[1-9][0-9]*)?$")]
-PROSE = ("source", "interpretation")  # rewording a note makes no other experiment
-
-
-def _hash(fields: dict[str, Any]) -> str:
-    """First 16 hex digits of the SHA-256 of the canonical JSON, without the notes."""
-
-    def without_prose(value: Any) -> Any:
-        return {k: without_prose(v) for k, v in value.items() if k not in PROSE} if isinstance(value, dict) else value
-
-    text = json.dumps(without_prose(fields), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Spec(BaseModel):
-    """Base of all specs: immutable, no unknown fields, hash of the resolved content."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    #: fields that came later: while they have their default they are not written, so that a digest stays what it was
-    LATER: ClassVar[tuple[str, ...]] = ()
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        found: dict[str, Any] = written(self)
-        for name in self.LATER:
-            if name in found and getattr(self, name) == type(self).model_fields[name].default:
-                del found[name]
-        return found
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """As pydantic's, which would hand the cached hash on to a copy that is another experiment."""
-        copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("digest", None)
-        return copied
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical JSON, without ``source`` and ``interpretation``."""
-        return _hash(self.model_dump(mode="json"))
-
-    @classmethod
-    def parse(cls, data: Any, where: str) -> Any:
-        """Validate ``data``; raise one ``UserError`` naming the first bad field under ``where``."""
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join([where, *(str(part) for part in first["loc"])])
-            if first["type"] == "extra_forbidden":
-                known = list(cls._at(first["loc"][:-1]).model_fields)
-                near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise bad(field, first["input"], f"unknown field; {hint}known fields are {', '.join(known)}") from None
-            message = first["msg"].removeprefix("Value error, ")
-            raise bad(field, first.get("input"), message) from None
-
-    @classmethod
-    def _at(cls, place: tuple[int | str, ...]) -> type[Spec]:
-        """The spec that stands at ``place`` inside of this one."""
-        found: type[Spec] = cls
-        for part in place:
-            if isinstance(part, str) and part in found.model_fields:
-                found = next(_specs_in(found.model_fields[part].annotation), found)
-        return found
-
-
-def _specs_in(annotation: Any) -> Iterator[type[Spec]]:
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _specs_in(inner)
 
 
 class Model(Spec):
@@ -325,22 +240,57 @@ class Cluster(Spec):
         return math.prod(self.shape[:-1])
 
 
+class Ragged(Spec):
+    """Tokens of ranks that fall evenly from rank 0, which has ``max_over_mean`` times the mean, to the last one."""
+
+    mean: Count
+    max_over_mean: Annotated[float, Field(ge=1, le=2)] = 1.75
+    multiple: Count = 1  # of which every rank has a whole number of tokens: of ``model.seq`` where samples are whole
+
+    @model_validator(mode="after")
+    def _whole(self) -> Ragged:
+        if self.mean % self.multiple:
+            raise ValueError(f"mean: {self.mean} is no multiple of {self.multiple}")
+        return self
+
+    def tokens(self, num_ranks: int) -> tuple[int, ...]:
+        """Of each rank; together as many as with ``mean`` on each."""
+        shares = np.linspace(self.max_over_mean, 2 - self.max_over_mean, num_ranks) if num_ranks > 1 else np.ones(1)
+        ends = np.rint(np.cumsum(shares * (self.mean // self.multiple)))
+        return tuple((np.diff(ends, prepend=0).astype(int) * self.multiple).tolist())
+
+    def __str__(self) -> str:
+        return f"{self.mean}, max/mean {self.max_over_mean:g}"
+
+
 class Workload(Spec):
     """Tokens per rank and where they go: a generator with a seed, or a recorded trace.
 
-    ``params`` are the generator's own (``harness.routing.generators`` names them and their ranges).
+    ``params`` are the generator's own (``harness.routing.generators`` says where they and their ranges stand).
     """
 
     name: Name
-    tokens_per_rank: Count | tuple[Annotated[int, Field(ge=0)], ...] = 1024  # one number, or one per rank
+    #: one number, or one per rank, or a rule that gives each rank another one
+    tokens_per_rank: Count | tuple[Annotated[int, Field(ge=0)], ...] | Ragged = 1024
     generator: str = "balanced"  # a name of harness.routing.generators, or "trace", or "natural"
     params: dict[str, float | int | str] = {}
     seed: Annotated[int, Field(ge=0)] = 0
     source: str = ""
     interpretation: str = ""
 
+    @field_validator("tokens_per_rank", mode="before")
+    @classmethod
+    def _ragged(cls, given: Any) -> Any:
+        """One reason, and not one for each kind of number that it is none of."""
+        try:
+            return Ragged.parse(given, "ragged") if isinstance(given, Mapping) else given
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("ragged.")) from None
+
     def tokens(self, num_ranks: int) -> tuple[int, ...]:
         """Tokens of each rank; an error if the workload lists another number of ranks."""
+        if isinstance(self.tokens_per_rank, Ragged):
+            return self.tokens_per_rank.tokens(num_ranks)
         if isinstance(self.tokens_per_rank, int):
             return (self.tokens_per_rank,) * num_ranks
         if len(self.tokens_per_rank) != num_ranks:
@@ -388,7 +338,7 @@ class Experiment(Spec):
         """Identity of what the systems race over: everything but the system, its options and its drop rule."""
         fields = self.model_dump(mode="json", exclude={"system", "options"})
         fields["model"].pop("capacity_factor")
-        return _hash(fields)
+        return content_hash(fields)
 
 
 def with_levels(name: str, levels: Iterable[dict[str, Any]], **fields: Any) -> Cluster:

@@ -35,7 +35,7 @@ from harness.case import placements
 from harness.errors import Unreadable, UserError, bad
 from harness.presets import this_machine
 from harness.routing import KNOWN_GENERATORS, make_routing
-from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Workload
+from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Ragged, Workload
 from harness.topology import Topology, check_size
 
 _REQUIRED = ("model", "cluster", "workload", "system", "phase")
@@ -290,10 +290,12 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
         if experiment.phase in ("train_step", "prefill"):
             for tokens in set(workload.tokens(topology.num_ranks)):
                 if tokens % experiment.model.seq:
-                    raise bad(
-                        "workload.tokens_per_rank", tokens, f"must be a multiple of model.seq = {experiment.model.seq}"
-                    )
-        of_all = workload.generator == "trace" and experiment.phase in ("train_step", *SERVING)
+                    remedy = f"must be a multiple of model.seq = {experiment.model.seq}"
+                    if isinstance(workload.tokens_per_rank, Ragged):
+                        remedy += "; give it as tokens_per_rank.multiple"
+                    raise bad("workload.tokens_per_rank", tokens, remedy)
+        from_file = workload.generator == "trace" or "like" in workload.params
+        of_all = from_file and experiment.phase in ("train_step", *SERVING)
         _draw(workload, experiment.model, topology, experiment.model.num_layers if of_all else 1)
 
 

@@ -16,7 +16,7 @@ from harness.bench.suite import Race
 from harness.case import cases_of, num_layers
 from harness.placement import Placement
 from harness.plan.graph import Plan, Timeline
-from harness.routing import Certificate, certify, make_routing
+from harness.routing import Certificate, certify, make_routing, walk
 from harness.routing.certificate import expert_counts
 from harness.routing.groups import num_even_groups
 from harness.specs import SERVING, Cluster, Experiment
@@ -117,7 +117,9 @@ def certificate(experiment: Experiment) -> Certificate | None:
         return None
     placement = Placement.contiguous(experiment.model.num_experts, topology.num_ranks)
     num_groups = num_even_groups(experiment.workload, experiment.model)
-    return certify(routing, placement, topology, experiment.model.capacity_factor, num_groups)
+    found = certify(routing, placement, topology, experiment.model.capacity_factor, num_groups)
+    fitted = tuple(dataclasses.asdict(each) for each in walk.told(experiment.workload))
+    return dataclasses.replace(found, fitted=fitted)
 
 
 class _Cell:

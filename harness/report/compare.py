@@ -17,6 +17,7 @@ import pandas as pd
 from harness.bench import stats
 from harness.bench.store import SIMULATED
 from harness.report.run import GROUP, TIMED, WRONG, Run
+from harness.routing import walk
 
 DIRECTIONS = ("forward", "backward", "total")
 IDENTITY = [*GROUP, "workload", "race", "cell", "label"]
@@ -210,7 +211,8 @@ def skew(run: Run) -> pd.DataFrame:
         values = {level: float(measured.get(level, stated.get(level, math.nan))) for level in SKEWS}
         facts = {"digest": certificate.get("digest", ""), "tokens": _tokens(certificate.get("tokens")), **values}
         found.append({**dict(race), **facts, "num_empty_experts": certificate.get("num_empty_experts", math.nan)})
-    columns = [*GROUP, "workload", "race", "digest", "tokens", *SKEWS, "num_empty_experts"]
+        found[-1]["fitted"] = walk.in_words([walk.Fitted(**each) for each in certificate.get("fitted", ())])
+    columns = [*GROUP, "workload", "race", "digest", "tokens", *SKEWS, "num_empty_experts", "fitted"]
     return pd.DataFrame(found, columns=columns).sort_values([*GROUP, "rank", "workload"], ignore_index=True)
 
 

@@ -124,6 +124,7 @@ def routing(run: Run) -> Html:
             if level != "group" or frame[level].notna().any()
         ),
         Column("num_empty_experts", "idle experts", _number(0), "num", "experts without tokens"),
+        *([Column("fitted", "walks as a trace does", kind="prose")] if frame["fitted"].any() else []),
     ]
     return Html(
         page.table(frame, columns, "Realised imbalance of every routing", "max/mean load; 1.00 is perfectly even")

@@ -35,6 +35,8 @@ class Certificate:
     #: nothing is dropped at the stated capacity (always so without one)
     drop_free: bool
     capacity_factor: float | None
+    #: what every layer's walk was fitted to, where the workload is one like a trace: ``harness.routing.walk.Fitted``
+    fitted: tuple[dict[str, float], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -9,10 +9,15 @@ import numpy as np
 
 from harness.errors import bad
 from harness.routing.deal import rounded
-from harness.specs import Model, Workload
+from harness.specs import Model, Spec, Workload
 from harness.topology import Topology
 
 CHUNK_ELEMENTS = 1 << 22  # of a [tokens, E] work array
+PROFILE_STEP = 1_000_000  # whose tokens placements are planned by: far from all that is served
+
+
+class NoParams(Spec):
+    """The generator has no parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Draw:
 
     def sample_rng(self) -> np.random.Generator:
         return self._rng(3, self.step)
+
+    def walk_rng(self, level: int, index: int) -> np.random.Generator:
+        """Of one point of time, whatever the step."""
+        return self._rng(4, level, index)
 
     def bad(self, param: str, value: object, remedy: str) -> Exception:
         return bad(f"{self.where}.{param}", value, remedy)

@@ -19,7 +19,8 @@ import pandas as pd
 
 from harness import presets
 from harness.placing import Request, bandwidths
-from harness.routing.generators import Draw, Markov, markov_layers
+from harness.routing.draw import Draw
+from harness.routing.drawn import Markov, markov_layers
 from harness.routing.trace import all_layers, find_trace, read_trace, split, window_of
 from harness.specs import Model, Workload
 from harness.studies import Findings, Progress, Study, reported

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from harness.errors import UserError
-from harness.routing import KNOWN_GENERATORS, Routing, counts_of, generators, planned_routing, sampled_routing
+from harness.routing import KNOWN_GENERATORS, Routing, counts_of, drawn, generators, planned_routing, sampled_routing
 from harness.routing.certificate import expert_counts
 from harness.specs import Model, Workload
 from harness.topology import Topology
@@ -67,7 +67,7 @@ def test_a_layer_does_not_depend_on_those_asked_for_before():
 
     alone = {}
     for at in ((0, 3), (0, 1), (1, 2), (0, 2)):
-        generators._drawn_layer.cache_clear()
+        drawn._drawn_layer.cache_clear()
         alone[at] = ids(*at)
     for at in ((0, 1), (0, 2), (0, 3), (1, 2), (0, 2), (0, 1), (0, 3)):
         assert ids(*at) == alone[at], at

@@ -1,0 +1,97 @@
+"""The base of all specs: frozen, validated, hashable."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Self, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
+
+from harness.errors import bad
+
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
+PROSE = ("source", "interpretation")  # rewording a note makes no other experiment
+
+
+def content_hash(fields: dict[str, Any]) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON, without the notes."""
+
+    def without_prose(value: Any) -> Any:
+        return {k: without_prose(v) for k, v in value.items() if k not in PROSE} if isinstance(value, dict) else value
+
+    text = json.dumps(without_prose(fields), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Spec(BaseModel):
+    """Base of all specs: immutable, no unknown fields, hash of the resolved content."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    #: fields that came later: while they have their default they are not written, so that a digest stays what it was
+    LATER: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = written(self)
+        for name in self.LATER:
+            if name in found and getattr(self, name) == type(self).model_fields[name].default:
+                del found[name]
+        return found
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, which would hand the cached hash on to a copy that is another experiment."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("digest", None)
+        return copied
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON, without ``source`` and ``interpretation``."""
+        return content_hash(self.model_dump(mode="json"))
+
+    @classmethod
+    def parse(cls, data: Any, where: str) -> Any:
+        """Validate ``data``; raise one ``UserError`` naming the first bad field under ``where``."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join([where, *(str(part) for part in first["loc"])])
+            if first["type"] == "extra_forbidden":
+                known = list(cls._at(first["loc"][:-1]).model_fields)
+                near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise bad(field, first["input"], f"unknown field; {hint}known fields are {', '.join(known)}") from None
+            message = first["msg"].removeprefix("Value error, ")
+            raise bad(field, first.get("input"), message) from None
+
+    @classmethod
+    def _at(cls, place: tuple[int | str, ...]) -> type[Spec]:
+        """The spec that stands at ``place`` inside of this one."""
+        found: type[Spec] = cls
+        for part in place:
+            if isinstance(part, str) and part in found.model_fields:
+                found = next(_specs_in(found.model_fields[part].annotation), found)
+        return found
+
+
+def _specs_in(annotation: Any) -> Iterator[type[Spec]]:
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _specs_in(inner)
