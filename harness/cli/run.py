@@ -56,7 +56,7 @@ def run(
     ```
     """
     if (experiments is None) == (not suite):
-        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
+        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME, and not both")
     from harness.bench import inputs
     from harness.bench import run as bench
     from harness.bench import suite as suites

@@ -98,7 +98,7 @@ def simulate(
     ```
     """
     if (experiments is None) == (not suite):
-        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
+        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME, and not both")
     from harness.bench import suite as suites
     from harness.plan.choice import Wanted
 
