@@ -6,7 +6,6 @@ Sizes are counts of elements unless a name says otherwise (``_s`` seconds, ``_by
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -25,6 +24,7 @@ from pydantic import (
 )
 
 from harness.errors import UserError, bad
+from harness.fields import first_wrong
 
 Phase = Literal["exchange", "layer", "train_step", "prefill", "decode"]
 SERVING = ("prefill", "decode")  # phases of a whole model in inference
@@ -88,15 +88,8 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join([where, *(str(part) for part in first["loc"])])
-            if first["type"] == "extra_forbidden":
-                known = list(cls._at(first["loc"][:-1]).model_fields)
-                near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise bad(field, first["input"], f"unknown field; {hint}known fields are {', '.join(known)}") from None
-            message = first["msg"].removeprefix("Value error, ")
-            raise bad(field, first.get("input"), message) from None
+            place = error.errors()[0]["loc"][:-1]
+            raise first_wrong(error, where, cls._at(place).model_fields) from None
 
     @classmethod
     def _at(cls, place: tuple[int | str, ...]) -> type[Spec]:
