@@ -203,6 +203,8 @@ def _row(cell: Cell, role: str, host: Mapping[str, float], folder: Path) -> dict
 
 def take_in(run: Path, folder: Path = ledger.LEDGER) -> pd.DataFrame:
     """Add a run's cells to the ledger; returns their rows. ``UserError`` where none of them can be compared."""
+    if not run.is_dir():
+        raise bad("run", str(run), "no such folder; name one of moebench run (results/runs/NAME)")
     cells = [cell for cell in cells_of(run) if ledger.latest(cell.experiment.cluster, folder) is not None]
     if not cells:
         raise bad("run", str(run), "has no timed cell on a profiled cluster; moebench profile NAME first")
@@ -344,6 +346,9 @@ def _read_once(folder: Path, stamps: tuple[Any, ...]) -> tuple[pd.DataFrame, dic
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        sys.stdout.write(__doc__ or "")
+        return 0
     try:
         for run in arguments:
             rows = take_in(Path(run))
@@ -360,7 +365,7 @@ def main(arguments: list[str]) -> int:
         if made != [machine_here()]:
             sys.stdout.write(f"of {', '.join(made)}; on this machine ({machine_here()}) extrapolated\n")
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"heldout: {error}\n")
         return 2
     return 0
 

@@ -1,9 +1,14 @@
-"""A system's options as a case gives them, checked."""
+"""A system's options as a case gives them, checked; and a system's name with them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from harness.errors import bad
-from harness.system import Case
+
+if TYPE_CHECKING:
+    from harness.system import Case
 
 
 def whole(case: Case, option: str, default: int, most: int, least: int = 1) -> int:
@@ -19,3 +24,10 @@ def yes(case: Case, option: str, default: bool) -> bool:
     if not isinstance(value, bool):
         raise bad(f"options.{option}", value, "must be true or false")
     return value
+
+
+def label(system: str, options: Mapping[str, Any], capacity_factor: float | None = None) -> str:
+    """What tells it from others of its race: its name, its options, and its capacity factor where it drops."""
+    extras = [f"{key}={value}" for key, value in sorted(options.items())]
+    extras += [f"capacity {capacity_factor:g}"] if capacity_factor else []
+    return f"{system} ({', '.join(extras)})" if extras else system

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -18,7 +17,7 @@ from pydantic import (
     model_serializer,
 )
 
-from harness.errors import bad
+from harness.fields import first_wrong
 
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
@@ -70,15 +69,8 @@ class Spec(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            field = ".".join([where, *(str(part) for part in first["loc"])])
-            if first["type"] == "extra_forbidden":
-                known = list(cls._at(first["loc"][:-1]).model_fields)
-                near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
-                raise bad(field, first["input"], f"unknown field; {hint}known fields are {', '.join(known)}") from None
-            message = first["msg"].removeprefix("Value error, ")
-            raise bad(field, first.get("input"), message) from None
+            place = error.errors()[0]["loc"][:-1]
+            raise first_wrong(error, where, cls._at(place).model_fields) from None
 
     @classmethod
     def _at(cls, place: tuple[int | str, ...]) -> type[Spec]:

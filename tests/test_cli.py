@@ -76,8 +76,8 @@ def test_list_everything_as_tables(moebench):
             "kind: 'nonsense': unknown; known kinds are systems, slots, models, clusters, workloads, suites",
         ),
         (["check", "fla"], "system: 'fla': unknown; did you mean 'flat'?"),
-        (["check"], "name at least one, or give --all"),
-        (["check", "flat", "--all"], "name at least one, or give --all"),
+        (["check"], "name systems, or give --all"),
+        (["check", "flat", "--all"], "name systems, or give --all, and not both"),
         (["check", "flat", "--ranks", "0"], "--ranks: 0: must be at least 1"),
         (["check", "flat", "--dtype", "float8"], "--dtype: 'float8': must be one of float64, float32, bfloat16"),
         (["check", "flat", "--cluster", "emulated-2x5"], "did you mean 'emulated-2x4'?"),
@@ -100,6 +100,12 @@ def test_list_everything_as_tables(moebench):
         (["status", "never-made"], "there is none; known sweeps are none yet"),
         (["regress", "--base", "no-such-revision"], "is neither a folder nor a revision"),
         (["regress", "--suite", "quik"], "did you mean 'quick'?"),
+        (["rnu"], "'rnu'. Did you mean 'run'? (moebench --help)"),
+        (["run", "--siute", "quick"], "No such option: --siute"),
+        (["run", "--suite", "quick", "--launches", "0"], "'--launches'"),
+        (["run", "--suite", "quick", "mine.yaml"], "give one YAML file, or --suite NAME, and not both"),
+        (["record"], "Missing option '--out' (moebench record --help)"),
+        (["doctor", "--json", "true"], "extra argument"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(moebench, monkeypatch, tmp_path, words, message):
@@ -124,6 +130,15 @@ def test_a_bad_experiment_names_the_file_and_the_field(moebench, tmp_path):
     assert status == 2
     assert str(file) in err
     assert "top_k = 5 is larger than num_experts = 4" in err
+
+
+def test_an_interrupt_is_one_line_and_status_130(moebench, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.doctor.examine", interrupted)
+    status, out, err = moebench("doctor")
+    assert (status, out, err) == (130, "", "moebench: interrupted; finished cells are kept\n")
 
 
 def bad_day(*_: object, **__: object) -> object:

@@ -283,6 +283,10 @@ def test_a_run_without_cells_that_can_be_compared(tmp_path: Path, folder: Path, 
     with pytest.raises(UserError, match="has no timed cell on a profiled cluster"):
         heldout.take_in(tmp_path / "empty", folder)
     assert heldout.main(["empty"]) == 2
-    assert capsys.readouterr().err.startswith("run: 'empty': has no timed cell")
+    assert capsys.readouterr().err.startswith("heldout: run: 'empty': has no timed cell")
     assert heldout.main([]) == 2
-    assert capsys.readouterr().err.startswith("ledger of errors: empty")
+    assert capsys.readouterr().err.startswith("heldout: ledger of errors: empty")
+    assert heldout.main(["never-made"]) == 2
+    assert "run: 'never-made': no such folder" in capsys.readouterr().err
+    assert heldout.main(["--help"]) == 0
+    assert "take a run in first" in capsys.readouterr().out

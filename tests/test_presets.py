@@ -144,7 +144,9 @@ def test_an_unknown_name_is_answered_with_the_nearest(get, name, near):
 
 
 def fields(**changes):
-    return {"name": "m", "num_layers": 1, "hidden": 8, "ffn": 8, "num_experts": 4, "top_k": 2} | changes
+    """Of a model; what changes to ``...`` is left out."""
+    given = {"name": "m", "num_layers": 1, "hidden": 8, "ffn": 8, "num_experts": 4, "top_k": 2} | changes
+    return {key: value for key, value in given.items() if value is not ...}
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,7 @@ def fields(**changes):
         ({"top_k": 5}, r"top_k = 5 is larger than num_experts = 4"),
         ({"hidden": -8}, r"model m.hidden: -8: .*greater than or equal to 1"),
         ({"ffn": 0}, r"model m.ffn: 0"),
+        ({"hidden": ...}, r"model m.hidden: None: is missing; needed are name, num_layers, hidden, ffn,"),
         ({"hiden": 8}, r"model m.hiden: 8: unknown field; did you mean 'hidden'\? known fields are"),
         ({"num_groups": 3}, r"num_groups = 3 does not divide num_experts = 4"),
         ({"num_heads": 8, "num_kv_heads": 3}, r"num_kv_heads = 3 does not divide num_heads = 8"),
@@ -179,6 +182,11 @@ def test_a_collective_is_keyed_by_operation_scope_and_ranks(key):
             },
             "cluster c",
         )
+
+
+def test_a_forgotten_word_is_told_with_those_it_may_be():
+    with pytest.raises(UserError, match=r"own.yaml.kind: None: is missing; needed are name, kind \(local, emulated, "):
+        Cluster.parse({"name": "own", "levels": [{"name": "node", "size": 2}]}, "own.yaml")
 
 
 def test_a_changed_copy_is_another_experiment():

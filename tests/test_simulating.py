@@ -301,6 +301,17 @@ def test_the_command_prints_json_alone_and_the_shortest_first(simulate, tmp_path
     assert "is simulated already" in err
 
 
+def test_one_system_with_two_options_has_two_names(simulate, moebench, tmp_path, monkeypatch):
+    monkeypatch.setattr(simulating, "judged", lambda experiment, machine, steps, warm, progress: said(12.0, steps))
+    many = changed(cluster="emulated-2x4", system=["hiermoe-hd2", {"name": "hiermoe-hd2", "options": {"chunks": 4}}])
+    status, out, _ = simulate(many)
+    assert status == 0
+    assert "12,000" in out
+    assert "hiermoe-hd2 (chunks=4)" in out
+    _, out, _ = moebench("run", tmp_path / "mine.yaml", "--dry-run")
+    assert "hiermoe-hd2 (chunks=4)" in out
+
+
 def test_the_judge_itself_fills_a_folder(simulate, tmp_path):
     """Of two phases, by a profile; a system whose bytes nobody can plan is refused, one that cannot be priced fails."""
     data = changed(cluster="emulated-2x4", phase=["exchange", "train_step"], system=["flat", "hiermoe-hd2", "megatron"])

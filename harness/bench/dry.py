@@ -44,6 +44,8 @@ def _row(experiment: Experiment, launches: int, estimate_s: float, refused: str 
         "cluster": experiment.cluster.name,
         "ranks": experiment.cluster.num_ranks,
         "system": experiment.system,
+        "options": dict(experiment.options),
+        "capacity_factor": experiment.model.capacity_factor,
         "launches": launches,
         "estimate_s": estimate_s,
         "refused": refused,

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,8 @@ from harness.cli import inputs, look, regress, run, simulate, sweep
 from harness.errors import Failure, UserError, told
 
 DEBUG_VARIABLE = "MOEBENCH_DEBUG"  # set: what nobody foresaw ends in Python's traceback
+INTERRUPTED = 130  # exit status of Ctrl-C, typer's too, which takes KeyboardInterrupt for itself
+Misused: type[Exception] = typer.BadParameter.__mro__[2]  # any wrong word on the command line; click's or typer's own
 
 app = typer.Typer(
     name="moebench",
@@ -36,20 +38,27 @@ for room in (look, inputs, run, simulate, sweep, regress):
 
 
 def main() -> None:
-    """Run the command line; a ``UserError`` becomes one line on stderr and exit status 2, a ``Failure`` (of a rank,
-    say) and any other exception one line and exit status 1. The line ends with the log that has the traceback."""
+    """Run the command line; a ``UserError`` or a wrong word becomes one line on stderr and exit status 2, a ``Failure``
+    (of a rank, say) and any other exception one line and exit status 1. The line ends with the log that has the
+    traceback."""
     try:
         caches.use_scratch()
-        app()
+        status = app(prog_name="moebench", standalone_mode=False)
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(status)
+    except Misused as error:
+        sys.stderr.write(_misuse(error))
+        sys.exit(2)
     except UserError as error:
         sys.stderr.write(f"moebench: {error}\n")
         sys.exit(2)
     except Failure as failure:
         sys.stderr.write(f"moebench: {failure}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("moebench: interrupted; finished cells are kept\n")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
@@ -59,6 +68,15 @@ def main() -> None:
         if registry := sys.modules.get("harness.registry"):  # which imports torch
             for fault in registry.faults():
                 sys.stderr.write(f"moebench: left out: {fault}\n")
+
+
+def _misuse(error: Any) -> str:
+    """A wrong word on the command line, told on one line; nothing where the help itself was the answer."""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    if hasattr(error.__cause__, "errors"):  # pydantic's, which holds the value
+        said += f", not {error.__cause__.errors()[0]['input']!r}"
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "moebench"
+    return f"moebench: {said} ({command} --help)\n" if said else ""
 
 
 def _logged(error: Exception) -> str:

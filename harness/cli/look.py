@@ -104,7 +104,7 @@ def check(
     from harness import checks, presets, registry
 
     if every == bool(systems):
-        raise bad("systems", systems or [], "name at least one, or give --all (moebench list systems)")
+        raise bad("systems", systems or [], "name systems, or give --all, and not both (moebench list systems)")
     _check_words("--dtype", dtype or [], DTYPE_BYTES)
     names = list(registry.systems()) if every else [registry.system(name).name for name in systems or []]
     where = presets.cluster(cluster) if cluster else checks.local_cluster(4 if ranks is None else ranks)

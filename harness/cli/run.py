@@ -56,7 +56,7 @@ def run(
     ```
     """
     if (experiments is None) == (not suite):
-        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
+        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME, and not both")
     from harness.bench import inputs
     from harness.bench import run as bench
     from harness.bench import suite as suites
@@ -113,6 +113,7 @@ def fitting() -> str:
 
 
 def _show_plan(chosen: Suite, launches: int | None, as_json: bool, here: bool) -> None:
+    from harness import options
     from harness.bench import dry
 
     rows = list(dry.rows(chosen, launches, here))
@@ -121,6 +122,8 @@ def _show_plan(chosen: Suite, launches: int | None, as_json: bool, here: bool) -
     taken = [row for row in rows if not row["refused"]]
     minutes = sum(row["estimate_s"] for row in taken) / 60
     about = f"{len(taken)} of {len(rows)} cells would run, in about {max(1, round(minutes))} min"
+    for row in rows:
+        row["system"] = options.label(row["system"], row.pop("options"), row.pop("capacity_factor"))
     shown = [{**row, "estimate_s": round(row["estimate_s"]), "refused": _start(row["refused"])} for row in rows]
     console.show(shown, f"{chosen.name}: {about}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +98,7 @@ def simulate(
     ```
     """
     if (experiments is None) == (not suite):
-        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME")
+        raise bad("experiments", str(experiments or suite), "give one YAML file, or --suite NAME, and not both")
     from harness.bench import suite as suites
     from harness.plan.choice import Wanted
 
@@ -109,6 +109,7 @@ def simulate(
     from harness import simulating
 
     counts = simulating.simulate_suite(chosen, run_dir, wanted, steps=steps, warm=warm, fresh=fresh)
+    from harness.options import label
     from harness.report import ending
 
     cells = [*chosen.experiments, *(each.experiment for each in chosen.bad)]
@@ -118,7 +119,8 @@ def simulate(
     if as_json:
         console.print_json({"run": str(run_dir), "cells": counts, "times": found, "not_ok": not_ok, "page": page})
     else:
-        for title, rows in _by_race(found):
+        labels = {each.digest: label(each.system, each.options, each.model.capacity_factor) for each in cells}
+        for title, rows in _by_race(found, labels):
             console.show(rows, title)
         typer.echo(f"{run_dir}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))
         for row in not_ok:
@@ -128,8 +130,10 @@ def simulate(
         raise typer.Exit(status)
 
 
-def _by_race(found: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Title and table of every race."""
+def _by_race(found: list[dict[str, Any]], labels: Mapping[str, str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Title and table of every race; ``labels``: by cell."""
+    from harness.report.page import significant
+
     for _, group in itertools.groupby(found, key=lambda row: row["race"]):
         rows = list(group)
         first = rows[0]
@@ -138,8 +142,8 @@ def _by_race(found: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, 
             title,
             [
                 {
-                    "system": row["system"],
-                    "simulated, ms": f"{row['time_s'] * 1e3:.4g}",
+                    "system": labels[row["cell"]],
+                    "simulated, ms": significant(row["time_s"] * 1e3, 4),
                     "of the shortest": f"{row['time_s'] / first['time_s']:.2f}",
                     "held-out error": "unknown" if row["heldout_error"] is None else f"{row['heldout_error']:.0%}",
                 }

@@ -45,8 +45,8 @@ class Combined:
 
     @functools.cached_property
     def pairs(self) -> pd.DataFrame:
-        """A row a race of layers or whole steps that has both: the best of either kind (label, cell, seconds) and the ratio with its interval,
-        above 1 where the composition is faster."""
+        """A row a race of layers or whole steps that has both: the best of either kind (label, cell, seconds) and the
+        ratio with its interval, above 1 where the composition is faster."""
         found = compare.times(self.run)
         found = found[(found["direction"] == "total") & (found["phase"] != "exchange")]
         composed = found["label"].map(is_composition)
@@ -79,9 +79,12 @@ class Combined:
         reached = pairs[pairs["point"] >= WORTH]
         said = page.fill(
             "<p>The best composition is at least {{ worth }} times as fast as the best single system in {{ n }} of "
-            "{{ all }} races, on {{ routings }} routings.</p>",
+            "{{ all }} races, on {{ routings }} routing{{ 's' if routings != 1 }}.{% if told %} The interval lies "
+            "above 1 in {{ sure }} of them; where it does not, no gain is shown.{% endif %}</p>",
             worth=WORTH,
             n=len(reached),
+            told=len(reached) and reached["low"].notna().any(),
+            sure=int((reached["low"] > 1).sum()),
             all=len(pairs),
             routings=reached["workload"].nunique(),
         )
@@ -126,7 +129,7 @@ class Combined:
             Column("kind", "task"),
             Column("single_s", "single, ms busy", page.milliseconds, "num"),
             Column("composition_s", "composition, ms busy", page.milliseconds, "num"),
-            Column("saved_s", "saved, ms", lambda value: f"{value * 1e3:+.3g}", "num"),
+            Column("saved_s", "saved, ms", lambda value: f"{'+' * (value > 0)}{page.significant(value * 1e3)}", "num"),
         ]
         note = f"differences of at least {TELLING:.0%} of the time, and how much of it lanes work {SIDE_BY_SIDE}"
         return Html(page.table(frame, columns, "Where the gain comes from", note))
@@ -158,14 +161,15 @@ class Combined:
         pairs = self.pairs
         lost = pairs[~(pairs["low"].fillna(pairs["point"]) > 1)] if len(pairs) else pairs
         if lost.empty:
-            return Html(page.missing("There is none: in every race a composition is faster.", ""))
+            return Html(page.missing("There is none: in every race a composition is shown to be faster.", ""))
         columns = [
             *RACE,
             Column("single", "best single system"),
             Column("composition", "best composition"),
             Column("ratio", "its gain [95 % interval]", kept, "num"),
         ]
-        return Html(page.table(lost.assign(ratio=self._ratios(lost)), columns, "Where combining does not pay"))
+        note = "no gain is shown where the interval contains 1"
+        return Html(page.table(lost.assign(ratio=self._ratios(lost)), columns, "Where combining does not pay", note))
 
     def races(self) -> Html:
         """Times and refusals of all systems."""
@@ -183,7 +187,10 @@ class Combined:
                 drawn[f"{pair[kind]}, {direction} [{pair['evidence']}]"] = timeline
         if not drawn:
             return Html(page.missing("There are no timelines of it.", ""))
-        caption = f"{pair['phase']} of {pair['model']}, {pair['workload']}, on {pair['cluster']}: the largest gain."
+        caption = (
+            f"{pair['phase']} of {pair['model']}, {pair['workload']}, on {pair['cluster']}: the largest gain. Above "
+            f"the single system, below the composition, both on rank 0. {gantt.READING}"
+        )
         alt = f"Gantt chart, a row a lane and a bar a task, of: {'; '.join(drawn)}."
         return Html(figures.drawn(lambda: gantt.gantt(drawn), alt, caption))
 

@@ -24,6 +24,8 @@ KINDS = (
     "optimizer",
 )  # fmt: skip
 HATCHED = ("gradients",)
+#: for a caption
+READING = "A bar is a task, its number the chunk; hatched: gradients between ranks. Dotted: the end."
 OTHER, _GREY = "other", (0.72, 0.75, 0.78)
 
 
@@ -56,7 +58,7 @@ def gantt(timelines: Mapping[str, Timeline], *, rank: int = 0) -> Figure:
         ax.set_xlim(0, longest_s * scale * 1.01)
         _bars(ax, timeline, start * scale, end * scale, lanes[title], colors)
         total = float(end.max()) * scale if len(end) else 0.0
-        ax.set_title(f"{title}: {total:.3g} {unit}")
+        ax.set_title(f"{title}: {total:{',.0f' if total >= 100 else '.3g'}} {unit}")
         ax.axvline(total, color="#5b6675", lw=1, ls=":")
     axes.flat[-1].set_xlabel(f"time, {unit}")
     handles = [
@@ -128,4 +130,4 @@ def _hatch(kind: str) -> str:
     return "////" if kind in HATCHED else ""
 
 
-__all__ = ["HATCHED", "KINDS", "gantt", "used_lanes"]
+__all__ = ["HATCHED", "KINDS", "READING", "gantt", "used_lanes"]

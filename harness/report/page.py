@@ -24,7 +24,7 @@ _ENVIRONMENT = jinja2.Environment(
 
 _TABLE = _ENVIRONMENT.from_string("""\
 <div class="scroll" tabindex="0" role="region" aria-label="table: {{ caption }}"><table>
-<caption>{{ caption }}{% if note %} <small>{{ note }}</small>{% endif %}</caption>
+<caption><div>{{ caption }}{% if note %} <small>{{ note }}</small>{% endif %}</div></caption>
 <thead><tr>
 {% for c in columns %}
 <th scope="col" class="{{ c.kind }}"{% if c.help %} title="{{ c.help }}"{% endif %}>{{ c.title }}</th>
@@ -43,7 +43,9 @@ _TABLE = _ENVIRONMENT.from_string("""\
 """)
 
 _FIGURE = _ENVIRONMENT.from_string("""\
-<figure><img alt="{{ alt }}" src="data:image/svg+xml;base64,{{ data }}"><figcaption>{{ caption }}</figcaption></figure>
+<figure><div class="scroll" tabindex="0" role="region" aria-label="figure: {{ caption }}">
+<img alt="{{ alt }}" src="data:image/svg+xml;base64,{{ data }}"></div>
+<figcaption>{{ caption }}</figcaption></figure>
 """)
 
 _MISSING = _ENVIRONMENT.from_string("""\

@@ -59,7 +59,12 @@ class Paper:
     # ------------------------------------------------------------------ sections
 
     def headline(self) -> Html:
-        """Every claim beside what was found, with its verdict. Before them, if a sweep fills the run, how far it is."""
+        """How many verdicts of each kind, and the claims. Before them, if a sweep fills the run, how far it is."""
+        part = context.sweep(self.run_dir) if self.run_dir else ""
+        return Html(part, _counts(self.verdicts), self.claims().html)
+
+    def claims(self, title: str = "Claims and verdicts") -> Html:
+        """Every claim beside what was found, with its verdict."""
         rows = pd.DataFrame([_row(verdict) for verdict in self.verdicts], dtype=object)
         self.keep("verdicts", rows.drop(columns=["shown", "said"]))
         columns = [
@@ -71,8 +76,7 @@ class Paper:
             Column("verdict", "verdict", verdict_badge),
             Column("basis", "how it was judged", kind="prose"),
         ]
-        part = context.sweep(self.run_dir) if self.run_dir else ""
-        return Html(part, _counts(self.verdicts), page.table(rows, columns, "Claims and verdicts"))
+        return Html(page.table(rows, columns, title))
 
     def study(self, name: str, *only: str, folded: Iterable[str] = (), notes: bool = True) -> Html:
         """The tables of a study for reading (those named in ``only``, or all; ``folded`` ones behind a line to click)

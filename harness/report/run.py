@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness import options
 from harness.bench.store import Store
 from harness.errors import UserError, bad
 from harness.report import untold
@@ -165,9 +166,7 @@ def _labels(rows: pd.DataFrame, experiments: Mapping[str, Mapping[str, Any]]) ->
         experiment = experiments.get(cell, {})
         model = experiment.get("model")
         capacity = model.get("capacity_factor") if isinstance(model, Mapping) else None
-        extras = [f"{k}={v}" for k, v in sorted(dict(experiment.get("options") or {}).items())]
-        extras += [f"capacity {capacity:g}"] if capacity else []
-        return f"{system} ({', '.join(extras)})" if extras else system
+        return options.label(system, dict(experiment.get("options") or {}), capacity)
 
     pairs = {pair: label(*pair) for pair in set(zip(rows["system"], rows["cell"], strict=True))}
     return pd.Series([pairs[p] for p in zip(rows["system"], rows["cell"], strict=True)], index=rows.index, dtype=str)

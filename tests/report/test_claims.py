@@ -131,7 +131,7 @@ def test_what_is_not_there_is_not_attempted_and_says_why(tmp_path):
     [
         ("within: 0.02", "within: -1", r"claims.yaml: faster.reproduced.within: -1"),
         ("within: 0.02", "", r"faster.reproduced: .*needs within, below or above"),
-        ("source: Table 5", "sauce: Table 5", r"faster.source.*Field required"),
+        ("source: Table 5", "sauce: Table 5", r"faster.source.*is missing"),
         ("  reproduced: {within: 0.02}\n", "", r"has experiments but no criterion"),
         (", pair: [layer]", "", r"needs pair"),
         ("study: toy, table: layers", "study: toy", r"study and table go together"),

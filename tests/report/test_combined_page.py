@@ -12,7 +12,9 @@ import yaml
 
 from harness import presets, registry
 from harness.plan.graph import COMPUTE, INTER, Plan, Timeline
+from harness.report import gantt
 from harness.report.combined import SIDE_BY_SIDE, Combined, busy, hidden, is_composition, of_run
+from harness.report.paper import Paper
 from harness.report.render import NOTEBOOKS, suite
 from harness.report.run import load as load_run
 from tests.report.synthetic_run import experiment
@@ -47,7 +49,8 @@ def test_a_race_has_its_best_of_both_kinds(maker):
     assert list(pairs["single"]) == ["hecate", "hecate"]
     assert list(pairs["composition"]) == ["hiermoe-hd2+fsmoe", "hiermoe-hd2+fsmoe"]
     assert pairs.loc["balanced-2048", "point"] == pytest.approx(1.2 / 0.9, rel=0.01)
-    assert "in 1 of 2 races" in combined.headline().html
+    assert "in 1 of 2 races, on 1 routing. The interval lies above 1 in 1 of them;" in combined.headline().html
+    assert gantt.READING in combined.timelines().html
     unpaid = combined.unpaid().html
     assert "zipf-2" in unpaid
     assert "balanced-2048" not in unpaid
@@ -71,6 +74,14 @@ def test_an_exchange_stands_beside_its_lower_bound(maker):
 
 def test_without_a_run_it_says_how_to_make_one(tmp_path):
     assert "moebench run --suite combined-emulated" in of_run("", str(tmp_path)).headline().html
+
+
+def test_every_paper_of_the_related_work_has_its_name_over_its_claims(tmp_path):
+    claims = Paper("parm", tmp_path, tmp_path / "combined-emulated").claims("Parm").html
+    assert "<caption><div>Parm</div></caption>" in claims
+    assert "moebench run --suite combined-emulated" in claims
+    cell = next(cell for cell in NOTEBOOK.cells if "Paper(" in cell.source)
+    assert all(name in cell.source for name in ("eps-moe", "ppmoe", "parm", "moge"))
 
 
 def test_what_a_composition_is():

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
@@ -274,3 +275,17 @@ def test_interval_says_on_which_side_of_one_it_ends():
 
 def _sources(path: Path) -> list[str]:
     return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+
+
+def test_what_is_wide_scrolls_in_its_own_box_below_a_title_that_stays():
+    """So that a page is never wider than a phone."""
+    rows = pd.DataFrame({"system": ["flat"]})
+    shown = page.table(rows, [page.Column("system", "system")], "a title", "and its note")
+    assert re.fullmatch(r'<div class="scroll" .*<caption><div>a title.*</div></caption>.*</div>', shown, re.DOTALL)
+    with figures.styled():
+        drawn = figures.drawn(lambda: plt.subplots()[0], "alt", "caption")
+    assert re.search(r'<figure><div class="scroll" [^>]*>\s*<img [^>]*></div>\s*<figcaption>caption<', drawn)
+    style = (Path(page.__file__).parent / "template/page/style.css").read_text()
+    rules = {selector.strip(): rule for selector, rule in re.findall(r"([^{}]+)\{([^{}]*)\}", style)}
+    assert "overflow-x: auto" in rules[".scroll"]
+    assert "sticky" in rules["caption div"]
