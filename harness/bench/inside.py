@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from harness.bench.choices import Gates
 from harness.bench.conserved import least_of
 from harness.bench.witness import Given, Verdict, compare, first_of, see, settled
+from harness.bench.wording import allowed
 from harness.comm.agree import of_all
 from harness.comm.handover import Held
 from harness.comm.job import Job
@@ -108,7 +110,7 @@ class LayerWitness:
             self.gates,
             self.lens,
             [(seen, lambda: given)],
-            self.system.tolerance(self.case.dtype),
+            allowed(self.system, self.case.dtype),
             natural=self.natural,
             identity=self.identity,
             where=f", layer {self.layer}",
@@ -204,13 +206,14 @@ def check_updated(job: Job, layer: MoELayer, known: Known, gradients: Gradients,
     return settled(job, still)
 
 
-def parameters_of(layer: MoELayer) -> Gradients:
-    """Weights in the oracle's layout: what ``gradients`` makes of them, as it maps each parameter's gradient there."""
+def parameters_of(layer: MoELayer, of: Callable[[nn.Parameter], torch.Tensor] = torch.Tensor.detach) -> Gradients:
+    """Weights in the oracle's layout: what ``gradients`` makes of them, as it maps each parameter's gradient there.
+    ``of``: something else that is as large as a parameter."""
     parameters = list(layer.parameters())
     kept = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
-            parameter.grad = parameter.detach()
+            parameter.grad = of(parameter)
         return layer.gradients()
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):

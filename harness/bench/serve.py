@@ -30,6 +30,7 @@ from harness.bench.inside import Known, LayerWitness, Witnesses, watched_layers
 from harness.bench.steered import OracleLayer, Steered, steered_gpt
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict, first_of
+from harness.bench.wording import allowed
 from harness.case import case_of, placed_by, placements
 from harness.comm.agree import of_all
 from harness.comm.job import Job
@@ -338,7 +339,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment, found: dic
     if job.num_ranks > 1:
         dist.all_reduce(worst, dist.ReduceOp.MAX)
     row = {**found, "errors": {**found["errors"], "logits": float(worst)}}
-    tolerance = system.tolerance("float64") * small.model.num_layers
+    tolerance = allowed(system, "float64") * small.model.num_layers
     if float(worst) > tolerance:
         row["status"] = "nonconforming"
         row["reason"] = f"logits in float64 off by {float(worst):.1e} of the oracle's, allowed {tolerance:.0e}"

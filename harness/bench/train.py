@@ -26,7 +26,9 @@ from harness.bench.checkpoint import Checkpoints
 from harness.bench.inside import Known, LayerWitness, Witnesses, check_drawn, check_updated, watched_layers
 from harness.bench.steered import OracleLayer, Steered, steered_gpt
 from harness.bench.timing import Sample, Stopwatch
+from harness.bench.updated import Updates
 from harness.bench.witness import Verdict
+from harness.bench.wording import allowed
 from harness.case import case_of
 from harness.comm.handover import Held
 from harness.comm.job import Job
@@ -161,6 +163,8 @@ class Trainer:
         self.slices = system.place_gradients(layers[::-1], case, self.stream.part_bytes, scope)
         self.layers = layers
         self.after_step = system.after_step(layers, case, job)
+        moves = self.after_step is not None
+        self.updates = Updates(job, experiment, layers, self.training.optimizer, moves=moves)
         if checkpoints is not None:
             self.step = checkpoints.restore(self.training.gpt, self.training.optimizer, layers, self.after_step)
 
@@ -193,9 +197,11 @@ class Trainer:
     def _known(self) -> Known:
         """Collective, outside the clock: weights of the watched layer ahead of the step."""
         if not self.step and self.experiment.compute == "real":
-            tolerance = self.system.tolerance(self.experiment.dtype)
+            tolerance = allowed(self.system, self.experiment.dtype)
             self.verdict += check_drawn(self.job, self.layers, self._weights, tolerance)
         layer = self._watched
+        if self.experiment.compute == "real":
+            self.updates.ahead(layer)
         return self.witnesses[layer].read(self.layers[layer], moves=self.after_step is not None)
 
     def _weights(self, layer: int) -> Weights:
@@ -218,6 +224,7 @@ class Trainer:
         if self.experiment.compute == "real":
             where = f"{of_call}, layer {layer}"
             self.verdict += check_updated(self.job, self.layers[layer], before, gradients, where)
+            self.verdict += self.updates.check(layer, gradients, f"at {of_call}")
         self.verdict += self.witnesses[layer].check(of_call, step, known, self.seen, gradients)
         if not np.isfinite(self.last_loss):
             self.verdict += Verdict({"loss": np.inf}, f"the loss of {of_call} is {self.last_loss}")
