@@ -17,7 +17,7 @@ import typer
 
 from harness import __version__, caches
 from harness.cli import inputs, look, regress, run, simulate, sweep
-from harness.errors import Failure, UserError, told
+from harness.errors import Failure, UserError, of_a_method, told
 
 DEBUG_VARIABLE = "MOEBENCH_DEBUG"  # set: what nobody foresaw ends in Python's traceback
 
@@ -50,7 +50,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.stderr.write("moebench: interrupted; finished cells are kept\n")
         sys.exit(130)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not of_a_method(error):  # the command's own
+            raise
         if os.environ.get(DEBUG_VARIABLE):
             raise
         sys.stderr.write(f"moebench: {told(error)}{_logged(error)}\n")
@@ -61,7 +63,7 @@ def main() -> None:
                 sys.stderr.write(f"moebench: left out: {fault}\n")
 
 
-def _logged(error: Exception) -> str:
+def _logged(error: BaseException) -> str:
     """Write the traceback to a log, and say where it is; without a place for one, to stderr."""
     from harness.launch import scratch
 
