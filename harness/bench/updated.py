@@ -9,7 +9,7 @@ weights or moments is found by that.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -44,16 +44,17 @@ class Updates:
         self.names = ("w1", "w2", "w3")[: GEMMS[experiment.model.ffn_type]]
         self.before: dict[int, _Kept] = {}
 
-    def ahead(self, watched: int) -> None:
-        """Collective: remember what a step begins with."""
+    def ahead(self, watched: Collection[int]) -> None:
+        """Collective: remember what a step begins with. ``watched``: layers whose gradients will be known."""
         self.before = self._read(watched)
 
-    def check(self, watched: int, gradients: Gradients, where: str) -> Verdict:
-        """Collective, behind the step. ``gradients``: of the layer that was ``watched``, as they were ahead of any
+    def check(self, gradients: Mapping[int, Gradients], where: str) -> Verdict:
+        """Collective, behind the step. ``gradients``: of the layers that were watched, as they were ahead of any
         move."""
-        after, (own,), steps = self._read(watched), self._gathered([gradients.experts]), self._steps(watched)
+        after, steps = self._read(gradients), self._steps(gradients)
+        own = dict(zip(gradients, self._gathered([each.experts for each in gradients.values()]), strict=True))
         for layer, before in self.before.items():
-            if reason := self._reason(before, after[layer], own if layer == watched else None, steps):
+            if reason := self._reason(before, after[layer], own.get(layer), steps):
                 return Verdict({}, f"{reason[0]} of layer {layer} {where} {reason[1]}")
         return Verdict()
 
@@ -89,14 +90,14 @@ class Updates:
             return f"moments of expert {e}", "are not what AdamW makes of its gradient"
         return None
 
-    def _read(self, watched: int) -> dict[int, _Kept]:
+    def _read(self, watched: Collection[int]) -> dict[int, _Kept]:
         """Collective: by layer, of those that are looked at."""
 
         def moment(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
             found = self.optimizer.state.get(parameter, {}).get(name)
             return torch.zeros_like(parameter) if found is None else found
 
-        layers = range(len(self.layers)) if self.moves else (watched,)
+        layers = range(len(self.layers)) if self.moves else watched
         tables = []
         for each in (self.layers[layer] for layer in layers):
             tables.append(parameters_of(each).experts)
@@ -105,9 +106,10 @@ class Updates:
         found = self._gathered(tables)
         return {layer: (found[3 * i], found[3 * i + 1], found[3 * i + 2]) for i, layer in enumerate(layers)}
 
-    def _steps(self, layer: int) -> Sequence[int]:
+    def _steps(self, layers: Collection[int]) -> Sequence[int]:
         """Collective: how many steps the optimizer may have made of a parameter; one that has had no gradient lags."""
-        states = (self.optimizer.state.get(parameter, {}) for parameter in self.layers[layer].parameters())
+        parameters = (parameter for layer in layers for parameter in self.layers[layer].parameters())
+        states = (self.optimizer.state.get(parameter, {}) for parameter in parameters)
         own = [int(state["step"]) for state in states if "step" in state]
         most = torch.tensor([max(own, default=1), -min(own, default=1)], device=self.job.device)
         if self.job.num_ranks > 1:

@@ -113,6 +113,12 @@ def test_a_system_that_is_wrong_at_full_shape_never_gets_a_time(session, phase: 
     race(session, experiments(phase, [*FOUND[phase], "flat"]), FOUND[phase])
 
 
+@pytest.mark.parametrize("phase", ["train_step", "prefill"])
+def test_every_layer_is_seen_however_few_calls_there_are(session, phase: str) -> None:
+    cells = experiments(phase, ["middle-layer", "flat"], "bfloat16", num_layers=8, hidden=96)
+    race(session, cells, {"middle-layer": "layer 1"})
+
+
 def test_a_right_system_is_right_where_its_rows_are_all_alike(session) -> None:
     cells = experiments("natural train_step", [*ALIKE, "flat"], "bfloat16", seed=0, hidden=512, ffn=64)
     errors = race(session, cells, ALIKE, warmup=2)
