@@ -50,9 +50,9 @@ def turn(num_layers: int, call: int, at_once: int) -> list[int]:
     return [layers[(call * at_once + i) % num_layers] for i in range(at_once)]
 
 
-def at_once(num_layers: int, num_calls: int) -> int:
-    """How many layers a call must look at so that all have had their turn after ``num_calls``."""
-    return -(-num_layers // max(1, min(num_layers, num_calls)))
+def at_once(num_layers: int, num_calls: int | None) -> int:
+    """How many layers a call must look at so that all have had their turn after ``num_calls``; None: one."""
+    return 1 if num_calls is None else -(-num_layers // max(1, min(num_layers, num_calls)))
 
 
 def _ahead(num_layers: int) -> list[int]:

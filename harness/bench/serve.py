@@ -76,7 +76,7 @@ def agreed(job: Job, work: Callable[[], Any]) -> Any:
 class Server:
     """A system that serves on this rank, as a contender of a race. ``placed``: of every layer; None: as it plans.
     ``shared``: of the race, where its contenders find what is the same for all. ``num_calls``: after so many all layers
-    must have been seen; None: after as many as there are layers."""
+    must have been seen."""
 
     def __init__(
         self,
@@ -89,9 +89,8 @@ class Server:
     ):
         self.shared = {} if shared is None else shared
         self.calls, self.verdict = 0, Verdict({"logits": 0.0})
-        num_layers = experiment.model.num_layers
-        self.at_once = at_once(num_layers, num_layers if num_calls is None else num_calls)
-        self.witnesses = Witnesses(num_layers, self._witness, self.at_once)
+        self.at_once = at_once(experiment.model.num_layers, num_calls)
+        self.witnesses = Witnesses(experiment.model.num_layers, self._witness, self.at_once)
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
         self.stands_in = experiment.compute == "stand-in"
         self.job, self.system, self.experiment = job, system, experiment

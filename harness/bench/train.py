@@ -121,7 +121,7 @@ class Trainer:
     """A system's training on this rank, as a contender of a race: every step one plan (``harness.plan.training``).
 
     ``step``: steps done. It goes on from the last of ``checkpoints``, if there is one. ``num_calls``: after so many
-    steps all layers must have been seen; None: after as many as there are layers."""
+    steps all layers must have been seen; None: one layer a step."""
 
     def __init__(
         self,
@@ -135,9 +135,8 @@ class Trainer:
         self.system = system
         self.timeline: Timeline | None = None  # of the last step
         self.losses: dict[int, float] = {}  # by step
-        num_layers = experiment.model.num_layers
-        self.at_once = at_once(num_layers, num_layers if num_calls is None else num_calls)
-        self.witnesses = Witnesses(num_layers, self._witness, self.at_once)
+        self.at_once = at_once(experiment.model.num_layers, num_calls)
+        self.witnesses = Witnesses(experiment.model.num_layers, self._witness, self.at_once)
         self.timed: dict[int, int] = {}  # steps, by repetition
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
         self.seen = Held()  # of the last step, of the layers that were watched
