@@ -156,6 +156,11 @@ def place_of(error: BaseException) -> str:
     return nearest(frames[::-1])
 
 
+def of_a_method(error: BaseException) -> bool:
+    """Whether it was raised by what a system, a study or a placer does, or below that."""
+    return any(each.filename.startswith(_PACKAGES[1:]) for each in traceback.extract_tb(error.__traceback__))
+
+
 def nearest(frames: Sequence[tuple[str, int, str]]) -> str:
     """Of (file, line, function), innermost first: the first that is of no library, else the first; empty for none."""
     own = [frame for frame in frames if not _of_library(frame[0])] or list(frames)

@@ -163,7 +163,7 @@ def _finite(value: Any) -> Any:
 @functools.cache
 def placers() -> dict[str, Placer]:
     """Every planner by name, sorted."""
-    return brought("placers", "PLACERS")
+    return brought("placers", "PLACERS", Placer)
 
 
 def placer(name: str, where: str = "--method") -> Placer:
@@ -174,10 +174,21 @@ def placer(name: str, where: str = "--method") -> Placer:
     return known[name]
 
 
+def found_by(method: str, request: Request, where: str = "--method") -> Placed:
+    """What the planner called ``method`` answers; an error if that is no placement."""
+    found, shape = placer(method, where).run(request), (len(request.profile), request.model.num_experts)
+    if not isinstance(found, Placed):
+        raise TypeError(f"the placer {method} made no Placed but {type(found).__name__}")
+    owner, num_ranks = found.owner, request.topology.num_ranks
+    if owner.shape != shape or owner.dtype.kind not in "iu" or not np.all((owner >= 0) & (owner < num_ranks)):
+        raise ValueError(f"the placer {method} must give ranks 0 to {num_ranks - 1} as integers {list(shape)}")
+    return found
+
+
 def planned(case: Case, profile: Sequence[Routing], method: str, where: str = "placement") -> list[Placement]:
     """Where the planner called ``method`` puts the experts of a served model, layer by layer, the same at every call;
     ``case``: of one of them; ``profile``: the routing of each, of other tokens than those that are served."""
-    planner, num_ranks = placer(method, where), case.topology.num_ranks
+    num_ranks = case.topology.num_ranks
     bandwidth = np.ones((num_ranks, num_ranks))
     if case.cluster is not None:
         check_memory(case.model, case.cluster, 1, num_ranks, case.dtype)
@@ -190,7 +201,7 @@ def planned(case: Case, profile: Sequence[Routing], method: str, where: str = "p
         tokens=tuple(case.routing.tokens),
         dtype=case.dtype,
     )
-    return [Placement.of_slots(ranks) for ranks in slots_of(planner.run(request).owner, num_ranks)]
+    return [Placement.of_slots(ranks) for ranks in slots_of(found_by(method, request, where).owner, num_ranks)]
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -217,7 +228,8 @@ def place(wanted: Wanted, say: Say, command: str) -> PlacementFile:
     from harness import presets
     from harness.routing import trace as traces
 
-    planner, model, cluster = placer(wanted.method), presets.model(wanted.model), presets.cluster(wanted.cluster)
+    placer(wanted.method)  # an unknown name is told before any work
+    model, cluster = presets.model(wanted.model), presets.cluster(wanted.cluster)
     recorded = traces.read_trace(traces.find_trace(str(wanted.trace)))
     header = recorded.header
     check_profile(model, header.num_layers, header.num_experts, header.top_k, recorded.path.name)
@@ -234,7 +246,7 @@ def place(wanted: Wanted, say: Say, command: str) -> PlacementFile:
         tensor_parallel=wanted.tensor_parallel,
         say=say,
     )
-    found = planner.run(request)
+    found = found_by(wanted.method, request)
     return PlacementFile(
         model=model.name,
         num_experts=model.num_experts,

@@ -66,8 +66,9 @@ def state(system: type[System]) -> tuple[str | None, str | None]:
         return None, f"{type(error).__name__}: {words(error)}"
 
 
-def brought(module: str, attribute: str) -> dict[str, Any]:
-    """What methods bring beside systems: mappings ``attribute`` of every ``<folder>/<module>.py``, joined, sorted."""
+def brought(module: str, attribute: str, kind: type) -> dict[str, Any]:
+    """What methods bring beside systems: mappings ``attribute`` of every ``<folder>/<module>.py`` from names to things
+    of ``kind``, joined, sorted."""
     found: dict[str, Any] = {}
     for info in _listed():
         name = f"{info.name}.{module}"
@@ -79,6 +80,12 @@ def brought(module: str, attribute: str) -> dict[str, Any]:
             _left_out(name, error)
             continue
         for key, each in own.items():
+            if not (isinstance(key, str) and NAME.fullmatch(key) and isinstance(each, kind)):
+                _left_out(
+                    name,
+                    f"{attribute}[{key!r}] must be a {kind.__name__} under a name of letters, digits, '.', '_', '-'",
+                )
+                continue
             if key in found:
                 _left_out(name, bad(attribute.lower(), key, "there are two of this name; rename one"))
             found.setdefault(key, each)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from harness import outputs
 from harness.errors import bad, unknown
-from harness.registry import brought
+from harness.registry import NAME, brought
 from harness.specs import Model
 
 REPORTED = Path(__file__).resolve().parents[1] / "results" / "reported"
@@ -36,7 +36,10 @@ class Findings:
 
     def __post_init__(self) -> None:
         for name, table in {**self.tables, **self.raw}.items():
-            assert set(table["evidence"]) <= set(LEVELS), f"{name}: evidence must be one of {LEVELS}"
+            if not NAME.fullmatch(name):
+                raise ValueError(f"table {name!r}: must be called by letters, digits, '.', '_' and '-'")
+            if "evidence" not in table or not set(table["evidence"]) <= set(LEVELS):
+                raise ValueError(f"table {name!r}: every row must say its evidence, one of {', '.join(LEVELS)}")
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """A table row by row; what is missing is None."""
@@ -66,7 +69,7 @@ class Study:
 @functools.cache
 def studies() -> dict[str, Study]:
     """Every study by name, sorted."""
-    return brought("studies", "STUDIES")
+    return brought("studies", "STUDIES", Study)
 
 
 def study(name: str) -> Study:

@@ -45,6 +45,19 @@ def test_a_placement_is_written_with_all_that_is_known_of_it(
 
 
 @pytest.mark.parametrize(
+    "owner",
+    [np.zeros((1, 8), int), np.zeros((32, 7), int), np.full((32, 8), 4), np.full((32, 8), -1), np.zeros((32, 8)), None],
+)
+def test_what_a_placer_answers_is_a_placement_or_an_error(monkeypatch, tmp_path, capsys, owner) -> None:
+    found = owner if owner is None else placing.Placed(owner, {}, {})
+    monkeypatch.setattr(placing, "placers", lambda: {"odd": placing.Placer("odd", lambda request: found)})
+    words = ["--model", "mixtral-8x7b", "--trace", TRACE, "--cluster", "moetuner-multi", "--tensor-parallel", "4"]
+    assert command(monkeypatch, *words, "--method", "odd", "--out", str(tmp_path / "p.json")) == 1
+    assert "the placer odd m" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"--model": "record-e64k8"}, "num_layers: 4: the trace record-l32e8k2.parquet has 32"),

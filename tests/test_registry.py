@@ -57,6 +57,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProces
     (folder / "exitstudies").mkdir()
     (folder / "exitstudies" / "__init__.py").touch()
     (folder / "exitstudies" / "studies.py").write_text("raise SystemExit(4)\n")
+    (folder / "oddstudies").mkdir()
+    (folder / "oddstudies" / "__init__.py").touch()
+    odd = "from harness.studies import Study\nSTUDIES = {'five': 5, 7: Study('a', print), '../up': Study('b', print)}\n"
+    (folder / "oddstudies" / "studies.py").write_text(odd)
     text = (
         f"import baselines; baselines.__path__.append({str(folder)!r}); import sys; sys.argv[0] = 'moebench'"
         "; from harness import cli, studies; assert len(studies.studies()) > 3; cli.main()"
@@ -86,3 +90,5 @@ def test_of_two_of_one_name_that_is_neither_files_none_is_taken(said: subprocess
     assert sum("has the name 'other' of Good of" in line for line in said.stderr.splitlines()) == 2
     assert "studies.py: AttributeError: " in said.stderr
     assert "studies.py: SystemExit: 4" in said.stderr
+    for key in ("'five'", "7", "'../up'"):
+        assert f"studies.py: STUDIES[{key}] must be a Study under a name of letters" in said.stderr

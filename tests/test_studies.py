@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from harness import studies
+from harness import cli, studies
 from harness.errors import UserError
 from methods.fsmoe import sensitivity
 from methods.fsmoe import studies as fsmoe
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("raise SystemExit(0)", "SystemExit: 0, at methods/odd.py:1"),
+        ("pass", "TypeError: study odd found no Findings but NoneType"),
+        ("raise RuntimeError('bad day')", "RuntimeError: bad day, at methods/odd.py:1"),
+    ],
+)
+def test_a_study_that_ends_oddly_is_told(monkeypatch, tmp_path, capsys, does: str, said: str):
+    code = compile(does, str(Path(studies.__file__).parents[1] / "methods" / "odd.py"), "exec")
+    monkeypatch.setattr(studies, "studies", lambda: {"odd": studies.Study("odd", lambda progress: exec(code))})
+    monkeypatch.setattr("sys.argv", ["moebench", "study", "odd", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["../up", "a b", ""])
+def test_a_table_may_not_leave_its_folder(name: str):
+    with pytest.raises(ValueError, match="must be called by letters"):
+        studies.Findings({name: pd.DataFrame({"evidence": ["simulated"]})})
 
 
 def test_the_studies_of_every_method_are_found():
@@ -19,7 +44,7 @@ def test_the_studies_of_every_method_are_found():
 
 
 def test_every_row_says_what_evidence_it_is():
-    with pytest.raises(AssertionError, match="evidence"):
+    with pytest.raises(ValueError, match="every row must say its evidence"):
         studies.Findings({"t": pd.DataFrame([{"value": 1.0, "evidence": "guessed"}])})
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from harness import registry
-from harness.bench.wording import Worst, reason, worst, worst_of
+from harness.bench.wording import Worst, allowed, reason, worst, worst_of
 from harness.comm.agree import attempt, failed, of_all, status_of
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
@@ -226,7 +226,7 @@ def compare(
     assert found is not None
     expected = _oracle(system, case, weights, xs, dys, constant_gate=identity_experts and not found["gate_in_exchange"])
     errors = _errors(job, found, expected, routing, prescribed)
-    tolerance = system.tolerance(dtype)
+    tolerance = allowed(system, dtype)
     wrong = reason(errors, tolerance)
     values = {name: each.error for name, each in errors.items()}
     return _row("nonconforming" if wrong else "ok", wrong, values, tolerance)

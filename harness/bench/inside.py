@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from harness.bench.choices import Gates
 from harness.bench.conserved import least_of
 from harness.bench.witness import Given, Verdict, compare, first_of, see, settled
+from harness.bench.wording import allowed
 from harness.comm.agree import of_all
 from harness.comm.handover import Held
 from harness.comm.job import Job
@@ -40,6 +42,17 @@ def watched_layers(num_layers: int) -> list[int]:
     """All, in the order in which they take turns: the first, one in the middle, the last, then the others."""
     ahead = _ahead(num_layers)
     return ahead + [layer for layer in range(num_layers) if layer not in ahead]
+
+
+def turn(num_layers: int, call: int, at_once: int) -> list[int]:
+    """Layers that are seen in a call, the first of them wholly, the others in a sample."""
+    layers = watched_layers(num_layers)
+    return [layers[(call * at_once + i) % num_layers] for i in range(at_once)]
+
+
+def at_once(num_layers: int, num_calls: int | None) -> int:
+    """How many layers a call must look at so that all have had their turn after ``num_calls``; None: one."""
+    return 1 if num_calls is None else -(-num_layers // max(1, min(num_layers, num_calls)))
 
 
 def _ahead(num_layers: int) -> list[int]:
@@ -80,9 +93,20 @@ class LayerWitness:
         gate = {name: value.detach().clone() for name, value in now.gate.items()}
         return Known(gate, own.__getitem__, self.owner.copy())
 
-    def check(self, name: str, step: int, known: Known, held: Held, gradients: Gradients | None = None) -> Verdict:
-        """Collective: ``held`` has x and y [T, M], and dy and dx if there was a backward; it is emptied."""
-        seen_as = {each: held.pop(each) for each in ("x", "y", "dy", "dx") if each in held}
+    def check(
+        self,
+        name: str,
+        step: int,
+        known: Known,
+        held: Held,
+        gradients: Gradients | None = None,
+        *,
+        whole: bool = True,
+    ) -> Verdict:
+        """Collective: ``held`` has x and y [T, M], and dy and dx if there was a backward; they are taken. ``whole``:
+        all of it if it is the first call, else a sample."""
+        layer = self.layer
+        seen_as = {each: held.pop((layer, each)) for each in ("x", "y", "dy", "dx") if (layer, each) in held}
         x, y, dy, dx = (seen_as[each].tensor if each in seen_as else None for each in ("x", "y", "dy", "dx"))
         written = [words for each, words in _WRITTEN.items() if each in seen_as and seen_as[each].written]
         where = f"at {name}, layer {self.layer}"
@@ -96,7 +120,7 @@ class LayerWitness:
                 return Verdict()
             given = Given(x, None, None if dy is None else dy.detach())
         else:
-            given = self._given(x, dy, known, step, whole=first)
+            given = self._given(x, dy, known, step, whole=first and whole)
         if dy is not None and dx is None:
             dx = torch.zeros_like(x)
         if changed.reason:
@@ -108,7 +132,7 @@ class LayerWitness:
             self.gates,
             self.lens,
             [(seen, lambda: given)],
-            self.system.tolerance(self.case.dtype),
+            allowed(self.system, self.case.dtype),
             natural=self.natural,
             identity=self.identity,
             where=f", layer {self.layer}",
@@ -157,14 +181,16 @@ class LayerWitness:
 
 
 class Witnesses(dict[int, LayerWitness]):
-    """Of a model's layers: of those whose turn comes first for good, of the others the last."""
+    """Of a model's layers: of those whose turn comes first for good, of the others the last, as many as are seen at
+    once."""
 
-    def __init__(self, num_layers: int, make: Callable[[int], LayerWitness]):
+    def __init__(self, num_layers: int, make: Callable[[int], LayerWitness], at_once: int = 1):
         super().__init__()
-        self.ahead, self.make = _ahead(num_layers), make
+        self.ahead, self.make, self.at_once = _ahead(num_layers), make, at_once
 
     def __missing__(self, layer: int) -> LayerWitness:
-        for other in [each for each in self if each not in self.ahead]:
+        others = [each for each in self if each not in self.ahead]
+        for other in others[: len(others) + 1 - self.at_once]:
             del self[other]
         self[layer] = self.make(layer)
         return self[layer]
@@ -204,13 +230,14 @@ def check_updated(job: Job, layer: MoELayer, known: Known, gradients: Gradients,
     return settled(job, still)
 
 
-def parameters_of(layer: MoELayer) -> Gradients:
-    """Weights in the oracle's layout: what ``gradients`` makes of them, as it maps each parameter's gradient there."""
+def parameters_of(layer: MoELayer, of: Callable[[nn.Parameter], torch.Tensor] = torch.Tensor.detach) -> Gradients:
+    """Weights in the oracle's layout: what ``gradients`` makes of them, as it maps each parameter's gradient there.
+    ``of``: something else that is as large as a parameter."""
     parameters = list(layer.parameters())
     kept = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
-            parameter.grad = parameter.detach()
+            parameter.grad = of(parameter)
         return layer.gradients()
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):

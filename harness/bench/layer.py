@@ -14,6 +14,7 @@ from harness.bench.choices import Gates
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.untimed import Untimed, marks
 from harness.bench.witness import Given, Seen, Verdict, compare, first_of, see
+from harness.bench.wording import allowed
 from harness.comm.job import Job
 from harness.layer import gates
 from harness.layer.grouped import Lens, Pairs, identities, look
@@ -218,7 +219,7 @@ class LayerContender:
             Gates(self.job, self.system, self.case, self.truth.weights),
             self.truth.lens,
             calls,
-            self.system.tolerance(self.experiment.dtype),
+            allowed(self.system, self.experiment.dtype),
             constant_gate=self.experiment.phase == "exchange" and not self.layer.gate_in_exchange,
             natural=not self.truth.prescribed,
             identity=self.truth.identity,

@@ -221,10 +221,12 @@ def make(
     payload: dict[str, Any],
 ) -> Contender:
     """Collective: the contender of the experiment's phase."""
+    num_calls = max(1, payload.get("warmup", 0)) + payload.get("repeats", 0)
     if experiment.phase == "train_step":
-        return train.Trainer(job, system, experiment, payload.get("trainings", {}).get(experiment.digest))
+        checkpoints = payload.get("trainings", {}).get(experiment.digest)
+        return train.Trainer(job, system, experiment, checkpoints, num_calls)
     if experiment.phase in SERVING:
-        return serve.Server(job, system, experiment, shared=shared)
+        return serve.Server(job, system, experiment, shared=shared, num_calls=num_calls)
     return LayerContender(job, system, experiment, case, shared)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,11 @@ import torch
 import torch.distributed as dist
 
 from harness.bench import training_check
-from harness.bench.inside import Known, LayerWitness, Witnesses, watched_layers
+from harness.bench.inside import Known, LayerWitness, Witnesses, at_once, turn
 from harness.bench.steered import OracleLayer, Steered, steered_gpt
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict, first_of
+from harness.bench.wording import allowed
 from harness.case import case_of, placed_by, placements
 from harness.comm.agree import of_all
 from harness.comm.job import Job
@@ -74,7 +75,8 @@ def agreed(job: Job, work: Callable[[], Any]) -> Any:
 
 class Server:
     """A system that serves on this rank, as a contender of a race. ``placed``: of every layer; None: as it plans.
-    ``shared``: of the race, where its contenders find what is the same for all."""
+    ``shared``: of the race, where its contenders find what is the same for all. ``num_calls``: after so many all layers
+    must have been seen."""
 
     def __init__(
         self,
@@ -83,10 +85,12 @@ class Server:
         experiment: Experiment,
         placed: tuple[Placement, ...] | None = None,
         shared: dict[Any, Any] | None = None,
+        num_calls: int | None = None,
     ):
         self.shared = {} if shared is None else shared
         self.calls, self.verdict = 0, Verdict({"logits": 0.0})
-        self.witnesses = Witnesses(experiment.model.num_layers, self._witness)
+        self.at_once = at_once(experiment.model.num_layers, num_calls)
+        self.witnesses = Witnesses(experiment.model.num_layers, self._witness, self.at_once)
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
         self.stands_in = experiment.compute == "stand-in"
         self.job, self.system, self.experiment = job, system, experiment
@@ -166,19 +170,20 @@ class Server:
         return self.step.logits.flatten(0, 1)
 
     @property
-    def _watched(self) -> int:
-        """The layer whose turn it is to be seen."""
-        layers = watched_layers(len(self.layers))
-        return layers[self.calls % len(layers)]
+    def _watched(self) -> list[int]:
+        """The layers whose turn it is to be seen."""
+        return turn(len(self.layers), self.calls, self.at_once)
 
     def _see(self, name: str) -> np.ndarray | None:
         """Collective, outside the clock: what the pass made -> the rows that its watched layer needed."""
-        layer, name = self._watched, f"pass {self.calls} ({name})"
-        self.verdict += self.witnesses[layer].check(name, 0, self._known(layer), self.step.seen)
+        watched, name = self._watched, f"pass {self.calls} ({name})"
+        for layer in watched:
+            whole = layer == watched[0]
+            self.verdict += self.witnesses[layer].check(name, 0, self._known(layer), self.step.seen, whole=whole)
         if not bool(self.step.logits.isfinite().all()):
             self.verdict += Verdict({"logits": np.inf}, f"logits of {name} are not finite")
         self.calls += 1
-        return self.witnesses[layer].least
+        return self.witnesses[watched[0]].least
 
     def _known(self, layer: int) -> Known:
         """Collective. Of layers whose turn comes first the weights that every system must have loaded, of this rank's
@@ -258,7 +263,7 @@ class Server:
         at = self.model.seq - 1 - self.calls % self.model.seq
         return self.tokens[:, at : at + 1], self.caches
 
-    def _pass(self, tokens: torch.Tensor, caches: list[Cache] | None, watched: int | None = None) -> None:
+    def _pass(self, tokens: torch.Tensor, caches: list[Cache] | None, watched: Collection[int] = ()) -> None:
         steers = [steered.steer for steered in self.steered]
         passages = [passage(layer) for layer in self.layers]
         self.step = ServingStep(self.gpt, passages, steers, caches, self.attention_s, self.group, watched)
@@ -338,7 +343,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment, found: dic
     if job.num_ranks > 1:
         dist.all_reduce(worst, dist.ReduceOp.MAX)
     row = {**found, "errors": {**found["errors"], "logits": float(worst)}}
-    tolerance = system.tolerance("float64") * small.model.num_layers
+    tolerance = allowed(system, "float64") * small.model.num_layers
     if float(worst) > tolerance:
         row["status"] = "nonconforming"
         row["reason"] = f"logits in float64 off by {float(worst):.1e} of the oracle's, allowed {tolerance:.0e}"

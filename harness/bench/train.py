@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from torch.nn import functional as F
 
 from harness.bench import memory
 from harness.bench.checkpoint import Checkpoints
-from harness.bench.inside import Known, LayerWitness, Witnesses, check_drawn, check_updated, watched_layers
+from harness.bench.inside import Known, LayerWitness, Witnesses, at_once, check_drawn, check_updated, turn
 from harness.bench.steered import OracleLayer, Steered, steered_gpt
 from harness.bench.timing import Sample, Stopwatch
+from harness.bench.updated import Updates
 from harness.bench.witness import Verdict
+from harness.bench.wording import allowed
 from harness.case import case_of
 from harness.comm.handover import Held
 from harness.comm.job import Job
@@ -118,19 +120,29 @@ class Training:
 class Trainer:
     """A system's training on this rank, as a contender of a race: every step one plan (``harness.plan.training``).
 
-    ``step``: steps done. It goes on from the last of ``checkpoints``, if there is one."""
+    ``step``: steps done. It goes on from the last of ``checkpoints``, if there is one. ``num_calls``: after so many
+    steps all layers must have been seen; None: one layer a step."""
 
-    def __init__(self, job: Job, system: type[System], experiment: Experiment, checkpoints: Checkpoints | None = None):
+    def __init__(
+        self,
+        job: Job,
+        system: type[System],
+        experiment: Experiment,
+        checkpoints: Checkpoints | None = None,
+        num_calls: int | None = None,
+    ):
         self.job, self.experiment, self.step, self.last_loss, self.checkpoints = job, experiment, 0, np.nan, checkpoints
         self.system = system
         self.timeline: Timeline | None = None  # of the last step
         self.losses: dict[int, float] = {}  # by step
-        self.witnesses = Witnesses(experiment.model.num_layers, self._witness)
+        self.at_once = at_once(experiment.model.num_layers, num_calls)
+        self.witnesses = Witnesses(experiment.model.num_layers, self._witness, self.at_once)
         self.timed: dict[int, int] = {}  # steps, by repetition
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
-        self.seen = Held()  # of the last step, of the layer that was watched
-        self.gradients: Gradients | None = None  # of that layer, where experts move after the step
-        self._watched_last, self.verdict = 0, Verdict({"loss": 0.0})
+        self.seen = Held()  # of the last step, of the layers that were watched
+        self.gradients: dict[int, Gradients] = {}  # of those layers, where experts move after the step
+        self._watched_last: Collection[int] = ()
+        self.verdict = Verdict({"loss": 0.0})
         self.model_parallel = experiment.model_parallel and job.inner(0) is not None
         case = case_of(experiment, str(job.device))
 
@@ -161,6 +173,8 @@ class Trainer:
         self.slices = system.place_gradients(layers[::-1], case, self.stream.part_bytes, scope)
         self.layers = layers
         self.after_step = system.after_step(layers, case, job)
+        moves = self.after_step is not None
+        self.updates = Updates(job, experiment, layers, self.training.optimizer, moves=moves)
         if checkpoints is not None:
             self.step = checkpoints.restore(self.training.gpt, self.training.optimizer, layers, self.after_step)
 
@@ -175,7 +189,7 @@ class Trainer:
         self.timed[rep] = self.step
         sample = watch.measure(rep, "total", work)
         sample.loss = self._see(share, known, f"timed repetition {rep}")
-        self.least[rep] = self.witnesses[self._watched_last].least
+        self.least[rep] = self.witnesses[next(iter(self._watched_last))].least
         self._keep()
         return [sample]
 
@@ -185,18 +199,19 @@ class Trainer:
         self._keep()
 
     @property
-    def _watched(self) -> int:
-        """The layer whose turn it is to be seen."""
-        layers = watched_layers(len(self.layers))
-        return layers[self.step % len(layers)]
+    def _watched(self) -> list[int]:
+        """The layers whose turn it is to be seen."""
+        return turn(len(self.layers), self.step, self.at_once)
 
-    def _known(self) -> Known:
-        """Collective, outside the clock: weights of the watched layer ahead of the step."""
+    def _known(self) -> dict[int, Known]:
+        """Collective, outside the clock: weights of the watched layers ahead of the step."""
         if not self.step and self.experiment.compute == "real":
-            tolerance = self.system.tolerance(self.experiment.dtype)
+            tolerance = allowed(self.system, self.experiment.dtype)
             self.verdict += check_drawn(self.job, self.layers, self._weights, tolerance)
-        layer = self._watched
-        return self.witnesses[layer].read(self.layers[layer], moves=self.after_step is not None)
+        watched, moves = self._watched, self.after_step is not None
+        if self.experiment.compute == "real":
+            self.updates.ahead(watched)
+        return {layer: self.witnesses[layer].read(self.layers[layer], moves=moves) for layer in watched}
 
     def _weights(self, layer: int) -> Weights:
         return Weights(self.experiment.model, self.experiment.dtype, seed=self.experiment.workload.seed, layer=layer)
@@ -205,20 +220,24 @@ class Trainer:
         case, natural = case_of(self.experiment, str(self.job.device), layer=layer), not self.training.prescribed
         return LayerWitness(self.job, self.system, case, self._weights(layer), natural=natural, layer=layer)
 
-    def _see(self, share: torch.Tensor, known: Known, name: str) -> float:
+    def _see(self, share: torch.Tensor, known: dict[int, Known], name: str) -> float:
         """Collective, outside the clock: what the step made -> its loss."""
-        step, layer = self.step - 1, self._watched_last
+        step, watched = self.step - 1, self._watched_last
         self.losses[step] = self.last_loss = self._job_loss(share)
-        before = known
-        if step == 0:  # nothing has changed them yet: they must be those that were drawn
-            known = dataclasses.replace(known, matrices=self.witnesses[layer].weights.expert, gate={})
         of_call = f"step {step} ({name})"
-        gradients = self.layers[layer].gradients() if self.gradients is None else self.gradients
-        self.gradients = None
-        if self.experiment.compute == "real":
+        gradients = self.gradients or {layer: self.layers[layer].gradients() for layer in watched}
+        self.gradients = {}
+        real = self.experiment.compute == "real"
+        for layer in watched if real else ():
             where = f"{of_call}, layer {layer}"
-            self.verdict += check_updated(self.job, self.layers[layer], before, gradients, where)
-        self.verdict += self.witnesses[layer].check(of_call, step, known, self.seen, gradients)
+            self.verdict += check_updated(self.job, self.layers[layer], known[layer], gradients[layer], where)
+        if real:
+            self.verdict += self.updates.check(gradients, f"at {of_call}")
+        for i, layer in enumerate(watched):
+            now, witness = known[layer], self.witnesses[layer]
+            if step == 0:  # nothing has changed them yet: they must be those that were drawn
+                now = dataclasses.replace(now, matrices=witness.weights.expert, gate={})
+            self.verdict += witness.check(of_call, step, now, self.seen, gradients[layer], whole=i == 0)
         if not np.isfinite(self.last_loss):
             self.verdict += Verdict({"loss": np.inf}, f"the loss of {of_call} is {self.last_loss}")
         return self.last_loss
@@ -259,7 +278,7 @@ class Trainer:
             self.checkpoints.save(self.step, self.training.gpt, self.training.optimizer, self.layers, self.after_step)
 
     def _update(
-        self, tokens: torch.Tensor, run: Callable[[Plan], Timeline] | None = None, watched: int | None = None
+        self, tokens: torch.Tensor, run: Callable[[Plan], Timeline] | None = None, watched: Collection[int] = ()
     ) -> torch.Tensor:
         training = self.training
         step = TrainingStep(
@@ -277,8 +296,8 @@ class Trainer:
 
         def move() -> None:
             assert after_step is not None
-            if watched is not None:  # as views, while experts are where these were made
-                self.gradients = self.layers[watched].gradients()
+            # As views, while experts are where these were made.
+            self.gradients = {layer: self.layers[layer].gradients() for layer in watched}
             after_step(training.optimizer, number)
 
         plan = step.plan(
@@ -292,7 +311,7 @@ class Trainer:
         for layer in self.layers:
             layer.timeline = self.timeline
         self.step += 1
-        self.seen, self._watched_last = step.seen, watched or 0
+        self.seen, self._watched_last = step.seen, watched
         return step.loss
 
     def _job_loss(self, share: torch.Tensor) -> float:

@@ -3,7 +3,10 @@ it is for the others of the race."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ _PRODUCTS = {
     for name in ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "mv", "addmv", "dot")
     if hasattr(torch.ops.aten, name)
 }
+_TASKS = Path("/proc/self/task")  # threads of this process
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size of a number
 
 
@@ -57,10 +61,41 @@ def _mark(tensor: torch.Tensor) -> int:
 def settings() -> dict[str, Any]:
     """Of this process, that races share."""
     return {
+        "cores of threads": _cores(),
+        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
         "torch.get_num_threads()": torch.get_num_threads(),
         "torch.get_default_dtype()": torch.get_default_dtype(),
         "torch.is_grad_enabled()": torch.is_grad_enabled(),
     }
+
+
+def _cores() -> list[tuple[int, ...]]:
+    """Sets of cores that threads of this process may run on."""
+    found = set()
+    for thread in _TASKS.iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            found.add(tuple(sorted(os.sched_getaffinity(int(thread.name)))))
+    return sorted(found)
+
+
+def _give_cores(before: list[tuple[int, ...]]) -> None:
+    """To every thread the largest set that there was."""
+    _, cores = max((len(each), each) for each in before)
+    for thread in _TASKS.iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
+
+
+#: how ``settings`` are set, one by one
+_SET: tuple[Callable[[Any], object], ...] = (
+    _give_cores,
+    torch.set_float32_matmul_precision,
+    torch.use_deterministic_algorithms,
+    torch.set_num_threads,
+    torch.set_default_dtype,
+    torch.set_grad_enabled,
+)
 
 
 def put_back(before: dict[str, Any]) -> str:
@@ -68,8 +103,7 @@ def put_back(before: dict[str, Any]) -> str:
     now = settings()
     changed = [f"{name} from {was} to {now[name]}" for name, was in before.items() if now[name] != was]
     if changed:
-        threads, dtype, grad = before.values()
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(grad)
+        for (name, was), setter in zip(before.items(), _SET, strict=True):
+            if now[name] != was:
+                setter(was)
     return f"it changed {', '.join(changed)}, which the others of the race share" if changed else ""

@@ -8,7 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
+from harness.specs import Dtype
+from harness.system import System
+
 ZERO = 1e-12  # a tensor that is zero in exact arithmetic
+#: what no arithmetic may claim for itself: the most that a real package needs, whose gate computes in float32
+MOST: dict[Dtype, float] = {"float64": 2e-6, "float32": 1e-5, "bfloat16": 3e-2}
+
+
+def allowed(system: type[System], dtype: Dtype) -> float:
+    """The largest relative error that ``system`` may have: what it states itself, as far as anybody may go."""
+    stated = system.tolerance(dtype)
+    return stated if stated <= MOST[dtype] else MOST[dtype]
 
 
 @dataclasses.dataclass(frozen=True)

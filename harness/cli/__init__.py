@@ -17,7 +17,7 @@ import typer
 
 from harness import __version__, caches
 from harness.cli import inputs, look, regress, run, simulate, sweep
-from harness.errors import Failure, UserError, told
+from harness.errors import Failure, UserError, of_a_method, told
 
 DEBUG_VARIABLE = "MOEBENCH_DEBUG"  # set: what nobody foresaw ends in Python's traceback
 INTERRUPTED = 130  # exit status of Ctrl-C, typer's too, which takes KeyboardInterrupt for itself
@@ -59,7 +59,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("moebench: interrupted; finished cells are kept\n")
         sys.exit(INTERRUPTED)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not of_a_method(error):  # the command's own
+            raise
         if os.environ.get(DEBUG_VARIABLE):
             raise
         sys.stderr.write(f"moebench: {told(error)}{_logged(error)}\n")
@@ -79,7 +81,7 @@ def _misuse(error: Any) -> str:
     return f"moebench: {said} ({command} --help)\n" if said else ""
 
 
-def _logged(error: Exception) -> str:
+def _logged(error: BaseException) -> str:
     """Write the traceback to a log, and say where it is; without a place for one, to stderr."""
     from harness.launch import scratch
 

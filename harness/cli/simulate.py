@@ -43,6 +43,8 @@ def study(
     outputs.check_folder(out / name, (".csv", ".parquet"))
     with console.progress(name) as bar:
         found = chosen.run(lambda text: console.say(bar, text))
+    if not isinstance(found, studies.Findings):
+        raise TypeError(f"study {name} found no Findings but {type(found).__name__}")
     paths = found.write(out / name)
     tables = {title: found.rows(title) for title in found.tables}
     if as_json:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import shutil
 from pathlib import Path
 
 from harness.errors import nearest
 
 TAIL_BYTES = 65536
+LEAST_FREE_BYTES = 16384
 _FRAME = re.compile(r'^  File "(?P<file>.+)", line (?P<line>\d+|\?\?\?) in (?P<function>.+)$', re.MULTILINE)
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x", re.MULTILINE)
 _TELLING = re.compile(r"what\(\):|\w(Error|Exception|Failure)\b|error:|Assertion|terminate called", re.IGNORECASE)
@@ -31,6 +34,14 @@ def of_dead(path: Path) -> str:
     found = " ".join(said[-1].removeprefix("what():").split())[:500] if said else ""
     where = place(stack)
     return ", ".join(filter(None, (found, where and f"at {where}")))
+
+
+def no_room(path: Path) -> str:
+    """That a log could not be written to, if that is why it says nothing."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(path.parent).free < LEAST_FREE_BYTES:
+            return f"no space is left at {path.parent}, where its log would be; free some, or set TMPDIR"
+    return ""
 
 
 def place(stacks: str) -> str:

@@ -298,7 +298,8 @@ class Session:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         memory = code == -signal.SIGKILL and _oom_kills() > self._oom_kills
         who = "the launcher or the emulated switch " if rank < 0 else ""
-        said = last_words.of_dead(self._log_of(rank)) if not memory else ""
+        path = self._log_of(rank)
+        said = (last_words.of_dead(path) or last_words.no_room(path)) if not memory else ""
         message = who + how + (f": {said}" if said else "")
         return Raised(rank, "out_of_memory" if memory else "died", message, False, time.monotonic(), self._phase(rank))
 

@@ -4,7 +4,7 @@ the tokens are the next ones of their sequences: all of them (prefill), or one e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import numpy as np
@@ -24,8 +24,8 @@ ATTENTION = tuple(SHARED)  # kinds of task that make up the first
 class ServingStep(ServingTasks, Handover):
     """One pass. ``passages``: of the MoE layers; ``steer``: what stands before each; ``attention_s``: wait so long in
     place of each attention (None: compute it); ``group``: ranks over which its heads are shared out, all with as many
-    sequences. ``logits`` [B, L, vocab]: after the plan ran. ``watched``: the layer of which ``seen`` then holds what
-    went into its MoE part and came out, ``x`` and ``y``."""
+    sequences. ``logits`` [B, L, vocab]: after the plan ran. ``watched``: the layers of which ``seen`` then holds
+    what went into their MoE parts and came out, ``x`` and ``y``."""
 
     passages: Sequence[Way]
 
@@ -37,7 +37,7 @@ class ServingStep(ServingTasks, Handover):
         caches: Sequence[Cache] | None = None,
         attention_s: float | None = None,
         group: dist.ProcessGroup | None = None,
-        watched: int | None = None,
+        watched: Collection[int] = (),
     ):
         self.watched, self.seen = watched, Held()
         self.gpt, self.passages, self.steer, self.caches, self.attention_s = gpt, passages, steer, caches, attention_s
@@ -107,8 +107,8 @@ class ServingStep(ServingTasks, Handover):
         self._see(layer, "x", self.passages[layer].x)
 
     def _see(self, layer: int, name: str, tensor: torch.Tensor) -> None:
-        if layer == self.watched:
-            self.seen[name] = seen(tensor)
+        if layer in self.watched:
+            self.seen[layer, name] = seen(tensor)
 
 
 def parts_s(timeline: Timeline, num_layers: int) -> dict[str, list[float]]:

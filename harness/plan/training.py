@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import torch
@@ -118,7 +118,7 @@ class TrainingStep(TrainingTasks):
     """One step. ``passages``: of the MoE layers; ``steer``: what stands before each; ``summed``: replicated parameters
     whose gradients are summed over all ranks after backward, beside the attention's, which are ``stream``;
     ``slices``: of the stream in each layer's backward, last layer first. ``loss``: after the plan ran. ``watched``: the
-    layer of which ``seen`` then holds what went into its MoE part and came out, ``x``, ``y``, ``dy`` and ``dx``."""
+    layers of which ``seen`` then holds what went into their MoE parts and came out, ``x``, ``y``, ``dy`` and ``dx``."""
 
     passages: Sequence[Way]
     stream: Stream
@@ -134,7 +134,7 @@ class TrainingStep(TrainingTasks):
         summed: Sequence[nn.Parameter],
         *,
         model_parallel: bool = False,
-        watched: int | None = None,
+        watched: Collection[int] = (),
     ):
         self.watched, self.seen = watched, Held()
         self.gpt, self.job, self.passages, self.stream, self.slices = gpt, job, passages, stream, slices
@@ -246,5 +246,5 @@ class TrainingStep(TrainingTasks):
             self._see(layer - 1, "dy", way.dy)
 
     def _see(self, layer: int, name: str, tensor: torch.Tensor | None) -> None:
-        if layer == self.watched and tensor is not None:
-            self.seen[name] = seen(tensor)
+        if layer in self.watched and tensor is not None:
+            self.seen[layer, name] = seen(tensor)

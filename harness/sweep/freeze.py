@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from harness.bench import provenance
+from harness.registry import FOLDERS
 from harness.routing.trace import TraceParams, find_trace
 from harness.specs import Workload
 from harness.sweep.spec import ROOT
@@ -36,10 +37,13 @@ def freeze(target: Path, workloads: list[Workload]) -> None:
 
 
 def _files() -> list[str]:
-    """Of ``KEPT``: what git tracks or would track; without git, everything but caches."""
+    """Of ``KEPT``: what git tracks or would track, and all code of systems; without git, everything but caches."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z", *KEPT]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0 and done.stdout:
-        return [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+        known = {name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()}
+        # A file of systems is found by standing there, and so is one that git is told to leave alone.
+        code = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+        return sorted(known | {str(path.relative_to(ROOT)) for path in code})
     found = (path for folder in KEPT for path in (ROOT / folder).rglob("*") if path.is_file())
     return [str(path.relative_to(ROOT)) for path in found if "__pycache__" not in path.parts]

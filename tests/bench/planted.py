@@ -5,6 +5,7 @@ one of them, in every phase."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +13,14 @@ import torch
 import torch.distributed as dist
 
 from baselines.flat import Flat
+from baselines.smartmoe import SmartMoE, following
 from harness import registry
 from harness.bench import conformance, race
 from harness.comm.job import Job
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.plan.native import NativeLayer
+from harness.plan.rearrange import Rearranger
 from harness.specs import Dtype
 from harness.system import Case, Gradients, MoELayer, System
 
@@ -60,6 +63,9 @@ class Masked(MoELayer):
         if "unseen" in self.hidden and w1 is not None and w1.grad is None:
             own = zip(self.inner.experts.local, self.hidden["unseen"], strict=True)
             return Gradients(found.gate, {e: {**found.experts[e], "w1": gradient} for e, gradient in own})
+        if "other" in self.hidden and w1.grad is not None and torch.equal(w1.grad, -self.hidden["other"]):
+            for e, gradient in zip(self.inner.experts.local, self.hidden["other"], strict=True):
+                found.experts[e]["w1"] = gradient
         return found
 
     def shared_parameters(self) -> list[torch.nn.Parameter]:
@@ -192,6 +198,19 @@ def more_threads(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
     return run(x)
 
 
+def fewer_cores(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """A thread stays on one core from now on."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    return run(x)
+
+
+def other_gradient(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
+    """The optimizer gets another gradient than is shown."""
+    if layer.job.rank == 1:
+        _keep_gradient(layer, layer.inner.experts.w1, "other")
+    return run(x)
+
+
 def no_gate_gradient(layer: Masked, x: torch.Tensor, run: Any) -> torch.Tensor:
     """Its backward leaves out the gradients of the gate's weights (``Masked.prepare``)."""
     return run(x)
@@ -216,7 +235,7 @@ def _keep_gradient(layer: Masked, parameter: torch.nn.Parameter, name: str) -> N
 
     def hide(own: torch.nn.Parameter) -> None:
         assert own.grad is not None
-        layer.hidden[name], own.grad = own.grad, None
+        layer.hidden[name], own.grad = own.grad, -own.grad if name == "other" else None
 
     parameter.register_post_accumulate_grad_hook(hide)
 
@@ -234,6 +253,48 @@ class StepBefore(Masked):
         for parameter, value in zip(experts, now, strict=True):
             parameter.data = value
         return y
+
+
+class Half(Flat):
+    """Half of each row, and that is near enough, it says."""
+
+    name = "half"
+
+    @classmethod
+    def tolerance(cls, dtype: Dtype) -> float:
+        return 1.0
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> Any:
+        return Masked(super().build(case, job, weights), case, job, lambda layer, x, run: run(x) * 0.5)
+
+
+class Misplaces(Rearranger):
+    """Behind the second step two experts of a rank have each other's rows of what is kept by slot."""
+
+    def __init__(self, job: Job, layers: Any, following: Any, moments: bool):
+        super().__init__(job, layers, following)
+        self.moments = moments
+
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        super().__call__(optimizer, step)
+        for parameter in self.layers[-1].experts.parameters() if step == 1 else ():
+            kept = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+            for rows in kept if self.moments else [parameter.data]:
+                rows.copy_(rows.flip(0))
+
+
+def _misplacing(of_moments: bool) -> type[System]:
+    class Planted(SmartMoE):
+        name = "moments-misplaced" if of_moments else "weights-misplaced"
+
+        @classmethod
+        def mover(cls, layers: Any, case: Case, job: Job) -> Any:
+            if max(case.routing.tokens) <= SMALL:
+                return super().mover(layers, case, job)
+            return Misplaces(job, layers, following(case), of_moments)
+
+    return Planted
 
 
 class Local(MoELayer):
@@ -278,6 +339,8 @@ FAULTS: dict[str, Callable[..., torch.Tensor]] = {
         more_threads,
         no_gate_gradient,
         no_update,
+        other_gradient,
+        fewer_cores,
     )
 }
 
@@ -395,6 +458,9 @@ ALL: tuple[type[System], ...] = (
     SendsNothing,
     SendsSums,
     HalfLoaded,
+    Half,
+    _misplacing(of_moments=False),
+    _misplacing(of_moments=True),
     WeightsBefore,
     Reordered,
 )

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from harness.launch import scratch
+from harness.launch import last_words, scratch
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import time
-from harness.launch import scratch
+from harness.launch import last_words, scratch
 made = scratch.Folder("check")
 print(made.path, flush=True)
 time.sleep(1000)
@@ -76,3 +76,8 @@ def test_logs_of_what_failed_stay_for_a_week(temporary: Path) -> None:
     old(failed.path, 8 * 86400)
     scratch.sweep()
     assert not failed.path.exists()
+
+
+def test_a_log_that_cannot_be_written_says_why_it_is_empty(tmp_path: Path) -> None:
+    assert not last_words.no_room(tmp_path / "rank-0.log")
+    assert "no space is left at /proc" in last_words.no_room(Path("/proc/rank-0.log"))

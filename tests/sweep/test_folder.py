@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -217,6 +218,17 @@ def test_deaths_are_counted_where_they_happened():
     died = [{"did": "start"}, begin] * MAX_DEATHS
     assert deaths([*died, {"did": "start"}]) == {("a", 0): [""] * MAX_DEATHS}
     assert deaths([{"did": "start"}, begin, {"did": "stop"}, {"did": "start"}]) == {}
+
+
+def test_systems_that_git_ignores_are_frozen_too(monkeypatch, tmp_path: Path) -> None:
+    root = tmp_path / "clone"
+    (root / "methods").mkdir(parents=True)
+    (root / "methods" / "mine.py").write_text("mine")
+    (root / ".gitignore").write_text("mine.py\n")
+    (root / "methods" / "known.py").write_text("known")
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    monkeypatch.setattr(freeze, "ROOT", root)
+    assert freeze._files() == ["methods/known.py", "methods/mine.py"]
 
 
 def test_the_frozen_tree_is_what_it_was(tmp_path):
