@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 
-from harness.errors import bad
 from harness.memory import room_bytes
 from harness.placement import Placement
 from harness.registry import system as system_called
@@ -128,17 +127,9 @@ def profile_of(experiment: Experiment) -> list[Routing] | None:
     if workload.generator != "trace":
         made = [make_routing(workload, model, topology, step=PROFILE_STEP, layer=layer) for layer in layers]
         return [routing for routing in made if routing is not None]
-    from harness.routing.trace import TraceParams, find_trace, from_trace, read_trace  # pyarrow only for traces
+    from harness.routing.replay import profile_from_trace  # pyarrow only for traces
 
-    params = TraceParams.parse(workload.params, f"workload {workload.name}.params")
-    recorded = read_trace(find_trace(params.path))
-    num_tokens = min(len(row.ids) for row in recorded.rows.values())
-    served = sum(workload.tokens(topology.num_ranks))
-    if num_tokens <= served:
-        remedy = f"the trace's {num_tokens} tokens are all served, none is left to plan by; serve fewer of them"
-        raise bad(f"workload {workload.name}.tokens_per_rank", workload.tokens_per_rank, remedy)
-    whole = workload.model_copy(update={"tokens_per_rank": (num_tokens, *[0] * (topology.num_ranks - 1))})
-    rest = [from_trace(whole, model, topology, layer)[served:] for layer in layers]
+    rest = profile_from_trace(workload, model, topology)
     return [Routing(ids, (len(ids), *[0] * (topology.num_ranks - 1)), model.num_experts) for ids in rest]
 
 

@@ -334,7 +334,7 @@ class Workload(Spec):
     name: Name
     tokens_per_rank: Count | tuple[Annotated[int, Field(ge=0)], ...] = 1024  # one number, or one per rank
     generator: str = "balanced"  # a name of harness.routing.generators, or "trace", or "natural"
-    params: dict[str, float | int | str] = {}
+    params: dict[str, bool | float | int | str] = {}
     seed: Annotated[int, Field(ge=0)] = 0
     source: str = ""
     interpretation: str = ""

@@ -29,8 +29,8 @@ def make_routing(
 
     None for the generator ``natural``: the router's own choice, which only a model that runs can make (phase
     ``train_step``). For ``trace``: layer ``params.layer + layer`` at recorded step ``params.step`` (by default the
-    last), whatever ``step`` is, and the first tokens of the trace in order, rank after rank. A model whose gate minds
-    expert groups (DeepSeek-V3's limit, MoGE) gets the nearest routing that it can choose.
+    last), whatever ``step`` is unless the trace is replayed, and the first tokens of each rank
+    (``harness.routing.replay``). A model whose gate minds expert groups (DeepSeek-V3's limit, MoGE) gets the nearest routing that it can choose.
 
     Errors (``UserError``): a gate that takes no prescribed routing (``Model.takes_routing``), unknown generator,
     unknown or impossible params, a trace that does not fit.
@@ -66,6 +66,11 @@ def counts_of(
     _check(workload, model)
     if workload.generator not in ("trace", "markov") and not bends(workload, model):
         return _loads(workload, model, topology, step, layer)
+    if workload.generator == "trace" and not bends(workload, model):
+        from harness.routing.replay import counts_from_trace  # pyarrow only where a trace is read
+
+        if (told := counts_from_trace(workload, model, topology, layer, step)) is not None:
+            return told
     if most_tokens is None or workload.generator == "trace":
         return expert_counts(_routing(workload, model, topology, step, layer))
     return _estimated(workload, model, topology, step, layer, most_tokens)
@@ -106,9 +111,9 @@ def _routing(
     plain = _stand_in(workload)
     tokens = workload.tokens(topology.num_ranks) if sample is None else sample
     if plain.generator == "trace":
-        from harness.routing.trace import from_trace  # pyarrow only where a trace is read
+        from harness.routing.replay import from_trace  # pyarrow only where a trace is read
 
-        ids = from_trace(plain, model, topology, layer)
+        ids = from_trace(plain, model, topology, layer, step)
         if sample is not None:
             ids = ids[_chosen(workload.tokens(topology.num_ranks), sample, workload.seed)]
     elif sample is not None:

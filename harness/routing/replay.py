@@ -1,0 +1,162 @@
+"""The workload ``trace``: which tokens of a trace the ranks of an experiment have, at which of its steps.
+
+A trace stands still unless it is replayed: then step i of an experiment has the (i // hold)-th recorded step from the
+stated one on. An experiment's first steps are its warm-up, so that whoever plans or places has seen the past alone.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from harness.errors import bad
+from harness.routing.recorded import Recorded
+from harness.routing.trace import Trace, find_trace, read_trace
+from harness.specs import Count, Model, Spec, Workload
+from harness.topology import Topology
+
+
+class TraceParams(Spec):
+    """``path`` of the trace, the ``layer`` that layer 0 of the model takes, the recorded ``step`` (None: the last, or
+    the first of a replay). ``replay``: go on from there, step by step, each for ``hold`` steps of the experiment."""
+
+    path: str
+    layer: Annotated[int, Field(ge=0)] = 0
+    step: Annotated[int, Field(ge=0)] | None = None
+    replay: bool = False
+    hold: Count = 1
+
+
+def from_trace(workload: Workload, model: Model, topology: Topology, layer: int, step: int = 0) -> np.ndarray:
+    """ids int32 [T, k]: each rank's first tokens, rank after rank, with the best k experts of each.
+
+    A trace that tells as many ranks' tokens as there are gives each rank its own; of any other the tokens are shared
+    out in order. ``step``: of the experiment; the same at each of them unless the trace is replayed.
+
+    Errors: a trace of another number of experts, with a smaller k, fewer tokens or steps, or without that layer or
+    step.
+    """
+    params, trace, row = _found(workload, model, layer, step)
+    return row.ids[_own(workload, topology, trace, row), : model.top_k].astype(np.int32)
+
+
+def counts_from_trace(
+    workload: Workload, model: Model, topology: Topology, layer: int, step: int = 0
+) -> np.ndarray | None:
+    """The same as counts, int64 [W, E], where the ranks take all tokens of theirs, so that none needs to be drawn."""
+    params, trace, key = _located(workload, model, layer, step)
+    ranks, wanted = trace.ranks(*key), workload.tokens(topology.num_ranks)
+    if trace.header.top_k != model.top_k or ranks != wanted:
+        return None
+    return trace.counts(*key)
+
+
+def profile_from_trace(workload: Workload, model: Model, topology: Topology) -> list[np.ndarray]:
+    """Tokens to plan by, of each layer, int32 [T, k], which are not served: of a replay all of the recorded step ahead
+    of the first; else, or where there is none, the rest of the tokens. ``UserError`` where no rest is left."""
+    params, trace, (step, _) = _located(workload, model, 0, 0)
+    earlier = trace.steps[: trace.steps.index(step)] if params.replay else []
+    if earlier:
+        rows = [trace[earlier[-1], params.layer + layer] for layer in range(model.num_layers)]
+        return [row.ids[:, : model.top_k].astype(np.int32) for row in rows]
+    num_tokens = min(trace.num_tokens(*key) for key in trace)
+    found = []
+    for layer in range(model.num_layers):
+        _, _, row = _found(workload, model, layer, 0)
+        served = _own(workload, topology, trace, row)
+        rest = np.setdiff1d(np.arange(num_tokens), served)
+        if not len(rest):
+            remedy = f"the trace's {num_tokens} tokens are all served, none is left to plan by; serve fewer of them"
+            remedy += ", or begin at a later step" if params.replay else ""
+            raise bad(f"workload {workload.name}.tokens_per_rank", workload.tokens_per_rank, remedy)
+        found.append(row.ids[rest, : model.top_k].astype(np.int32))
+    return found
+
+
+def num_steps(workload: Workload) -> int | None:
+    """How many steps of an experiment a replay lasts; None of a trace that stands still."""
+    params = TraceParams.parse(workload.params, f"workload {workload.name} (trace).params")
+    if not params.replay:
+        return None
+    steps = read_trace(find_trace(params.path)).steps
+    return sum(step >= (params.step or 0) for step in steps) * params.hold
+
+
+def check_length(workload: Workload, wanted: int, what: str) -> None:
+    """``UserError`` if a replay is over before ``wanted`` steps are; ``what`` they are, in words."""
+    lasts = num_steps(workload) if workload.generator == "trace" else None
+    if lasts is not None and lasts < wanted:
+        params = TraceParams.parse(workload.params, "params")
+        remedy = f"the replay of {find_trace(params.path).name} lasts {lasts} steps from there, {wanted} are wanted"
+        remedy += f" ({what}); begin earlier, hold each step for {-(-wanted * params.hold // max(1, lasts))}, or give"
+        where = f"workload {workload.name} (trace).params.step"
+        raise bad(where, params.step, f"{remedy} fewer repeats")
+
+
+# ------------------------------------------------------------------------------------------------------------- a row
+
+
+def _located(workload: Workload, model: Model, layer: int, step: int) -> tuple[TraceParams, Trace, tuple[int, int]]:
+    """Recorded step and layer."""
+    where = f"workload {workload.name} (trace)"
+    params = TraceParams.parse(workload.params, f"{where}.params")
+    trace = read_trace(find_trace(params.path))
+    header, steps, name = trace.header, trace.steps, trace.path.name
+    if not steps:
+        raise bad(f"{where}.params.path", params.path, "the trace is empty; record it again")
+    if header.num_experts != model.num_experts:
+        remedy = f"the trace {name} has {header.num_experts} experts; use a model or a trace with as many"
+        raise bad("model.num_experts", model.num_experts, remedy)
+    if header.top_k < model.top_k:
+        raise bad("model.top_k", model.top_k, f"the trace {name} has only k = {header.top_k} experts per token")
+    if params.hold > 1 and not params.replay:
+        raise bad(f"{where}.params.hold", params.hold, "is for a replay; give replay: true")
+    wanted_layer = params.layer + layer
+    if wanted_layer not in trace.layers:
+        raise bad(f"{where}.params.layer", wanted_layer, f"the trace {name} has layers {_listed(trace.layers)}")
+    if params.step is not None and params.step not in steps:
+        raise bad(f"{where}.params.step", params.step, f"the trace {name} has steps {_listed(steps)}")
+    if params.replay:
+        at = (0 if params.step is None else steps.index(params.step)) + step // params.hold
+        if at >= len(steps):
+            lasts = (len(steps) - at) * params.hold + step
+            remedy = f"the replay of {name} is over at step {step} of the experiment, after {lasts}; begin earlier"
+            raise bad(f"{where}.params.step", params.step, f"{remedy}, or hold each step for longer")
+        recorded_step = steps[at]
+    else:
+        recorded_step = steps[-1] if params.step is None else params.step
+    if (recorded_step, wanted_layer) not in trace:
+        raise bad(f"{where}.params.layer", wanted_layer, f"the trace {name} lacks it at step {recorded_step}")
+    return params, trace, (recorded_step, wanted_layer)
+
+
+def _found(workload: Workload, model: Model, layer: int, step: int) -> tuple[TraceParams, Trace, Recorded]:
+    params, trace, key = _located(workload, model, layer, step)
+    return params, trace, trace[key]
+
+
+def _own(workload: Workload, topology: Topology, trace: Trace, row: Recorded) -> np.ndarray:
+    """Which tokens of ``row`` the ranks have, rank after rank."""
+    wanted, name = workload.tokens(topology.num_ranks), trace.path.name
+    where = f"workload {workload.name}.tokens_per_rank"
+    more = "or record more (moebench record --tokens)" if not trace.header.source else "or import more"
+    if row.ranks is not None and len(row.ranks) == topology.num_ranks:
+        for rank, (num, has) in enumerate(zip(wanted, row.ranks, strict=True)):
+            if num > has:
+                remedy = f"{num} tokens on rank {rank}, but the trace {name} has {has} of it at step {row.step}"
+                raise bad(where, workload.tokens_per_rank, f"{remedy}; give a rank {min(row.ranks)} at most, {more}")
+        first = np.cumsum(row.ranks) - row.ranks
+        return np.concatenate([start + np.arange(num) for start, num in zip(first, wanted, strict=True)])
+    if sum(wanted) > len(row.ids):
+        remedy = f"{sum(wanted)} tokens on {topology.num_ranks} ranks, but the trace {name} has {len(row.ids)}"
+        raise bad(where, workload.tokens_per_rank, f"{remedy}; give a rank {len(row.ids) // topology.num_ranks} at most, {more}")
+    return np.arange(sum(wanted))
+
+
+def _listed(numbers: list[int]) -> str:
+    """All, or the first and the last of many."""
+    if len(numbers) <= 20:
+        return ", ".join(map(str, numbers))
+    return f"{', '.join(map(str, numbers[:5]))} ... {numbers[-1]}, {len(numbers)} of them"
