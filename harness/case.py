@@ -30,8 +30,8 @@ def cases_of(
     """One Case for each MoE layer that the phase runs (one for ``exchange`` and ``layer``, else one a layer of the
     model); ``layers``: of these only. ``routings``: of all layers, where they are made already.
 
-    ``step``: of a training, whose routing changes with it; the other phases repeat the routing of step 0. Experts lie
-    in index order, in a served model where its system plans them."""
+    ``step``: of a training, or of a replay that is served, whose routing changes with it; others repeat that of step 0.
+    Experts lie in index order, in a served model where its system plans them."""
     placed: Sequence[Placement | None] = [None] * num_layers(experiment)
     if experiment.phase in SERVING:
         placed = placements(experiment)
@@ -54,7 +54,7 @@ def outlines_of(experiment: Experiment, step: int = 0, *, whole: bool = False, f
     model, topology, layers = experiment.model, Topology(experiment.cluster.shape), num_layers(experiment)
     few = None if whole else few_tokens(experiment.workload, model, topology, layers)
     few = max(1, few // 4) if fewer and few is not None else few
-    step = step if experiment.phase == "train_step" else 0
+    step = step if experiment.goes_on else 0
     return [Outlined(experiment.workload, model, topology, step=step, layer=layer, few=few) for layer in range(layers)]
 
 
@@ -75,7 +75,7 @@ def case_of(
     """The Case of one layer. ``placement``: None stands for experts in index order. A natural routing is planned as a
     uniform one."""
     model, topology = experiment.model, Topology(experiment.cluster.shape)
-    step = step if experiment.phase == "train_step" else 0
+    step = step if experiment.goes_on else 0
     case = Case(
         model=model,
         dtype=experiment.dtype,

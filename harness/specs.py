@@ -381,7 +381,13 @@ class Experiment(Spec):
     @property
     def exactly_planned(self) -> bool:
         """Whether what is planned is what runs: not where routing differs from step to step, or is the model's own."""
-        return self.phase != "train_step" and not (self.phase in SERVING and self.workload.generator == "natural")
+        return not self.goes_on and not (self.phase in SERVING and self.workload.generator == "natural")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its routing is another one at each step: in trainings, and where a replay is served."""
+        replayed = self.workload.generator == "trace" and bool(self.workload.params.get("replay"))
+        return self.phase == "train_step" or (self.phase in SERVING and replayed)
 
     @property
     def race(self) -> str:

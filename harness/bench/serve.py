@@ -88,6 +88,7 @@ class Server:
         self.calls, self.verdict = 0, Verdict({"logits": 0.0})
         self.witnesses = Witnesses(experiment.model.num_layers, self._witness)
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
+        self.timed: dict[int, int] = {}  # passes, by repetition
         self.stands_in = experiment.compute == "stand-in"
         self.job, self.system, self.experiment = job, system, experiment
         self.dtype, self.model = TORCH_DTYPE[experiment.dtype], experiment.model
@@ -124,12 +125,16 @@ class Server:
         self.layers: list[MoELayer] = [steered.layer for steered in self.steered]  # type: ignore[misc]
         self.prescribed: list[torch.Tensor] | None = None  # routing of this rank's tokens, by layer
         if experiment.workload.generator != "natural":
-            self.prescribed = []
-            for layer in range(len(self.layers)):
-                routing = make_routing(experiment.workload, self.model, job.topology, layer=layer)
-                assert routing is not None
-                ids = torch.as_tensor(routing.of_rank(job.rank).astype(np.int64), device=job.device)
-                self.prescribed.append(ids)
+            self.prescribed = self._routed(0)
+
+    def _routed(self, step: int) -> list[torch.Tensor]:
+        """Of this rank's tokens, by layer, int64 [T, k]."""
+        found = []
+        for layer in range(len(self.layers)):
+            routing = make_routing(self.experiment.workload, self.model, self.job.topology, step=step, layer=layer)
+            assert routing is not None
+            found.append(torch.as_tensor(routing.of_rank(self.job.rank).astype(np.int64), device=self.job.device))
+        return found
 
     @torch.no_grad()
     def _profile(self) -> list[Routing]:
@@ -146,6 +151,7 @@ class Server:
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed pass; ``total``, as it is one piece."""
+        self.timed[rep] = self.calls
         with torch.no_grad():
             ready = self._prepare()
             sample = watch.measure(rep, "total", lambda: self._pass(*ready, watched=self._watched))
@@ -212,10 +218,14 @@ class Server:
         return verdict
 
     def known_cases(self, rep: int) -> list[Case]:
-        if self.experiment.workload.generator == "natural":
+        goes_on = self.experiment.goes_on
+        if self.experiment.workload.generator == "natural" or (goes_on and self.system.remembers):
             return []
-        device = str(self.job.device)
-        return [case_of(self.experiment, device, layer=layer, placement=at) for layer, at in enumerate(self.placed)]
+        device, step = str(self.job.device), self.timed.get(rep, 0)
+        return [
+            case_of(self.experiment, device, layer=layer, step=step, placement=at)
+            for layer, at in enumerate(self.placed)
+        ]
 
     def least_rows(self, rep: int) -> np.ndarray | None:
         return self.least.get(rep)
@@ -234,8 +244,11 @@ class Server:
         """Untimed: the tokens of a pass, and the caches in front of them.
 
         No pass is like the one before it: a prompt is turned by one more token, the decoded one is another of its
-        sequence's, and a prescribed routing takes the tokens in another order, so that loads stay what they are."""
+        sequence's, and a prescribed routing takes the tokens in another order, so that loads stay what they are; a
+        replay goes on to its next step."""
         if self.prescribed is not None:
+            if self.experiment.goes_on and self.calls:
+                self.prescribed = self._routed(self.calls)
             for steered, ids in zip(self.steered, self.prescribed, strict=True):
                 generator = torch.Generator().manual_seed(1_000_003 * self.calls + self.job.rank)
                 order = torch.randperm(len(ids), generator=generator) if self.calls else torch.arange(len(ids))

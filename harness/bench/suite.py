@@ -293,6 +293,9 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
                     raise bad(
                         "workload.tokens_per_rank", tokens, f"must be a multiple of model.seq = {experiment.model.seq}"
                     )
+        if workload.generator == "trace" and workload.params.get("replay") and not experiment.goes_on:
+            remedy = f"has no step after step in phase {experiment.phase}; replay in train_step, prefill or decode"
+            raise bad("workload.params.replay", True, remedy)
         of_all = workload.generator == "trace" and experiment.phase in ("train_step", *SERVING)
         _draw(workload, experiment.model, topology, experiment.model.num_layers if of_all else 1)
 

@@ -1,4 +1,4 @@
-"""What is a routing and what is none: the checks that everything passes which is written to a trace or read from one."""
+"""What is a routing and what is none: checks of all that is written to a trace, or read from one."""
 
 from __future__ import annotations
 

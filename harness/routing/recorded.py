@@ -1,5 +1,5 @@
-"""What a trace holds. Routing on disk, recorded or imported: one Parquet file, one row per (step, layer), header as JSON in the schema's
-metadata. Written and read as a stream: a row group holds a step, or a few; a reader takes what it is asked for.
+"""What a trace holds: one Parquet file, one row per (step, layer), header as JSON in the schema's metadata. Written and
+read as a stream: a row group holds a step, or a few; a reader takes what it is asked for.
 
 Columns (``docs/traces.md`` says more):
 
@@ -126,5 +126,3 @@ def digest_of(*parts: bytes) -> bytes:
         found.update(len(part).to_bytes(8, "little"))
         found.update(part)
     return found.digest()[:16]
-
-

@@ -14,7 +14,7 @@ from pydantic import Field
 from harness.errors import bad
 from harness.routing.recorded import Recorded
 from harness.routing.trace import Trace, find_trace, read_trace
-from harness.specs import Count, Model, Spec, Workload
+from harness.specs import Count, Experiment, Model, Spec, Workload
 from harness.topology import Topology
 
 
@@ -38,7 +38,7 @@ def from_trace(workload: Workload, model: Model, topology: Topology, layer: int,
     Errors: a trace of another number of experts, with a smaller k, fewer tokens or steps, or without that layer or
     step.
     """
-    params, trace, row = _found(workload, model, layer, step)
+    _, trace, row = _found(workload, model, layer, step)
     return row.ids[_own(workload, topology, trace, row), : model.top_k].astype(np.int32)
 
 
@@ -46,7 +46,7 @@ def counts_from_trace(
     workload: Workload, model: Model, topology: Topology, layer: int, step: int = 0
 ) -> np.ndarray | None:
     """The same as counts, int64 [W, E], where the ranks take all tokens of theirs, so that none needs to be drawn."""
-    params, trace, key = _located(workload, model, layer, step)
+    _, trace, key = _located(workload, model, layer, step)
     ranks, wanted = trace.ranks(*key), workload.tokens(topology.num_ranks)
     if trace.header.top_k != model.top_k or ranks != wanted:
         return None
@@ -75,24 +75,22 @@ def profile_from_trace(workload: Workload, model: Model, topology: Topology) -> 
     return found
 
 
-def num_steps(workload: Workload) -> int | None:
-    """How many steps of an experiment a replay lasts; None of a trace that stands still."""
-    params = TraceParams.parse(workload.params, f"workload {workload.name} (trace).params")
-    if not params.replay:
-        return None
-    steps = read_trace(find_trace(params.path)).steps
-    return sum(step >= (params.step or 0) for step in steps) * params.hold
-
-
-def check_length(workload: Workload, wanted: int, what: str) -> None:
-    """``UserError`` if a replay is over before ``wanted`` steps are; ``what`` they are, in words."""
-    lasts = num_steps(workload) if workload.generator == "trace" else None
-    if lasts is not None and lasts < wanted:
-        params = TraceParams.parse(workload.params, "params")
-        remedy = f"the replay of {find_trace(params.path).name} lasts {lasts} steps from there, {wanted} are wanted"
-        remedy += f" ({what}); begin earlier, hold each step for {-(-wanted * params.hold // max(1, lasts))}, or give"
-        where = f"workload {workload.name} (trace).params.step"
-        raise bad(where, params.step, f"{remedy} fewer repeats")
+def check_replay(experiment: Experiment, num_steps: int, words: str) -> None:
+    """``UserError`` if a replay is over before ``num_steps`` (``words`` say what they are of), or has too few tokens in
+    one of them. Nothing of what stands still."""
+    workload, model = experiment.workload, experiment.model
+    if workload.generator != "trace" or not experiment.goes_on:
+        return
+    params, trace, (first, _) = _located(workload, model, 0, 0)
+    following = trace.steps[trace.steps.index(first) :]
+    if len(following) * params.hold < num_steps:
+        remedy = f"the replay of {trace.path.name} lasts {len(following) * params.hold} steps from there, {num_steps} "
+        remedy += f"are wanted ({words}); begin earlier, hold each for {-(-num_steps // len(following))}, or want fewer"
+        raise bad(f"workload {workload.name} (trace).params.step", first, remedy)
+    for step in range(0, num_steps, params.hold):
+        for layer in range(model.num_layers):
+            _, _, key = _located(workload, model, layer, step)
+            _check_tokens(workload, Topology(experiment.cluster.shape), trace, key)
 
 
 # ------------------------------------------------------------------------------------------------------------- a row
@@ -139,20 +137,28 @@ def _found(workload: Workload, model: Model, layer: int, step: int) -> tuple[Tra
 
 def _own(workload: Workload, topology: Topology, trace: Trace, row: Recorded) -> np.ndarray:
     """Which tokens of ``row`` the ranks have, rank after rank."""
-    wanted, name = workload.tokens(topology.num_ranks), trace.path.name
+    wanted = _check_tokens(workload, topology, trace, (row.step, row.layer))
+    if row.ranks is None or len(row.ranks) != topology.num_ranks:
+        return np.arange(sum(wanted))
+    first = np.cumsum(row.ranks) - row.ranks
+    return np.concatenate([start + np.arange(num) for start, num in zip(first, wanted, strict=True)])
+
+
+def _check_tokens(workload: Workload, topology: Topology, trace: Trace, key: tuple[int, int]) -> tuple[int, ...]:
+    """Tokens that each rank takes; ``UserError`` where the trace has fewer."""
+    wanted, name, ranks = workload.tokens(topology.num_ranks), trace.path.name, trace.ranks(*key)
     where = f"workload {workload.name}.tokens_per_rank"
-    more = "or record more (moebench record --tokens)" if not trace.header.source else "or import more"
-    if row.ranks is not None and len(row.ranks) == topology.num_ranks:
-        for rank, (num, has) in enumerate(zip(wanted, row.ranks, strict=True)):
+    more = "or import more" if trace.header.source else "or record more (moebench record --tokens)"
+    if ranks is not None and len(ranks) == topology.num_ranks:
+        for rank, (num, has) in enumerate(zip(wanted, ranks, strict=True)):
             if num > has:
-                remedy = f"{num} tokens on rank {rank}, but the trace {name} has {has} of it at step {row.step}"
-                raise bad(where, workload.tokens_per_rank, f"{remedy}; give a rank {min(row.ranks)} at most, {more}")
-        first = np.cumsum(row.ranks) - row.ranks
-        return np.concatenate([start + np.arange(num) for start, num in zip(first, wanted, strict=True)])
-    if sum(wanted) > len(row.ids):
-        remedy = f"{sum(wanted)} tokens on {topology.num_ranks} ranks, but the trace {name} has {len(row.ids)}"
-        raise bad(where, workload.tokens_per_rank, f"{remedy}; give a rank {len(row.ids) // topology.num_ranks} at most, {more}")
-    return np.arange(sum(wanted))
+                remedy = f"{num} tokens on rank {rank}, but the trace {name} has {has} of it at step {key[0]}"
+                raise bad(where, workload.tokens_per_rank, f"{remedy}; give a rank {min(ranks)} at most, {more}")
+    elif sum(wanted) > (has := trace.num_tokens(*key)):
+        remedy = f"{sum(wanted)} tokens on {topology.num_ranks} ranks, but the trace {name} has {has}"
+        most = has // topology.num_ranks
+        raise bad(where, workload.tokens_per_rank, f"{remedy}; give a rank {most} at most, {more}")
+    return wanted
 
 
 def _listed(numbers: list[int]) -> str:

@@ -106,6 +106,11 @@ class Trace(Mapping[tuple[int, int], Recorded]):
             return None
         return self._sound(lambda: self._light(self._at[step, layer])[0])  # type: ignore[no-any-return]
 
+    def loss(self, step: int, layer: int) -> float:
+        """Held-out, nats per token; NaN if unknown."""
+        number = self._at[step, layer]
+        return float(self._sound(lambda: self._columns(number, ("loss",))["loss"]))
+
     # ---- a row
 
     def _row(self, number: int) -> Recorded:
@@ -117,7 +122,10 @@ class Trace(Mapping[tuple[int, int], Recorded]):
         ranks, counts = (None, np.zeros((0, 0), np.int64))
         if header.schema_version > 1:
             ranks, counts = self._light(number)
-            if digest_of(heavy["ids"] or b"", heavy["weights"] or b"") != self._columns(number, ("payload",))["payload"]:
+            if (
+                digest_of(heavy["ids"] or b"", heavy["weights"] or b"")
+                != self._columns(number, ("payload",))["payload"]
+            ):
                 raise ValueError(f"step {step}, layer {layer}: its tokens are not those of its digest")
         shape, none = (num_tokens, header.top_k), np.zeros((0, header.top_k), np.float32)
         if header.kind == "counts":
@@ -153,10 +161,8 @@ class Trace(Mapping[tuple[int, int], Recorded]):
 
     def _columns(self, number: int, names: tuple[str, ...]) -> dict[str, Any]:
         """Of a row."""
-        group = int(self._group[number])
-        table = self._keep(
-            (group, names[0] in HEAVY), lambda: self._file.read_row_group(group, self._of(names[0] in HEAVY))
-        )
+        group, heavy = int(self._group[number]), names[0] in HEAVY or self.header.schema_version == 1
+        table = self._keep((group, heavy), lambda: self._file.read_row_group(group, self._of(heavy)))
         at = number - int(self._first[group])
         return {name: table[name][at].as_py() for name in names}
 

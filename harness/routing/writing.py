@@ -121,5 +121,3 @@ def write_trace(path: Path, header: Header, rows: Sequence[Recorded], level: int
     with Writer(path, header, level) as writer:
         for row in rows:
             writer.add(row)
-
-

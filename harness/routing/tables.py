@@ -1,0 +1,251 @@
+"""Tables of a trace's source, .parquet, .jsonl and .csv, read piece by piece.
+
+A row is a token (``ids`` of k experts), a layer's tokens (``ids`` [T, k]), a step's (``ids`` [L, T, k]), or a layer's
+``counts`` [E]; ``step``, ``layer``, ``rank``, ``weights`` and ``loss`` as far as they are known. In .csv, where nothing
+is nested, columns are id0, id1, ..., weight0, ..., count0, ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from harness.errors import bad
+from harness.routing.arrays import Part
+from harness.routing.recorded import HEADER_KEY
+
+PIECE_BYTES = 8 << 20  # of text at a time
+MOST_BYTES = 64 << 20  # of a Parquet file at a time
+MOST_LINE = 1 << 30
+#: what servers and trainers call them; the first name is ours
+CALLED = {
+    "ids": ("ids", "top_indices", "topk_ids", "expert_ids", "routed_experts"),
+    "weights": ("weights", "topk_weights"),
+    "counts": ("counts", "exp_counts", "tokens_per_expert", "logical_count", "expert_load"),
+    "step": ("step", "iteration", "forward_pass_id"),
+    "layer": ("layer", "layer_id"),
+    "rank": ("rank",),
+    "loss": ("loss",),
+}
+WIDE = {"ids": r"(?:id|expert)_?(\d+)", "weights": r"weight_?(\d+)", "counts": r"count_?(\d+)"}
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def of_parquet(path: Path) -> Iterator[Part]:
+    file = pq.ParquetFile(pa.OSFile(str(path)))
+    if HEADER_KEY in (file.metadata.metadata or {}):
+        raise bad("source", str(path), "is a moebench trace already; use it as it is")
+    num_bytes = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+    batch = max(1, min(1 << 16, MOST_BYTES * max(1, file.metadata.num_rows) // max(1, 8 * num_bytes)))
+    row = 0
+    for each in file.iter_batches(batch_size=batch):
+        yield from parts_of(pa.table(each), path.name, "row", row)
+        row += len(each)
+
+
+def of_jsonl(path: Path) -> Iterator[Part]:
+    line = 1
+    with path.open("rb") as file:
+        for piece in _pieces(file, path):
+            options = pa.json.ReadOptions(use_threads=False, block_size=len(piece) + 1)
+            try:
+                table = pa.json.read_json(pa.BufferReader(piece), options)
+            except pa.ArrowException as error:
+                remedy = f"{str(error).splitlines()[0]}; give one object a line"
+                raise bad(f"{path.name}: from line {line} on", "not JSON", remedy) from None
+            yield from parts_of(table, path.name, "line", line)
+            line += piece.count(b"\n")
+
+
+def _pieces(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """Whole lines."""
+    rest: list[bytes] = []
+    while block := file.read(PIECE_BYTES):
+        cut = block.rfind(b"\n") + 1
+        if cut:
+            yield b"".join([*rest, block[:cut]])
+            rest = []
+        rest.append(block[cut:])
+        if sum(map(len, rest)) > MOST_LINE:
+            raise bad("source", str(path), f"has a line of more than {MOST_LINE >> 20} MiB; give one layer a line")
+    if (last := b"".join(rest)).strip():
+        yield last
+
+
+def of_csv(path: Path) -> Iterator[Part]:
+    row = 2
+    options = pa.csv.ReadOptions(use_threads=False, block_size=PIECE_BYTES)
+    with pa.csv.open_csv(path, read_options=options) as reader:
+        for batch in reader:
+            yield from parts_of(_nested(pa.table(batch), path), path.name, "line", row)
+            row += len(batch)
+
+
+def _nested(table: pa.Table, path: Path) -> pa.Table:
+    """Columns id0, id1, ... as one."""
+    found = {name: table[name] for name in table.column_names}
+    for name, pattern in WIDE.items():
+        numbered = {int(m[1]): column for column in table.column_names if (m := re.fullmatch(pattern, column))}
+        if not numbered:
+            continue
+        if sorted(numbered) != list(range(len(numbered))):
+            first = next(at for at in range(len(numbered)) if at not in numbered)
+            raise bad(path.name, sorted(numbered.values())[0], f"there is no number {first} of these columns")
+        columns = [table[numbered[at]].to_numpy() for at in range(len(numbered))]
+        if any(column.dtype == object for column in columns):
+            raise bad(path.name, name, "must be numbers")
+        values = np.stack(columns, axis=1)
+        found[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    return pa.table(found)
+
+
+# ---- parts -------------------------------------------------------------------------------------------------------
+
+
+def parts_of(table: pa.Table, where: str, unit: str, first: int) -> Iterator[Part]:
+    """``first``: the number of the first row, in words a ``unit``."""
+    if not len(table):
+        return
+    columns = {}
+    for name, names in CALLED.items():
+        there = [each for each in names if each in table.column_names]
+        if there:
+            columns[name] = table[there[0]].combine_chunks()
+    if "mtp_idx" in table.column_names:  # layers of another kind beside the model's own
+        keep = pc.is_null(table["mtp_idx"]).combine_chunks()
+        columns = {name: column.filter(keep) for name, column in columns.items()}
+        table = table.filter(keep)
+    if ("ids" in columns) == ("counts" in columns):
+        remedy = "must have a column ids or a column counts, one of the two (moebench trace import --help)"
+        raise bad(where, ", ".join(table.column_names)[:150], remedy)
+    keys = {
+        name: _key(columns[name], f"{where}: {name}", unit, first) if name in columns else None
+        for name in ("step", "layer", "rank")
+    }
+    num = len(table)
+    step, layer = (keys[name] if keys[name] is not None else np.zeros(num, np.int64) for name in ("step", "layer"))
+    rank = keys["rank"]
+    loss = _numbers(columns["loss"]) if "loss" in columns else np.full(num, np.nan)
+    heavy = "ids" if "ids" in columns else "counts"
+    values, lengths = _flat(columns[heavy], f"{where}: {heavy}", unit, first)
+    weights = _flat(columns["weights"], f"{where}: weights", unit, first) if "weights" in columns else None
+    if weights is not None and not all(map(np.array_equal, weights[1], lengths)):
+        raise bad(f"{where}: weights", f"{unit} {first} on", "must be as many as ids")
+
+    def part(row: int, layer_: int, **arrays: np.ndarray | None) -> Part:
+        return Part(
+            f"{where}: {unit} {first + row}",
+            int(step[row]),
+            layer_,
+            loss=float(loss[row]),
+            rank=None if rank is None else int(rank[row]),
+            **arrays,  # type: ignore[arg-type]
+        )
+
+    if heavy == "ids" and len(lengths) == 1:  # a row is a token
+        runs = np.stack([step, layer, rank if rank is not None else step])
+        starts = np.flatnonzero(np.r_[True, (np.diff(runs) != 0).any(0)])
+        top_k = int(lengths[0][0])
+        _even(lengths[0], f"{where}: ids", unit, first)
+        ids, of_weights = values.reshape(num, top_k), None if weights is None else weights[0].reshape(num, top_k)
+        for start, end in zip(starts, np.r_[starts[1:], num], strict=True):
+            own = None if of_weights is None else of_weights[start:end]
+            yield part(start, int(layer[start]), ids=ids[start:end], weights=own)
+        return
+    edges, ends = _edges(lengths), np.arange(num + 1)
+    for each in edges:
+        ends = each[ends]
+    for row in range(num):
+        cut = slice(ends[row], ends[row + 1])
+        shape = _shape(lengths, edges, row, f"{where}: {unit} {first + row}: {heavy}")
+        array, own = values[cut].reshape(shape), None if weights is None else weights[0][cut].reshape(shape)
+        if heavy == "ids":
+            by_layer = array.ndim == 3
+            if array.ndim > 3 or (by_layer and "layer" in columns):
+                raise bad(f"{where}: {unit} {first + row}", f"ids {list(shape)}", "a layer's ids must be [tokens, k]")
+            for at in range(len(array)) if by_layer else [None]:
+                number = int(layer[row]) if at is None else at
+                of_layer = own if own is None or at is None else own[at]
+                yield part(row, number, ids=array if at is None else array[at], weights=of_layer)
+        elif array.ndim == 1:
+            yield part(row, int(layer[row]), counts=array[None])
+        elif array.ndim == 2 and "layer" not in columns:
+            for at in range(len(array)):
+                yield part(row, at, counts=array[at][None])
+        else:
+            raise bad(f"{where}: {unit} {first + row}", f"counts {list(shape)}", "must be [experts], a row a rank")
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def _key(column: pa.Array, where: str, unit: str, first: int) -> np.ndarray:
+    """Whole numbers from 0 on, int64."""
+    values = _numbers(column)
+    if values.dtype.kind not in "iuf":
+        raise bad(where, str(column.type), "must be whole numbers from 0 on")
+    wrong = ~((values >= 0) & (values == np.floor(values)))
+    if wrong.any():
+        at = int(wrong.argmax())
+        raise bad(f"{where}, {unit} {first + at}", values[at].item(), "must be a whole number from 0 on")
+    return values.astype(np.int64)
+
+
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+
+
+def _flat(column: pa.Array, where: str, unit: str, first: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """All numbers of nested lists, and how long the lists are, outermost first."""
+    lengths = []
+    while any(is_one(column.type) for is_one in _LISTS):
+        if column.null_count:
+            at = int(pc.is_null(column).to_numpy(zero_copy_only=False).argmax())
+            raise bad(where, f"{unit} {first + at}" if not lengths else "null", "is missing there")
+        if pa.types.is_fixed_size_list(column.type):
+            lengths.append(np.full(len(column), column.type.list_size))
+        else:
+            lengths.append(pc.list_value_length(column).to_numpy(zero_copy_only=False))
+        column = column.flatten()
+    if not lengths or not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        if lengths and len(column) == 0:
+            return np.zeros(0, np.int64), lengths
+        raise bad(where, str(column.type), "must be lists of numbers")
+    return _numbers(column), lengths
+
+
+def _even(lengths: np.ndarray, where: str, unit: str, first: int) -> None:
+    wrong = lengths != lengths[0]
+    if wrong.any():
+        at = int(wrong.argmax())
+        remedy = f"has {lengths[at]} experts, others have k = {lengths[0]}"
+        raise bad(f"{where}, {unit} {first + at}", int(lengths[at]), remedy)
+
+
+def _edges(lengths: list[np.ndarray]) -> list[np.ndarray]:
+    """Of each depth, where its lists begin and end in the next one."""
+    return [np.concatenate([[0], np.cumsum(each)]) for each in lengths]
+
+
+def _shape(lengths: list[np.ndarray], edges: list[np.ndarray], row: int, where: str) -> tuple[int, ...]:
+    """Of a row's nested lists; ``UserError`` if they are ragged."""
+    low, high, shape = row, row + 1, []
+    for each, edge in zip(lengths, edges, strict=True):
+        own = each[low:high]
+        if len(own) and own.min() != own.max():
+            remedy = f"lists of {int(own.min())} to {int(own.max())}; all must be as long"
+            raise bad(where, "ragged", remedy)
+        shape.append(int(own[0]) if len(own) else 0)
+        low, high = edge[low], edge[high]
+    return tuple(shape)

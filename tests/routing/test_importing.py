@@ -1,0 +1,415 @@
+"""Every format in and out again, equal to the bit; and each input that is no routing refused, on one line, with nothing
+written."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from harness.errors import UserError
+from harness.routing.exporting import FORMATS, export_trace
+from harness.routing.importing import Imported, Wanted, import_trace
+from harness.routing.trace import Trace, read_trace
+
+STEPS, LAYERS, RANKS, TOKENS, K, EXPERTS = 3, 2, 2, 6, 2, 5
+
+
+def ids(seed: int = 0) -> np.ndarray:
+    """[S, L, T, k]."""
+    shape = (STEPS, LAYERS, TOKENS, EXPERTS)
+    return np.random.default_rng(seed).random(shape).argsort(-1)[..., :K].astype(np.uint8)
+
+
+def weights() -> np.ndarray:
+    return np.random.default_rng(1).random((STEPS, LAYERS, TOKENS, K)).astype(np.float32)
+
+
+def counts() -> np.ndarray:
+    """[S, R, L, E], of tokens that are half of each rank."""
+    halves = ids().reshape(STEPS, LAYERS, RANKS, TOKENS // RANKS * K)
+    return np.stack([np.stack([(halves == e).sum(-1) for e in range(EXPERTS)], -1)])[0].swapaxes(1, 2)
+
+
+def imported(source: Path | list[Path], out: Path, **wanted) -> tuple[Imported, Trace]:
+    made = import_trace([source] if isinstance(source, Path) else source, out, Wanted(**wanted))
+    return made, read_trace(out)
+
+
+def same(one: Trace, other: Trace) -> None:
+    assert list(one) == list(other)
+    assert (one.header.kind, one.header.num_experts, one.header.top_k) == (
+        other.header.kind, other.header.num_experts, other.header.top_k
+    )  # fmt: skip
+    for key in one:
+        a, b = one[key], other[key]
+        assert np.array_equal(a.ids, b.ids)
+        assert a.weights.tobytes() == b.weights.tobytes()
+        assert (a.ranks, repr(a.loss)) == (b.ranks, repr(b.loss))
+        assert np.array_equal(one.counts(*key), other.counts(*key))
+
+
+@pytest.fixture
+def of_tokens(tmp_path) -> Trace:
+    np.savez(
+        tmp_path / "source.npz", ids=ids(), weights=weights(), steps=[4, 5, 9], loss=[2.5, 2.25, np.nan],
+        rank_tokens=[4, 2], num_experts=EXPERTS,
+    )  # fmt: skip
+    return imported(tmp_path / "source.npz", tmp_path / "t.parquet")[1]
+
+
+@pytest.fixture
+def of_counts(tmp_path) -> Trace:
+    np.savez(tmp_path / "counts.npz", counts=counts())
+    return imported(tmp_path / "counts.npz", tmp_path / "c.parquet", top_k=K)[1]
+
+
+def test_what_is_imported_is_what_is_read(of_tokens):
+    assert of_tokens.steps == [4, 5, 9]
+    for (step, layer), row in of_tokens.items():
+        at = of_tokens.steps.index(step)
+        assert np.array_equal(row.ids, ids()[at, layer])
+        assert np.array_equal(row.weights, weights()[at, layer])
+        assert row.ranks == (4, 2)
+    assert of_tokens.loss(5, 1) == 2.25
+    assert len(of_tokens.header.source["sha256"]) == 64
+
+
+def test_counts_become_tokens_that_have_them(of_counts):
+    assert of_counts.header.kind == "counts"
+    assert "drawn from counts" in of_counts.header.rule
+    drawn = set()
+    for (step, layer), row in of_counts.items():
+        wanted = counts()[step, :, layer]
+        assert np.array_equal(of_counts.counts(step, layer), wanted)
+        assert row.ranks == (3, 3)
+        assert all(len(set(token)) == K for token in row.ids.tolist())
+        for rank in range(RANKS):
+            own = row.ids[3 * rank : 3 * rank + 3]
+            assert np.array_equal(np.bincount(own.ravel(), minlength=EXPERTS), wanted[rank])
+        drawn.add(row.ids.tobytes())
+    assert len(drawn) > 1
+
+
+def test_tokens_of_counts_never_change():
+    """They are a part of every experiment on them."""
+    from harness.routing.loops import draw
+
+    found = draw(np.array([[3, 2, 1, 2], [0, 4, 4, 0]]), 2, 7, 5, 1)
+    assert found.tolist() == draw(np.array([[3, 2, 1, 2], [0, 4, 4, 0]]), 2, 7, 5, 1).tolist()
+    assert found.tolist() != draw(np.array([[3, 2, 1, 2], [0, 4, 4, 0]]), 2, 8, 5, 1).tolist()
+    assert sorted(map(sorted, found[4:].tolist())) == [[1, 2]] * 4
+    assert found.tolist() == FROZEN
+
+
+FROZEN: list[list[int]] = []
+
+
+@pytest.mark.parametrize("suffix", [each for each in FORMATS if each != "npy"])
+@pytest.mark.parametrize("kind", ["of_tokens", "of_counts"])
+def test_out_and_in_again(kind, suffix, tmp_path, request):
+    trace = request.getfixturevalue(kind)
+    export_trace(trace, tmp_path / f"counts-out.{suffix}" if kind == "of_counts" else tmp_path / f"out.{suffix}")
+    source = next(tmp_path.glob(f"*out.{suffix}"))
+    wanted = {} if suffix in ("npz", "pt") else {"num_experts": EXPERTS, "top_k": K}
+    same(trace, imported(source, tmp_path / "again.parquet", **wanted)[1])
+
+
+def test_one_bare_array(of_tokens, of_counts, tmp_path):
+    with pytest.raises(UserError, match="would lose weights, loss, rank_tokens, numbers of steps"):
+        export_trace(of_tokens, tmp_path / "ids.npy")
+    assert not (tmp_path / "ids.npy").exists()
+    export_trace(of_counts, tmp_path / "counts.npy")
+    same(of_counts, imported(tmp_path / "counts.npy", tmp_path / "again.parquet", top_k=K)[1])
+
+
+@pytest.mark.parametrize("array", [ids()[0], ids()[0, 0], ids().astype(np.int64), ids().astype(np.float64)])
+def test_without_steps_or_layers_and_of_any_number_type(array, tmp_path):
+    np.save(tmp_path / "ids.npy", array)
+    _, found = imported(tmp_path / "ids.npy", tmp_path / "t.parquet", num_experts=EXPERTS, num_ranks=3)
+    assert np.array_equal(found[0, 0].ids, ids()[0, 0])
+    assert found.ranks(0, 0) == (2, 2, 2)
+
+
+def lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_row_for_each_token(tmp_path):
+    rows = [
+        {"step": s, "layer": layer + 3, "rank": t // 3, "ids": ids()[s, layer, t].tolist(), "prompt": "x"}
+        for s in range(STEPS) for layer in range(LAYERS) for t in range(TOKENS)
+    ]  # fmt: skip
+    _, found = imported(lines(tmp_path / "a.jsonl", rows), tmp_path / "t.parquet", num_experts=EXPERTS)
+    assert (found.layers, found.header.details["layers"]) == ([0, 1], "3, 4")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    same(found, imported(tmp_path / "a.parquet", tmp_path / "u.parquet", num_experts=EXPERTS)[1])
+    assert found.ranks(2, 1) == (3, 3)
+    assert np.array_equal(found[2, 1].ids, ids()[2, 1])
+
+
+def test_pieces_of_a_long_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.routing.tables.PIECE_BYTES", 64)
+    test_a_row_for_each_token(tmp_path)
+
+
+# ---- what servers and trainers write -----------------------------------------------------------------------------
+
+
+def test_sglang(tmp_path):
+    """Modes stat, per_pass and per_token of its expert recorder; 5 experts in 6 places."""
+    places = torch.tensor([[0, 1, 2, 3, 4, 0], [4, 3, 2, 1, 0, 0]])  # physical -> logical
+    total = torch.from_numpy(counts().sum(1))  # [S, L, E]
+    stat = {"rank": 0, "logical_count": torch.cat([total, 0 * total[:1]]), "average_utilization_rate_over_window": None}
+    torch.save(stat, tmp_path / "expert_distribution_recorder_1.0.pt")
+    made, found = imported(tmp_path / "expert_distribution_recorder_1.0.pt", tmp_path / "t.parquet", top_k=K)
+    assert (made.steps, made.read_as) == (STEPS, "SGLang, stat")
+    assert np.array_equal(found.counts(2, 1)[0], total[2, 1])
+
+    (tmp_path / "pass").mkdir(), (tmp_path / "token").mkdir()
+    where = np.array([[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])  # logical -> physical
+    for rank in range(RANKS):
+        passes, tokens = [], []
+        for step in range(STEPS):
+            physical = np.zeros((LAYERS, 6), np.int64)
+            for layer in range(LAYERS):
+                physical[layer, where[layer]] = counts()[step, rank, layer]
+            head = {"forward_pass_id": 10 + step, "rank": rank, "gatherer_key": "primary"}
+            passes.append({**head, "global_physical_count": torch.from_numpy(physical)})
+            own = ids()[step, :, 3 * rank : 3 * rank + 3]
+            chosen = np.stack([where[layer][own[layer]] for layer in range(LAYERS)])
+            padded = np.concatenate([chosen, np.full((LAYERS, 2, K), -1)], axis=1)
+            tokens.append({**head, "input_ids": [1, 2, 3], "topk_ids_of_layer": torch.from_numpy(padded)})
+        for name, records in (("pass", passes), ("token", tokens)):
+            torch.save({"records": records, "last_physical_to_logical_map": places}, tmp_path / name / f"{rank}.pt")
+    _, by_pass = imported(tmp_path / "pass", tmp_path / "p.parquet", top_k=K)
+    assert np.array_equal(by_pass.counts(12, 1)[0], total[2, 1])
+    _, by_token = imported(tmp_path / "token", tmp_path / "u.parquet", num_experts=EXPERTS)
+    assert by_token.ranks(11, 0) == (3, 3)
+    assert np.array_equal(by_token[11, 1].ids, ids()[1, 1])
+
+
+def test_vllm(tmp_path):
+    """``routed_experts`` [tokens, layers, k] of an answer, with those of the prompt."""
+    turned = ids()[0].swapaxes(0, 1).astype(np.int16)
+    np.savez(tmp_path / "a.npz", prompt_routed_experts=turned[:4], routed_experts=turned[4:])
+    np.save(tmp_path / "a.npy", turned)
+    for name in ("a.npz", "a.npy"):
+        _, found = imported(tmp_path / name, tmp_path / "t.parquet", num_experts=EXPERTS, format="vllm")
+        assert np.array_equal(found[0, 1].ids, ids()[0, 1])
+
+
+def test_megatron(tmp_path):
+    """Its routing trace, a file a rank; and what its router replay has recorded."""
+    (tmp_path / "m").mkdir()
+    for rank in range(RANKS):
+        head = {"stage": "pre_dispatch", "block": "decoder", "rank": rank, "num_tokens": 3, "topk": K}
+        rows = [
+            {"step": s, "layer": layer + 1, **head, "top_indices": ids()[s, layer, 3 * rank : 3 * rank + 3].tolist()}
+            for s in range(STEPS) for layer in range(LAYERS)
+        ]  # fmt: skip
+        lines(tmp_path / "m" / f"rank{rank}.jsonl", [*rows, {**rows[-1], "layer": 1, "mtp_idx": 0}])
+    _, found = imported(tmp_path / "m", tmp_path / "t.parquet", num_experts=EXPERTS)
+    assert found.ranks(0, 0) == (3, 3)
+    assert np.array_equal(found[2, 1].ids, ids()[2, 1])
+    torch.save([torch.from_numpy(layer.astype(np.int64)) for layer in ids()[1]], tmp_path / "r.pt")
+    _, found = imported(tmp_path / "r.pt", tmp_path / "u.parquet", num_experts=EXPERTS)
+    assert np.array_equal(found[0, 1].ids, ids()[1, 1])
+
+
+def test_deepspeed(tmp_path):
+    """``exp_counts`` of its layer, a line a layer and rank."""
+    rows = [
+        {"step": s, "layer": layer, "rank": rank, "exp_counts": counts()[s, rank, layer].tolist()}
+        for s in range(STEPS) for layer in range(LAYERS) for rank in range(RANKS)
+    ]  # fmt: skip
+    _, found = imported(lines(tmp_path / "d.jsonl", rows), tmp_path / "t.parquet", top_k=K)
+    assert np.array_equal(found.counts(1, 0), counts()[1, :, 0])
+
+
+def test_loads_of_a_replication_planner(tmp_path):
+    """EPLB's ``weight`` [layers, experts], in any unit: nobody gets more tokens than there are."""
+    np.save(tmp_path / "weight.npy", np.array([[90.0, 1, 1, 1, 1], [1, 2, 3, 4, 5]]))
+    _, found = imported(tmp_path / "weight.npy", tmp_path / "t.parquet", top_k=K, format="loads", num_tokens=30)
+    assert found.counts(0, 0).tolist() == [[30, 8, 7, 7, 8]] or found.counts(0, 0)[0, 0] == 30
+    assert found.counts(0, 0).sum() == found.counts(0, 1).sum() == 60
+    assert found.counts(0, 1)[0].tolist() == [4, 8, 12, 16, 20]
+    assert "scaled to 30 tokens" in found.header.source["loads"]
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+
+def spoilt(**changed: object) -> dict:
+    return {name: value for name, value in ({"ids": ids()} | changed).items() if value is not None}
+
+
+def at(array: np.ndarray, place: tuple[int, ...], value: float) -> np.ndarray:
+    array = array.astype(type(value))
+    array[place] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("arrays", "wanted", "parts"),
+    [
+        (spoilt(ids=at(ids(), (1, 0, 4, 1), -1)), {}, ["a.npz", "step 1, layer 0", "token 4", "no expert -1 of 5"]),
+        (spoilt(ids=at(ids(), (1, 0, 4, 1), 5)), {}, ["step 1, layer 0", "token 4", "no expert 5 of 5"]),
+        (spoilt(ids=at(ids(), (2, 1, 0, 0), 1.5)), {}, ["step 2, layer 1", "token 0", "1.5", "whole numbers"]),
+        (spoilt(ids=at(ids(), (2, 1, 0, 0), float("nan"))), {}, ["step 2, layer 1", "nan", "whole numbers"]),
+        (spoilt(ids=np.zeros((1, 1, 3, 2), int)), {}, ["token 0", "chosen twice"]),
+        (spoilt(ids=ids()[None]), {}, ["[1, 3, 2, 6, 2]", "must be [steps, layers, tokens, k]"]),
+        (spoilt(ids=ids()[0, 0, 0]), {}, ["[2]", "must be [steps, layers, tokens, k]"]),
+        (spoilt(), {"top_k": 3}, ["--top-k: 3", "has 2"]),
+        (spoilt(), {"num_experts": None}, ["--experts", "give it"]),
+        (spoilt(), {"num_experts": 1}, ["--top-k: 2", "1..1"]),
+        (spoilt(weights=weights()[..., :1]), {}, ["weights", "must be as ids"]),
+        (spoilt(weights=at(weights(), (0, 0, 0, 0), float("nan"))), {}, ["step 0, layer 0: weights: nan"]),
+        (spoilt(rank_tokens=[3, 4]), {}, ["rank_tokens", "must sum to 6"]),
+        (spoilt(steps=[1, 1, 2]), {}, ["a.npz: steps", "twice"]),
+        (spoilt(steps=[1, 2]), {}, ["steps", "must be 3 whole numbers"]),
+        (spoilt(colour=[1, 2]), {}, ["colour", "known arrays are ids"]),
+        (spoilt(counts=counts()), {}, ["ids or counts, one of the two"]),
+        (spoilt(), {"num_ranks": 4}, ["--ranks: 4", "does not divide"]),
+        (spoilt(), {"kind": "counts"}, ["--kind", "has tokens"]),
+        (spoilt(), {"format": "xml"}, ["--format: 'xml'", "known formats are npz"]),
+        (spoilt(ids=None, counts=counts()), {"top_k": None}, ["--top-k", "give it"]),
+        (
+            spoilt(ids=None, counts=at(counts(), (1, 0, 1, 2), -1)),
+            {"top_k": 2},
+            ["step 1, layer 1", "rank 0, expert 2"],
+        ),
+        (spoilt(ids=None, counts=at(counts(), (1, 1, 0, 0), 0.5)), {"top_k": 2}, ["step 1, layer 0", "rank 1", "0.5"]),
+        (spoilt(ids=None, counts=counts() + 1), {"top_k": 2}, ["do not sum to tokens x k: k = 2"]),
+        (
+            spoilt(ids=None, counts=[[[4, 0, 0, 0]]]),
+            {"top_k": 2, "num_experts": None},
+            ["expert 0", "above the 2 tokens"],
+        ),
+        (spoilt(ids=None, counts=counts()), {"top_k": 2, "num_experts": 6}, ["--experts: 6", "has 5"]),
+        (spoilt(ids=None, counts=[1, 2]), {"top_k": 2}, ["counts", "must be [steps, layers, experts]"]),
+    ],
+)
+def test_arrays_that_are_no_routing(arrays, wanted, parts, tmp_path):
+    np.savez(tmp_path / "a.npz", **arrays)
+    refused(tmp_path, "a.npz", {"num_experts": EXPERTS} | wanted, parts)
+
+
+def refused(folder: Path, name: str, wanted: dict, parts: list[str]) -> None:
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError) as error:
+        imported(folder / name, folder / "t.parquet", **wanted)
+    assert "\n" not in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
+    assert sorted(folder.iterdir()) == before
+
+
+def row(**changed: object) -> dict:
+    return {"step": 0, "layer": 0, "ids": [0, 1]} | changed
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([row(), row(ids=[0])], ["a.jsonl", "line 2", "k = 2"]),
+        ([row(), row(ids=[0, 1.5])], ["token 1", "1.5", "whole numbers"]),
+        ([row(), row(ids=[0, None])], ["token 1", "nan", "whole numbers"]),
+        ([row(), row(ids=None)], ["line 2", "missing"]),
+        ([row(), row(ids=["a", "b"])], ["a.jsonl", "line"]),
+        ([row(step=-1)], ["step, line 1", "-1", "from 0 on"]),
+        ([row(step=0.5)], ["step, line 1", "0.5"]),
+        ([row(), row(layer=1), row(step=1)], ["step 1", "layer 1 is missing", "layers [0, 1]"]),
+        ([row(), row(step=1), row(step=1, layer=1)], ["step 1", "layer 1 is one more"]),
+        ([row(), row(step=1), row(step=0)], ["step 0, layer 0", "twice"]),
+        ([row(rank=0), row(rank=2)], ["rank 1", "missing"]),
+        ([row(ids=[[0, 1], [2]])], ["line 1", "ragged"]),
+        ([row(ids=[[[[0, 1]]]])], ["line 1", "[tokens, k]"]),
+        ([{"step": 0, "text": "x"}], ["a.jsonl", "column ids or a column counts"]),
+        ([{"step": 0, "counts": [1, 1, 0]}] * 2, ["line 2", "twice"]),
+        ([{"step": 0, "rank": 0, "counts": [1, 1]}, {"step": 0, "rank": 1, "counts": [2, 1, 1]}], ["as many experts"]),
+    ],
+)
+def test_tables_that_are_no_routing(rows, parts, tmp_path):
+    lines(tmp_path / "a.jsonl", rows)
+    refused(tmp_path, "a.jsonl", {"num_experts": None if "counts" in rows[0] else 4, "top_k": 2}, parts)
+
+
+def spoilt_file(folder: Path, name: str) -> None:
+    path = folder / name
+    if name == "cut.npy":
+        np.save(path, ids())
+        path.write_bytes(path.read_bytes()[:-5])
+    elif name == "cut.npz":
+        np.savez(path, ids=ids())
+        path.write_bytes(path.read_bytes()[:-30])
+    elif name == "cut.parquet":
+        pq.write_table(pa.table({"ids": [[0, 1]] * 100}), path)
+        path.write_bytes(path.read_bytes()[:-30])
+    elif name == "cut.pt":
+        torch.save(torch.from_numpy(ids()), path)
+        path.write_bytes(path.read_bytes()[:-300])
+    elif name == "objects.npy":
+        np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+    elif name == "objects.pt":
+        torch.save({"ids": Path("x")}, path)
+    elif name == "pickle.pkl" or name == "pickle.npy":
+        path.write_bytes(pickle.dumps(ids()))
+    elif name == "turned.npy":
+        np.save(path, np.asfortranarray(ids()))
+    elif name.startswith("words"):
+        path.write_text("what is this\nno really\n")
+    elif name == "half.csv":
+        path.write_text("step,layer,id0,id2\n0,0,1,2\n")
+    elif name == "fraction.csv":
+        path.write_text("step,layer,id0,id1\n0,0,1,2.5\n")
+    elif not name.startswith("none"):
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cut.npy", "cut off"),
+        ("cut.npz", "cannot be read"),
+        ("cut.parquet", "cannot be read"),
+        ("cut.pt", "cannot be read"),
+        ("objects.npy", "is a pickle"),
+        ("objects.pt", "a pickle is not opened"),
+        ("pickle.pkl", "a pickle is not opened"),
+        ("pickle.npy", "cannot be read"),
+        ("turned.npy", "Fortran order"),
+        ("words.jsonl", "line 1 on"),
+        ("words.csv", "column ids or a column counts"),
+        ("words.npz", "cannot be read"),
+        ("words.parquet", "cannot be read"),
+        ("half.csv", "no number 1 of these"),
+        ("fraction.csv", "2.5"),
+        ("empty.npy", "is empty"),
+        ("empty.jsonl", "is empty"),
+        ("none.npz", "no such file"),
+    ],
+)
+def test_files_that_are_none(name, said, tmp_path):
+    spoilt_file(tmp_path, name)
+    refused(tmp_path, name, {"num_experts": EXPERTS}, [name, said])
+
+
+def test_ranks_with_other_steps(tmp_path):
+    (tmp_path / "m").mkdir()
+    lines(tmp_path / "m" / "0.jsonl", [row(), row(step=1)])
+    lines(tmp_path / "m" / "1.jsonl", [row()])
+    refused(tmp_path, "m", {"num_experts": 4}, ["1.jsonl", "has not the steps of 0.jsonl"])
+
+
+def test_neither_a_trace_nor_itself_is_imported(of_tokens, tmp_path):
+    refused(tmp_path, "t.parquet", {}, ["is the source itself"])
+    with pytest.raises(UserError, match="is a moebench trace already"):
+        imported(tmp_path / "t.parquet", tmp_path / "other.parquet")
