@@ -7,6 +7,7 @@ is nested, columns are id0, id1, ..., weight0, ..., count0, ...
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +21,15 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from harness.errors import bad
+from harness.routing import lines
 from harness.routing.arrays import Part
 from harness.routing.recorded import HEADER_KEY
 
 PIECE_BYTES = 8 << 20  # of text at a time
 MOST_BYTES = 64 << 20  # of a Parquet file at a time
 MOST_LINE = 1 << 30
+FAST_BYTES = 1 << 20  # of lines; for fewer a compiled loop is not worth its start
+MTP = "mtp_idx"  # names Megatron's layers of multi-token prediction
 #: what servers and trainers call them; the first name is ours
 CALLED = {
     "ids": ("ids", "top_indices", "topk_ids", "expert_ids", "routed_experts"),
@@ -36,6 +40,7 @@ CALLED = {
     "rank": ("rank",),
     "loss": ("loss",),
 }
+NOT_FAST = (*CALLED["weights"], *CALLED["loss"], MTP)
 WIDE = {"ids": r"(?:id|expert)_?(\d+)", "weights": r"weight_?(\d+)", "counts": r"count_?(\d+)"}
 
 
@@ -58,14 +63,20 @@ def of_jsonl(path: Path) -> Iterator[Part]:
     line = 1
     with path.open("rb") as file:
         for piece in _pieces(file, path):
-            options = pa.json.ReadOptions(use_threads=False, block_size=len(piece) + 1)
-            try:
-                table = pa.json.read_json(pa.BufferReader(piece), options)
-            except pa.ArrowException as error:
-                remedy = f"{str(error).splitlines()[0]}; give one object a line"
-                raise bad(f"{path.name}: from line {line} on", "not JSON", remedy) from None
-            yield from parts_of(table, path.name, "line", line)
+            fast = lines.read(piece, CALLED, NOT_FAST) if len(piece) >= FAST_BYTES else None
+            if fast is not None:
+                yield from _parts(_Rows(fast[0], *fast[1:]), path.name, "line", line)
+            else:
+                yield from parts_of(_parsed(piece, f"{path.name}: from line {line} on"), path.name, "line", line)
             line += piece.count(b"\n")
+
+
+def _parsed(piece: bytes, where: str) -> pa.Table:
+    options = pa.json.ReadOptions(use_threads=False, block_size=len(piece) + 1)
+    try:
+        return pa.json.read_json(pa.BufferReader(piece), options)
+    except pa.ArrowException as error:
+        raise bad(where, "not JSON", f"{str(error).splitlines()[0]}; give one object a line") from None
 
 
 def _pieces(file: IO[bytes], path: Path) -> Iterator[bytes]:
@@ -113,6 +124,19 @@ def _nested(table: pa.Table, path: Path) -> pa.Table:
 # ---- parts -------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass
+class _Rows:
+    """``keys``: step, layer and rank of each row, as far as they are known; ``heavy``: ids or counts, ``values`` all
+    its numbers, ``lengths`` how long the lists are, outermost first; ``weights`` as flat as ids."""
+
+    keys: dict[str, np.ndarray]
+    heavy: str
+    values: np.ndarray
+    lengths: list[np.ndarray]
+    weights: np.ndarray | None = None
+    loss: np.ndarray | None = None
+
+
 def parts_of(table: pa.Table, where: str, unit: str, first: int) -> Iterator[Part]:
     """``first``: the number of the first row, in words a ``unit``."""
     if not len(table):
@@ -122,69 +146,74 @@ def parts_of(table: pa.Table, where: str, unit: str, first: int) -> Iterator[Par
         there = [each for each in names if each in table.column_names]
         if there:
             columns[name] = table[there[0]].combine_chunks()
-    if "mtp_idx" in table.column_names:  # layers of another kind beside the model's own
-        keep = pc.is_null(table["mtp_idx"]).combine_chunks()
+    if MTP in table.column_names:  # layers of another kind beside the model's own
+        keep = pc.is_null(table[MTP]).combine_chunks()
         columns = {name: column.filter(keep) for name, column in columns.items()}
-        table = table.filter(keep)
     if ("ids" in columns) == ("counts" in columns):
         remedy = "must have a column ids or a column counts, one of the two (moebench trace import --help)"
         raise bad(where, ", ".join(table.column_names)[:150], remedy)
     keys = {
-        name: _key(columns[name], f"{where}: {name}", unit, first) if name in columns else None
+        name: _key(columns[name], f"{where}: {name}", unit, first)
         for name in ("step", "layer", "rank")
+        if name in columns
     }
-    num = len(table)
-    step, layer = (keys[name] if keys[name] is not None else np.zeros(num, np.int64) for name in ("step", "layer"))
-    rank = keys["rank"]
-    loss = _numbers(columns["loss"]) if "loss" in columns else np.full(num, np.nan)
     heavy = "ids" if "ids" in columns else "counts"
     values, lengths = _flat(columns[heavy], f"{where}: {heavy}", unit, first)
-    weights = _flat(columns["weights"], f"{where}: weights", unit, first) if "weights" in columns else None
-    if weights is not None and not all(map(np.array_equal, weights[1], lengths)):
-        raise bad(f"{where}: weights", f"{unit} {first} on", "must be as many as ids")
+    rows = _Rows(keys, heavy, values, lengths)
+    rows.loss = _numbers(columns["loss"]) if "loss" in columns else None
+    if "weights" in columns:
+        rows.weights, of_weights = _flat(columns["weights"], f"{where}: weights", unit, first)
+        if len(of_weights) != len(lengths) or not all(map(np.array_equal, of_weights, lengths)):
+            raise bad(f"{where}: weights", f"{unit} {first} on", "must be as many as ids")
+    yield from _parts(rows, where, unit, first)
+
+
+def _parts(rows: _Rows, where: str, unit: str, first: int) -> Iterator[Part]:
+    num, keys, lengths, by_number = len(rows.lengths[0]), rows.keys, rows.lengths, "layer" not in rows.keys
+    step, layer = (keys.get(name, np.zeros(num, np.int64)) for name in ("step", "layer"))
+    rank = keys.get("rank")
 
     def part(row: int, layer_: int, **arrays: np.ndarray | None) -> Part:
         return Part(
             f"{where}: {unit} {first + row}",
             int(step[row]),
             layer_,
-            loss=float(loss[row]),
+            loss=np.nan if rows.loss is None else float(rows.loss[row]),
             rank=None if rank is None else int(rank[row]),
             **arrays,  # type: ignore[arg-type]
         )
 
-    if heavy == "ids" and len(lengths) == 1:  # a row is a token
+    if rows.heavy == "ids" and len(lengths) == 1:  # a row is a token
         runs = np.stack([step, layer, rank if rank is not None else step])
         starts = np.flatnonzero(np.r_[True, (np.diff(runs) != 0).any(0)])
-        top_k = int(lengths[0][0])
         _even(lengths[0], f"{where}: ids", unit, first)
-        ids, of_weights = values.reshape(num, top_k), None if weights is None else weights[0].reshape(num, top_k)
+        shape = num, int(lengths[0][0])
+        ids, weights = rows.values.reshape(shape), None if rows.weights is None else rows.weights.reshape(shape)
         for start, end in zip(starts, np.r_[starts[1:], num], strict=True):
-            own = None if of_weights is None else of_weights[start:end]
+            own = None if weights is None else weights[start:end]
             yield part(start, int(layer[start]), ids=ids[start:end], weights=own)
         return
     edges, ends = _edges(lengths), np.arange(num + 1)
     for each in edges:
         ends = each[ends]
     for row in range(num):
-        cut = slice(ends[row], ends[row + 1])
-        shape = _shape(lengths, edges, row, f"{where}: {unit} {first + row}: {heavy}")
-        array, own = values[cut].reshape(shape), None if weights is None else weights[0][cut].reshape(shape)
-        if heavy == "ids":
-            by_layer = array.ndim == 3
-            if array.ndim > 3 or (by_layer and "layer" in columns):
-                raise bad(f"{where}: {unit} {first + row}", f"ids {list(shape)}", "a layer's ids must be [tokens, k]")
-            for at in range(len(array)) if by_layer else [None]:
+        cut, place = slice(ends[row], ends[row + 1]), f"{where}: {unit} {first + row}"
+        shape = _shape(lengths, edges, row, f"{place}: {rows.heavy}")
+        array, own = rows.values[cut].reshape(shape), None if rows.weights is None else rows.weights[cut].reshape(shape)
+        if rows.heavy == "ids":
+            if array.ndim > 3 or (array.ndim == 3 and not by_number):
+                raise bad(place, f"ids {list(shape)}", "a layer's ids must be [tokens, k]")
+            for at in range(len(array)) if array.ndim == 3 else [None]:
                 number = int(layer[row]) if at is None else at
                 of_layer = own if own is None or at is None else own[at]
                 yield part(row, number, ids=array if at is None else array[at], weights=of_layer)
         elif array.ndim == 1:
             yield part(row, int(layer[row]), counts=array[None])
-        elif array.ndim == 2 and "layer" not in columns:
+        elif array.ndim == 2 and by_number:
             for at in range(len(array)):
                 yield part(row, at, counts=array[at][None])
         else:
-            raise bad(f"{where}: {unit} {first + row}", f"counts {list(shape)}", "must be [experts], a row a rank")
+            raise bad(place, f"counts {list(shape)}", "must be [experts], a row a rank")
 
 
 def _numbers(column: pa.Array) -> np.ndarray:

@@ -105,10 +105,7 @@ def test_tokens_of_counts_never_change():
     assert found.tolist() == draw(np.array([[3, 2, 1, 2], [0, 4, 4, 0]]), 2, 7, 5, 1).tolist()
     assert found.tolist() != draw(np.array([[3, 2, 1, 2], [0, 4, 4, 0]]), 2, 8, 5, 1).tolist()
     assert sorted(map(sorted, found[4:].tolist())) == [[1, 2]] * 4
-    assert found.tolist() == FROZEN
-
-
-FROZEN: list[list[int]] = []
+    assert found.tolist() == [[1, 3], [0, 3], [1, 0], [0, 2], [2, 1], [2, 1], [2, 1], [2, 1]]
 
 
 @pytest.mark.parametrize("suffix", [each for each in FORMATS if each != "npy"])
@@ -158,6 +155,31 @@ def test_a_row_for_each_token(tmp_path):
 def test_pieces_of_a_long_file(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.routing.tables.PIECE_BYTES", 64)
     test_a_row_for_each_token(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [
+    [{"step": 7, "layer": 1, "ids": [3, 1]}, {"layer": 1, "step": 7, "x": {"a": ["}", 2]}, "ids": [0, 12]}],
+    [{"step": 0, "ids": [[[1, 2], [3, 4]], [[0, 1], [2, 3]]]}, {"step": 1, "ids": [[[1, 2], [3, 4]], [[0, 1], [2, 3]]]}],
+    [{"step": 0, "layer": layer, "rank": rank, "counts": [2, 0, 4]} for layer in (0, 1) for rank in (0, 1)],
+])  # fmt: skip
+def test_the_compiled_reader_of_lines_sees_what_the_general_one_does(rows, tmp_path, monkeypatch):
+    wanted = {"top_k": 2, "num_experts": 13 if "ids" in rows[0] else None}
+    _, slow = imported(lines(tmp_path / "a.jsonl", rows), tmp_path / "t.parquet", **wanted)
+    monkeypatch.setattr("harness.routing.tables.FAST_BYTES", 0)
+    monkeypatch.setattr("harness.routing.tables.parts_of", None)
+    same(slow, imported(tmp_path / "a.jsonl", tmp_path / "u.parquet", **wanted)[1])
+
+
+@pytest.mark.parametrize("text", [
+    '{"ids": [1.5, 2]}', '{"ids": [-1, 2]}', '{"ids": [1, null]}', '{"ids": [1, [2]]}', '{"ids": [1, 2', '{"ids": 3}',
+    '{"ids": [1, 2], "weights": [0.5, 0.5]}', '{"ids": [1], "ids": [2]}', '{"step": 1.5, "ids": [1]}', '["ids"]',
+    '{"step": 1}', '{"ids": [1, 2], "counts": [1]}', '{"ids": [12345678901234567890]}', '{"ids": [1 2]}', "x", "",
+    '{"ids": [1]}\n{"ids": [[1]]}', '{"step": 1, "ids": [1]}\n{"ids": [1]}', '{"ids": [1], "a": "', '{"a\\"": 1}',
+])  # fmt: skip
+def test_whatever_else_it_leaves_to_the_general_one(text):
+    from harness.routing import lines, tables
+
+    assert lines.read(text.encode(), tables.CALLED, tables.NOT_FAST) is None
 
 
 # ---- what servers and trainers write -----------------------------------------------------------------------------

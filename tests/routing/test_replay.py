@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import simulating
+from harness import presets, simulating
 from harness.bench import inputs, suite
 from harness.case import cases_of, profile_of
 from harness.errors import UserError
@@ -120,8 +120,8 @@ def test_what_is_over_too_early_is_refused_before_ranks_start(path, phase, most,
 
 
 def test_phases_without_steps_replay_nothing(path):
-    (bad,) = asked(path, "layer", 1).bad
-    assert "replay in train_step, prefill or decode" in bad.reason
+    with pytest.raises(UserError, match="replay in train_step, prefill or decode"):
+        asked(path, "layer", 1)
 
 
 def test_a_server_goes_on_and_was_placed_by_the_past(path):
@@ -143,6 +143,7 @@ def test_a_server_goes_on_and_was_placed_by_the_past(path):
 @pytest.mark.parametrize("phase", ["train_step", "decode"])
 def test_a_simulation_takes_each_step_as_it_was(path, phase):
     (experiment,) = asked(path, phase, 1).experiments
+    experiment = experiment.model_copy(update={"cluster": presets.cluster("hecate-b").resized(2)})
     machine = Wanted("data-sheet").machine(experiment)
     found = simulate(experiment, machine, steps=3, warm=1)
     assert len(found.samples["total"]) == 3
