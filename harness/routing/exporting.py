@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from harness import outputs
 from harness.errors import bad
-from harness.routing.recorded import Recorded
 from harness.routing.trace import Trace
 
 FORMATS = ("npz", "npy", "parquet", "jsonl", "csv", "pt")
+Array = tuple[tuple[int, ...], np.dtype[Any], Iterator[np.ndarray]]  # shape, type, and what stands at each step
 Row = dict[str, Any]  # step, layer, perhaps rank and loss; ids [T, k] and perhaps weights, or counts [E]
 
 
@@ -62,33 +62,29 @@ def _table_rows(trace: Trace, weights: bool) -> Iterator[Row]:
             row = trace[step, layer]
             edges = np.cumsum([0, *(row.ranks or (len(row.ids),))])
             for rank, (low, high) in enumerate(itertools.pairwise(edges)):
-                found = head | ({"rank": rank} if row.ranks is not None else {}) | {"ids": row.ids[low:high]}
+                found: Row = head | ({"rank": rank} if row.ranks is not None else {}) | {"ids": row.ids[low:high]}
                 yield found | ({"weights": row.weights[low:high]} if weights and len(row.weights) else {})
 
 
-def _columns(row: Row) -> dict[str, pa.Array]:
-    """One row, nested."""
-    found = {name: pa.array([row[name]], pa.int64()) for name in ("step", "layer", "rank") if name in row}
-    if "loss" in row:
-        found["loss"] = pa.array([row["loss"]], pa.float64())
-    for name in ("ids", "weights"):
-        if name in row:
-            tokens, top_k = row[name].shape
-            inner = pa.ListArray.from_arrays(
-                pa.array(np.arange(tokens + 1, dtype=np.int32) * top_k), pa.array(row[name].ravel())
-            )
-            found[name] = pa.ListArray.from_arrays(pa.array([0, tokens], pa.int32()), inner)
-    if "counts" in row:
-        found["counts"] = pa.ListArray.from_arrays(
-            pa.array([0, len(row["counts"])], pa.int32()), pa.array(row["counts"])
-        )
+def _columns(row: Row, *, nested: bool) -> dict[str, Any]:
+    """Of a row, ids flat: a row a token. ``nested``: counts as one column."""
+    of_rows = row["ids"] if "ids" in row else row["counts"][None]
+    num = len(of_rows)
+    found: dict[str, Any] = {name: np.full(num, row[name]) for name in ("step", "layer", "rank", "loss") if name in row}
+    if "counts" in row and nested:
+        return found | {"counts": pa.array([row["counts"]])}
+    word = "id" if "ids" in row else "count"
+    found |= {f"{word}{j}": of_rows[:, j] for j in range(of_rows.shape[1])}
+    if "weights" in row:
+        of_weights = row["weights"] if nested else row["weights"].astype(np.float64)
+        found |= {f"weight{j}": of_weights[:, j] for j in range(of_rows.shape[1])}
     return found
 
 
 def _parquet(trace: Trace, file: IO[bytes], weights: bool) -> None:
     writer, waiting, num_bytes = None, [], 0
     for row in _table_rows(trace, weights):
-        waiting.append(pa.table(_columns(row)))
+        waiting.append(pa.table(_columns(row, nested=True)))
         num_bytes += waiting[-1].nbytes
         if num_bytes > 1 << 24:
             writer = _flush(writer, file, waiting)
@@ -99,7 +95,7 @@ def _parquet(trace: Trace, file: IO[bytes], weights: bool) -> None:
 def _flush(writer: Any, file: IO[bytes], waiting: list[pa.Table]) -> Any:
     if waiting:
         table = pa.concat_tables(waiting)
-        writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
+        writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd", use_dictionary=["step", "layer"])
         writer.write_table(table)
         waiting.clear()
     return writer
@@ -117,17 +113,8 @@ def _csv(trace: Trace, file: IO[bytes], weights: bool) -> None:
     """A row a token, or of counts a row a layer and rank."""
     first = True
     for row in _table_rows(trace, weights):
-        of_rows = row["ids"] if "ids" in row else row["counts"][None]
-        num = len(of_rows)
-        found: dict[str, np.ndarray] = {
-            name: np.full(num, row[name]) for name in ("step", "layer", "rank", "loss") if name in row
-        }
-        word = "id" if "ids" in row else "count"
-        found |= {f"{word}{j}": of_rows[:, j] for j in range(of_rows.shape[1])}
-        if "weights" in row:
-            found |= {f"weight{j}": row["weights"][:, j].astype(np.float64) for j in range(of_rows.shape[1])}
         sink = pa.BufferOutputStream()
-        pa.csv.write_csv(pa.table(found), sink, pa.csv.WriteOptions(include_header=first))
+        pa.csv.write_csv(pa.table(_columns(row, nested=False)), sink, pa.csv.WriteOptions(include_header=first))
         file.write(sink.getvalue())
         first = False
 
@@ -161,28 +148,28 @@ def _small(trace: Trace) -> dict[str, np.ndarray]:
     return found
 
 
-def _large(trace: Trace, weights: bool) -> dict[str, tuple[tuple[int, ...], np.dtype[Any], Iterator[np.ndarray]]]:
+def _large(trace: Trace, weights: bool) -> dict[str, Array]:
     """Shape, type, and what stands at each step."""
     steps, layers, header = trace.steps, trace.layers, trace.header
     first = steps[0], layers[0]
     if header.kind == "counts":
         told = trace.ranks(*first) is not None
-        shape = (len(trace.counts(*first)), len(layers), header.num_experts)
+        of_step = (len(layers), header.num_experts)
+        shape: tuple[int, ...] = (len(steps), *((len(trace.counts(*first)),) if told else ()), *of_step)
 
         def counts() -> Iterator[np.ndarray]:
             for step in steps:
                 array = np.stack([trace.counts(step, layer) for layer in layers], axis=1)  # [R, L, E]
                 yield array if told else array[0]
 
-        return {"counts": ((len(steps), *(shape if told else shape[1:])), np.dtype("<i8"), counts())}
+        return {"counts": (shape, np.dtype("<i8"), counts())}
 
     def of(name: str, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-        rows: Callable[[int, int], Recorded] = lambda step, layer: trace[step, layer]  # noqa: E731
         for step in steps:
-            yield np.stack([getattr(rows(step, layer), name) for layer in layers]).astype(dtype)
+            yield np.stack([getattr(trace[step, layer], name) for layer in layers]).astype(dtype)
 
     shape = (len(steps), len(layers), trace.num_tokens(*first), header.top_k)
-    found = {"ids": (shape, header.ids_dtype, of("ids", header.ids_dtype))}
+    found: dict[str, Array] = {"ids": (shape, header.ids_dtype, of("ids", header.ids_dtype))}
     if weights and len(trace[first].weights):
         found["weights"] = (shape, np.dtype("<f4"), of("weights", np.dtype("<f4")))
     return found

@@ -217,7 +217,7 @@ def _row(parts: Sequence[Part], top_k: int) -> Recorded:
         ranks = [by_rank[rank] for rank in sorted(by_rank)]
     if first.counts is not None:
         if all(part.adds for part in parts):
-            counts = np.sum([part.counts for part in parts], axis=0)
+            counts = np.sum([part.counts for part in parts if part.counts is not None], axis=0)
         else:
             for of_rank in ranks:
                 if len(of_rank) > 1:
@@ -232,7 +232,7 @@ def _row(parts: Sequence[Part], top_k: int) -> Recorded:
     weights = np.zeros((0, top_k)) if first.weights is None else _joined([part.weights for part in every], where)
     told_ranks = first.ranks
     if first.rank is not None:
-        told_ranks = tuple(sum(len(part.ids) for part in of_rank) for of_rank in ranks)  # type: ignore[arg-type]
+        told_ranks = tuple(sum(len(part.ids) for part in of_rank if part.ids is not None) for of_rank in ranks)
     return Recorded(first.step, first.layer, ids, weights, first.loss, told_ranks)
 
 

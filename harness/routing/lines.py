@@ -29,19 +29,18 @@ def read(
     names += [each.encode() for each in never]
     fields += [-1] * len(never)
     known = np.zeros((len(names), NAME_BYTES), np.uint8)
-    for row, name in zip(known, names, strict=True):
-        row[: len(name)] = np.frombuffer(name, np.uint8)
+    for row, letters in zip(known, names, strict=True):
+        row[: len(letters)] = np.frombuffer(letters, np.uint8)
     buffer = np.frombuffer(piece, np.uint8)
     num_lines = piece.count(b"\n") + 1
     scalars = np.full((len(SCALARS), num_lines), -1, np.int64)
-    values = np.empty(piece.count(b",") + num_lines, np.int64)
-    num_lists = piece.count(b"[")
-    lengths, sizes = np.empty((MOST_DEPTH, num_lists), np.int64), np.zeros(MOST_DEPTH, np.int64)
+    values = np.empty(len(piece) // 2 + 1, np.int64)  # as many as there may be: memory is taken when it is written to
+    lengths, sizes = np.empty((MOST_DEPTH, len(piece) // 2 + 1), np.int64), np.zeros(MOST_DEPTH, np.int64)
     found = _read(buffer, known, np.array(list(map(len, names))), np.array(fields), scalars, values, lengths, sizes)
     num, num_values, depth, which = found
     if num <= 0 or which < 0:
         return None
-    given = {}
+    given: dict[str, np.ndarray] = {}
     for name, column in zip(SCALARS, scalars[:, :num], strict=True):
         if (column >= 0).all():
             given[name] = column

@@ -159,7 +159,7 @@ def test_pieces_of_a_long_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("rows", [
     [{"step": 7, "layer": 1, "ids": [3, 1]}, {"layer": 1, "step": 7, "x": {"a": ["}", 2]}, "ids": [0, 12]}],
-    [{"step": 0, "ids": [[[1, 2], [3, 4]], [[0, 1], [2, 3]]]}, {"step": 1, "ids": [[[1, 2], [3, 4]], [[0, 1], [2, 3]]]}],
+    [{"step": step, "ids": [[[1, 2], [3, 4]], [[0, 1], [2, 3]]]} for step in (0, 1)],
     [{"step": 0, "layer": layer, "rank": rank, "counts": [2, 0, 4]} for layer in (0, 1) for rank in (0, 1)],
 ])  # fmt: skip
 def test_the_compiled_reader_of_lines_sees_what_the_general_one_does(rows, tmp_path, monkeypatch):
@@ -435,3 +435,24 @@ def test_neither_a_trace_nor_itself_is_imported(of_tokens, tmp_path):
     refused(tmp_path, "t.parquet", {}, ["is the source itself"])
     with pytest.raises(UserError, match="is a moebench trace already"):
         imported(tmp_path / "t.parquet", tmp_path / "other.parquet")
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+
+def test_from_counts_to_a_look_and_out(moebench, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("counts.npz", counts=counts())
+    status, out, err = moebench("trace", "import", "counts.npz", "--top-k", "2", "--out", "t.parquet", "--json")
+    assert (status, json.loads(out)["steps"]) == (0, STEPS), err
+    status, out, _ = moebench("trace", "show", "t.parquet", "--json")
+    assert (status, json.loads(out)["num_experts"]) == (0, EXPERTS)
+    status, out, _ = moebench("trace", "show", "t.parquet")
+    assert status == 0
+    assert "tokens are drawn from counts" in out
+    assert moebench("trace", "export", "t.parquet", "--out", "u.jsonl")[0] == 0
+    assert json.loads(Path("u.jsonl").read_text().splitlines()[0])["counts"] == counts()[0, 0, 0].tolist()
+    status, out, err = moebench("trace", "import", "counts.npz", "--top-k", "3", "--out", "v.parquet")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "counts.npz" in err
+    assert not Path("v.parquet").exists()

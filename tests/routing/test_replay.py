@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import presets, simulating
+from harness import simulating
 from harness.bench import inputs, suite
 from harness.case import cases_of, profile_of
 from harness.errors import UserError
@@ -19,12 +19,14 @@ from harness.routing.importing import import_trace
 from harness.routing.looking import look, table
 from harness.routing.trace import Header, Recorded, Writer, read_trace
 from harness.simulation import simulate
-from harness.specs import Model, Workload
+from harness.specs import Model, Workload, with_levels
 from harness.topology import Topology
 
 NODES, RANKS = Topology((2, 2)), (6, 2, 8, 4)
 MODEL = Model(name="m", num_layers=2, hidden=8, ffn=8, num_experts=16, top_k=4)
 STEPS = (10, 20, 30, 40)
+LEVELS = [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 25e9}]
+CLUSTER = with_levels("own", LEVELS, kind="physical", device="H100", device_flops_per_s=989e12)
 
 
 @pytest.fixture(params=["tokens", "counts"])
@@ -143,7 +145,7 @@ def test_a_server_goes_on_and_was_placed_by_the_past(path):
 @pytest.mark.parametrize("phase", ["train_step", "decode"])
 def test_a_simulation_takes_each_step_as_it_was(path, phase):
     (experiment,) = asked(path, phase, 1).experiments
-    experiment = experiment.model_copy(update={"cluster": presets.cluster("hecate-b").resized(2)})
+    experiment = experiment.model_copy(update={"cluster": CLUSTER})
     machine = Wanted("data-sheet").machine(experiment)
     found = simulate(experiment, machine, steps=3, warm=1)
     assert len(found.samples["total"]) == 3
