@@ -11,6 +11,7 @@ from harness.errors import bad
 if TYPE_CHECKING:
     from harness.routing.trace import Header, Recorded
 
+MOST = 2**31 - 1
 FEW = 200_000  # ids; more are checked by a compiled loop
 
 
@@ -77,6 +78,10 @@ def check_counts(counts: np.ndarray, ranks: tuple[int, ...] | None, top_k: int, 
             raise bad(f"{where}{_at(counts, broken[0])}", value, "counts must be whole numbers")
     if len(wrong := np.argwhere(counts < 0)):
         raise bad(f"{where}{_at(counts, wrong[0])}", counts[*wrong[0]].item(), "a count cannot be negative")
+    if len(wrong := np.argwhere(counts > MOST)):
+        raise bad(
+            f"{where}{_at(counts, wrong[0])}", counts[*wrong[0]].item(), f"at most {MOST} are held; scale them down"
+        )
     sums = counts.sum(1)
     for rank, total in enumerate(sums.tolist()):
         of = f" of rank {rank}" if len(counts) > 1 else ""

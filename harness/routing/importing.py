@@ -135,8 +135,11 @@ def _parts(path: Path, wanted: Wanted, read_as: list[str], hints: dict[str, int]
             kind = "counts" if wanted.format == "loads" else wanted.kind
             parts, words = dumps.of_torch(path, kind, wanted.num_ranks, hints)
         else:
-            of_table = {"parquet": tables.of_parquet, "jsonl": tables.of_jsonl, "csv": tables.of_csv}[chosen]
-            parts, words = of_table(path), chosen
+            if chosen == "parquet":
+                parts = tables.of_parquet(path, wanted.top_k, wanted.num_experts)
+            else:
+                parts = tables.of_jsonl(path) if chosen == "jsonl" else tables.of_csv(path)
+            words = chosen
     read_as.append(words if wanted.format in (None, chosen) else f"{words}, {wanted.format}")
     if wanted.format == "loads":
         if wanted.num_tokens is None or wanted.top_k is None:

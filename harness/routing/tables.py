@@ -2,8 +2,8 @@
 
 A row is a token (``ids`` of k experts), a layer's tokens (``ids`` [T, k]), a step's (``ids`` [L, T, k]), or a layer's
 ``counts`` [E]; ``step``, ``layer``, ``rank``, ``weights`` and ``loss`` as far as they are known. In .csv, where nothing
-is nested, columns are id0, id1, ..., weight0, ..., count0, ...; in .parquet they may be, and are read several times as
-fast.
+is nested, columns are id0, id1, ..., weight0, ..., count0, ...; in .parquet
+they may be too, or ``ids`` bytes [T, k], which are read fastest.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ WIDE = {"ids": r"(?:id|expert)_?(\d+)", "weights": r"weight_?(\d+)", "counts": r
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def of_parquet(path: Path) -> Iterator[Part]:
+def of_parquet(path: Path, top_k: int | None, num_experts: int | None) -> Iterator[Part]:
+    """``top_k`` and ``num_experts`` are needed where ids are bytes."""
     file = pq.ParquetFile(pa.OSFile(str(path)))
     if HEADER_KEY in (file.metadata.metadata or {}):
         raise bad("source", str(path), "is a moebench trace already; use it as it is")
@@ -56,8 +57,31 @@ def of_parquet(path: Path) -> Iterator[Part]:
     batch = max(1, min(1 << 18, MOST_BYTES * max(1, file.metadata.num_rows) // max(1, 8 * num_bytes)))
     row = 0
     for each in file.iter_batches(batch_size=batch):
-        yield from parts_of(_nested(pa.table(each), path), path.name, "row", row)
+        yield from parts_of(_of_bytes(_nested(pa.table(each), path), path, top_k, num_experts), path.name, "row", row)
         row += len(each)
+
+
+def _of_bytes(table: pa.Table, path: Path, top_k: int | None, num_experts: int | None) -> pa.Table:
+    """Ids of a layer as bytes [T, k], as a trace has them: uint8, or little-endian uint16 above 256 experts."""
+    if "ids" not in table.column_names or table["ids"].type != pa.binary():
+        return table
+    for name, given in (("--top-k", top_k), ("--experts", num_experts)):
+        if given is None:
+            raise bad(name, None, f"ids of {path.name} are bytes, which do not say it; give it")
+    assert top_k is not None
+    assert num_experts is not None
+    kind = np.dtype("u1" if num_experts <= 256 else "<u2")
+    column = table["ids"].combine_chunks()
+    sizes = np.asarray(pc.binary_length(column).to_numpy(zero_copy_only=False))
+    if column.null_count or (sizes % (kind.itemsize * top_k)).any():
+        remedy = f"must be bytes [tokens, k = {top_k}] of {kind.name} in every row"
+        raise bad(f"{path.name}: ids", f"{column.null_count} null", remedy)
+    ends = np.cumsum([0, *sizes]) // (kind.itemsize * top_k)
+    start = int(np.frombuffer(column.buffers()[1], "<i4")[column.offset])
+    values = np.frombuffer(column.buffers()[2] or b"", "u1")[start : start + int(sizes.sum())].view(kind)
+    tokens = pa.FixedSizeListArray.from_arrays(pa.array(values), top_k)
+    found = pa.LargeListArray.from_arrays(pa.array(ends, pa.int64()), tokens)
+    return table.set_column(table.column_names.index("ids"), "ids", found)
 
 
 def of_jsonl(path: Path) -> Iterator[Part]:
@@ -223,6 +247,8 @@ def _numbers(column: pa.Array) -> np.ndarray:
 def _key(column: pa.Array, where: str, unit: str, first: int) -> np.ndarray:
     """Whole numbers from 0 on, int64."""
     values = _numbers(column)
+    if values.dtype == np.int64 and values.min(initial=0) >= 0:
+        return values
     if values.dtype.kind not in "iuf":
         raise bad(where, str(column.type), "must be whole numbers from 0 on")
     wrong = ~((values >= 0) & (values == np.floor(values)))

@@ -152,6 +152,20 @@ def test_a_row_for_each_token(tmp_path):
     assert np.array_equal(found[2, 1].ids, ids()[2, 1])
 
 
+@pytest.mark.parametrize("num_experts", [EXPERTS, 300])
+def test_ids_as_bytes(num_experts, tmp_path):
+    kind = "u1" if num_experts <= 256 else "<u2"
+    rows = [
+        {"step": s, "layer": layer, "ids": ids()[s, layer].astype(kind).tobytes()}
+        for s in range(STEPS) for layer in range(LAYERS)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=4)
+    _, found = imported(tmp_path / "a.parquet", tmp_path / "t.parquet", num_experts=num_experts, top_k=K)
+    assert np.array_equal(found[2, 1].ids, ids()[2, 1])
+    refused(tmp_path, "a.parquet", {"num_experts": num_experts}, ["--top-k", "are bytes"])
+    refused(tmp_path, "a.parquet", {"num_experts": num_experts, "top_k": 5}, ["a.parquet: ids", "k = 5"])
+
+
 def test_pieces_of_a_long_file(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.routing.tables.PIECE_BYTES", 64)
     test_a_row_for_each_token(tmp_path)
@@ -316,6 +330,11 @@ def at(array: np.ndarray, place: tuple[int, ...], value: float) -> np.ndarray:
             ["expert 0", "above the 2 tokens"],
         ),
         (spoilt(ids=None, counts=counts()), {"top_k": 2, "num_experts": 6}, ["--experts: 6", "has 5"]),
+        (
+            spoilt(ids=None, counts=[[[2**40, 2**40]]]),
+            {"top_k": 2, "num_experts": None},
+            ["expert 0", "at most 2147483647"],
+        ),
         (spoilt(ids=None, counts=[1, 2]), {"top_k": 2}, ["counts", "must be [steps, layers, experts]"]),
     ],
 )
@@ -325,13 +344,13 @@ def test_arrays_that_are_no_routing(arrays, wanted, parts, tmp_path):
 
 
 def refused(folder: Path, name: str, wanted: dict, parts: list[str]) -> None:
-    before = sorted(folder.iterdir())
+    before = {path: path.stat().st_mtime_ns for path in sorted(folder.iterdir())}
     with pytest.raises(UserError) as error:
         imported(folder / name, folder / "t.parquet", **wanted)
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
-    assert sorted(folder.iterdir()) == before
+    assert {path: path.stat().st_mtime_ns for path in sorted(folder.iterdir())} == before
 
 
 def row(**changed: object) -> dict:
