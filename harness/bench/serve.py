@@ -123,18 +123,14 @@ class Server:
             self.gpt.requires_grad_(False)
         self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
         self.layers: list[MoELayer] = [steered.layer for steered in self.steered]  # type: ignore[misc]
-        self.prescribed: list[torch.Tensor] | None = None  # routing of this rank's tokens, by layer
-        if experiment.workload.generator != "natural":
-            self.prescribed = self._routed(0)
+        self.prescribed = None if experiment.workload.generator == "natural" else self._routed(0)
 
     def _routed(self, step: int) -> list[torch.Tensor]:
         """Of this rank's tokens, by layer, int64 [T, k]."""
-        found = []
-        for layer in range(len(self.layers)):
-            routing = make_routing(self.experiment.workload, self.model, self.job.topology, step=step, layer=layer)
-            assert routing is not None
-            found.append(torch.as_tensor(routing.of_rank(self.job.rank).astype(np.int64), device=self.job.device))
-        return found
+        workload, model, topology = self.experiment.workload, self.model, self.job.topology
+        routings = [make_routing(workload, model, topology, step=step, layer=i) for i in range(len(self.layers))]
+        own = [routing.of_rank(self.job.rank).astype(np.int64) for routing in routings if routing is not None]
+        return [torch.as_tensor(ids, device=self.job.device) for ids in own]
 
     @torch.no_grad()
     def _profile(self) -> list[Routing]:
@@ -218,14 +214,11 @@ class Server:
         return verdict
 
     def known_cases(self, rep: int) -> list[Case]:
-        goes_on = self.experiment.goes_on
-        if self.experiment.workload.generator == "natural" or (goes_on and self.system.remembers):
+        given = self.experiment
+        if given.workload.generator == "natural" or (given.goes_on and self.system.remembers):
             return []
-        device, step = str(self.job.device), self.timed.get(rep, 0)
-        return [
-            case_of(self.experiment, device, layer=layer, step=step, placement=at)
-            for layer, at in enumerate(self.placed)
-        ]
+        step, device, placed = self.timed.get(rep, 0), str(self.job.device), enumerate(self.placed)
+        return [case_of(given, device, layer=layer, step=step, placement=at) for layer, at in placed]
 
     def least_rows(self, rep: int) -> np.ndarray | None:
         return self.least.get(rep)
@@ -244,10 +237,9 @@ class Server:
         """Untimed: the tokens of a pass, and the caches in front of them.
 
         No pass is like the one before it: a prompt is turned by one more token, the decoded one is another of its
-        sequence's, and a prescribed routing takes the tokens in another order, so that loads stay what they are; a
-        replay goes on to its next step."""
+        sequence's, and a prescribed routing takes the tokens in another order, so that loads stay what they are."""
         if self.prescribed is not None:
-            if self.experiment.goes_on and self.calls:
+            if self.experiment.goes_on and self.calls:  # a replay
                 self.prescribed = self._routed(self.calls)
             for steered, ids in zip(self.steered, self.prescribed, strict=True):
                 generator = torch.Generator().manual_seed(1_000_003 * self.calls + self.job.rank)

@@ -123,6 +123,8 @@ def _parts(path: Path, wanted: Wanted, read_as: list[str], hints: dict[str, int]
     if chosen not in FORMATS[:6]:
         remedy = f"is of no known format: {', '.join(FORMATS[:6])}; a pickle is not opened"
         raise bad("source", str(path), f"{remedy}; save numbers alone, or give --format")
+    if wanted.format == "vllm" and chosen not in ("npy", "npz"):
+        raise bad("--format", "vllm", f"is of arrays, .npy or .npz, and {path.name} is none")
     with _readable([path]):
         if chosen in ("npy", "npz"):
             found = arrays.of_npy(path) if chosen == "npy" else arrays.of_npz(path)
@@ -161,7 +163,16 @@ class _readable:
         if isinstance(error, pickle.UnpicklingError):
             remedy = "holds objects beside tensors and plain values, and a pickle is not opened; save tensors alone"
             raise bad("source", self.names, remedy) from None
-        kinds = (pa.ArrowException, zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, LookupError)
+        kinds = (
+            pa.ArrowException,
+            zipfile.BadZipFile,
+            EOFError,
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+            LookupError,
+        )
         if isinstance(error, kinds) and not isinstance(error, UserError):
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise bad("source", self.names, f"cannot be read ({reason}); it is damaged, cut off, or of another format")
@@ -270,7 +281,7 @@ def _header(
     if top_k is None:
         raise bad("--top-k", None, "counts do not say how many experts a token has; give it")
     if num_experts is None:
-        raise bad("--experts", None, "ids do not say how many experts there are; give it")
+        raise bad("--experts", None, "ids do not say how many experts there are; give it, or --kind counts")
     if not 1 <= top_k <= num_experts:
         raise bad("--top-k", top_k, f"must lie in 1..{num_experts}, the number of experts")
     kind: Literal["tokens", "counts"] = "counts" if part.ids is None else "tokens"
