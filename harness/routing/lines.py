@@ -62,18 +62,19 @@ def _read(buffer, names, name_sizes, fields, scalars, values, lengths, sizes):  
         if buffer[at] != 123:  # {
             return -1, 0, 0, -1
         at += 1
-        lists = 0
+        lists, ready = 0, True  # for a name; behind a value a comma comes first
         while True:  # a name and its value
-            while at < end and (buffer[at] <= 32 or buffer[at] == comma):
+            while at < end and (buffer[at] <= 32 or (buffer[at] == comma and not ready)):
+                ready = ready or buffer[at] == comma
                 at += 1
             if at >= end:
                 return -1, 0, 0, -1
             if buffer[at] == 125:  # }
                 at += 1
                 break
-            if buffer[at] != quote:
+            if buffer[at] != quote or not ready:
                 return -1, 0, 0, -1
-            begin = at + 1
+            ready, begin = False, at + 1
             at = begin
             while at < end and buffer[at] != quote:
                 if buffer[at] == backslash or buffer[at] == 10:
@@ -110,26 +111,31 @@ def _read(buffer, names, name_sizes, fields, scalars, values, lengths, sizes):  
             else:
                 if which not in (-1, field - scalars.shape[0]) or lists or buffer[at] != 91:
                     return -1, 0, 0, -1
-                which, lists, level = field - scalars.shape[0], 1, 0
+                which, lists, level, open_ = field - scalars.shape[0], 1, 0, True  # for a value
                 while True:  # nested lists
                     letter = buffer[at] if at < end else 10
-                    if letter == 91:
+                    if letter == 91 and open_:
                         level += 1
                         if level > lengths.shape[0] or level - 1 == depth:
                             return -1, 0, 0, -1
                         count[level] = 0
                         at += 1
-                    elif letter == 93:
+                    elif letter == 93 and (not open_ or count[level] == 0):
                         lengths[level - 1, sizes[level - 1]] = count[level]
                         sizes[level - 1] += 1
                         level -= 1
                         count[level] += 1
+                        open_ = False
                         at += 1
                         if level == 0:
                             break
-                    elif letter == comma or letter == 32:
+                    elif letter == 32:
                         at += 1
-                    elif 48 <= letter <= 57:
+                    elif letter == comma and not open_:
+                        open_ = True
+                        at += 1
+                    elif 48 <= letter <= 57 and open_:
+                        open_ = False
                         if depth < 0:
                             depth = level
                         begin, value = at, 0

@@ -172,9 +172,9 @@ def test_pieces_of_a_long_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [
-    [{"step": 7, "layer": 1, "ids": [3, 1]}, {"layer": 1, "step": 7, "x": {"a": ["}", 2]}, "ids": [0, 12]}],
+    [{"step": 7, "layer": 1, "ids": [3, 1]}, {"layer": 1, "step": 7, "x": {"a": ["}", "]"]}, "ids": [0, 12]}],
     [{"step": step, "ids": [[[1, 2], [3, 4]], [[0, 1], [2, 3]]]} for step in (0, 1)],
-    [{"step": 0, "layer": layer, "rank": rank, "counts": [2, 0, 4]} for layer in (0, 1) for rank in (0, 1)],
+    [{"step": 0, "layer": layer, "rank": rank, "counts": [2, 1, 3]} for layer in (0, 1) for rank in (0, 1)],
 ])  # fmt: skip
 def test_the_compiled_reader_of_lines_sees_what_the_general_one_does(rows, tmp_path, monkeypatch):
     wanted = {"top_k": 2, "num_experts": 13 if "ids" in rows[0] else None}
@@ -187,7 +187,8 @@ def test_the_compiled_reader_of_lines_sees_what_the_general_one_does(rows, tmp_p
 @pytest.mark.parametrize("text", [
     '{"ids": [1.5, 2]}', '{"ids": [-1, 2]}', '{"ids": [1, null]}', '{"ids": [1, [2]]}', '{"ids": [1, 2', '{"ids": 3}',
     '{"ids": [1, 2], "weights": [0.5, 0.5]}', '{"ids": [1], "ids": [2]}', '{"step": 1.5, "ids": [1]}', '["ids"]',
-    '{"step": 1}', '{"ids": [1, 2], "counts": [1]}', '{"ids": [12345678901234567890]}', '{"ids": [1 2]}', "x", "",
+    '{"step": 1}', '{"ids": [1, 2], "counts": [1]}', '{"ids": [12345678901234567890]}',
+    '{"ids": [1 2]}', '{"ids": [1, ]}', '{"ids": [, 1]}', '{"ids": [[1][2]]}', '{"ids": [1] "step": 2}', "x", "",
     '{"ids": [1]}\n{"ids": [[1]]}', '{"step": 1, "ids": [1]}\n{"ids": [1]}', '{"ids": [1], "a": "', '{"a\\"": 1}',
 ])  # fmt: skip
 def test_whatever_else_it_leaves_to_the_general_one(text):
