@@ -170,7 +170,7 @@ def test_what_a_trace_looks_like(path, tmp_path):
 
 
 def test_the_page_tells_how_to_write_one(tmp_path, monkeypatch):
-    """docs/traces.md: its Python is run, and its commands are those that there are."""
+    """docs/traces.md: its Python is run, and its experiments take what that wrote."""
     text = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
     assert code.count("\n") <= 15
@@ -179,3 +179,5 @@ def test_the_page_tells_how_to_write_one(tmp_path, monkeypatch):
     found = read_trace(tmp_path / "mine.parquet")
     assert (len(found.steps), len(found.layers), found.ranks(9, 2)) == (10, 3, (256,) * 4)
     assert found[9, 2].ids.shape == (1024, 2)
+    experiments = text.split("```yaml\n")[1].split("```")[0]
+    assert len(inputs.sift(suite.parse(experiments, "mine.yaml")).experiments) == 2

@@ -11,7 +11,7 @@ import pytest
 from harness.errors import UserError
 from harness.placement import Placement
 from harness.routing import certify, make_routing
-from harness.routing.trace import HEADER_KEY, SHIPPED, Header, Recorded, read_trace, write_trace
+from harness.routing.trace import HEADER_KEY, SHIPPED, Header, Recorded, Writer, read_trace, write_trace
 from harness.specs import Model, Workload
 from harness.topology import Topology
 
@@ -263,3 +263,34 @@ def test_the_shipped_trace():
         certificate = certify(routing, Placement.contiguous(64, 8), topology)
         assert certificate.max_over_mean["expert"] > 1.1
         assert not certificate.balanced
+
+
+def test_a_damaged_row_costs_itself_alone(trace):
+    """Opening reads the header and the index; a row is read and checked when it is asked for."""
+
+    def change(table: pa.Table, meta: dict) -> tuple[pa.Table, dict]:
+        ids = [value.as_py() for value in table["ids"]]
+        ids[3] = ids[3][::-1]
+        return table.set_column(table.schema.get_field_index("ids"), "ids", pa.array(ids, pa.binary())), meta
+
+    text = pq.read_metadata(trace).metadata[HEADER_KEY]
+    table, _ = change(pq.read_table(trace), {})
+    pq.write_table(table.replace_schema_metadata({HEADER_KEY: text}), trace)
+    found = read_trace(trace)
+    assert np.array_equal(found[50, 0].ids, rows()[2].ids)
+    assert found.counts(50, 1).sum() == 64 * 4
+    with pytest.raises(UserError, match="step 50, layer 1: its tokens are not those of its digest"):
+        found[50, 1]
+
+
+def test_a_writer_writes_all_or_nothing(tmp_path):
+    def half() -> None:
+        with Writer(tmp_path / "t.parquet", header()) as writer:
+            writer.add(rows()[0])
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        half()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"header\.top_k: 17"):
+        Writer(tmp_path / "t.parquet", header(top_k=17))
