@@ -23,7 +23,7 @@ def sift(suite: Suite) -> Suite:
         good = []
         for experiment in race.experiments:
             entry = suite.entries.get(experiment.digest, suite.name)
-            reason = lacks[experiment.cluster.digest] or too_long(experiment, race) or wrong(experiment, entry)
+            reason = lacks[experiment.cluster.digest] or wrong(experiment, entry) or too_long(experiment, race)
             if reason is None:
                 good.append(experiment)
             else:
@@ -37,7 +37,7 @@ def sift(suite: Suite) -> Suite:
 
 def too_long(experiment: Experiment, race: Race) -> str | None:
     """Why a replay does not last for the whole race; None if it does, or where nothing is replayed."""
-    if experiment.workload.generator != "trace" or not experiment.goes_on:
+    if experiment.workload.generator != "trace":
         return None
     from harness.routing.replay import check_replay  # pyarrow only where a trace is read
 

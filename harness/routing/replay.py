@@ -79,7 +79,7 @@ def check_replay(experiment: Experiment, num_steps: int, words: str) -> None:
     """``UserError`` if a replay is over before ``num_steps`` (``words`` say what they are of), or has too few tokens in
     one of them. Nothing of what stands still."""
     workload, model = experiment.workload, experiment.model
-    if workload.generator != "trace" or not experiment.goes_on:
+    if workload.generator != "trace" or not workload.params.get("replay") or not experiment.goes_on:
         return
     params, trace, (first, _) = _located(workload, model, 0, 0)
     following = trace.steps[trace.steps.index(first) :]

@@ -162,7 +162,7 @@ class Trace(Mapping[tuple[int, int], Recorded]):
     def _columns(self, number: int, names: tuple[str, ...]) -> dict[str, Any]:
         """Of a row."""
         group, heavy = int(self._group[number]), names[0] in HEAVY or self.header.schema_version == 1
-        table = self._keep((group, heavy), lambda: self._file.read_row_group(group, self._of(heavy)))
+        table = self._keep((group, heavy), lambda: self._file.read_row_group(group, self._of(heavy), use_threads=False))
         at = number - int(self._first[group])
         return {name: table[name][at].as_py() for name in names}
 
@@ -230,7 +230,7 @@ def _read(path: Path, mtime_ns: int, size: int, inode: int) -> Trace:
             if file.schema_arrow.field(name).type != kind:
                 raise ValueError(f"column {name} is {file.schema_arrow.field(name).type}, not {kind}")
         light = list(columns)[:index] if index else ["step", "layer", "num_tokens", "digest"]
-        found = Trace(path, file, header, file.read(light))
+        found = Trace(path, file, header, file.read(light, use_threads=False))
         if header.schema_version == 1:
             _check_whole(file, metadata)
     except Exception as error:

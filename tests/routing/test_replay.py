@@ -121,6 +121,11 @@ def test_what_is_over_too_early_is_refused_before_ranks_start(path, phase, most,
     assert not (tmp_path / "run").exists()
 
 
+def test_what_stands_still_lasts_for_ever(path):
+    text = FILE.format(path=path, phase="train_step", repeats=9, backward="true").replace("replay: true", "step: 40")
+    assert len(inputs.sift(suite.parse(text, "still.yaml")).experiments) == 1
+
+
 def test_phases_without_steps_replay_nothing(path):
     with pytest.raises(UserError, match="replay in train_step, prefill or decode"):
         asked(path, "layer", 1)
