@@ -9,7 +9,6 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 
-from harness.errors import bad
 from harness.memory import room_bytes
 from harness.placement import Placement
 from harness.registry import system as system_called
@@ -30,8 +29,8 @@ def cases_of(
     """One Case for each MoE layer that the phase runs (one for ``exchange`` and ``layer``, else one a layer of the
     model); ``layers``: of these only. ``routings``: of all layers, where they are made already.
 
-    ``step``: of a training, whose routing changes with it; the other phases repeat the routing of step 0. Experts lie
-    in index order, in a served model where its system plans them."""
+    ``step``: of a training, or of a replay that is served, whose routing changes with it; others repeat that of step 0.
+    Experts lie in index order, in a served model where its system plans them."""
     placed: Sequence[Placement | None] = [None] * num_layers(experiment)
     if experiment.phase in SERVING:
         placed = placements(experiment)
@@ -54,7 +53,7 @@ def outlines_of(experiment: Experiment, step: int = 0, *, whole: bool = False, f
     model, topology, layers = experiment.model, Topology(experiment.cluster.shape), num_layers(experiment)
     few = None if whole else few_tokens(experiment.workload, model, topology, layers)
     few = max(1, few // 4) if fewer and few is not None else few
-    step = step if experiment.phase == "train_step" else 0
+    step = step if experiment.goes_on else 0
     return [Outlined(experiment.workload, model, topology, step=step, layer=layer, few=few) for layer in range(layers)]
 
 
@@ -75,7 +74,7 @@ def case_of(
     """The Case of one layer. ``placement``: None stands for experts in index order. A natural routing is planned as a
     uniform one."""
     model, topology = experiment.model, Topology(experiment.cluster.shape)
-    step = step if experiment.phase == "train_step" else 0
+    step = step if experiment.goes_on else 0
     case = Case(
         model=model,
         dtype=experiment.dtype,
@@ -127,17 +126,9 @@ def profile_of(experiment: Experiment) -> list[Routing] | None:
     if workload.generator != "trace":
         made = [make_routing(workload, model, topology, step=PROFILE_STEP, layer=layer) for layer in layers]
         return [routing for routing in made if routing is not None]
-    from harness.routing.trace import TraceParams, find_trace, from_trace, read_trace  # pyarrow only for traces
+    from harness.routing.replay import profile_from_trace  # pyarrow only for traces
 
-    params = TraceParams.parse(workload.params, f"workload {workload.name}.params")
-    recorded = read_trace(find_trace(params.path))
-    num_tokens = min(len(row.ids) for row in recorded.rows.values())
-    served = sum(workload.tokens(topology.num_ranks))
-    if num_tokens <= served:
-        remedy = f"the trace's {num_tokens} tokens are all served, none is left to plan by; serve fewer of them"
-        raise bad(f"workload {workload.name}.tokens_per_rank", workload.tokens_per_rank, remedy)
-    whole = workload.model_copy(update={"tokens_per_rank": (num_tokens, *[0] * (topology.num_ranks - 1))})
-    rest = [from_trace(whole, model, topology, layer)[served:] for layer in layers]
+    rest = profile_from_trace(workload, model, topology)
     return [Routing(ids, (len(ids), *[0] * (topology.num_ranks - 1)), model.num_experts) for ids in rest]
 
 

@@ -25,6 +25,7 @@ from harness.placing import check_memory
 from harness.plan.choice import Wanted, fingerprint
 from harness.plan.graph import Timeline
 from harness.plan.machine import Machine
+from harness.routing.replay import check_replay
 from harness.specs import Experiment
 
 MOST_EVENTS = 50_000  # of the timelines of a cell
@@ -45,6 +46,7 @@ def simulate_suite(
     kept, unless ``fresh``. Number of cells by status. ``UserError`` where no cell has a machine, and for a folder that
     holds anything else."""
     wanted.check()
+    _check_replays(suite, steps, warm)
     machines, lacks = machines_of(suite, wanted)
     store = Store(run_dir)
     older = run_dir.exists()
@@ -84,6 +86,21 @@ def before(race: Race, warm: int | None) -> int:
     return race.warmup if warm is None else warm
 
 
+def _check_replays(suite: Suite, steps: int, warm: int | None) -> None:
+    """``UserError`` where every replay of ``suite`` is over too early, and there is nothing else in it."""
+    errors: list[UserError] = []
+    for race in suite.races:
+        for experiment in race.experiments:
+            try:
+                check_replay(
+                    experiment, before(race, warm) + steps, f"{before(race, warm)} warm-up, {steps} to simulate"
+                )
+            except UserError as error:
+                errors.append(error)
+    if errors and len(errors) == len(suite.experiments):
+        raise errors[0]
+
+
 def machines_of(suite: Suite, wanted: Wanted) -> tuple[dict[Key, Machine], dict[Key, str]]:
     """By ``key_of``: the machine, or why there is none; ``UserError`` where there is none at all."""
     machines: dict[Key, Machine] = {}
@@ -111,6 +128,7 @@ def judged(experiment: Experiment, machine: Machine, steps: int, warm: int, prog
     from harness.simulation import simulate
 
     try:
+        check_replay(experiment, warm + steps, f"{warm} warm-up, {steps} to simulate")
         if refused := refusal(experiment):
             return "refused", refused
         machine, error = heldout.known(experiment, machine)

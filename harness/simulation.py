@@ -51,13 +51,13 @@ def simulate(
     progress: Progress | None = None,
 ) -> Simulation:
     """``UserError`` where the system refuses the case, or its bytes cannot be planned. ``steps`` and ``warm`` are of a
-    training. All passes of other phases are alike, but for the first where a system remembers the batch before: that is
-    none of those that are timed. ``whole``: every token of a training is drawn, however large."""
+    training or a replay. All passes of other phases are alike, but for the first where a system remembers the batch
+    before: that is none of those that are timed. ``whole``: every token of a training is drawn, however large."""
     links = machine.links
     with ledger.telling(links.calibration if isinstance(links, Profiled) else None):
         if experiment.phase == "train_step":
             return _training(experiment, machine, steps, warm, whole, progress)
-        return _passes(experiment, machine)
+        return _replayed(experiment, machine, steps, warm) if experiment.goes_on else _passes(experiment, machine)
 
 
 def _passes(experiment: Experiment, machine: Machine) -> Simulation:
@@ -72,6 +72,20 @@ def _passes(experiment: Experiment, machine: Machine) -> Simulation:
     elif experiment.backward:
         seconds["total"] = sum(seconds.values())
     return Simulation({name: (value,) for name, value in seconds.items()}, timelines, machine.basis)
+
+
+def _replayed(experiment: Experiment, machine: Machine, steps: int, warm: int) -> Simulation:
+    """Passes of a server, each with the routing of its step."""
+    topology, totals, course = Topology(experiment.cluster.shape), [], None
+    for step in range(warm + steps):
+        cases = cases_of(experiment, step, routings=outlines_of(experiment, step))
+        course = course or system_called(experiment.system).course(cases)
+        if step >= warm:
+            passages = _planned(experiment, course.passages(cases))
+            timeline = schedule(PricedServing(experiment, passages).lay_out(), machine, topology)
+            totals.append(float(timeline.total_s.max()))
+        course.saw(step, [case.routing for case in cases])
+    return Simulation({"total": tuple(totals)}, {"pass": timeline}, machine.basis)
 
 
 def layer_plans(experiment: Experiment, seen: int = 0) -> dict[str, Plan]:

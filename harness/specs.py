@@ -273,7 +273,7 @@ class Workload(Spec):
     #: one number, or one per rank, or a rule that gives each rank another one
     tokens_per_rank: Count | tuple[Annotated[int, Field(ge=0)], ...] | Ragged = 1024
     generator: str = "balanced"  # a name of harness.routing.generators, or "trace", or "natural"
-    params: dict[str, float | int | str] = {}
+    params: dict[str, bool | float | int | str] = {}
     seed: Annotated[int, Field(ge=0)] = 0
     source: str = ""
     interpretation: str = ""
@@ -331,7 +331,13 @@ class Experiment(Spec):
     @property
     def exactly_planned(self) -> bool:
         """Whether what is planned is what runs: not where routing differs from step to step, or is the model's own."""
-        return self.phase != "train_step" and not (self.phase in SERVING and self.workload.generator == "natural")
+        return not self.goes_on and not (self.phase in SERVING and self.workload.generator == "natural")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether its routing is another one at each step: in trainings, and where a replay is served."""
+        replayed = self.workload.generator == "trace" and bool(self.workload.params.get("replay"))
+        return self.phase == "train_step" or (self.phase in SERVING and replayed)
 
     @property
     def race(self) -> str:

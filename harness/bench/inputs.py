@@ -23,7 +23,7 @@ def sift(suite: Suite) -> Suite:
         good = []
         for experiment in race.experiments:
             entry = suite.entries.get(experiment.digest, suite.name)
-            reason = lacks[experiment.cluster.digest] or wrong(experiment, entry)
+            reason = lacks[experiment.cluster.digest] or wrong(experiment, entry) or too_long(experiment, race)
             if reason is None:
                 good.append(experiment)
             else:
@@ -33,6 +33,21 @@ def sift(suite: Suite) -> Suite:
     if not races and bad:
         raise UserError(bad[0].reason)
     return dataclasses.replace(suite, races=tuple(races), bad=tuple(bad), sifted=True)
+
+
+def too_long(experiment: Experiment, race: Race) -> str | None:
+    """Why a replay does not last for the whole race; None if it does, or where nothing is replayed."""
+    if experiment.workload.generator != "trace":
+        return None
+    from harness.routing.replay import check_replay  # pyarrow only where a trace is read
+
+    extra = int(experiment.phase == "train_step")  # in which memory is counted
+    steps, words = max(1, race.warmup) + race.repeats + extra, f"{max(1, race.warmup)} warm-up, {race.repeats} repeats"
+    try:
+        check_replay(experiment, steps, words + (", 1 to count memory" if extra else ""))
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def wrong(experiment: Experiment, entry: str) -> str | None:

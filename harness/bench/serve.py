@@ -92,6 +92,7 @@ class Server:
         self.at_once = at_once(experiment.model.num_layers, num_calls)
         self.witnesses = Witnesses(experiment.model.num_layers, self._witness, self.at_once)
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
+        self.timed: dict[int, int] = {}  # passes, by repetition
         self.stands_in = experiment.compute == "stand-in"
         self.job, self.system, self.experiment = job, system, experiment
         self.dtype, self.model = TORCH_DTYPE[experiment.dtype], experiment.model
@@ -126,14 +127,14 @@ class Server:
             self.gpt.requires_grad_(False)
         self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
         self.layers: list[MoELayer] = [steered.layer for steered in self.steered]  # type: ignore[misc]
-        self.prescribed: list[torch.Tensor] | None = None  # routing of this rank's tokens, by layer
-        if experiment.workload.generator != "natural":
-            self.prescribed = []
-            for layer in range(len(self.layers)):
-                routing = make_routing(experiment.workload, self.model, job.topology, layer=layer)
-                assert routing is not None
-                ids = torch.as_tensor(routing.of_rank(job.rank).astype(np.int64), device=job.device)
-                self.prescribed.append(ids)
+        self.prescribed = None if experiment.workload.generator == "natural" else self._routed(0)
+
+    def _routed(self, step: int) -> list[torch.Tensor]:
+        """Of this rank's tokens, by layer, int64 [T, k]."""
+        workload, model, topology = self.experiment.workload, self.model, self.job.topology
+        routings = [make_routing(workload, model, topology, step=step, layer=i) for i in range(len(self.layers))]
+        own = [routing.of_rank(self.job.rank).astype(np.int64) for routing in routings if routing is not None]
+        return [torch.as_tensor(ids, device=self.job.device) for ids in own]
 
     @torch.no_grad()
     def _profile(self) -> list[Routing]:
@@ -150,6 +151,7 @@ class Server:
 
     def run(self, rep: int, watch: Stopwatch) -> list[Sample]:
         """One timed pass; ``total``, as it is one piece."""
+        self.timed[rep] = self.calls
         with torch.no_grad():
             ready = self._prepare()
             sample = watch.measure(rep, "total", lambda: self._pass(*ready, watched=self._watched))
@@ -217,10 +219,11 @@ class Server:
         return verdict
 
     def known_cases(self, rep: int) -> list[Case]:
-        if self.experiment.workload.generator == "natural":
+        given = self.experiment
+        if given.workload.generator == "natural" or (given.goes_on and self.system.remembers):
             return []
-        device = str(self.job.device)
-        return [case_of(self.experiment, device, layer=layer, placement=at) for layer, at in enumerate(self.placed)]
+        step, device, placed = self.timed.get(rep, 0), str(self.job.device), enumerate(self.placed)
+        return [case_of(given, device, layer=layer, step=step, placement=at) for layer, at in placed]
 
     def least_rows(self, rep: int) -> np.ndarray | None:
         return self.least.get(rep)
@@ -241,6 +244,8 @@ class Server:
         No pass is like the one before it: a prompt is turned by one more token, the decoded one is another of its
         sequence's, and a prescribed routing takes the tokens in another order, so that loads stay what they are."""
         if self.prescribed is not None:
+            if self.experiment.goes_on and self.calls:  # a replay
+                self.prescribed = self._routed(self.calls)
             for steered, ids in zip(self.steered, self.prescribed, strict=True):
                 generator = torch.Generator().manual_seed(1_000_003 * self.calls + self.job.rank)
                 order = torch.randperm(len(ids), generator=generator) if self.calls else torch.arange(len(ids))

@@ -294,6 +294,9 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
                     if isinstance(workload.tokens_per_rank, Ragged):
                         remedy += "; give it as tokens_per_rank.multiple"
                     raise bad("workload.tokens_per_rank", tokens, remedy)
+        if workload.generator == "trace" and workload.params.get("replay") and not experiment.goes_on:
+            remedy = f"has no step after step in phase {experiment.phase}; replay in train_step, prefill or decode"
+            raise bad("workload.params.replay", True, remedy)
         from_file = workload.generator == "trace" or "like" in workload.params
         of_all = from_file and experiment.phase in ("train_step", *SERVING)
         _draw(workload, experiment.model, topology, experiment.model.num_layers if of_all else 1)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import __version__, caches
-from harness.cli import inputs, look, regress, run, simulate, sweep
+from harness.cli import inputs, look, regress, run, simulate, sweep, trace
 from harness.errors import Failure, UserError, of_a_method, told
 
 DEBUG_VARIABLE = "MOEBENCH_DEBUG"  # set: what nobody foresaw ends in Python's traceback
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for room in (look, inputs, run, simulate, sweep, regress):
+for room in (look, inputs, trace, run, simulate, sweep, regress):
     app.add_typer(room.commands)
 
 

@@ -38,6 +38,16 @@ def rounded(wanted: np.ndarray, totals: np.ndarray, order: np.ndarray, phase: np
     return counts
 
 
+def in_whole_numbers(wanted: np.ndarray, tokens: np.ndarray, top_k: int) -> np.ndarray:
+    """``wanted`` float [W, E] in whole numbers, int64: of ``tokens`` [W] with ``top_k`` experts each, none twice."""
+    totals = tokens * top_k
+    for _ in range(8):
+        wanted = wanted * (totals / np.maximum(wanted.sum(1), 1e-9))[:, None]
+        wanted = np.minimum(wanted, tokens[:, None])
+    golden = np.arange(len(tokens)) * (5**0.5 - 1) / 2 % 1
+    return rounded(wanted, totals, np.arange(wanted.shape[1]), golden)
+
+
 def deal(counts: np.ndarray, num_tokens: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
     """ids int32 [T, k] with expert e exactly counts[e] <= T times and k distinct experts per token."""
     order = rng.permutation(len(counts)).astype(np.int32)

@@ -10,7 +10,7 @@ import numpy as np
 from harness.errors import bad
 from harness.routing import generators
 from harness.routing.certificate import expert_counts
-from harness.routing.deal import rounded
+from harness.routing.deal import in_whole_numbers
 from harness.routing.generators import GENERATORS
 from harness.routing.groups import bends, within_groups
 from harness.routing.types import Routing
@@ -29,8 +29,9 @@ def make_routing(
 
     None for the generator ``natural``: the router's own choice, which only a model that runs can make (phase
     ``train_step``). For ``trace``: layer ``params.layer + layer`` at recorded step ``params.step`` (by default the
-    last), whatever ``step`` is, and the first tokens of the trace in order, rank after rank. A model whose gate minds
-    expert groups (DeepSeek-V3's limit, MoGE) gets the nearest routing that it can choose.
+    last), whatever ``step`` is unless the trace is replayed, and the first tokens of each rank
+    (``harness.routing.replay``). A model whose gate minds expert groups (DeepSeek-V3's limit, MoGE) gets the nearest
+    routing that it can choose.
 
     Errors (``UserError``): a gate that takes no prescribed routing (``Model.takes_routing``), unknown generator,
     unknown or impossible params, a trace that does not fit.
@@ -66,6 +67,11 @@ def counts_of(
     _check(workload, model)
     if workload.generator not in ("trace", "markov") and not bends(workload, model):
         return _loads(workload, model, topology, step, layer)
+    if workload.generator == "trace" and not bends(workload, model):
+        from harness.routing.replay import counts_from_trace  # pyarrow only where a trace is read
+
+        if (told := counts_from_trace(workload, model, topology, layer, step)) is not None:
+            return told
     if most_tokens is None or workload.generator == "trace":
         return expert_counts(_routing(workload, model, topology, step, layer))
     return _estimated(workload, model, topology, step, layer, most_tokens)
@@ -106,9 +112,9 @@ def _routing(
     plain = _stand_in(workload)
     tokens = workload.tokens(topology.num_ranks) if sample is None else sample
     if plain.generator == "trace":
-        from harness.routing.trace import from_trace  # pyarrow only where a trace is read
+        from harness.routing.replay import from_trace  # pyarrow only where a trace is read
 
-        ids = from_trace(plain, model, topology, layer)
+        ids = from_trace(plain, model, topology, layer, step)
         if sample is not None:
             ids = ids[_chosen(workload.tokens(topology.num_ranks), sample, workload.seed)]
     elif sample is not None:
@@ -142,17 +148,7 @@ def _estimated(
         wanted = np.where(before > 0, stated * found / np.where(before > 0, before, 1.0), wanted)
     num_groups = model.num_groups if model.gate == "moge" else 1  # each with its share of every token
     parts = np.split(wanted, num_groups, axis=1)
-    return np.concatenate([_whole(part, tokens, model.top_k // num_groups) for part in parts], axis=1)
-
-
-def _whole(wanted: np.ndarray, tokens: np.ndarray, top_k: int) -> np.ndarray:
-    """``wanted`` float [W, E] in whole numbers, int64: of ``tokens`` [W] with ``top_k`` experts each, none twice."""
-    totals = tokens * top_k
-    for _ in range(8):
-        wanted = wanted * (totals / np.maximum(wanted.sum(1), 1e-9))[:, None]
-        wanted = np.minimum(wanted, tokens[:, None])
-    golden = np.arange(len(tokens)) * (5**0.5 - 1) / 2 % 1
-    return rounded(wanted, totals, np.arange(wanted.shape[1]), golden)
+    return np.concatenate([in_whole_numbers(part, tokens, model.top_k // num_groups) for part in parts], axis=1)
 
 
 def _stand_in(workload: Workload) -> Workload:

@@ -1,9 +1,6 @@
-"""Recorded routing on disk: one Parquet file, one row per (step, layer), header as JSON in the schema's metadata.
+"""Traces: recorded or imported routing, in one Parquet file each (``harness.routing.recorded`` has the format).
 
-Columns: ``step``, ``layer``, ``num_tokens``, ``loss`` (held-out, nats per token, NaN if unknown) and, as raw bytes in
-[T, k] order with the best expert first, ``ids`` (uint8, or little-endian uint16 above 256 experts) and ``weights``
-(uint8; gate weight = value / 255 * header.weight_scale). Reading executes nothing of the file.
-"""
+``Writer`` makes one, ``read_trace`` opens one; a row of it is read when it is asked for."""
 
 from __future__ import annotations
 
@@ -11,165 +8,198 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
-from harness import outputs
 from harness.errors import UserError, bad, unreadable
-from harness.specs import Count, Model, Spec, Workload
-from harness.topology import Topology
+from harness.routing.checked import check_row
+from harness.routing.recorded import (
+    COLUMNS,
+    DIGEST_KEY,
+    FIRST_COLUMNS,
+    HEADER_KEY,
+    HEAVY,
+    SCHEMA_VERSION,
+    Header,
+    Recorded,
+    counts_of_ids,
+    digest_of,
+    fields_of,
+)
+from harness.routing.writing import Writer, check_writable, write_trace
 
-SCHEMA_VERSION = 1
 WINDOW = 128  # tokens that follow one another in a recording, where its header does not say
-HEADER_KEY = b"moebench.trace"
-DIGEST_KEY = b"moebench.digest"  # in the metadata, beside the header; older traces have none
 SHIPPED = Path(__file__).resolve().parents[2] / "results" / "traces"
-COLUMNS = {
-    "step": pa.int64(),
-    "layer": pa.int32(),
-    "num_tokens": pa.int32(),
-    "loss": pa.float64(),
-    "ids": pa.binary(),
-    "weights": pa.binary(),
-}
+KEPT_BYTES = 64 << 20  # of rows in memory, of each trace
+AGAIN = "record it again with `moebench record`"
 
 
-class Header(Spec):
-    """What a trace is of and how it was made."""
+class Trace(Mapping[tuple[int, int], Recorded]):
+    """A trace on disk, by (step, layer): its header and its index are in memory, a row is read and checked when it is
+    asked for, and the last ones are kept. ``UserError`` for a row that is damaged."""
 
-    schema_version: Count = SCHEMA_VERSION
-    model: str
-    num_experts: Annotated[int, Field(ge=1, le=65536)]
-    top_k: Count
-    num_layers: Count  # with an MoE layer
-    corpus: str  # what text the tokens are from
-    command: str  # that made the trace
-    date: str  # ISO 8601, UTC
-    weight_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    details: dict[str, str | int | float] = {}  # seed, threads, versions, ...
-
-    @property
-    def ids_dtype(self) -> np.dtype[Any]:
-        return np.dtype("u1" if self.num_experts <= 256 else "<u2")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Recorded:
-    """Routing of one layer at one step: ids [T, k] best first, gate weights float32 [T, k]."""
-
-    step: int
-    layer: int
-    ids: np.ndarray
-    weights: np.ndarray
-    loss: float
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trace:
-    """A trace in memory."""
-
-    path: Path
-    header: Header
-    rows: dict[tuple[int, int], Recorded]  # by (step, layer)
+    def __init__(self, path: Path, file: pq.ParquetFile, header: Header, index: pa.Table):
+        self.path, self.header, self._file = path, header, file
+        self._index: dict[str, list[Any]] = {name: index[name].to_pylist() for name in index.column_names}
+        pairs = list(zip(self._index["step"], self._index["layer"], strict=True))
+        self._at = {pair: number for number, pair in enumerate(pairs)}
+        if len(self._at) < len(pairs):
+            step, layer = next(pair for number, pair in enumerate(pairs) if self._at[pair] != number)
+            raise bad(f"trace: step {step}, layer {layer}", "twice", "give each step and layer once")
+        for step, layer in pairs:
+            if step < 0 or not 0 <= layer < header.num_layers:
+                raise bad(f"trace: step {step}, layer {layer}", layer, f"layer {layer} of {header.num_layers} is none")
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._group = np.repeat(np.arange(len(sizes)), sizes)
+        self._first = np.cumsum(sizes) - sizes
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self._kept_bytes = 0
 
     @property
+    def rows(self) -> Trace:
+        return self
+
+    @functools.cached_property
     def steps(self) -> list[int]:
-        return sorted({step for step, _ in self.rows})
+        return sorted({step for step, _ in self._at})
 
-    @property
+    @functools.cached_property
     def layers(self) -> list[int]:
-        return sorted({layer for _, layer in self.rows})
+        return sorted({layer for _, layer in self._at})
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._at
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def num_tokens(self, step: int, layer: int) -> int:
+        return int(self._index["num_tokens"][self._at[step, layer]])
+
+    def __getitem__(self, key: tuple[int, int]) -> Recorded:
+        number = self._at[key]
+        return self._keep(number, lambda: self._sound(lambda: self._row(number)))  # type: ignore[no-any-return]
+
+    def counts(self, step: int, layer: int) -> np.ndarray:
+        """Assignments of each rank's tokens to each expert, int64 [R, E]: R = 1 where ranks are not told. No token is
+        read for it."""
+        if self.header.schema_version == 1:
+            return counts_of_ids(self[step, layer].ids, None, self.header.num_experts)
+        number = self._at[step, layer]
+        return self._sound(lambda: self._light(number)[1])  # type: ignore[no-any-return]
+
+    def ranks(self, step: int, layer: int) -> tuple[int, ...] | None:
+        """Tokens of each rank, where they are told."""
+        if self.header.schema_version == 1:
+            return None
+        return self._sound(lambda: self._light(self._at[step, layer])[0])  # type: ignore[no-any-return]
+
+    def loss(self, step: int, layer: int) -> float:
+        """Held-out, nats per token; NaN if unknown."""
+        number = self._at[step, layer]
+        return float(self._sound(lambda: self._columns(number, ("loss",))["loss"]))
+
+    # ---- a row
+
+    def _row(self, number: int) -> Recorded:
+        header, step, layer = self.header, self._index["step"][number], self._index["layer"][number]
+        num_tokens = self._index["num_tokens"][number]
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens {num_tokens}")
+        heavy = self._columns(number, (*HEAVY, "loss"))
+        ranks, counts = (None, np.zeros((0, 0), np.int64))
+        if header.schema_version > 1:
+            ranks, counts = self._light(number)
+            if (
+                digest_of(heavy["ids"] or b"", heavy["weights"] or b"")
+                != self._columns(number, ("payload",))["payload"]
+            ):
+                raise ValueError(f"step {step}, layer {layer}: its tokens are not those of its digest")
+        shape, none = (num_tokens, header.top_k), np.zeros((0, header.top_k), np.float32)
+        if header.kind == "counts":
+            row = Recorded(step, layer, none, none, heavy["loss"], ranks, counts)
+            check_row(row, header)
+            from harness.routing.loops import draw
+
+            return dataclasses.replace(row, ids=draw(counts, header.top_k, header.seed, step, layer))
+        ids = np.frombuffer(heavy["ids"], header.ids_dtype).reshape(shape)
+        weights = none
+        if heavy["weights"] is not None:
+            weights = np.frombuffer(heavy["weights"], header.weight_dtype).reshape(shape)
+            weights = weights * np.float32(header.weight_scale / 255) if header.weight_dtype == "u1" else weights
+        row = Recorded(step, layer, ids, weights, heavy["loss"], ranks, counts)
+        check_row(row, header)
+        if header.schema_version > 1 and not np.array_equal(counts, counts_of_ids(ids, ranks, header.num_experts)):
+            raise ValueError(f"step {step}, layer {layer}: its counts are not those of its tokens")
+        return row
+
+    def _light(self, number: int) -> tuple[tuple[int, ...] | None, np.ndarray]:
+        """Tokens of each rank, and counts, checked."""
+        index = {name: values[number] for name, values in self._index.items()}
+        row = self._columns(number, ("loss", "ranks", "counts", "payload"))
+        before = self._index["digest"][number - 1] if number else digest_of(self._file.metadata.metadata[HEADER_KEY])
+        fields = fields_of(index["step"], index["layer"], index["num_tokens"], row["loss"], row["ranks"])
+        if digest_of(before, *fields, row["counts"], row["payload"]) != index["digest"]:
+            raise ValueError(f"step {index['step']}, layer {index['layer']}: it is not what its digest is of")
+        ranks = None if row["ranks"] is None else tuple(row["ranks"])
+        counts = np.frombuffer(row["counts"], "<i4").reshape(1 if ranks is None else len(ranks), -1)
+        if counts.shape[1] != self.header.num_experts:
+            raise ValueError(f"counts of {counts.shape[1]} experts")
+        return ranks, counts.astype(np.int64)
+
+    def _columns(self, number: int, names: tuple[str, ...]) -> dict[str, Any]:
+        """Of a row."""
+        group, heavy = int(self._group[number]), names[0] in HEAVY or self.header.schema_version == 1
+        table = self._keep((group, heavy), lambda: self._file.read_row_group(group, self._of(heavy), use_threads=False))
+        at = number - int(self._first[group])
+        return {name: table[name][at].as_py() for name in names}
+
+    def _of(self, heavy: bool) -> list[str]:
+        if heavy:
+            return [*HEAVY, "loss"]
+        return ["loss", "ranks", "counts", "payload"]
+
+    def _keep(self, key: Any, make: Any) -> Any:
+        """What ``make`` gives, from memory if it is there."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+        made = make()
+        size = made.nbytes if isinstance(made, pa.Table) else made.ids.nbytes + made.weights.nbytes + made.counts.nbytes
+        self._kept[key] = made, size
+        self._kept_bytes += size
+        while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            self._kept_bytes -= self._kept.popitem(last=False)[1][1]
+        return made
+
+    def _sound(self, read: Any) -> Any:
+        try:
+            return read()
+        except (UserError, pa.ArrowException, OSError, LookupError, ValueError, TypeError, OverflowError) as error:
+            raise _damaged(self.path, self.header, error) from None
 
 
-# ---- write and read ----------------------------------------------------------------------------------------------
-
-
-def check_writable(path: Path) -> None:
-    """Fail now and not after minutes of work. Errors: a folder that cannot be written to, a folder as ``path``, a file
-    that is there and no trace."""
-    outputs.check(path, is_ours=lambda there: HEADER_KEY in there.read_bytes())
-
-
-def write_trace(path: Path, header: Header, rows: Sequence[Recorded]) -> None:
-    """Write the whole file or nothing. Errors: a folder that cannot be written to, rows that ``read_trace`` would not
-    take (``check_row``), weights that are no numbers of 0 to ``header.weight_scale``."""
-    data: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-    seen: set[tuple[int, int]] = set()
-    for row in rows:
-        check_row(row, header, seen)
-        if not ((row.weights >= 0) & (row.weights <= header.weight_scale * (1 + 1e-6))).all():  # so is NaN
-            where = f"trace: step {row.step}, layer {row.layer}: weights"
-            wrong = row.weights[~((row.weights >= 0) & (row.weights <= header.weight_scale * (1 + 1e-6)))][0]
-            raise bad(where, float(wrong), f"must lie in 0..{header.weight_scale} (header.weight_scale)")
-        quantised = np.rint(row.weights / header.weight_scale * 255).clip(0, 255).astype("u1")
-        fields = (int(row.step), int(row.layer), len(row.ids), float(row.loss))
-        for name, value in zip(
-            COLUMNS, (*fields, row.ids.astype(header.ids_dtype).tobytes(), quantised.tobytes()), strict=True
-        ):
-            data[name].append(value)
-    text = header.model_dump_json().encode()
-    table = pa.table(data, schema=pa.schema(COLUMNS))
-    table = table.replace_schema_metadata({HEADER_KEY: text, DIGEST_KEY: _digest(text, table).encode()})
-    with outputs.whole(path) as file:
-        pq.write_table(
-            table, file, compression="zstd", compression_level=19, use_dictionary=False, write_page_checksum=True
-        )
-
-
-def check_row(row: Recorded, header: Header, seen: set[tuple[int, int]]) -> None:
-    """``UserError`` naming step and layer for what is no routing of ``header``'s model: ids that are not whole, out of
-    range or twice in a token, wrong shapes, a step and layer that are ``seen`` (which is added to) already."""
-    where = f"trace: step {row.step}, layer {row.layer}"
-    for name, value, least, most in (("step", row.step, 0, None), ("layer", row.layer, 0, header.num_layers - 1)):
-        if value != int(value) or value < least or (most is not None and value > most):
-            of = "" if most is None else f" {value} of {header.num_layers}"
-            raise bad(where, value, f"{name}{of} is none; give whole numbers from {least} on")
-    if (row.step, row.layer) in seen:
-        raise bad(where, "twice", "give each step and layer once")
-    seen.add((row.step, row.layer))
-    if row.ids.ndim != 2 or row.ids.shape[1] != header.top_k or row.weights.shape != row.ids.shape:
-        shapes = f"ids {list(row.ids.shape)}, weights {list(row.weights.shape)}"
-        raise bad(where, shapes, f"must both be [tokens, top_k = {header.top_k}]")
-    check_ids(row.ids, header.num_experts, f"{where}: ids")
-
-
-def check_ids(ids: np.ndarray, num_experts: int, where: str) -> None:
-    """``UserError`` naming ``where`` and the token, if ids [T, k] are not whole numbers of 0 to E - 1, no expert twice
-    in a token."""
-    if not np.issubdtype(ids.dtype, np.integer):
-        broken = np.argwhere(~(ids == np.rint(ids))) if np.issubdtype(ids.dtype, np.floating) else [None]
-        if len(broken):
-            token, value = (0, str(ids.dtype)) if broken[0] is None else (int(broken[0][0]), float(ids[*broken[0]]))
-            raise bad(f"{where}: token {token}", value, "expert ids must be whole numbers")
-    outside = np.argwhere((ids < 0) | (ids >= num_experts))
-    if len(outside):
-        token, place = outside[0]
-        wrong = ids[token, place].item()
-        raise bad(f"{where}: token {token}", wrong, f"there is no expert {wrong} of {num_experts}, counted from 0")
-    ordered = np.sort(ids, axis=1)
-    twice = np.argwhere(ordered[:, 1:] == ordered[:, :-1])
-    if len(twice):
-        token, place = twice[0]
-        raise bad(f"{where}: token {token}", ordered[token, place].item(), "is chosen twice; experts must be distinct")
-
-
-def _digest(header: bytes, table: pa.Table) -> str:
-    """Of all that a trace says: Parquet's own checksums leave out the header and the numbers of its footer."""
-    found = hashlib.sha256(header)
-    for row in table.select(list(COLUMNS)).to_pylist():
-        found.update(repr([row[name] for name in COLUMNS if name not in ("ids", "weights")]).encode())
-        found.update(row["ids"] + row["weights"])
-    return found.hexdigest()
+def _damaged(path: Path, header: Header | None, error: Exception) -> UserError:
+    again = "import it again with `moebench trace import`" if header is not None and header.source else AGAIN
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return unreadable("trace", str(path), f"is damaged ({reason}); {again}")
 
 
 def read_trace(path: Path) -> Trace:
-    """Read and check a trace; the last few files stay in memory.
+    """Open a trace: its footer, header and index are read and checked now, a row when it is asked for. The last few
+    files stay open.
 
     Errors (``UserError``, naming the file and the remedy): missing, not Parquet or damaged, no header, made by a newer
     moebench, contents that contradict the header.
@@ -180,55 +210,69 @@ def read_trace(path: Path) -> Trace:
         raise unreadable(
             "trace", str(path), f"cannot be read ({error.strerror}); give an existing trace file"
         ) from None
-    return _read(path, stat.st_mtime_ns, stat.st_size)
+    return _read(path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: Path, mtime_ns: int, size: int) -> Trace:
-    again = "record it again with `moebench record`"
+def _read(path: Path, mtime_ns: int, size: int, inode: int) -> Trace:
     try:
-        table = pq.read_table(pa.BufferReader(path.read_bytes()), page_checksum_verification=True)
-        metadata = dict(table.schema.metadata or {})
+        file = pq.ParquetFile(pa.OSFile(str(path)), page_checksum_verification=True)
+        metadata = dict(file.metadata.metadata or {})
     except Exception as error:  # a damaged file makes Parquet's reader raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise unreadable("trace", str(path), f"not a readable Parquet file ({reason}); {again}") from None
-    text = metadata.get(HEADER_KEY)
+        raise unreadable("trace", str(path), f"not a readable Parquet file ({reason}); {AGAIN}") from None
+    header = _header(path, metadata.get(HEADER_KEY))
+    try:
+        if header.top_k > header.num_experts:
+            raise bad("header.top_k", header.top_k, f"is more than num_experts = {header.num_experts}")
+        columns, index = (FIRST_COLUMNS, 3) if header.schema_version == 1 else (COLUMNS, None)
+        for name, kind in columns.items():
+            if file.schema_arrow.field(name).type != kind:
+                raise ValueError(f"column {name} is {file.schema_arrow.field(name).type}, not {kind}")
+        light = list(columns)[:index] if index else ["step", "layer", "num_tokens", "digest"]
+        found = Trace(path, file, header, file.read(light, use_threads=False))
+        if header.schema_version == 1:
+            _check_whole(file, metadata)
+    except Exception as error:
+        raise _damaged(path, header, error) from None
+    return found
+
+
+def _header(path: Path, text: bytes | None) -> Header:
     if text is None:
-        raise unreadable("trace", str(path), f"has no moebench header, so it is not a trace; {again}")
+        remedy = "has no moebench header, so it is not a trace; record one with `moebench record`, or bring it in with"
+        raise unreadable("trace", str(path), f"{remedy} `moebench trace import`")
     try:
         fields = json.loads(text)
         version = int(fields["schema_version"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise unreadable("trace", str(path), f"has a damaged header; {again}") from None
+        raise unreadable("trace", str(path), f"has a damaged header; {AGAIN}") from None
     if version > SCHEMA_VERSION:
         remedy = f"schema_version {version} is newer than this moebench reads ({SCHEMA_VERSION}); upgrade moebench"
         raise unreadable("trace", str(path), remedy)
     try:
-        header = Header.parse(fields, "header")
-        if header.top_k > header.num_experts:
-            raise bad("header.top_k", header.top_k, f"is more than num_experts = {header.num_experts}")
-        table = table.select(list(COLUMNS)).cast(pa.schema(COLUMNS))
-        rows = _rows(table, header)
-        if DIGEST_KEY in metadata and metadata[DIGEST_KEY] != _digest(text, table).encode():
-            raise ValueError("its contents are not those of its digest")
-    except (UserError, pa.ArrowException, KeyError, ValueError, TypeError, OverflowError) as error:
-        raise unreadable("trace", str(path), f"is damaged ({error}); {again}") from None
-    return Trace(path, header, rows)
+        return Header.parse(fields, "header")
+    except UserError as error:
+        raise _damaged(path, None, error) from None
 
 
-def _rows(table: pa.Table, header: Header) -> dict[tuple[int, int], Recorded]:
-    rows: dict[tuple[int, int], Recorded] = {}
-    seen: set[tuple[int, int]] = set()
-    for row in table.to_pylist():
-        if row["num_tokens"] < 0:
-            raise ValueError(f"num_tokens {row['num_tokens']}")
-        shape = (row["num_tokens"], header.top_k)
-        ids = np.frombuffer(row["ids"], header.ids_dtype).reshape(shape)
-        weights = np.frombuffer(row["weights"], "u1").reshape(shape)
-        found = Recorded(row["step"], row["layer"], ids, weights * np.float32(header.weight_scale / 255), row["loss"])
-        check_row(found, header, seen)
-        rows[found.step, found.layer] = found
-    return rows
+def _check_whole(file: pq.ParquetFile, metadata: Mapping[bytes, bytes]) -> None:
+    """The digest of schema 1 is of all that a trace says."""
+    if DIGEST_KEY not in metadata:
+        return
+    found = hashlib.sha256(metadata[HEADER_KEY])
+    for row in file.read(list(FIRST_COLUMNS)).to_pylist():
+        found.update(repr([row[name] for name in FIRST_COLUMNS if name not in HEAVY]).encode())
+        found.update(row["ids"] + row["weights"])
+    if metadata[DIGEST_KEY] != found.hexdigest().encode():
+        raise ValueError("its contents are not those of its digest")
+
+
+def find_trace(name: str) -> Path:
+    """``name`` itself if absolute, else under results/traces/ of the repository, else under the working directory."""
+    path = Path(name).expanduser()
+    shipped = SHIPPED / path
+    return shipped if shipped.is_file() else path.absolute()
 
 
 # ---- whole recordings --------------------------------------------------------------------------------------------
@@ -268,58 +312,7 @@ def split(ids: np.ndarray, share: float, window: int = WINDOW) -> tuple[np.ndarr
     return ids[:, ~held], ids[:, held]
 
 
-# ---- the workload "trace" ----------------------------------------------------------------------------------------
-
-
-class TraceParams(Spec):
-    """``path`` of the trace, the ``layer`` that layer 0 of the model takes, the recorded ``step`` (None: the last)."""
-
-    path: str
-    layer: Annotated[int, Field(ge=0)] = 0
-    step: Annotated[int, Field(ge=0)] | None = None
-
-
-def find_trace(name: str) -> Path:
-    """``name`` itself if absolute, else under results/traces/ of the repository, else under the working directory."""
-    path = Path(name).expanduser()
-    shipped = SHIPPED / path
-    return shipped if shipped.is_file() else path.absolute()
-
-
-def from_trace(workload: Workload, model: Model, topology: Topology, layer: int) -> np.ndarray:
-    """ids int32 [T, k]: the first tokens of the trace in order, rank after rank, with the best k experts of each.
-
-    The same at every step of an experiment: recorded steps lie further apart than an experiment is long.
-
-    Errors: a trace of another number of experts, with a smaller k, fewer tokens, or without that layer or step.
-    """
-    where = f"workload {workload.name} (trace)"
-    params = TraceParams.parse(workload.params, f"{where}.params")
-    trace = read_trace(find_trace(params.path))
-    header, steps, name = trace.header, trace.steps, trace.path.name
-    if not steps:
-        raise bad(f"{where}.params.path", params.path, "the trace is empty; record it again")
-    if header.num_experts != model.num_experts:
-        remedy = f"the trace {name} has {header.num_experts} experts; use a model or a trace with as many"
-        raise bad("model.num_experts", model.num_experts, remedy)
-    if header.top_k < model.top_k:
-        raise bad("model.top_k", model.top_k, f"the trace {name} has only k = {header.top_k} experts per token")
-    wanted_layer = params.layer + layer
-    if wanted_layer not in trace.layers:
-        listed = ", ".join(map(str, trace.layers))
-        raise bad(f"{where}.params.layer", wanted_layer, f"the trace {name} has layers {listed}")
-    listed = ", ".join(map(str, steps))
-    if params.step is not None and params.step not in steps:
-        raise bad(f"{where}.params.step", params.step, f"the trace {name} has steps {listed}")
-    recorded_step = steps[-1] if params.step is None else params.step
-    row = trace.rows.get((recorded_step, wanted_layer))
-    if row is None:
-        raise bad(f"{where}.params.layer", wanted_layer, f"the trace {name} lacks it at step {recorded_step}")
-    num_tokens = sum(workload.tokens(topology.num_ranks))
-    if num_tokens > len(row.ids):
-        remedy = f"{num_tokens} tokens on {topology.num_ranks} ranks, but the trace {name} has {len(row.ids)}"
-        remedy += (
-            f"; give a rank {len(row.ids) // topology.num_ranks} at most, or record more (moebench record --tokens)"
-        )
-        raise bad(f"workload {workload.name}.tokens_per_rank", workload.tokens_per_rank, remedy)
-    return row.ids[:num_tokens, : model.top_k].astype(np.int32)
+__all__ = [
+    "HEADER_KEY", "SCHEMA_VERSION", "SHIPPED", "Header", "Recorded", "Trace", "Writer", "all_layers", "check_writable",
+    "find_trace", "read_trace", "split", "window_of", "write_trace",
+]  # fmt: skip

@@ -152,8 +152,7 @@ def _fitted(path: Path, mtime_ns: int, size: int) -> tuple[Fitted, ...]:
 
     trace, found = read_trace(path), []
     for layer in trace.layers:
-        rows = [row for step in trace.steps if (row := trace.rows.get((step, layer))) is not None]
-        if len(rows) > 1:
-            loads = [np.bincount(row.ids.ravel(), minlength=trace.header.num_experts) for row in rows]
-            found.append(Fitted(layer, len(rows), *fit(np.stack(loads))))
+        loads = [trace.counts(step, layer).sum(0) for step in trace.steps if (step, layer) in trace]
+        if len(loads) > 1:
+            found.append(Fitted(layer, len(loads), *fit(np.stack(loads))))
     return tuple(found)

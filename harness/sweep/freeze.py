@@ -9,7 +9,8 @@ from pathlib import Path
 
 from harness.bench import provenance
 from harness.registry import FOLDERS
-from harness.routing.trace import TraceParams, find_trace
+from harness.routing.replay import TraceParams
+from harness.routing.trace import find_trace
 from harness.specs import Workload
 from harness.sweep.spec import ROOT
 

@@ -11,7 +11,7 @@ import pytest
 from harness.errors import UserError
 from harness.placement import Placement
 from harness.routing import certify, make_routing
-from harness.routing.trace import HEADER_KEY, SHIPPED, Header, Recorded, read_trace, write_trace
+from harness.routing.trace import HEADER_KEY, SHIPPED, Header, Recorded, Writer, read_trace, write_trace
 from harness.specs import Model, Workload
 from harness.topology import Topology
 
@@ -46,6 +46,11 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
+def read_whole(path: Path) -> dict[tuple[int, int], Recorded]:
+    """Every row, read."""
+    return dict(read_trace(path).items())
+
+
 def workload(path: Path | str, tokens: int | tuple[int, ...] = 16, **params) -> Workload:
     return Workload(name="w", tokens_per_rank=tokens, generator="trace", params={"path": str(path), **params})
 
@@ -72,7 +77,7 @@ def test_a_failed_write_leaves_the_old_file_alone(trace, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", full)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
     with pytest.raises(UserError, match="No space left on device"):
         write_trace(trace, header(), rows())
     assert trace.read_bytes() == before
@@ -120,7 +125,7 @@ def test_steps_layers_and_the_best_k(trace):
         (model(), {"layer": 2}, {}, ["params.layer: 2", "layers 0, 1"]),
         (model(), {"layer": 1}, {"layer": 1}, ["params.layer: 2", "layers 0, 1"]),
         (model(), {"step": 6}, {}, ["params.step: 6", "steps 5, 50"]),
-        (model(), {"stride": 1}, {}, ["params.stride: 1", "known fields are path, layer, step"]),
+        (model(), {"stride": 1}, {}, ["params.stride: 1", "known fields are path, layer, step, replay, hold"]),
     ],
 )
 def test_a_trace_that_does_not_fit(trace, m, work, at, parts):
@@ -149,19 +154,19 @@ def flipped(table: pa.Table) -> pa.Table:
     ("change", "parts"),
     [
         (lambda table, meta: (table, None), ["no moebench header", "moebench record"]),
-        (lambda table, meta: (table, {**meta, "schema_version": 2}), ["schema_version 2", "upgrade moebench"]),
+        (lambda table, meta: (table, {**meta, "schema_version": 3}), ["schema_version 3", "upgrade moebench"]),
         (lambda table, meta: (table, {}), ["damaged header"]),
         (lambda table, meta: (table, {**meta, "top_k": 5}), ["is damaged", "moebench record"]),
         (lambda table, meta: (table, {**meta, "num_experts": 0}), ["is damaged", "header.num_experts"]),
         (lambda table, meta: (table.drop_columns(["weights"]), meta), ["is damaged", "weights"]),
-        (lambda table, meta: (flipped(table), meta), ["is damaged", "expert 255 of 16"]),
+        (lambda table, meta: (flipped(table), meta), ["is damaged", "step 5, layer 0"]),
         (lambda table, meta: (table, {**meta, "num_layers": 1}), ["is damaged", "layer 1 of 1"]),
     ],
 )
 def test_a_file_that_is_not_a_sound_trace(trace, change, parts):
     path = rewritten(trace, change)
     with pytest.raises(UserError) as error:
-        read_trace(path)
+        read_whole(path)
     assert "\n" not in str(error.value)
     for part in [str(path), *parts]:
         assert part in str(error.value)
@@ -200,11 +205,11 @@ def test_neither_writer_nor_reader_takes_what_is_no_routing(row, said, tmp_path,
     assert not path.exists()
     stored_as_bytes = row.ids.shape == (2, 2) and row.weights.shape == (2, 2) and "weights:" not in said
     if stored_as_bytes and np.issubdtype(row.ids.dtype, np.integer) and row.ids.min() >= 0 and row.ids.max() < 256:
-        monkeypatch.setattr("harness.routing.trace.check_row", lambda *_: None)  # a writer that checks nothing
+        monkeypatch.setattr("harness.routing.writing.check_row", lambda *_: None)  # a writer that checks nothing
         write_trace(path, header, [row])
         monkeypatch.undo()
         with pytest.raises(UserError, match="is damaged"):
-            read_trace(path)
+            read_whole(path)
 
 
 def test_a_step_and_layer_that_stand_twice(tmp_path):
@@ -228,7 +233,7 @@ def test_damaged_bytes_never_pass_silently(trace):
     for position in range(0, len(whole), max(1, len(whole) // 100)):
         trace.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         try:
-            found = read_trace(trace).rows
+            found = read_whole(trace)
         except UserError:
             refused += 1
             continue
@@ -258,3 +263,34 @@ def test_the_shipped_trace():
         certificate = certify(routing, Placement.contiguous(64, 8), topology)
         assert certificate.max_over_mean["expert"] > 1.1
         assert not certificate.balanced
+
+
+def test_a_damaged_row_costs_itself_alone(trace):
+    """Opening reads the header and the index; a row is read and checked when it is asked for."""
+
+    def change(table: pa.Table, meta: dict) -> tuple[pa.Table, dict]:
+        ids = [value.as_py() for value in table["ids"]]
+        ids[3] = ids[3][::-1]
+        return table.set_column(table.schema.get_field_index("ids"), "ids", pa.array(ids, pa.binary())), meta
+
+    text = pq.read_metadata(trace).metadata[HEADER_KEY]
+    table, _ = change(pq.read_table(trace), {})
+    pq.write_table(table.replace_schema_metadata({HEADER_KEY: text}), trace)
+    found = read_trace(trace)
+    assert np.array_equal(found[50, 0].ids, rows()[2].ids)
+    assert found.counts(50, 1).sum() == 64 * 4
+    with pytest.raises(UserError, match="step 50, layer 1: its tokens are not those of its digest"):
+        found[50, 1]
+
+
+def test_a_writer_writes_all_or_nothing(tmp_path):
+    def half() -> None:
+        with Writer(tmp_path / "t.parquet", header()) as writer:
+            writer.add(rows()[0])
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        half()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"header\.top_k: 17"):
+        Writer(tmp_path / "t.parquet", header(top_k=17))
