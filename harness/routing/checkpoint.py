@@ -1,0 +1,64 @@
+"""A Hugging Face checkpoint in memory: local files only, no code from it, weights from safetensors only, and whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.errors import bad
+
+KEPT_FREE = 0.2  # share of the free memory that a model does not take
+
+
+def transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        remedy = "needs transformers, which is not installed: pip install 'transformers>=4.56' 'safetensors>=0.5'"
+        raise bad("checkpoint", "transformers", remedy) from None
+    return transformers
+
+
+def load(checkpoint: Path, **how: Any) -> Any:
+    """The model; ``how`` goes to ``from_pretrained``. Errors: no such model, weights that are missing, of another
+    shape, damaged or no numbers."""
+    library = transformers()
+    if not (checkpoint / "config.json").is_file():
+        raise bad("checkpoint", str(checkpoint), "is not a folder with a config.json; give a downloaded checkpoint")
+    try:
+        model, info = library.AutoModelForCausalLM.from_pretrained(
+            str(checkpoint),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype="auto",
+            output_loading_info=True,
+            **how,
+        )
+    except Exception as error:  # configurations, safetensors and model classes raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        remedy = f"cannot be loaded ({reason}); it needs whole safetensors weights of a class that transformers has"
+        raise bad("checkpoint", str(checkpoint), remedy) from None
+    for kind, told in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape"), ("error_msgs", "")):
+        if wrong := sorted(map(str, info.get(kind) or ())):
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise bad("checkpoint", str(checkpoint), f"{told} {wrong[0]}{more}; download it again")
+    check_numbers(model, checkpoint)
+    return model.eval()
+
+
+def check_numbers(module: nn.Module, checkpoint: Path, where: str = "") -> None:
+    """``UserError`` for a weight that is NaN or infinite; weights that are on disk are left out."""
+    for name, weight in module.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            continue
+        if not torch.isfinite(weight).all():
+            raise bad("checkpoint", str(checkpoint), f"{where}{name} holds NaN or infinity; download it again")
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """Of the files; in memory a model is about as large."""
+    return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))

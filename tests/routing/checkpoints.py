@@ -1,0 +1,79 @@
+"""Tiny random models of every MoE class that the installed transformers has."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+HIDDEN, LAYERS = 32, 2
+#: where a configuration has such a field, it gets this value
+FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model"), HIDDEN),
+    **dict.fromkeys(("num_hidden_layers", "n_layers", "num_layers"), LAYERS),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size"), 16),
+    **dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("shared_intermediate_size", "intermediate_size_mlp", "prefix_dense_intermediate_size"), 16),
+    **dict.fromkeys(("num_attention_heads", "n_heads", "num_key_value_heads"), 4),
+    **dict.fromkeys(("head_dim", "kv_channels", "v_head_dim", "qk_rope_head_dim", "qk_nope_head_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank", "qk_head_dim", "mamba_d_head"), 16),
+    **dict.fromkeys(("max_position_embeddings", "max_seq_len"), 64),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 1),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "decoder_sparse_step", "moe_layer_freq"), 1),
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts"), 1),
+    **{
+        "vocab_size": 256,
+        "mamba_n_heads": 4,
+        "zero_expert_num": 0,
+        "topk_method": "group_limited_greedy",
+        "mlp_only_layers": [],
+    },
+}
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+#: by model type: what the class needs besides
+OWN: dict[str, dict[str, Any]] = {
+    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "hunyuan_v1_moe": {"rope_scaling": {"rope_type": "default"}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "nemotron_h": {"layers_block_type": ["attention", "moe", "moe"]},
+}
+
+
+def classes() -> dict[str, str]:
+    """Model type to class, of all whose code speaks of experts."""
+    found: dict[str, str] = {}
+    for model_type, names in NAMES.items():
+        name = names if isinstance(names, str) else names[0]
+        source = inspect.getsource(importlib.import_module(getattr(transformers, name).__module__))
+        nested = "text_config" in transformers.CONFIG_MAPPING[model_type].sub_configs
+        if "xperts" in source and name not in found.values() and not nested:
+            found[model_type] = name
+    return found
+
+
+def config(model_type: str, num_experts: int, top_k: int, **fields: Any) -> Any:
+    like = transformers.CONFIG_MAPPING[model_type]()
+    groups = {"n_group": 2, "topk_group": 1 if top_k <= num_experts // 2 else 2}
+    values = FIELDS | dict.fromkeys(NUM_EXPERTS, num_experts) | dict.fromkeys(TOP_K, top_k) | groups
+    own = {name: value for name, value in values.items() if name in like.to_dict()}
+    inner = {"ffn_config": {name: values[name] for name in ("moe_num_experts", "moe_top_k", "ffn_hidden_size")}}
+    given = own | (inner if hasattr(like, "ffn_config") else {}) | OWN.get(model_type, {}) | fields
+    return transformers.AutoConfig.for_model(model_type, **given)
+
+
+def model(made: Any, seed: int = 0) -> Any:
+    """Random weights and random correction biases, in float32."""
+    torch.manual_seed(seed)
+    found = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, value in [*found.named_parameters(), *found.named_buffers()]:
+            if "correction_bias" in name or "expert_bias" in name:
+                value.copy_(torch.rand_like(value))
+            elif value.ndim > 1 and value.is_floating_point():
+                value.normal_(0, 0.2)
+    return found
