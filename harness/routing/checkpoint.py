@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from harness.errors import bad
 
-KEPT_FREE = 0.2  # share of the free memory that a model does not take
+SHARE = 0.8  # of the free memory that a model may take
 
 
 def transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        remedy = "needs transformers, which is not installed: pip install 'transformers>=4.56' 'safetensors>=0.5'"
+        remedy = "needs transformers, which is not installed: pip install 'transformers>=4.56' 'safetensors>=0.5' 'accelerate>=1.1'"
         raise bad("checkpoint", "transformers", remedy) from None
     return transformers
 
@@ -26,8 +27,8 @@ def load(checkpoint: Path, **how: Any) -> Any:
     """The model; ``how`` goes to ``from_pretrained``. Errors: no such model, weights that are missing, of another
     shape, damaged or no numbers."""
     library = transformers()
-    if not (checkpoint / "config.json").is_file():
-        raise bad("checkpoint", str(checkpoint), "is not a folder with a config.json; give a downloaded checkpoint")
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
     try:
         model, info = library.AutoModelForCausalLM.from_pretrained(
             str(checkpoint),
@@ -59,6 +60,7 @@ def check_numbers(module: nn.Module, checkpoint: Path, where: str = "") -> None:
             raise bad("checkpoint", str(checkpoint), f"{where}{name} holds NaN or infinity; download it again")
 
 
-def weight_bytes(checkpoint: Path) -> int:
-    """Of the files; in memory a model is about as large."""
-    return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+def fits(checkpoint: Path, device: str) -> bool:
+    """Whether the whole model has room in the memory that is free now; in memory it is about as large as its files."""
+    free = torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else psutil.virtual_memory().available
+    return sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) <= SHARE * free

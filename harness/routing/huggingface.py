@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from harness.errors import UserError, bad
+from harness.routing import by_layer
 from harness.routing import checkpoint as checkpoints
 from harness.routing.calls import Calls, Chosen, Unread
 from harness.routing.corpus import Corpus
@@ -33,6 +35,7 @@ def record_checkpoint(
     passes: int = 1,
     text: Path | None = None,
     token_ids: Path | None = None,
+    layerwise: bool | None = None,
     command: str = "",
     corpus: Corpus | None = None,
     device: str | None = None,
@@ -42,7 +45,8 @@ def record_checkpoint(
     the tokens of a pass follow those of the pass before, and each pass is a step of the trace.
 
     ``seq``: tokens of a sequence, by default 1024 or what the model allows; ``batch``: sequences that run together.
-    ``text`` or ``token_ids``: a file to read instead of ``corpus``. Layers are counted in the order in which a pass
+    ``text`` or ``token_ids``: a file to read instead of ``corpus``. ``layerwise``: only one layer's weights are in
+    memory at a time (by default where the whole model has no room), with the same result. Layers are counted in the order in which a pass
     calls them. ``progress`` hears of forward passes as steps.
 
     Errors (``UserError``, nothing is written): transformers missing, a folder that holds no whole MoE model, a class
@@ -51,17 +55,26 @@ def record_checkpoint(
     check_writable(out)
     started = time.perf_counter()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = checkpoints.load(checkpoint).to(device)
-    seq = _length(model, seq, num_tokens)
-    vocab = model.config.get_text_config().vocab_size
-    tokens, what = tokens_of(checkpoint, passes * num_tokens, vocab, text=text, ids=token_ids, corpus=corpus)
-    batches = [part for step in tokens.view(passes, -1, seq) for part in step.split(batch)]  # [<= batch, seq]
-
-    rows: list[Recorded] = []
-    ran = _run(model, checkpoint, batches, device, progress)
+    if not (checkpoint / "config.json").is_file():
+        raise bad("checkpoint", str(checkpoint), "is not a folder with a config.json; give a downloaded checkpoint")
+    if layerwise is None:
+        layerwise = not checkpoints.fits(checkpoint, device)
+    with tempfile.TemporaryDirectory(prefix="moebench-layers-") as folder:
+        if layerwise:
+            model = by_layer.load(checkpoint, Path(folder), device)
+        else:
+            model = checkpoints.load(checkpoint).to(device)
+        seq = _length(model, seq, num_tokens)
+        vocab = model.config.get_text_config().vocab_size
+        tokens, what = tokens_of(checkpoint, passes * num_tokens, vocab, text=text, ids=token_ids, corpus=corpus)
+        batches = [part for step in tokens.view(passes, -1, seq) for part in step.split(batch)]  # [<= batch, seq]
+        ran = _run(model, checkpoint, batches, device, layerwise, progress)
     each = len(ran) // passes
-    for step in range(passes):
-        rows += _rows(step, ran[step * each : (step + 1) * each], num_tokens, checkpoint)
+    rows = [
+        row
+        for step in range(passes)
+        for row in _rows(step, ran[step * each : (step + 1) * each], num_tokens, checkpoint)
+    ]
     first = ran[0][1][0]
     header = Header(
         model=str(model.config.model_type),
@@ -74,6 +87,7 @@ def record_checkpoint(
         weight_scale=max(1.0, *(float(row.weights.max()) for row in rows)),
         details={
             **{"checkpoint": checkpoint.resolve().name, "seq": seq, "batch": batch, "read": first.how},
+            "in_memory": "one layer" if layerwise else "whole",
             **{"transformers": checkpoints.transformers().__version__, "torch": torch.__version__, "device": device},
         },
     )
@@ -93,7 +107,12 @@ def _length(model: Any, seq: int | None, num_tokens: int) -> int:
 
 
 def _run(
-    model: Any, checkpoint: Path, batches: list[torch.Tensor], device: str, progress: Callable[[Progress], None]
+    model: Any,
+    checkpoint: Path,
+    batches: list[torch.Tensor],
+    device: str,
+    layerwise: bool,
+    progress: Callable[[Progress], None],
 ) -> list[tuple[float, list[Chosen]]]:
     """Of every batch its loss and what each layer chose, on the CPU."""
     name = type(model).__name__
@@ -117,6 +136,8 @@ def _run(
             remedy = f"{name} has no MoE experts whose calls moebench can read; give a checkpoint of another class"
             raise bad("checkpoint", str(checkpoint), remedy)
         try:
+            if layerwise:
+                return by_layer.run(model, len(batches), forward, checkpoint)
             return [forward(index) for index in range(len(batches))]
         except Unread as error:
             version = checkpoints.transformers().__version__

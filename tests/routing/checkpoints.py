@@ -37,8 +37,9 @@ NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 #: by model type: what the class needs besides
 OWN: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8, "kv_n_heads": 4}},
     "hunyuan_v1_moe": {"rope_scaling": {"rope_type": "default"}},
+    "beam": {"mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["attention", "moe", "moe"]},
 }
@@ -58,16 +59,17 @@ def classes() -> dict[str, str]:
 
 def config(model_type: str, num_experts: int, top_k: int, **fields: Any) -> Any:
     like = transformers.CONFIG_MAPPING[model_type]()
-    groups = {"n_group": 2, "topk_group": 1 if top_k <= num_experts // 2 else 2}
+    groups = {"n_group": 2, "num_expert_group": 2, "topk_group": 1 if top_k <= num_experts // 2 else 2}
     values = FIELDS | dict.fromkeys(NUM_EXPERTS, num_experts) | dict.fromkeys(TOP_K, top_k) | groups
     own = {name: value for name, value in values.items() if name in like.to_dict()}
     inner = {"ffn_config": {name: values[name] for name in ("moe_num_experts", "moe_top_k", "ffn_hidden_size")}}
+    own |= {name: [1] * LAYERS for name in ("moe_layer_freq",) if isinstance(getattr(like, name, None), list)}
     given = own | (inner if hasattr(like, "ffn_config") else {}) | OWN.get(model_type, {}) | fields
     return transformers.AutoConfig.for_model(model_type, **given)
 
 
-def model(made: Any, seed: int = 0) -> Any:
-    """Random weights and random correction biases, in float32."""
+def model(made: Any, seed: int = 0, shared: bool = True) -> Any:
+    """Random weights and random correction biases, in float32. Without ``shared``: experts of all tokens add nothing."""
     torch.manual_seed(seed)
     found = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -75,5 +77,79 @@ def model(made: Any, seed: int = 0) -> Any:
             if "correction_bias" in name or "expert_bias" in name:
                 value.copy_(torch.rand_like(value))
             elif value.ndim > 1 and value.is_floating_point():
-                value.normal_(0, 0.2)
+                value.normal_(0, 0.0 if "shared" in name and not shared else 0.2)
     return found
+
+
+@torch.no_grad()
+def weighed(made: Any, ids: torch.Tensor, chosen: list[Any]) -> list[float]:
+    """For every MoE layer that ``made`` calls: how far what it makes of its tokens is from the sum of its experts'
+    outputs, each expert asked alone, by the ``chosen`` ids and weights; over the largest value."""
+    far: list[float] = []
+    hooks = []
+    for module in made.modules():
+        experts = getattr(module, "experts", None)
+        if isinstance(experts, torch.nn.ModuleList):
+            hooks.append(
+                module.register_forward_hook(lambda m, a, y: far.append(_far(m.experts, a[0], y, chosen[len(far)])))
+            )
+        elif type(module).__name__ == "Llama4TextMoe":
+            hooks.append(module.register_forward_hook(lambda m, a, y: far.append(_llama(m, a[0], y, chosen[len(far)]))))
+        elif hasattr(module, "output_linear") and hasattr(module, "router"):
+            hooks.append(
+                module.register_forward_hook(lambda m, a, y: far.append(_linears(m, a[0], y, chosen[len(far)])))
+            )
+        elif isinstance(experts, torch.nn.Module) and len(inspect.signature(type(experts).forward).parameters) > 3:
+            hooks.append(
+                experts.register_forward_hook(
+                    lambda m, a, kw, y: far.append(_told(m, [*a, *kw.values()], y, chosen[len(far)])), with_kwargs=True
+                )
+            )
+    made(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return far
+
+
+def _sum(outputs: list[torch.Tensor], y: Any, chosen: Any) -> float:
+    """``outputs``: of every expert for every token, [T, hidden]."""
+    y = (y[0] if isinstance(y, tuple) else y).reshape(-1, outputs[0].shape[-1])
+    rows = torch.stack(outputs, 1)  # [T, E, hidden]
+    picked = rows.gather(1, chosen.ids.long()[..., None].expand(-1, -1, rows.shape[-1]))
+    return float(((picked * chosen.weights[..., None]).sum(1) - y).abs().max() / y.abs().max())
+
+
+def _far(experts: Any, x: torch.Tensor, y: Any, chosen: Any) -> float:
+    return _sum([expert.forward(x.reshape(-1, x.shape[-1])) for expert in experts], y, chosen)
+
+
+def _told(experts: Any, given: list[torch.Tensor], y: torch.Tensor, chosen: Any) -> float:
+    x = given[0].reshape(-1, given[0].shape[-1])
+    outputs = []
+    for expert in range(chosen.num_experts):
+        one = torch.full((len(x), 1), expert)
+        weights = [v.reshape(-1, v.shape[-1]) for v in given[1:] if v.is_floating_point()]
+        wide = len(weights) > 1 or weights[0].shape[-1] != chosen.ids.shape[-1]  # weights of all experts
+        wide = wide or (type(experts).__name__ == "GptOssExperts" and transformers.__version__ < "5")
+        ones = torch.ones(len(x), chosen.num_experts if wide else 1)
+        full = [one if not v.is_floating_point() else ones for v in given[1:]]
+        outputs.append(experts.forward(x if given[0].ndim == 2 else x[None], *full).reshape(x.shape))
+    return _sum(outputs, y, chosen)
+
+
+def _llama(layer: Any, x: torch.Tensor, y: Any, chosen: Any) -> float:
+    x = x.reshape(-1, x.shape[-1])
+    y = (y[0] if isinstance(y, tuple) else y).reshape(x.shape)
+    scores = torch.zeros(len(x), chosen.num_experts).scatter(1, chosen.ids.long(), chosen.weights)
+    rows = layer.experts.forward((x[None] * scores.T[..., None]).reshape(-1, x.shape[-1]))
+    return float((rows.view(chosen.num_experts, *x.shape).sum(0) - y).abs().max() / y.abs().max())
+
+
+def _linears(layer: Any, x: torch.Tensor, y: Any, chosen: Any) -> float:
+    x = x.reshape(-1, x.shape[-1])
+    y = (y[0] if isinstance(y, tuple) else y).reshape(x.shape) - getattr(layer, "bias", 0)
+    outputs = []
+    for inner, outer in zip(layer.input_linear.weight, layer.output_linear.weight, strict=True):
+        gate, up = (x @ inner.T).chunk(2, -1)
+        outputs.append((layer.activation(gate) * up) @ outer.T)
+    return _sum(outputs, y, chosen)
