@@ -52,7 +52,7 @@ def record_(
     ```
     moebench record --model record-e64k8 --out my-trace.parquet
     moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
-    moebench record --checkpoint ~/models/Qwen3-30B-A3B --text mine.txt --seq 2048 --passes 8 --by-layer --out qwen.parquet
+    moebench record --checkpoint ~/models/Qwen3-30B-A3B --text mine.txt --seq 2048 --passes 8 --out qwen.parquet
     ```
     """
     from harness import presets

@@ -18,7 +18,8 @@ def transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        remedy = "needs transformers, which is not installed: pip install 'transformers>=4.56' 'safetensors>=0.5' 'accelerate>=1.1'"
+        needed = "'transformers>=4.56' 'safetensors>=0.5' 'accelerate>=1.1'"
+        remedy = f"needs transformers, which is not installed: pip install {needed}"
         raise bad("checkpoint", "transformers", remedy) from None
     return transformers
 

@@ -46,8 +46,8 @@ def record_checkpoint(
 
     ``seq``: tokens of a sequence, by default 1024 or what the model allows; ``batch``: sequences that run together.
     ``text`` or ``token_ids``: a file to read instead of ``corpus``. ``layerwise``: only one layer's weights are in
-    memory at a time (by default where the whole model has no room), with the same result. Layers are counted in the order in which a pass
-    calls them. ``progress`` hears of forward passes as steps.
+    memory at a time, with the same result (by default where the whole model has no room). Layers are counted in the
+    order in which a pass calls them. ``progress`` hears of forward passes as steps.
 
     Errors (``UserError``, nothing is written): transformers missing, a folder that holds no whole MoE model, a class
     whose experts cannot be read for certain, tokens that do not fill sequences, too little text, no numbers.
@@ -55,6 +55,7 @@ def record_checkpoint(
     check_writable(out)
     started = time.perf_counter()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    library = checkpoints.transformers()
     if not (checkpoint / "config.json").is_file():
         raise bad("checkpoint", str(checkpoint), "is not a folder with a config.json; give a downloaded checkpoint")
     if layerwise is None:
@@ -88,7 +89,7 @@ def record_checkpoint(
         details={
             **{"checkpoint": checkpoint.resolve().name, "seq": seq, "batch": batch, "read": first.how},
             "in_memory": "one layer" if layerwise else "whole",
-            **{"transformers": checkpoints.transformers().__version__, "torch": torch.__version__, "device": device},
+            **{"transformers": library.__version__, "torch": torch.__version__, "device": device},
         },
     )
     write_trace(out, header, rows)

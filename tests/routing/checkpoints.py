@@ -69,7 +69,7 @@ def config(model_type: str, num_experts: int, top_k: int, **fields: Any) -> Any:
 
 
 def model(made: Any, seed: int = 0, shared: bool = True) -> Any:
-    """Random weights and random correction biases, in float32. Without ``shared``: experts of all tokens add nothing."""
+    """Random weights and correction biases, in float32. Without ``shared``: experts of all tokens add nothing."""
     torch.manual_seed(seed)
     found = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -159,7 +159,7 @@ def test_passes_are_steps_and_batches_change_nothing(mixtral, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
 def test_layer_by_layer_is_the_whole_model(tmp_path, model_type):
-    folder = saved(tmp_path / "model", model_type, "90KB")
+    folder = saved(tmp_path / "model", model_type, "60KB")
     assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) > 3
     assert len(list(folder.glob("*.safetensors"))) >= 3
     whole = record(folder, tmp_path, passes=2, batch=2)
