@@ -40,6 +40,8 @@ OWN: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8, "kv_n_heads": 4}},
     "hunyuan_v1_moe": {"rope_scaling": {"rope_type": "default"}},
     "beam": {"mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention"] * 2},
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 256, "enable_moe_block": True},
+    "mimo_v2_flash": {"layer_types": ["full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "nemotron_h": {"layers_block_type": ["attention", "moe", "moe"]},
 }
@@ -74,7 +76,9 @@ def model(made: Any, seed: int = 0, shared: bool = True) -> Any:
     found = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, value in [*found.named_parameters(), *found.named_buffers()]:
-            if "correction_bias" in name or "expert_bias" in name:
+            if "tid2eid" in name:  # experts by token id
+                value.copy_(torch.rand(len(value), made.num_local_experts).argsort(-1)[:, : value.shape[1]])
+            elif "correction_bias" in name or "expert_bias" in name:
                 value.copy_(torch.rand_like(value))
             elif value.ndim > 1 and value.is_floating_point():
                 value.normal_(0, 0.0 if "shared" in name and not shared else 0.2)
