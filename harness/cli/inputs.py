@@ -59,8 +59,8 @@ def record_(
     from harness.routing import huggingface, record
 
     command = shlex.join(["moebench", *sys.argv[1:]])
-    of_checkpoint = {"text": text, "token_ids": token_ids, "seq": seq, "batch": batch, "passes": passes}
-    of_training = {"at": at, "weights": weights}
+    of_checkpoint: dict[str, Any] = {"text": text, "token_ids": token_ids, "seq": seq, "batch": batch, "passes": passes}
+    of_training: dict[str, Any] = {"at": at, "weights": weights}
     for name, value in (of_training if checkpoint else of_checkpoint | {"by_layer": by_layer}).items():
         if value:
             where = "is for a training, without --checkpoint" if checkpoint else "is for --checkpoint"
@@ -75,7 +75,7 @@ def record_(
 
         common: dict[str, Any] = {"num_tokens": tokens, "command": command, "progress": heard}
         if checkpoint:
-            given = {name: value for name, value in of_checkpoint.items() if value is not None}
+            given: dict[str, Any] = {name: value for name, value in of_checkpoint.items() if value is not None}
             made = huggingface.record_checkpoint(checkpoint, out, **given, layerwise=by_layer, **common)
         else:
             made = record.record(

@@ -43,7 +43,7 @@ def load(checkpoint: Path, folder: Path, device: str) -> Any:
             module = name.rpartition(".")[0]
             around = any(layer.startswith(f"{module}.") for layer in layers)
             places[name if around or not module else module] = device
-    return checkpoints.load(checkpoint, device_map=places, offload_folder=str(folder))
+    return checkpoints.load(checkpoint, device_map=places, offload_folder=str(folder), offload_buffers=True)
 
 
 def run(model: nn.Module, num_batches: int, forward: Callable[[int], Any], checkpoint: Path) -> list[Any]:

@@ -103,7 +103,9 @@ def weighed(made: Any, ids: torch.Tensor, chosen: list[Any]) -> list[float]:
             hooks.append(
                 module.register_forward_hook(lambda m, a, y: far.append(_linears(m, a[0], y, chosen[len(far)])))
             )
-        elif isinstance(experts, torch.nn.Module) and len(inspect.signature(type(experts).forward).parameters) > 3:
+        elif hasattr(experts, "fc1") and hasattr(experts, "fc2") and "tokens_per_expert" in _fields(experts.fc1):
+            hooks.append(module.register_forward_hook(lambda m, a, y: far.append(_aria(m, a[0], y, chosen[len(far)]))))
+        elif isinstance(experts, torch.nn.Module) and len(_fields(experts)) > 3:
             hooks.append(
                 experts.register_forward_hook(
                     lambda m, a, kw, y: far.append(_told(m, [*a, *kw.values()], y, chosen[len(far)])), with_kwargs=True
@@ -157,3 +159,16 @@ def _linears(layer: Any, x: torch.Tensor, y: Any, chosen: Any) -> float:
         gate, up = (x @ inner.T).chunk(2, -1)
         outputs.append((layer.activation(gate) * up) @ outer.T)
     return _sum(outputs, y, chosen)
+
+
+def _aria(layer: Any, x: torch.Tensor, y: Any, chosen: Any) -> float:
+    x = x.reshape(-1, x.shape[-1])
+    outputs = []
+    for inner, outer in zip(layer.experts.fc1.weight, layer.experts.fc2.weight, strict=True):
+        up, gate = (x @ inner).chunk(2, -1)
+        outputs.append((torch.nn.functional.silu(up) * gate) @ outer)
+    return _sum(outputs, y, chosen)
+
+
+def _fields(module: Any) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)

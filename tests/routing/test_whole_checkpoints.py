@@ -141,7 +141,8 @@ def test_texts_that_are_none(mixtral, tmp_path):
 def test_passes_are_steps_and_batches_change_nothing(mixtral, tmp_path):
     one = record(mixtral, tmp_path, passes=2)
     assert (one.steps, one.layers) == ([0, 1], [0, 1])
-    assert (one.header.details["read"], one.header.details["seq"]) == ("told", 24)
+    assert one.header.details["read"] in ("told", "probed")
+    assert one.header.details["seq"] == 24
     together = record(mixtral, tmp_path, passes=2, batch=3)
     alone = record(mixtral, tmp_path)
     for (step, layer), row in one.rows.items():
