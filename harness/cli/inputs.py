@@ -62,9 +62,9 @@ def record_(
     of_checkpoint: dict[str, Any] = {"text": text, "token_ids": token_ids, "seq": seq, "batch": batch, "passes": passes}
     of_training: dict[str, Any] = {"at": at, "weights": weights}
     for name, value in (of_training if checkpoint else of_checkpoint | {"by_layer": by_layer}).items():
-        if value:
+        if value is not None and value != []:
             where = "is for a training, without --checkpoint" if checkpoint else "is for --checkpoint"
-            raise bad(f"--{name.replace('_', '-')}", value if isinstance(value, int) else str(value), where)
+            raise bad(f"--{name.replace('_', '-')}", str(value) if isinstance(value, Path) else value, where)
     if text and token_ids:
         raise bad("--text", str(text), "is given beside --token-ids; give one of them")
     with console.progress("reading the text that ships with Python") as bar:

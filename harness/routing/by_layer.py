@@ -1,4 +1,4 @@
-"""A model that is run layer by layer: one layer's weights in memory at a time, read once for all batches.
+"""A model that is run layer by layer: one layer's weights in memory at a time, read once for many batches.
 
 transformers and accelerate leave the layers on disk (accelerate's hooks know where, and read them). All batches enter a
 layer while its weights are held; each batch is a thread of the model's own code, and they run by turns.
@@ -7,6 +7,8 @@ layer while its weights are held; each batch is a thread of the model's own code
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +21,8 @@ from torch import nn
 from harness.errors import bad
 from harness.routing import checkpoint as checkpoints
 
+AT_ONCE = 32  # batches for which a layer is read once; each is a thread, with its own workers for matrix products
+
 
 def load(checkpoint: Path, folder: Path, device: str) -> Any:
     """The model, its layers on disk: in the checkpoint, or in ``folder`` where they had to be brought into another
@@ -28,6 +32,7 @@ def load(checkpoint: Path, folder: Path, device: str) -> Any:
     except ImportError:
         remedy = "needs accelerate, which is not installed: pip install 'accelerate>=1.1'"
         raise bad("--by-layer", True, remedy) from None
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are on disk is meant
     library = checkpoints.transformers()
     try:
         config = library.AutoConfig.from_pretrained(str(checkpoint), local_files_only=True, trust_remote_code=False)
@@ -48,8 +53,15 @@ def load(checkpoint: Path, folder: Path, device: str) -> Any:
 
 def run(model: nn.Module, num_batches: int, forward: Callable[[int], Any], checkpoint: Path) -> list[Any]:
     """``forward`` of every batch, which calls the model once. Its first error is raised when all have ended."""
+    made = []
+    for first in range(0, num_batches, AT_ONCE):
+        made += _run(model, range(first, min(first + AT_ONCE, num_batches)), forward, checkpoint)
+    return made
+
+
+def _run(model: nn.Module, batches: range, forward: Callable[[int], Any], checkpoint: Path) -> list[Any]:
     layers = dict(_layers(model))
-    turns = [_Turn(index) for index in range(num_batches)]
+    turns = [_Turn(index) for index in batches]
     by_thread: dict[int, _Turn] = {}
     stopped = threading.Event()
 
@@ -114,7 +126,15 @@ class _Turn:
     def next(self) -> Any:
         """Let it run into the next layer, or to its end (None)."""
         self.go.release()
-        return self.stops.get()
+        stop = self.stops.get()
+        _give_back()
+        return stop
+
+
+def _give_back() -> None:
+    """glibc keeps what each thread has freed for that thread; with many threads that would be more than a layer."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _first(turns: list[_Turn]) -> BaseException | None:

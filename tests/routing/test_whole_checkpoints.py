@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from harness.errors import UserError
+from harness.routing import by_layer
 from harness.routing.huggingface import record_checkpoint
 from harness.routing.trace import read_trace
 
@@ -159,19 +160,20 @@ def test_passes_are_steps_and_batches_change_nothing(mixtral, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
-def test_layer_by_layer_is_the_whole_model(tmp_path, model_type):
+def test_layer_by_layer_is_the_whole_model(tmp_path, monkeypatch, model_type):
+    monkeypatch.setattr(by_layer, "AT_ONCE", 3)
     folder = saved(tmp_path / "model", model_type, "60KB")
     assert len(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]) > 3
     assert len(list(folder.glob("*.safetensors"))) >= 3
     whole = record(folder, tmp_path, passes=2, batch=2)
-    by_layer = record(folder, tmp_path, passes=2, batch=2, layerwise=True)
-    assert by_layer.header.details["in_memory"] == "one layer"
+    layered = record(folder, tmp_path, passes=2, batch=2, layerwise=True)
+    assert layered.header.details["in_memory"] == "one layer"
     assert whole.header.details["in_memory"] == "whole"
-    assert whole.rows.keys() == by_layer.rows.keys()
+    assert whole.rows.keys() == layered.rows.keys()
     for key, row in whole.rows.items():
-        assert np.array_equal(row.ids, by_layer.rows[key].ids)
-        assert np.array_equal(row.weights, by_layer.rows[key].weights)
-        assert row.loss == by_layer.rows[key].loss
+        assert np.array_equal(row.ids, layered.rows[key].ids)
+        assert np.array_equal(row.weights, layered.rows[key].weights)
+        assert row.loss == layered.rows[key].loss
 
 
 def test_an_error_of_one_batch_ends_all(mixtral, tmp_path, monkeypatch):
