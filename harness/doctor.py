@@ -148,7 +148,7 @@ def _huggingface() -> Finding:
     version = _version("transformers")
     if version:
         return Finding("transformers", "ok", version)
-    remedy = "pip install 'transformers>=4.56' safetensors"
+    remedy = "pip install 'transformers>=4.56' safetensors accelerate"
     return Finding("transformers", "missing", "not installed; no routing from checkpoints", _exact(remedy))
 
 

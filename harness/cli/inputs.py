@@ -33,22 +33,40 @@ def record_(
     seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
     weights: Annotated[Path | None, typer.Option(help="Keep the trained model too, for serving (.npz).")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face MoE model to record from.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Of a checkpoint: text to run it over (UTF-8).")] = None,
+    token_ids: Annotated[Path | None, typer.Option(help="Of a checkpoint: ids to run it over (.npy or text).")] = None,
+    seq: Annotated[int | None, typer.Option(min=2, help="Of a checkpoint: tokens of a sequence.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Of a checkpoint: sequences that run together.")] = None,
+    passes: Annotated[int | None, typer.Option(min=1, help="Of a checkpoint: recorded steps of --tokens each.")] = None,
+    by_layer: Annotated[
+        bool | None, typer.Option(help="Of a checkpoint: hold one layer at a time; by default if it is too large.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Record real routing: train a small MoE language model on the text that ships with Python.
 
     The routing of every layer is kept early, midway and late in training, or where --at says. With --checkpoint
-    nothing is trained: the routing is that of the given model.
+    nothing is trained: what the given model's own routers send to its experts is kept, over that text, --text or
+    --token-ids. On a GPU where there is one.
 
     ```
     moebench record --model record-e64k8 --out my-trace.parquet
     moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
+    moebench record --checkpoint ~/models/Qwen3-30B-A3B --text mine.txt --seq 2048 --passes 8 --out qwen.parquet
     ```
     """
     from harness import presets
     from harness.routing import huggingface, record
 
     command = shlex.join(["moebench", *sys.argv[1:]])
+    of_checkpoint: dict[str, Any] = {"text": text, "token_ids": token_ids, "seq": seq, "batch": batch, "passes": passes}
+    of_training: dict[str, Any] = {"at": at, "weights": weights}
+    for name, value in (of_training if checkpoint else of_checkpoint | {"by_layer": by_layer}).items():
+        if value is not None and value != []:
+            where = "is for a training, without --checkpoint" if checkpoint else "is for --checkpoint"
+            raise bad(f"--{name.replace('_', '-')}", str(value) if isinstance(value, Path) else value, where)
+    if text and token_ids:
+        raise bad("--text", str(text), "is given beside --token-ids; give one of them")
     with console.progress("reading the text that ships with Python") as bar:
 
         def heard(now: record.Progress) -> None:
@@ -57,7 +75,8 @@ def record_(
 
         common: dict[str, Any] = {"num_tokens": tokens, "command": command, "progress": heard}
         if checkpoint:
-            made = huggingface.record_checkpoint(checkpoint, out, **common)
+            given: dict[str, Any] = {name: value for name, value in of_checkpoint.items() if value is not None}
+            made = huggingface.record_checkpoint(checkpoint, out, **given, layerwise=by_layer, **common)
         else:
             made = record.record(
                 presets.model(model), out, num_steps=steps, steps=at or None, seed=seed, weights=weights, **common

@@ -1,14 +1,9 @@
-"""Record the routing of a Hugging Face MoE checkpoint (Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2/V3) on real text.
-
-Local files only, no code from the checkpoint, weights from safetensors only. A router is found by its place (a module
-called ``gate`` or ``router`` with a weight [E, hidden]) and read through a forward hook, so it is the model's own
-choice. transformers 5 routers return (logits, weights, ids); before, some were linear layers that returned logits, and
-DeepSeek's returned (ids, weights).
-"""
+"""Record the routing of a Hugging Face MoE checkpoint over text: what its own routers send to its experts."""
 
 from __future__ import annotations
 
 import datetime
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
-from harness.errors import bad
-from harness.routing.corpus import Corpus, python_corpus
+from harness.errors import UserError, bad
+from harness.routing import by_layer
+from harness.routing import checkpoint as checkpoints
+from harness.routing.calls import Calls, Chosen, Unread
+from harness.routing.corpus import Corpus
 from harness.routing.record import Progress, Summary, summarise
+from harness.routing.tokens import tokens_of
 from harness.routing.trace import Header, Recorded, check_writable, write_trace
 
-ROUTER_NAMES = ("gate", "router")
+LONGEST = 1024  # tokens of a sequence where no length is asked for
 
 
 def record_checkpoint(
@@ -32,138 +30,145 @@ def record_checkpoint(
     out: Path,
     *,
     num_tokens: int = 16384,
-    seq: int = 1024,
+    seq: int | None = None,
+    batch: int = 1,
+    passes: int = 1,
+    text: Path | None = None,
+    token_ids: Path | None = None,
+    layerwise: bool | None = None,
     command: str = "",
     corpus: Corpus | None = None,
     device: str | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
-    """Run the model in ``checkpoint`` over ``num_tokens`` tokens and write every MoE layer's routing as step 0.
+    """Run the model in ``checkpoint`` over ``num_tokens`` tokens ``passes`` times and write every MoE layer's routing;
+    the tokens of a pass follow those of the pass before, and each pass is a step of the trace.
 
-    ``seq``: tokens of one sequence (at most what the model allows; shorter if it must divide ``num_tokens``).
-    Text without a tokenizer in the folder is read as bytes. ``progress`` hears of sequences as steps.
-    Errors (``UserError``): transformers missing, a folder that holds no such model, routers that cannot be read.
+    ``seq``: tokens of a sequence, by default 1024 or what the model allows; ``batch``: sequences that run together.
+    ``text`` or ``token_ids``: a file to read instead of ``corpus``. ``layerwise``: only one layer's weights are in
+    memory at a time, with the same result (by default where the whole model has no room). Layers are counted in the
+    order in which a pass calls them. ``progress`` hears of forward passes as steps.
+
+    Errors (``UserError``, nothing is written): transformers missing, a folder that holds no whole MoE model, a class
+    whose experts cannot be read for certain, tokens that do not fill sequences, too little text, no numbers.
     """
     check_writable(out)
     started = time.perf_counter()
-    corpus = corpus or python_corpus()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = _load(checkpoint).to(device).eval()
-    seq = np.gcd(num_tokens, min(seq, getattr(model.config, "max_position_embeddings", seq))).item()
-    tokens, how = _tokens(checkpoint, corpus, num_tokens, model.config.vocab_size)
-    routers = _routers(model, checkpoint)
-    top_k = int(model.config.num_experts_per_tok)
-    num_experts = routers[0].weight.shape[0]
-
-    chosen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in routers]
-    hooks = [
-        router.register_forward_hook(lambda _, __, output, kept=kept: kept.append(chosen_by(output, top_k)))
-        for router, kept in zip(routers, chosen, strict=True)
-    ]
-    losses = []
-    try:
-        with torch.inference_mode():
-            for index, ids in enumerate(tokens.view(-1, 1, seq).to(device)):  # [1, seq]
-                logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-                losses.append(float(F.cross_entropy(logits, ids[0, 1:])))
-                progress(Progress(index + 1, num_tokens // seq, losses[-1], 0))
-    finally:
-        for hook in hooks:
-            hook.remove()
-
+    library = checkpoints.transformers()
+    if not (checkpoint / "config.json").is_file():
+        raise bad("checkpoint", str(checkpoint), "is not a folder with a config.json; give a downloaded checkpoint")
+    if layerwise is None:
+        layerwise = not checkpoints.fits(checkpoint, device)
+    with tempfile.TemporaryDirectory(prefix="moebench-layers-") as folder:
+        if layerwise:
+            model = by_layer.load(checkpoint, Path(folder), device)
+        else:
+            model = checkpoints.load(checkpoint).to(device)
+        seq = _length(model, seq, num_tokens)
+        vocab = model.config.get_text_config().vocab_size
+        tokens, what = tokens_of(checkpoint, passes * num_tokens, vocab, text=text, ids=token_ids, corpus=corpus)
+        batches = [part for step in tokens.view(passes, -1, seq) for part in step.split(batch)]  # [<= batch, seq]
+        ran = _run(model, checkpoint, batches, device, layerwise, progress)
+    each = len(ran) // passes
     rows = [
-        Recorded(
-            step=0,
-            layer=layer,
-            ids=torch.cat([ids for ids, _ in parts]).cpu().numpy(),
-            weights=torch.cat([weights for _, weights in parts]).cpu().numpy(),
-            loss=float(np.mean(losses)),
-        )
-        for layer, parts in enumerate(chosen)
+        row
+        for step in range(passes)
+        for row in _rows(step, ran[step * each : (step + 1) * each], num_tokens, checkpoint)
     ]
-    for row in rows:
-        if row.ids.shape != (num_tokens, top_k):
-            text = f"layer {row.layer} routed {row.ids.shape} instead of {(num_tokens, top_k)} tokens and experts"
-            raise bad("checkpoint", str(checkpoint), f"{text}; this model class is not supported")
+    first = ran[0][1][0]
     header = Header(
         model=str(model.config.model_type),
-        num_experts=num_experts,
-        top_k=top_k,
-        num_layers=len(routers),
-        corpus=f"held-out part, {how}, of: {corpus.description}",
+        num_experts=first.num_experts,
+        top_k=rows[0].ids.shape[1],
+        num_layers=len(rows) // passes,
+        corpus=what,
         command=command,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         weight_scale=max(1.0, *(float(row.weights.max()) for row in rows)),
-        details={"checkpoint": checkpoint.resolve().name, "seq": seq, "transformers": _transformers().__version__},
+        details={
+            **{"checkpoint": checkpoint.resolve().name, "seq": seq, "batch": batch, "read": first.how},
+            "in_memory": "one layer" if layerwise else "whole",
+            **{"transformers": library.__version__, "torch": torch.__version__, "device": device},
+        },
     )
     write_trace(out, header, rows)
-    return summarise(out, rows, num_experts, time.perf_counter() - started)
+    return summarise(out, rows, first.num_experts, time.perf_counter() - started)
 
 
-def chosen_by(output: Any, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids int32 [T, k] best first and weights float32 [T, k] from whatever a router returned."""
-    tensors = [t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, torch.Tensor)]
-    ids = next((t for t in tensors if not t.is_floating_point() and t.shape[-1] == top_k), None)
-    if ids is None:  # a linear layer: logits of all experts
-        weights, ids = tensors[0].float().softmax(-1).topk(top_k, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-    else:
-        weights = next(t for t in tensors if t.is_floating_point() and t.shape == ids.shape).float()
-    weights, order = weights.flatten(0, -2).sort(dim=-1, descending=True, stable=True)
-    return ids.flatten(0, -2).gather(-1, order).int(), weights
+def _length(model: Any, seq: int | None, num_tokens: int) -> int:
+    allowed = getattr(model.config.get_text_config(), "max_position_embeddings", None) or seq or LONGEST
+    seq = seq or min(LONGEST, allowed)
+    if not 2 <= seq <= allowed:
+        raise bad("record.seq", seq, f"must lie in 2..{allowed}, the sequences that the model is made for")
+    if num_tokens % seq:
+        remedy = f"must be a multiple of the sequences' {seq} tokens; give {max(1, num_tokens // seq) * seq}"
+        raise bad("record.num_tokens", num_tokens, f"{remedy}, or another --seq")
+    return seq
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        remedy = "needs transformers, which is not installed: pip install 'transformers>=4.56' 'safetensors>=0.5'"
-        raise bad("checkpoint", "transformers", remedy) from None
-    return transformers
+def _run(
+    model: Any,
+    checkpoint: Path,
+    batches: list[torch.Tensor],
+    device: str,
+    layerwise: bool,
+    progress: Callable[[Progress], None],
+) -> list[tuple[float, list[Chosen]]]:
+    """Of every batch its loss and what each layer chose, on the CPU."""
+    name = type(model).__name__
+
+    def forward(index: int) -> tuple[float, list[Chosen]]:
+        ids = batches[index].to(device)
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits  # [B, seq, vocab]
+            losses = [F.cross_entropy(of[:-1].float(), right[1:]) for of, right in zip(logits, ids, strict=True)]
+        taken = [Chosen(c.ids.cpu(), c.weights.cpu(), c.num_experts, c.how) for c in calls.taken()]
+        wrong = [layer for layer, chosen in enumerate(taken) if not torch.isfinite(chosen.weights).all()]
+        if wrong or logits.isnan().any():
+            where = f"the weights of MoE layer {wrong[0]}" if wrong else "the logits"
+            raise bad("checkpoint", str(checkpoint), f"{where} are no numbers (NaN); the checkpoint is damaged")
+        loss = float(torch.stack(losses).mean())
+        progress(Progress(index + 1, len(batches), loss, 0))
+        return loss, taken
+
+    with Calls(model) as calls:
+        if not calls.hooks:
+            remedy = f"{name} has no MoE experts whose calls moebench can read; give a checkpoint of another class"
+            raise bad("checkpoint", str(checkpoint), remedy)
+        try:
+            if layerwise:
+                return by_layer.run(model, len(batches), forward, checkpoint)
+            return [forward(index) for index in range(len(batches))]
+        except Unread as error:
+            version = checkpoints.transformers().__version__
+            remedy = f"{name} of transformers {version} is not recorded: {error}"
+            raise bad("checkpoint", str(checkpoint), f"{remedy}; try another version, or another checkpoint") from None
+        except UserError:
+            raise
+        except Exception as error:  # a model's own code
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            remedy = f"{name} cannot be run ({reason}); try another version of transformers, or a smaller --batch"
+            raise bad("checkpoint", str(checkpoint), remedy) from None
 
 
-def _load(checkpoint: Path) -> nn.Module:
-    transformers = _transformers()
-    if not (checkpoint / "config.json").is_file():
-        raise bad("checkpoint", str(checkpoint), "is not a folder with a config.json; give a downloaded checkpoint")
-    try:
-        return transformers.AutoModelForCausalLM.from_pretrained(
-            str(checkpoint), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype="auto"
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = f"cannot be loaded ({reason}); it needs safetensors weights of a class that transformers itself has"
-        raise bad("checkpoint", str(checkpoint), remedy) from None
-
-
-def _routers(model: Any, checkpoint: Path) -> list[Any]:
-    """Routers in the order of their layers."""
-    found = [
-        module
-        for name, module in model.named_modules()
-        if name.rpartition(".")[2] in ROUTER_NAMES and getattr(getattr(module, "weight", None), "ndim", 0) == 2
-    ]
-    if not found or getattr(model.config, "num_experts_per_tok", None) is None:
-        remedy = f"a {model.config.model_type} model has no MoE router that moebench knows; give an MoE checkpoint"
-        raise bad("checkpoint", str(checkpoint), remedy)
-    if len({module.weight.shape[0] for module in found}) > 1:
-        raise bad("checkpoint", str(checkpoint), "its layers have different numbers of experts; not supported")
-    return found
-
-
-def _tokens(checkpoint: Path, corpus: Corpus, num_tokens: int, vocab: int) -> tuple[torch.Tensor, str]:
-    """int64 [num_tokens] and how the text was read."""
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if any((checkpoint / name).is_file() for name in files):
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(
-            str(checkpoint), local_files_only=True, trust_remote_code=False
-        )
-        ids = tokenizer(corpus.held.tobytes().decode(errors="replace"))["input_ids"]
-        how = "tokenised by the checkpoint's tokenizer"
-    elif vocab < 256:
-        raise bad("checkpoint", str(checkpoint), f"has no tokenizer, and its vocabulary of {vocab} holds no bytes")
-    else:
-        ids, how = corpus.held.tolist(), "as bytes, because the checkpoint has no tokenizer"
-    if len(ids) < num_tokens:
-        raise bad("record.num_tokens", num_tokens, f"the held-out text has only {len(ids)} tokens")
-    return torch.tensor(ids[:num_tokens], dtype=torch.int64), how
+def _rows(step: int, ran: list[tuple[float, list[Chosen]]], num_tokens: int, checkpoint: Path) -> list[Recorded]:
+    """Every layer of one pass."""
+    loss = float(np.mean([loss for loss, _ in ran]))
+    if not ran[0][1] or len({len(layers) for _, layers in ran}) > 1:
+        raise bad("checkpoint", str(checkpoint), "its experts are not called alike by every sequence; not supported")
+    rows = []
+    for layer, parts in enumerate(zip(*(layers for _, layers in ran), strict=True)):
+        shapes = {(part.ids.shape[1], part.num_experts) for part in parts} | {
+            (first.ids.shape[1], first.num_experts) for first in ran[0][1]
+        }
+        if len(shapes) > 1:
+            remedy = f"its layers have different numbers of experts or experts a token: {sorted(shapes)}; not supported"
+            raise bad("checkpoint", str(checkpoint), remedy)
+        ids = torch.cat([part.ids for part in parts])
+        weights = torch.cat([part.weights for part in parts])
+        if len(ids) != num_tokens:
+            text = f"MoE layer {layer} is called for {len(ids)} tokens of {num_tokens}"
+            raise bad("checkpoint", str(checkpoint), f"{text}; this model class is not supported")
+        rows.append(Recorded(step, layer, ids.numpy(), weights.numpy(), loss))
+    return rows

@@ -9,7 +9,7 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.routing.corpus import Corpus
-from harness.routing.huggingface import chosen_by, record_checkpoint
+from harness.routing.huggingface import record_checkpoint
 from harness.routing.trace import read_trace
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -95,17 +95,6 @@ def test_records_what_the_model_chose(checkpoint, tmp_path):
     assert (row.weights[:, 0] >= row.weights[:, 1]).all()
 
 
-def test_routers_of_older_transformers():
-    """A linear router returned logits; DeepSeek's returned (ids, weights), not sorted."""
-    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
-    ids, weights = chosen_by(logits, 2)
-    assert ids.tolist() == [[1, 2]]
-    assert weights[0].tolist() == pytest.approx(torch.tensor([2.0, 1.0]).softmax(0).tolist())
-    ids, weights = chosen_by((torch.tensor([[3, 0]]), torch.tensor([[0.2, 0.8]])), 2)
-    assert ids.tolist() == [[0, 3]]
-    assert weights[0].tolist() == pytest.approx([0.8, 0.2])
-
-
 @pytest.mark.parametrize("checkpoint", ["Mixtral"], indirect=True)
 def test_pickled_weights_are_not_loaded(checkpoint, tmp_path):
     _, folder = checkpoint
@@ -120,7 +109,7 @@ def test_folders_that_hold_no_moe_model(tmp_path):
         record_checkpoint(tmp_path, tmp_path / "t.parquet")
     fields = {key: value for key, value in COMMON.items() if key != "num_experts_per_tok"}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(tmp_path / "dense")
-    with pytest.raises(UserError, match="no MoE router"):
+    with pytest.raises(UserError, match="no MoE experts"):
         record_checkpoint(tmp_path / "dense", tmp_path / "t.parquet", num_tokens=64, corpus=CORPUS)
     assert not (tmp_path / "t.parquet").exists()
 
