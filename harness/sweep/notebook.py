@@ -63,9 +63,11 @@ def watch(sweep: Sweep, every_s: float = 5.0) -> None:
     """Show the grid and renew it until nothing of the sweep is open."""
     from IPython.display import HTML, display
 
+    num_open = sweep.num_open()  # asked ahead of drawing, so that the last grid shows the end
     handle = display(HTML(grid(sweep)), display_id=True)
-    while handle is not None and sweep.num_open():
+    while handle is not None and num_open:
         time.sleep(every_s)
+        num_open = sweep.num_open()
         handle.update(HTML(grid(sweep)))
 
 
