@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import time
+import types
 from pathlib import Path
 
+import IPython.display
 import nbformat
 import pandas as pd
 import papermill
@@ -19,7 +21,7 @@ from harness.bench import tidy
 from harness.bench.store import Store
 from harness.errors import UserError
 from harness.report import context
-from harness.sweep import freeze, spec, states, submit
+from harness.sweep import freeze, notebook, spec, states, submit
 from harness.sweep.folder import SweepFolder, deaths
 from harness.sweep.states import Sweep
 from harness.sweep.worker import MAX_DEATHS
@@ -190,6 +192,17 @@ def test_a_sweep_on_this_machine_is_cancelled_and_resumed(sweep_file, tmp_path, 
         with pytest.raises(UserError, match="'here': every cell has its result here already"):
             ask()
     assert not sweep.folder.path.exists()
+
+
+def test_the_last_grid_shows_the_end(monkeypatch):
+    """Also where a sweep ends just behind the drawing of a grid."""
+    left, drawn = [1], []
+    monkeypatch.setattr(
+        IPython.display, "display", lambda html, display_id: types.SimpleNamespace(update=lambda _: None)
+    )
+    monkeypatch.setattr(notebook, "grid", lambda sweep: (drawn.append(left[0]), left.__setitem__(0, 0), "")[-1])
+    notebook.watch(types.SimpleNamespace(num_open=lambda: left[0]), every_s=0)
+    assert drawn == [1, 0]
 
 
 @pytest.mark.parametrize(
