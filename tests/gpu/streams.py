@@ -97,8 +97,8 @@ def _train_fsmoe(machine: Machine, degree: int) -> list[float]:
 
     def late(gated: Any = None) -> Any:
         way = passage(gated)
-        for walk in (way.walk, way.walk_back):
-            walk.compute = _behind(machine, walk.compute)
+        for task in ("forward_experts", "backward_experts"):
+            setattr(way, task, _behind(machine, getattr(way, task)))
         return way
 
     layer.passage = late

@@ -25,7 +25,6 @@ def smoke(*words: str) -> tuple[int, list[dict[str, Any]], str]:
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
-@pytest.mark.long
 def test_every_step_passes_on_the_emulated_device_or_is_skipped_by_name(tmp_path):
     out = tmp_path / "smoke.jsonl"
     status, lines, err = smoke("--emulated", "--out", str(out))
