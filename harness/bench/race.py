@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from harness import devices, memory, registry
-from harness.bench import conformance, conserved, losses, serve, train, training_check
+from harness.bench import conformance, conserved, losses, serve, serving_check, train, training_check
 from harness.bench.checkpoint import Checkpoints, resumed
 from harness.bench.layer import LayerContender
 from harness.bench.room import Room
@@ -179,7 +179,7 @@ def admit(
     if found["status"] == "ok" and experiment.phase == "train_step":
         found = training_check.gate_case(job, system, experiment, found)
     if found["status"] == "ok" and experiment.phase in SERVING:
-        found = serve.gate_case(job, system, experiment, found)
+        found = serving_check.gate_case(job, system, experiment, found)
     outcome.errors = dict(found["errors"])
     if found["status"] != "ok":
         outcome.status, outcome.reason = found["status"], found["reason"]

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from harness import registry
-from harness.bench import conformance, race, serve, timing, training_check
+from harness.bench import conformance, race, serve, serving_check, timing, training_check
 from harness.layer.weights import Weights
 from harness.specs import Experiment
 from harness.system import Case, System
@@ -31,7 +31,7 @@ def install() -> None:
     conformance.draw_tokens = _once(conformance.draw_tokens, _tokens_key)
     conformance._oracle = _once(conformance._oracle, _layer_key)
     training_check.oracle_losses = _once(training_check.oracle_losses, _losses_key)
-    serve.oracle_logits = _once(serve.oracle_logits, _logits_key)
+    serving_check.oracle_logits = _once(serving_check.oracle_logits, _logits_key)
     training_check.gate_case = functools.partial(training_check.gate_case, num_steps=GATE_STEPS)
     serve.PROFILE_TOKENS = PROFILE_TOKENS
     timing._CALIBRATIONS, timing.START_MARGIN_S = 1, 0.0  # no time is measured

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.bench import serve
+from harness.bench import serve, serving_check
 from harness.comm.job import Job
 from harness.layer.experts import Experts
 from harness.placement import Placement
@@ -41,7 +41,7 @@ def gate(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
                 made(self, weights, sorted(local), device)
 
             patch.setattr(Experts, "__init__", wrong)
-        return serve.gate_case(job, system(experiment.system), experiment, found)
+        return serving_check.gate_case(job, system(experiment.system), experiment, found)
 
 
 def parts(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
