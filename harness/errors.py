@@ -125,6 +125,11 @@ def words(error: BaseException) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text[:_MOST_LETTERS].split()))
 
 
+def first_line(error: BaseException) -> str:
+    """Of what a library raised for a user's file: its first line, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _named(error: BaseException, depth: int = 0) -> str:
     text = words(error).split("Exception raised from ", 1)[0].rstrip()
     text = text if len(text) <= _MAX_WORDS else text[: _MAX_WORDS - 3] + "..."

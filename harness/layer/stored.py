@@ -13,7 +13,7 @@ from torch import nn
 
 from harness import outputs
 from harness.dtypes import TORCH_DTYPE
-from harness.errors import bad, unreadable
+from harness.errors import bad, first_line, unreadable
 from harness.layer.gpt import GPT, Block
 from harness.layer.weights import Weights
 from harness.specs import Dtype, Model
@@ -39,7 +39,7 @@ def load(path: Path, model: Model) -> Arrays:
     try:
         arrays = _read(path)
     except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise unreadable("weights", str(path), f"cannot be read ({reason.replace(str(path), 'it')}); {again}") from None
     expected = shapes(model)
     for name, shape in expected.items():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.errors import bad
+from harness.errors import bad, first_line
 from harness.routing import checkpoint as checkpoints
 
 AT_ONCE = 32  # batches for which a layer is read once; each is a thread, with its own workers for matrix products
@@ -39,7 +39,7 @@ def load(checkpoint: Path, folder: Path, device: str) -> Any:
         with torch.device("meta"):
             empty = library.AutoModelForCausalLM.from_config(config)
     except Exception as error:  # as in checkpoints.load, which tells it better
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise bad("checkpoint", str(checkpoint), f"cannot be loaded ({reason}); give an MoE checkpoint") from None
     layers = [name for name, _ in _layers(empty)]
     places: dict[str, str] = dict.fromkeys(layers, "disk")

@@ -9,7 +9,7 @@ import psutil
 import torch
 from torch import nn
 
-from harness.errors import bad
+from harness.errors import bad, first_line
 
 SHARE = 0.8  # of the free memory that a model may take
 
@@ -41,7 +41,7 @@ def load(checkpoint: Path, **how: Any) -> Any:
             **how,
         )
     except Exception as error:  # configurations, safetensors and model classes raise many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         remedy = f"cannot be loaded ({reason}); it needs whole safetensors weights of a class that transformers has"
         raise bad("checkpoint", str(checkpoint), remedy) from None
     for kind, told in (("missing_keys", "lacks"), ("mismatched_keys", "has in another shape"), ("error_msgs", "")):

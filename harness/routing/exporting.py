@@ -15,7 +15,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from harness import outputs
-from harness.errors import bad
+from harness.errors import bad, first_line
 from harness.routing.trace import Trace
 
 FORMATS = ("npz", "npy", "parquet", "jsonl", "csv", "pt")
@@ -39,7 +39,7 @@ def export_trace(trace: Trace, out: Path, *, weights: bool = True) -> int:
         with outputs.whole(out, list_it=True) as file:
             writers[suffix](trace, file, weights)
     except pa.ArrowInvalid as error:  # ranks or weights in some rows alone
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise bad("trace", str(trace.path), f"is no table of equal rows ({reason}); export .jsonl") from None
     return out.stat().st_size
 

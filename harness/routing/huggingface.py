@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from harness.errors import UserError, bad
+from harness.errors import UserError, bad, first_line
 from harness.routing import by_layer
 from harness.routing import checkpoint as checkpoints
 from harness.routing.calls import Calls, Chosen, Unread
@@ -147,7 +147,7 @@ def _run(
         except UserError:
             raise
         except Exception as error:  # a model's own code
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             remedy = f"{name} cannot be run ({reason}); try another version of transformers, or a smaller --batch"
             raise bad("checkpoint", str(checkpoint), remedy) from None
 

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from harness.errors import UserError, bad
+from harness.errors import UserError, bad, first_line
 from harness.routing import arrays, dumps, tables
 from harness.routing.arrays import Part
 from harness.routing.recorded import Header, Recorded
@@ -174,7 +174,7 @@ class _readable:
             LookupError,
         )
         if isinstance(error, kinds) and not isinstance(error, UserError):
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            reason = first_line(error)[:300]
             raise bad("source", self.names, f"cannot be read ({reason}); it is damaged, cut off, or of another format")
 
 

@@ -21,7 +21,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from harness.errors import bad
+from harness.errors import bad, first_line
 from harness.routing import lines
 from harness.routing.arrays import Part
 from harness.routing.recorded import HEADER_KEY
@@ -101,7 +101,7 @@ def _parsed(piece: bytes, where: str) -> pa.Table:
     try:
         return pa.json.read_json(pa.BufferReader(piece), options)
     except pa.ArrowException as error:
-        raise bad(where, "not JSON", f"{str(error).splitlines()[0]}; give one object a line") from None
+        raise bad(where, "not JSON", f"{first_line(error)}; give one object a line") from None
 
 
 def _pieces(file: IO[bytes], path: Path) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.errors import bad
+from harness.errors import bad, first_line
 from harness.routing.corpus import Corpus, python_corpus
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -47,7 +47,7 @@ def _read(checkpoint: Path, text: str, vocab: int) -> tuple[np.ndarray, str]:
             )
             found = np.array(tokenizer(text)["input_ids"], np.int64)
         except Exception as error:  # tokenizers raise many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             remedy = f"its tokenizer cannot be used ({reason}); mend its files, or give --token-ids"
             raise bad("checkpoint", str(checkpoint), remedy) from None
         if len(found) and found.max() >= vocab:
@@ -70,7 +70,7 @@ def _ids(path: Path) -> np.ndarray:
     except OSError as error:
         raise bad("--token-ids", str(path), f"cannot be read ({error.strerror or error}); give another file") from None
     except (ValueError, EOFError, OverflowError) as error:
-        remedy = f"holds no whole numbers ({str(error).splitlines()[0]}); give a .npy file, or a text of ids"
+        remedy = f"holds no whole numbers ({first_line(error)}); give a .npy file, or a text of ids"
         raise bad("--token-ids", str(path), remedy) from None
     if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.integer):
         raise bad("--token-ids", str(path), f"holds {getattr(found, 'dtype', 'an archive')}; token ids are integers")

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.errors import UserError, bad, unreadable
+from harness.errors import UserError, bad, first_line, unreadable
 from harness.routing.checked import check_row
 from harness.routing.recorded import (
     COLUMNS,
@@ -193,7 +193,7 @@ class Trace(Mapping[tuple[int, int], Recorded]):
 
 def _damaged(path: Path, header: Header | None, error: Exception) -> UserError:
     again = "import it again with `moebench trace import`" if header is not None and header.source else AGAIN
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error)
     return unreadable("trace", str(path), f"is damaged ({reason}); {again}")
 
 
@@ -219,7 +219,7 @@ def _read(path: Path, mtime_ns: int, size: int, inode: int) -> Trace:
         file = pq.ParquetFile(pa.OSFile(str(path)), page_checksum_verification=True)
         metadata = dict(file.metadata.metadata or {})
     except Exception as error:  # a damaged file makes Parquet's reader raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise unreadable("trace", str(path), f"not a readable Parquet file ({reason}); {AGAIN}") from None
     header = _header(path, metadata.get(HEADER_KEY))
     try:
