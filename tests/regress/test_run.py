@@ -25,16 +25,17 @@ LINK = {
         {"name": "rank", "size": 1},
     ],
 }
-DISPATCH = """    def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
-        return _FlatDispatch.apply(x, self, plan)
+DISPATCH = """    def out(self, hop: int, chunk: int) -> None:
 """
-SLOWER = """    def dispatch(self, x: torch.Tensor, plan: FlatPlan) -> torch.Tensor:
+SLOWER = """    def out(self, hop: int, chunk: int) -> None:
         import time
 
         begin = time.perf_counter()
-        rows = _FlatDispatch.apply(x, self, plan)
-        time.sleep({share} * (time.perf_counter() - begin))
-        return rows
+        self.as_it_was(hop, chunk)
+        if type(self.journey).__name__ == "FlatJourney" and not self.back:
+            time.sleep({share} * (time.perf_counter() - begin))
+
+    def as_it_was(self, hop: int, chunk: int) -> None:
 """
 
 
@@ -45,7 +46,7 @@ def sabotaged(tmp_path: Path) -> Callable[[float], Path]:
     def make(share: float) -> Path:
         for folder in ("harness", "baselines", "methods"):
             shutil.copytree(run.ROOT / folder, tmp_path / "head" / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        path = tmp_path / "head" / "harness" / "comm" / "exchange.py"
+        path = tmp_path / "head" / "harness" / "comm" / "trip.py"
         text = path.read_text()
         assert DISPATCH in text
         path.write_text(text.replace(DISPATCH, SLOWER.format(share=share)))
@@ -69,6 +70,10 @@ def suite_of(folder: Path, tokens_per_rank: int, repeats: int) -> Path:
     suite = folder / "suite.yaml"
     suite.write_text(yaml.safe_dump({"name": "sabotage", "experiments": [experiment]}))
     return suite
+
+
+def test_what_the_sabotage_changes_is_there(sabotaged):
+    assert "as_it_was" in (sabotaged(1.0) / "harness" / "comm" / "trip.py").read_text()
 
 
 @pytest.mark.long
