@@ -318,9 +318,11 @@ class Experiment(Spec):
     options: dict[str, bool | int | float | str] = {}  # the system's own (pipeline chunks, 2DH, ...)
 
     @model_validator(mode="after")
-    def _forward_only(self) -> Experiment:
+    def _directions(self) -> Experiment:
         if self.phase in SERVING and self.backward:
             raise ValueError(f"phase {self.phase} has no backward; give backward: false")
+        if self.phase == "train_step" and not self.backward:
+            raise ValueError("phase train_step goes backward too; leave out backward: false, or give phase layer")
         return self
 
     @property

@@ -57,6 +57,7 @@ def test_the_most_demanding_entry_decides_and_a_cell_stands_once() -> None:
     [
         ("phase: [exchange, layer]", "phase: exchnge", "experiments[0].phase: 'exchnge'"),
         ("    phase: [exchange, layer]", "", "has no phase"),
+        ("phase: [exchange, layer]", "phase: train_step\n    backward: false", "phase train_step goes backward too"),
         ("phase:", "fase: 1\n    phase:", "experiments[0].fase: 1: unknown key; did you mean 'phase'?"),
         ("model: moe-tiny", "model: moe-tyni", "did you mean 'moe-tiny'?"),
         ("model: moe-tiny", "model: {name: x, num_layers: 1, hidden: 8, ffn: 8, num_experts: 2, top_k: 4}", "top_k"),
