@@ -8,8 +8,9 @@ fitted on executed cells: of each system and shape on one routing (by the cell's
 where there is one routing only, on ``flat``, and tested on the other systems. Fitted cells have no part in an error.
 Nor have cells that are marked ``cpu_bound``: there cores decide that no simulated cluster has; they are counted.
 
-Rows are kept in ``results/ledger/_errors.csv`` and fitted host time beside it in ``_host.json``; a row of a run that
-comes again replaces the one before. A ledger that another machine made serves too, and says so.
+Rows are kept in ``results/ledger/_errors.csv`` and fitted host time beside it in ``_host.json``; a cell of a run that
+comes again replaces the one before, and others of that run stay. A ledger that another machine made serves too, and
+says so.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from harness.specs import Experiment
 ERRORS, HOSTS = "_errors.csv", "_host.json"  # no cluster is called so
 REFERENCE = "flat"  # whose cells tell the host time of a shape that other systems ran under one routing only
 NUMBERS = ["measured_s", "predicted_s"]
+CELL = ["run", "race", "system", "options"]  # one row each
 MAY_LACK = ["low_s", "high_s"]  # the interval of one repetition alone
 PROBES, CLOSE = 4, 1e-3  # simulations in which host time is scaled to what ran, and when that is near enough
 
@@ -214,8 +216,7 @@ def take_in(run: Path, folder: Path = ledger.LEDGER) -> pd.DataFrame:
     rows, hosts = compared(cells, folder)
     rows.insert(0, "run", run.name)
     rows.insert(1, "machine", machine_here())
-    kept = known[~known["run"].isin([run.name])] if len(known) else known
-    whole = pd.concat([kept, rows]) if len(kept) else rows
+    whole = _together(known, rows)
     with outputs.whole(folder / ERRORS) as file:
         whole.to_csv(file, index=False, float_format="%.6g")
     every = known_hosts | {name: {"run": run.name, "seconds": seconds} for name, seconds in hosts.items()}
@@ -254,6 +255,21 @@ def read_hosts(folder: Path = ledger.LEDGER) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise bad("ledger of host time", str(path), f"is damaged ({error}); restore it or move it away") from None
+
+
+def _together(known: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """``known`` with ``rows`` for those of the same cells."""
+    whole = pd.concat([known, rows])
+    return whole.drop_duplicates([name for name in CELL if name in whole], keep="last", ignore_index=True)
+
+
+def read_all(folder: Path = ledger.LEDGER) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Rows and host time of ``folder`` and, of what it does not know, of the ledger that ships."""
+    rows, hosts = pd.DataFrame(), dict[str, Any]()
+    for place in reversed(ledger.places(folder)):
+        found = read(place)
+        rows, hosts = _together(rows, found) if len(found) else rows, hosts | read_hosts(place)
+    return rows, hosts
 
 
 def machine_here() -> str:
@@ -329,11 +345,11 @@ def known(experiment: Experiment, machine: Machine, folder: Path = ledger.LEDGER
 
 
 def _stamps(folder: Path) -> tuple[Any, ...]:
-    """Of both files; of one that is not there, None."""
+    """Of all files that are read; of one that is not there, None."""
     found: list[Any] = []
-    for name in (ERRORS, HOSTS):
+    for path in (place / name for place in ledger.places(folder) for name in (ERRORS, HOSTS)):
         try:
-            found.append(outputs.stamp(folder / name))
+            found.append(outputs.stamp(path))
         except OSError:
             found.append(None)
     return tuple(found)
@@ -341,8 +357,8 @@ def _stamps(folder: Path) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=4)
 def _read_once(folder: Path, stamps: tuple[Any, ...]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Both files, as they are since ``stamps``."""
-    return read(folder), read_hosts(folder)
+    """As they are since ``stamps``."""
+    return read_all(folder)
 
 
 def main(arguments: list[str]) -> int:
@@ -353,7 +369,7 @@ def main(arguments: list[str]) -> int:
         for run in arguments:
             rows = take_in(Path(run))
             sys.stderr.write(f"{run}: {len(rows)} cells taken in\n")
-        rows = read()
+        rows, _ = read_all()
         if rows.empty:
             raise UserError("ledger of errors: empty; python -m harness.heldout results/runs/NAME takes a run in")
         table = summary(rows)

@@ -1,6 +1,7 @@
 """Every calibration of every cluster that was profiled: what was fitted, how well, where it holds, and on what.
 
-One JSON file a cluster under ``results/ledger``, one calibration a line, in order of time. Calibrations are added and
+One JSON file a cluster under ``results/ledger`` of the working directory, one calibration a line, in order of time; of
+clusters that it does not know, the ledger that ships with the project does. Calibrations are added and
 never changed; a file is written whole or not at all. What a simulator may use of them it gets from
 ``Calibration.cluster`` and ``Calibration.slowdown``, and no refused fit is among it.
 """
@@ -27,6 +28,7 @@ from harness.errors import UserError, bad
 from harness.specs import Cluster, Collective, Gemm, Spec
 
 LEDGER = Path("results/ledger")
+SHIPPED = Path(__file__).resolve().parents[1] / LEDGER
 SCHEMA_VERSION = 1
 LOCK = ".lock"
 #: what file systems say that cannot lock, or not for several machines (Lustre without -o flock, some NFS)
@@ -150,8 +152,15 @@ def check(name: str, folder: Path = LEDGER) -> None:
 
 def latest(cluster: Cluster, folder: Path = LEDGER) -> Calibration | None:
     """The newest calibration of exactly this cluster (by its digest); None if there is none."""
-    same = [each for each in history(cluster.name, folder) if each.profiled.digest == cluster.digest]
-    return same[-1] if same else None
+    for place in places(folder):
+        if same := [each for each in history(cluster.name, place) if each.profiled.digest == cluster.digest]:
+            return same[-1]
+    return None
+
+
+def places(folder: Path = LEDGER) -> tuple[Path, ...]:
+    """Where to look: ``folder``, and behind the one of the working directory what ships."""
+    return (folder, SHIPPED) if folder == LEDGER and folder.resolve() != SHIPPED else (folder,)
 
 
 @contextlib.contextmanager
@@ -267,6 +276,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 __all__ = [
     "LEDGER",
+    "SHIPPED",
     "Calibration",
     "LayerFit",
     "contention_rows",
@@ -274,6 +284,7 @@ __all__ = [
     "fit_rows",
     "history",
     "latest",
+    "places",
     "record",
     "told",
 ]

@@ -284,9 +284,36 @@ def test_a_run_without_cells_that_can_be_compared(tmp_path: Path, folder: Path, 
         heldout.take_in(tmp_path / "empty", folder)
     assert heldout.main(["empty"]) == 2
     assert capsys.readouterr().err.startswith("heldout: run: 'empty': has no timed cell")
+    monkeypatch.setattr(ledger, "SHIPPED", tmp_path / "nothing")
     assert heldout.main([]) == 2
     assert capsys.readouterr().err.startswith("heldout: ledger of errors: empty")
     assert heldout.main(["never-made"]) == 2
     assert "run: 'never-made': no such folder" in capsys.readouterr().err
     assert heldout.main(["--help"]) == 0
     assert "take a run in first" in capsys.readouterr().out
+
+
+def test_a_part_of_a_run_that_comes_again_replaces_its_own_cells_alone(tmp_path: Path, folder: Path) -> None:
+    mine = tmp_path / "ledger"
+    shutil.copytree(folder, mine)
+    first = heldout.take_in(stored(tmp_path / "one" / "part", folder), mine)
+    again = {("flat", 1): 1.6, ("flat", 2): 1.5}
+    heldout.take_in(stored(tmp_path / "two" / "part", folder, slower=again), mine)
+    rows = heldout.read(mine).query("run == 'part'").set_index(["system", "workload"])["measured_s"]
+    before = first.set_index(["system", "workload"])["measured_s"]
+    assert len(rows) == len(before)
+    assert rows["eplb", "w1"] == pytest.approx(before["eplb", "w1"], rel=1e-4)
+    assert rows["flat", "w1"] == pytest.approx(before["flat", "w1"] * 1.6 / 1.5, rel=0.01)
+
+
+def test_what_ships_stands_behind_what_ran_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped, hosts = heldout.read(ledger.SHIPPED), heldout.read_hosts(ledger.SHIPPED)
+    rows, known = heldout.read_all()
+    assert (len(rows), known) == (len(shipped), hosts)
+    own = shipped.iloc[:1].assign(measured_s=1.0)
+    Path("results/ledger").mkdir(parents=True)
+    own.to_csv("results/ledger/_errors.csv", index=False)
+    rows, known = heldout.read_all()
+    assert (len(rows), known) == (len(shipped), hosts)
+    assert (rows["measured_s"] == 1.0).sum() == 1

@@ -7,6 +7,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,3 +161,16 @@ def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, numb
     monkeypatch.setattr(fcntl, "flock", refuse)
     ledger.record(calibration(), tmp_path)
     assert ledger.history("emulated-2x4", tmp_path) == [calibration()]
+
+
+def test_what_ships_is_known_in_any_folder_behind_what_was_profiled_there(tmp_path, monkeypatch) -> None:
+    cluster = presets.cluster("emulated-2x4")
+    monkeypatch.chdir(tmp_path)
+    shipped = ledger.history("emulated-2x4", ledger.SHIPPED)[-1]
+    assert ledger.latest(cluster) == shipped
+    assert ledger.latest(cluster, tmp_path / "mine") is None  # another one that was asked for
+    own = calibration("emulated-2x4")
+    ledger.record(own)
+    assert ledger.latest(cluster) == own
+    assert ledger.latest(presets.cluster("emulated-4x2")) is not None
+    assert {path.name for path in Path("results/ledger").iterdir()} == {"emulated-2x4.json", ledger.LOCK}
