@@ -119,7 +119,7 @@ def training_plan(experiment: Experiment, seen: int = 0) -> Plan:
 
 class Training:
     """``whole``: no sample stands for the tokens. ``passages`` and ``own`` (experts that each rank keeps, int [W]): of
-    the step that was laid out last."""
+    the step that was decided last."""
 
     passages: list[Passage]
     own: np.ndarray
@@ -138,10 +138,14 @@ class Training:
         pairs = zip(self.cases, fresh, strict=True)
         self.cases = [dataclasses.replace(case, routing=routing) for case, routing in pairs]
 
-    def lay_out(self, price: Price = lambda cost: cost) -> Plan:
-        """The coming step, up to what is done behind it."""
+    def decide(self) -> None:
+        """What each layer of the coming step does, and which experts ranks have for it."""
         self.own = own_experts(self.course.cases(self.cases))
         self.passages = _planned(self.experiment, self.course.passages(self.cases))
+
+    def lay_out(self, price: Price = lambda cost: cost) -> Plan:
+        """The coming step, up to what is done behind it."""
+        self.decide()
         step = PricedTraining(self.experiment, self.passages, self.slices, self.own, has_moves=self.course.moves)
         return step.lay_out(price)
 

@@ -15,7 +15,8 @@ import numpy as np
 from harness import presets
 from methods.hecate import loads as load_model
 from methods.hecate.memory_model import Memory, capacity, memory
-from methods.hecate.played import EFFICIENCY, PRICED, SYSTEMS, WARM, Array, Options, Result, Setup, play
+from methods.hecate.outcome import Result
+from methods.hecate.played import EFFICIENCY, PRICED, SYSTEMS, WARM, Array, Held, Options, Setup, follow, play
 
 MODELS = ("gpt-moe-s", "gpt-moe-l", "bert-moe", "bert-moe-deep")
 CLUSTERS = {"A": "hecate-a", "B": "hecate-b"}
@@ -133,8 +134,8 @@ def largest_batch(cell: Cell) -> int:
         """``samples``, with the copies and the imbalance of ``at`` samples."""
         probe = dataclasses.replace(cell, samples=at, steps=10, layers=2)
         model = setup(probe).model
-        found = everyone(probe, (name for name in SYSTEMS if not name.startswith("hecate")))
-        return all(memory(model, each.copies, samples, each.busiest).peak <= device for each in found.values())
+        found = (_held(probe, name) for name in SYSTEMS if not name.startswith("hecate"))
+        return all(memory(model, each.copies, samples, each.busiest).peak <= device for each in found)
 
     samples = 1
     while fits(samples + 1, 1):
@@ -142,6 +143,12 @@ def largest_batch(cell: Cell) -> int:
     while samples > 1 and not fits(samples, samples):  # FasterMoE shadows more as tokens become more
         samples -= 1
     return samples
+
+
+@functools.lru_cache(maxsize=1024)
+def _held(cell: Cell, name: str) -> Held:
+    """Of ``run``, without prices."""
+    return follow(setup(cell), loads(cell), name, Options(), cell.at)
 
 
 def everyone(cell: Cell, names: Iterable[str] = tuple(SYSTEMS)) -> dict[str, Result]:

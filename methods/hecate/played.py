@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from harness.layer.work import attention_macs, expert_parameters
 from harness.plan.cost import Compute, Cost, InTurn, Timed, Transfer
 from harness.plan.course import MOMENTS
-from harness.plan.graph import Timeline
 from harness.plan.machine import Machine
 from harness.plan.passage import Passage
 from harness.plan.priced_step import PricedTraining
@@ -28,6 +29,7 @@ from harness.simulation import Training
 from harness.specs import Cluster, Experiment, Gemm, Model, Workload
 from harness.topology import Topology
 from methods.hecate.memory_model import OPTIMIZER, PARAMETER, Copies
+from methods.hecate.outcome import Result, result
 
 Array = np.ndarray
 #: of what a device can do, that computation reaches; no paper states it
@@ -50,12 +52,6 @@ SYSTEMS = {
     "hecate": "hecate",
     "hecate-rm": "hecate-rm",
 }
-#: of a layer's step, by kind of task; ``move``: between steps
-PARTS = {"attention": "attention", "experts": "experts"}
-PARTS |= dict.fromkeys(("metadata", "dispatch", "combine"), "all-to-all")
-PARTS |= dict.fromkeys(("gather", "late", "regather"), "gather") | dict.fromkeys(("reduce", "spread"), "reduce")
-#: what a step has once
-ONCE = ("embedding", "head", "embedding.backward", "gradients-tail", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,181 +162,67 @@ class Loads(Routing):
         return int(self.__dict__["k"])
 
 
-# ------------------------------------------------------------------------------------------------------- the result
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Result:
-    """Seconds, means over the steps that are priced, of ``num_layers`` of the model's ``of_layers``. ``whole_s``: of a
-    step; ``on_layers_s`` [layers]; ``path_s``: of all layers by part, on the critical path; ``busy_s`` of all layers by
-    kind of task, hidden or not; ``step_move_s``: of what is done behind a step, mean over all that count; ``once_s``:
-    of ``ONCE``, here and in a step with all layers. ``busiest``: most assignments that a rank computes in a step over
-    the mean, all layers together. ``copies``: the experts on the rank that has most."""
-
-    of_layers: int
-    whole_s: float
-    on_layers_s: Array
-    path_s: dict[str, float]
-    busy_s: dict[str, float]
-    step_move_s: float
-    once_s: tuple[float, float]
-    busiest: float
-    copies: Copies
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.on_layers_s)
-
-    @property
-    def layers_s(self) -> Array:
-        """Of every layer [layers], moves with it."""
-        return np.asarray(self.on_layers_s + self.move_s)
-
-    @property
-    def layer_s(self) -> float:
-        """Mean of the model's layers; the last one, whose copies stay from forward to backward, is one of them."""
-        more = self.of_layers - self.num_layers
-        return float((self.layers_s.sum() + more * self.layers_s[:-1].mean()) / self.of_layers)
-
-    @property
-    def move_s(self) -> float:
-        """Of a layer, on its step."""
-        return self.step_move_s / self.num_layers
-
-    @property
-    def moe_s(self) -> Array:
-        """Of every layer without its attention [layers]."""
-        return np.asarray(self.layers_s - self._busy("attention"))
-
-    @property
-    def step_s(self) -> float:
-        """Of as many layers as the model has."""
-        here, whole = self.once_s
-        left = self.whole_s - float(self.on_layers_s.sum()) - here  # not hidden behind any layer
-        return self.layer_s * self.of_layers + left + whole
-
-    def seconds(self) -> dict[str, float]:
-        """Of every part of a layer's step on the critical path."""
-        every = dict.fromkeys([*PARTS.values(), "other"])
-        found = {name: self.path_s.get(name, 0.0) / self.num_layers for name in every}
-        return found | {"move": self.move_s}
-
-    @property
-    def all_to_all_s(self) -> float:
-        """Of a layer, hidden or not."""
-        return self._busy("all-to-all")
-
-    @property
-    def collectives_s(self) -> float:
-        """Of experts, of a layer, hidden or not."""
-        return self._busy("gather") + self._busy("reduce")
-
-    def _busy(self, part: str) -> float:
-        return sum(s for kind, s in self.busy_s.items() if PARTS.get(kind) == part) / self.num_layers
-
-
-def result(
-    setup: Setup, steps: list[Timeline], num_layers: int, move_s: float, once_s: float, busiest: float, copies: Copies
-) -> Result:
-    """``steps``: timelines [num_tasks, W] of those that are priced."""
-
-    def mean(several: list[dict[str, float]]) -> dict[str, float]:
-        return {name: float(np.mean([each.get(name, 0.0) for each in several])) for each in several for name in each}
-
-    once = [sum(_lasts(each, name) for name in ONCE) for each in steps]
-    return Result(
-        setup.model.num_layers,
-        float(np.mean([each.total_s.max() for each in steps])),
-        np.mean([_layers_s(each, num_layers) for each in steps], axis=0),
-        mean([critical_path(each) for each in steps]),
-        mean([_busy_s(each) for each in steps]),
-        move_s,
-        (float(np.mean(once)), once_s),
-        busiest,
-        copies,
-    )
-
-
-def _busy_s(timeline: Timeline) -> dict[str, float]:
-    """Of the layers' tasks by kind, each on the rank where it takes longest."""
-    found: dict[str, float] = {}
-    lasts = (timeline.end_s - timeline.start_s).max(1)
-    for task, seconds in zip(timeline.plan.tasks, lasts.tolist(), strict=True):
-        if task.name.startswith("layer"):
-            found[task.kind] = found.get(task.kind, 0.0) + seconds
-    return found
-
-
-def _lasts(timeline: Timeline, task: str) -> float:
-    start, end = timeline.of(task)
-    return float((end - start).max())
-
-
-def _layers_s(timeline: Timeline, num_layers: int) -> Array:
-    """From where the layer before has ended, forward and backward, [layers]."""
-
-    def ends(task: str) -> float:
-        return float(timeline.of(task)[1].max())
-
-    forward = [ends("embedding"), *(ends(f"layer{i}.forward.restore") for i in range(num_layers))]
-    backward = [ends("head"), *(ends(f"layer{i}.backward.attention") for i in reversed(range(num_layers)))]
-    return np.diff(forward) + np.diff(backward)[::-1]
-
-
-def critical_path(timeline: Timeline) -> dict[str, float]:
-    """Seconds of the layers' tasks by part, along the chain of tasks that ends last and never waits."""
-    plan, start, end = timeline.plan, timeline.start_s, timeline.end_s
-    _, waits, bounds = plan.walk
-    here, rank = divmod(int(end.argmax()), end.shape[1])
-    found: dict[str, float] = {}
-    while True:
-        task, began = plan.tasks[here], start[here, rank]
-        if task.name.startswith("layer"):
-            part = PARTS.get(task.kind, "other")
-            found[part] = found.get(part, 0.0) + float(end[here, rank] - began)
-        before = waits[bounds[here] : bounds[here + 1]]
-        if not len(before) or began <= 0:
-            return found
-        if end[before, rank].max() >= began * (1 - 1e-12):
-            here = int(before[end[before, rank].argmax()])
-        else:  # a collective, for which another rank was late
-            late, rank = divmod(int(end[before].argmax()), end.shape[1])
-            here = int(before[late])
-
-
 # -------------------------------------------------------------------------------------------------------- to play it
 
 
 def play(setup: Setup, loads: Array, name: str, options: Options, at: tuple[int, ...] = PRICED) -> Result:
     """``loads`` int [WARM + steps, layers, W, E]: rows of each rank for each expert. ``at``: as ``PRICED``."""
+    machine, topology, num_layers = setup.machine, Topology(setup.cluster.shape), loads.shape[1]
+    steps, moves = [], []
+
+    def price(training: Training) -> None:
+        steps.append(simulate(training.lay_out(setup.priced), machine, topology))
+
+    def move(moved: Cost | None) -> None:
+        moves.append(float(np.max(machine.seconds(whole_state(moved)))))
+
+    held = follow(setup, loads, name, options, at, price, move)
+    behind = float(np.mean(moves[WARM:])) if moves else 0.0
+    once = once_s(setup, name, options, held.owned)
+    return result(setup.model.num_layers, steps, num_layers, behind, once, held.busiest, held.copies)
+
+
+class Held(NamedTuple):
+    """Of a training: ``owned`` [W], experts of the whole model; the rest as ``Result`` has it."""
+
+    owned: Array
+    busiest: float
+    copies: Copies
+
+
+def follow(
+    setup: Setup,
+    loads: Array,
+    name: str,
+    options: Options,
+    at: tuple[int, ...] = PRICED,
+    price: Callable[[Training], None] = Training.decide,
+    move: Callable[[Cost | None], None] = lambda moved: None,
+) -> Held:
+    """What ranks hold and compute as a training goes on; ``price`` is told of the steps ``at``, and decides or
+    lays them out, ``move`` of what is done behind each step."""
     num_steps, num_layers = loads.shape[:2]
-    machine, topology = setup.machine, Topology(setup.cluster.shape)
     training = Training(setup.experiment(name, num_layers, options), priced=False)
     priced = WARM + (num_steps - WARM) * np.array(at) // 100
-    steps, moves, received, added, owned = [], [], [], [], 0
+    received, added, owned = [], [], 0
     for step, of_layers in enumerate(loads):
         routings = [Loads(counts, setup.model.top_k) for counts in of_layers]
         if step in priced:
             pairs = zip(training.cases, routings, strict=True)
             training.cases = [dataclasses.replace(case, routing=routing) for case, routing in pairs]
-            steps.append(simulate(training.lay_out(setup.priced), machine, topology))
+            price(training)
             received.append(sum(rows_of(each) for each in training.passages))
             added.append([copies_of(each) for each in training.passages])
             owned = max(owned, int(training.own.max()))
         if training.course.learns:
-            moved = training.course.saw(step, routings, None)
-            moves.append(float(np.max(machine.seconds(whole_state(moved)))))
+            move(training.course.saw(step, routings, None))
     rows, copies = np.array(received), np.array(added)  # [steps, W], [steps, layers, W]
     if "slots" in training.experiment.options:  # set aside, used or not
         owned = num_layers * int(training.experiment.options["slots"])
     scale = setup.model.num_layers / num_layers
     resident = copies.max() if name in ("hecate-rm", "fsdp") else copies.sum(1).max() * scale
-    return result(
-        setup,
-        steps,
-        num_layers,
-        float(np.mean(moves[WARM:])) if moves else 0.0,
-        once_s(setup, name, options, np.round(training.own * scale).astype(int)),
+    return Held(
+        np.round(training.own * scale).astype(int),
         float((rows.max(-1) / rows.mean(-1)).max()),
         Copies(owned * scale, float(resident), float(copies.max())),
     )

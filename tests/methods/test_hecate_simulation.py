@@ -16,7 +16,8 @@ from harness.traffic import port_load
 from methods.hecate import loads as load_model
 from methods.hecate import memory_model
 from methods.hecate.memory_model import Copies
-from methods.hecate.played import PRICED, WARM, Loads, Options, Result, Setup, play, whole_state
+from methods.hecate.outcome import Result
+from methods.hecate.played import PRICED, WARM, Loads, Options, Setup, play, whole_state
 
 MODEL = presets.model("gpt-moe-s-e32")
 CLUSTER = presets.cluster("hecate-a").resized(2)
