@@ -41,13 +41,15 @@ def shown(plans: Sequence[Plan], show: bool) -> Iterator[Callable[[dict[str, Any
     if not show:
         yield None
         return
-    cells = sum(len(race.experiments) for each in plans for _, race in each.tasks)
+    cells = {experiment.digest for each in plans for _, race in each.tasks for experiment in race.experiments}
+    launches = {launch for each in plans for launch, _ in each.tasks}
     if not cells:
         console.print("everything in this suite is finished; nothing to run", highlight=False)
         yield None
         return
     seconds = sum(each.estimate_s for each in plans)
-    console.print(f"{cells} cells to run, about {max(1, round(seconds / 60))} min", highlight=False)
+    times = f" in {len(launches)} launches" if len(launches) > 1 else ""
+    console.print(f"{len(cells)} cells to run{times}, about {max(1, round(seconds / 60))} min", highlight=False)
     with Progress(*columns(), console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting ranks", total=sum(each.num_units for each in plans))
         finished = 0

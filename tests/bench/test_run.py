@@ -207,9 +207,15 @@ def test_a_folder_that_cannot_be_written_stops_before_any_work(tmp_path: Path) -
 
 def test_a_log_has_a_line_a_race_as_it_is_and_no_bar(capsys):
     text = f"launch 0: exchange of {'m' * 90} [bold], uniform-3000, on emulated-2x2"
-    with progress.shown(run.plan(suite.parse(EXPERIMENTS, "tiny"), None, set()), True) as hear:
+    with progress.shown(run.plan(suite.parse(EXPERIMENTS, "tiny"), 1, set()), True) as hear:
         assert hear is not None
         hear({"did": "begin", "text": text})
     first, *more = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"4 cells to run, about \d+ min", first)
     assert more == [text]
+
+
+def test_cells_are_counted_once_however_many_launches_there_are(capsys):
+    with progress.shown(run.plan(suite.parse(EXPERIMENTS, "tiny"), 3, set()), True):
+        pass
+    assert re.fullmatch(r"4 cells to run in 3 launches, about \d+ min\n", capsys.readouterr().err)
