@@ -38,6 +38,9 @@ class Megatron(System):
     kind = "package"
     source: ClassVar[str] = "megatron-core on PyPI: megatron.core.transformer.moe"
     preload: ClassVar[tuple[str, ...]] = ("megatron.core.transformer.moe.moe_layer",)
+    dispatcher: ClassVar[dict[str, str]] = {
+        "moe_token_dispatcher_type": "alltoall"
+    }  # what Megatron's configuration says
 
     @classmethod
     def missing(cls) -> str | None:
@@ -94,13 +97,13 @@ class Megatron(System):
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
-        return _Layer(case, job, weights)
+        return _Layer(case, job, weights, cls.dispatcher)
 
 
 class _Layer(MoELayer):
     gate_in_exchange = False
 
-    def __init__(self, case: Case, job: Job, weights: Weights):
+    def __init__(self, case: Case, job: Job, weights: Weights, dispatcher: dict[str, str]):
         super().__init__()
         _adapt(case.device)
         from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
@@ -122,7 +125,7 @@ class _Layer(MoELayer):
                 moe_use_legacy_grouped_gemm=grouped == "legacy",
             ).submodules
         self.moe = MegatronMoELayer(
-            _config(case, job, grouped is not None), submodules, layer_number=1, pg_collection=_groups(job)
+            _config(case, job, grouped is not None, dispatcher), submodules, layer_number=1, pg_collection=_groups(job)
         ).to(job.device)
         self._load(weights)
 
@@ -199,7 +202,7 @@ def _group_limited(case: Case) -> bool:
     return case.model.topk_groups is not None and case.model.topk_groups < case.model.num_groups
 
 
-def _config(case: Case, job: Job, grouped_gemm: bool) -> Any:
+def _config(case: Case, job: Job, grouped_gemm: bool, dispatcher: dict[str, str]) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     model = case.model
@@ -222,7 +225,7 @@ def _config(case: Case, job: Job, grouped_gemm: bool) -> Any:
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
         moe_grouped_gemm=grouped_gemm,
-        moe_token_dispatcher_type="alltoall",
+        **dispatcher,
         moe_router_topk=model.top_k,
         moe_router_dtype="fp64" if case.dtype == "float64" else "fp32",
         moe_router_load_balancing_type="none",
@@ -282,8 +285,11 @@ def _groups(job: Job) -> Any:
 
 @functools.cache
 def _adapt(device: str) -> None:
+    from megatron.core import parallel_state
     from megatron.core.transformer.moe import moe_utils
 
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # what its all-gather gathers into
+        parallel_state._set_global_memory_buffer()
     # 0.16 defines this name only where Transformer Engine is installed but reads it always
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
@@ -304,6 +310,9 @@ def _use_cpu() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    # kept from import time; here the one that is installed (harness.comm.wire)
+    mappings.dist_reduce_scatter_func = lambda *args, **kwargs: dist.reduce_scatter_tensor(*args, **kwargs)
     # compiled by default: on a CPU a compiler run of seconds for one counter
     router.TopKRouter._apply_expert_bias = inspect.unwrap(router.TopKRouter._apply_expert_bias)
 

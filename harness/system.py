@@ -25,6 +25,7 @@ from harness.topology import Topology
 if TYPE_CHECKING:
     from harness.comm.job import Job
     from harness.layer.weights import Weights
+    from harness.plan.cost import Operation
     from harness.plan.course import Course
     from harness.plan.graph import Timeline
     from harness.plan.passage import Passage
@@ -160,6 +161,8 @@ class System(abc.ABC):
     remembers: ClassVar[bool] = False  # whether where a batch's rows go depends on the batches before it
     places: ClassVar[bool] = False  # whether it follows any placement, with unequal numbers of experts too
     stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra
+    #: parts of ``planned_bytes`` that travel by a collective of equal parts, and its operation (``Cost``'s)
+    collectives: ClassVar[dict[str, Operation]] = {}
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked
 
     @classmethod

@@ -18,7 +18,7 @@ from harness.comm.replicas import Travel, travel
 from harness.comm.sparse import SparsePlan, plan_sparse
 from harness.layer.work import expert_products, gate_macs
 from harness.memory import expert_bytes
-from harness.plan.cost import Compute, Cost, Experts, InTurn, Transfer, span
+from harness.plan.cost import Compute, Cost, Even, Experts, InTurn, Transfer, span
 from harness.plan.graph import Work
 from harness.plan.layouts import CopiedTasks, NativeTasks, OpaqueTasks, ReplicatedTasks, StageWork
 from harness.plan.passage import Direction
@@ -101,6 +101,8 @@ class PricedOpaque(OpaqueTasks):
         stages, matrix, topology = self.system.stages, self.parts.get(part), self.case.topology
         if matrix is None:
             return None
+        if (operation := self.system.collectives.get(part)) is not None:
+            return Even(operation, "flat", matrix.max() * topology.num_ranks)
         away = part in ("metadata", "dispatch", "combine_grad")  # outer stage first; the way home the other way round
         found = []
         for stage in stages if away else stages[::-1]:

@@ -14,19 +14,22 @@ import torch
 
 from baselines.deepspeed import DeepSpeed, DeepSpeedDrop
 from baselines.megatron import Megatron
+from baselines.megatron_dispatchers import MegatronAllGather, MegatronDeepEP, MegatronHybridEP, two_hops
 from baselines.tutel import Tutel, Tutel2DH
 from harness import registry
 from harness.bench.conformance import TRIALS
 from harness.errors import UserError
 from harness.launch.session import Session
 from harness.placement import Placement
+from harness.plan.cost import Even, InTurn
+from harness.plan.priced import PricedOpaque
 from harness.routing.types import Routing
 from harness.system import Case, System
 from harness.topology import Topology
 from tests.baselines.recorded import make_case
 
 Ranks = Callable[[str], Session]
-PACKAGES = [Megatron, DeepSpeed, DeepSpeedDrop, Tutel, Tutel2DH]
+PACKAGES = [Megatron, MegatronAllGather, DeepSpeed, DeepSpeedDrop, Tutel, Tutel2DH]
 TWO_BY_TWO = Topology((2, 2))
 
 #: conformance trials that no package can run, and a word of the reason
@@ -54,6 +57,7 @@ REFUSED = {
     },
 }
 REFUSED["tutel-2dh"] = REFUSED["tutel"]
+REFUSED["megatron-allgather"] = dict.fromkeys(("ragged", "long", "long-exchange"), "as many") | REFUSED["megatron"]
 
 #: every way in which a plan's bytes depend on a case
 CASES: dict[str, dict[str, Any]] = {
@@ -104,13 +108,22 @@ def test_sends_the_planned_bytes_over_the_wire(session: Ranks, package: type[Sys
 
     plan = package.planned_bytes(planned_case)
     assert plan is not None
-    np.testing.assert_array_equal(sent("forward", "all_gather", "all_reduce"), plan["metadata"])
-    np.testing.assert_array_equal(sent("forward", "all_to_all"), plan["dispatch"] + plan["combine"])
-    np.testing.assert_array_equal(sent("backward", "all_to_all"), plan["combine_grad"] + plan["dispatch_grad"])
-    assert not sent("forward", "past the wire").any()
-    assert not sent("backward", "past the wire", "all_gather", "all_reduce").any()
+    of_all = {"metadata", *(part for part, operation in package.collectives.items() if operation == "ag")}
+    of_all -= {part for part, operation in package.collectives.items() if operation != "ag"}
+
+    def planned(*parts: str, to_all: bool) -> np.ndarray:
+        return sum((plan[part] for part in parts if part in plan and (part in of_all) == to_all), np.zeros((4, 4)))
+
+    there = ("metadata", "dispatch", "combine")
+    back = tuple(f"{part}_grad" for part in there)
+    np.testing.assert_array_equal(sent("forward", "all_gather", "all_reduce"), planned(*there, to_all=True))
+    np.testing.assert_array_equal(sent("forward", "all_to_all"), planned(*there, to_all=False))
+    np.testing.assert_array_equal(sent("backward", "all_gather", "all_reduce"), planned(*back, to_all=True))
+    np.testing.assert_array_equal(sent("backward", "all_to_all"), planned(*back, to_all=False))
+    assert not any(sent(which, "past the wire").any() for which in ("forward", "backward"))
     assert all(part.any() for part in (plan["dispatch"], plan["dispatch_grad"]))
-    calls = {"megatron": 6, "tutel-2dh": 8}.get(package.name, 4)  # rows and probabilities; two stages
+    # rows and probabilities; sums home, of rows, and of two gradients; two stages
+    calls = {"megatron": 6, "megatron-allgather": 3, "tutel-2dh": 8}.get(package.name, 4)
     assert [rank["wire_calls"] for rank in ranks] == [calls] * 4
     assert all(rank["untouched"] for rank in ranks)
 
@@ -124,6 +137,44 @@ def test_two_stages_keep_rails_and_nodes_apart() -> None:
     assert np.count_nonzero(two_stages * between) == 8
     assert (two_stages * between).sum() == (linear * between).sum()
     assert (two_stages * ~between).sum() == 2 * (linear * ~between).sum()
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2), (1, 4), (2, 2, 2)])
+def test_rows_of_the_flex_dispatchers_enter_a_node_once(shape: tuple[int, ...]) -> None:
+    """Token by token: to each other node with an expert of it by the rank of like place, then once to each rank."""
+    topology = Topology(shape)
+    case = make_case(topology, dtype="bfloat16", generator="zipf", params={"target": 1.6}, model={"top_k": 4})
+    num_local = topology.num_ranks // shape[0]
+    expected = np.zeros((topology.num_ranks, topology.num_ranks))
+    for source, experts in zip(case.routing.source, case.routing.ids, strict=True):
+        ranks = {int(expert) * topology.num_ranks // 8 for expert in experts}
+        for node in {rank // num_local for rank in ranks}:
+            gate = node * num_local + source % num_local
+            expected[source, gate] += gate != source
+            for rank in ranks:
+                expected[gate, rank] += rank // num_local == node and gate != rank
+    rows = two_hops(case)
+    np.fill_diagonal(rows, 0)
+    np.testing.assert_array_equal(rows, expected)
+    plan = MegatronDeepEP.planned_bytes(case)
+    np.testing.assert_array_equal(plan["combine"], expected.T * 32)
+    np.testing.assert_array_equal(plan["dispatch"], expected * 80)  # 32 of the row, 8 and 4 x 8 beside it, aligned
+    # Hybrid-EP: a float for each expert of a node
+    np.testing.assert_array_equal(MegatronHybridEP.planned_bytes(case)["dispatch"], expected * (32 + 4 * 8 // shape[0]))
+
+
+@pytest.mark.parametrize("name", ["megatron-allgather", "megatron-deepep", "megatron-hybridep", "torchtitan"])
+def test_rivals_of_today_are_priced_wherever_they_run(name: str) -> None:
+    case = make_case(Topology((2, 4)), dtype="bfloat16", model={"ffn_type": "swiglu"})
+    chosen = registry.system(name)
+    assert chosen.refuse(case) is None
+    layout = chosen.layout(case)
+    assert isinstance(layout, PricedOpaque)
+    work = layout.work("forward", "").cost
+    assert isinstance(work, InTurn)
+    evens = [cost for cost in work.parts if isinstance(cost, Even)]
+    assert [cost.operation for cost in evens] == (["ag", "ag", "rs"] if name == "megatron-allgather" else [])
+    assert not evens or evens[1].num_bytes == 8 * 16 * 16 * 2  # of all ranks, 16 tokens of 16 numbers each
 
 
 def one_rank(ids: list[list[int]], num_experts: int, **model: Any) -> tuple[Case, list[torch.Tensor]]:

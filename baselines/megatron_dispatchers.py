@@ -1,0 +1,155 @@
+"""Megatron-Core's MoE layer with its other token dispatchers.
+
+``megatron-allgather``: every rank gets all tokens and computes those of its experts; a reduce-scatter brings the sums
+home. Its collectives have equal parts, whatever the routing.
+
+``megatron-deepep``, ``megatron-hybridep``: Megatron's ``flex`` dispatcher over the kernels of DeepEP, or of its
+Hybrid-EP branch. A row crosses to a node once, to the rank of like place there, and that rank forwards it inside the
+node, once to each rank with an expert of it; sums come back the same way. It is the exchange of ``hiermoe-hd2`` in
+fused kernels. These are CUDA kernels: elsewhere both are priced only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+
+from baselines import _packages
+from baselines.megatron import Megatron
+from harness.specs import DTYPE_BYTES
+from harness.system import Case
+
+SOURCE_META_BYTES, ALIGNED = 8, 16  # DeepEP, csrc/kernels/legacy/internode.cu: SourceMeta, get_num_bytes_per_token
+
+
+class MegatronAllGather(Megatron):
+    name: ClassVar[str] = "megatron-allgather"
+    title: ClassVar[str] = "Megatron-Core MoE layer, all-gather dispatcher (real package)"
+    dispatcher: ClassVar[dict[str, str]] = {"moe_token_dispatcher_type": "allgather"}
+    collectives = {
+        "metadata": "ag",
+        "dispatch": "ag",
+        "combine": "rs",
+        "combine_grad": "ag",
+        "dispatch_grad": "rs",
+        "metadata_grad": "rs",
+    }
+
+    @classmethod
+    def refuse(cls, case: Case) -> str | None:
+        if (reason := super().refuse(case)) is not None:
+            return reason
+        return "megatron-core's all-gather dispatcher needs as many tokens on every rank" if case.ragged else None
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray]:
+        """What each rank contributes to, or takes from, each other: of every token one byte an expert (the routing map)
+        and one probability an expert, and its row; outputs and their gradients have the router's format."""
+        model, num_ranks = case.model, case.topology.num_ranks
+        tokens, wide = case.routing.tokens[0], 8 if case.dtype == "float64" else 4
+        sizes = {
+            "metadata": (1 + wide) * model.num_experts,
+            "dispatch": model.hidden * DTYPE_BYTES[case.dtype],
+            "combine": model.hidden * wide,
+            "combine_grad": model.hidden * wide,
+            "dispatch_grad": model.hidden * DTYPE_BYTES[case.dtype],
+            "metadata_grad": wide * model.num_experts,
+        }
+        whole = np.full((num_ranks, num_ranks), tokens)
+        return {part: _packages.off_diagonal(whole * size) for part, size in sizes.items()}
+
+
+class MegatronDeepEP(Megatron):
+    name: ClassVar[str] = "megatron-deepep"
+    title: ClassVar[str] = "Megatron-Core MoE layer, flex dispatcher over DeepEP's kernels (real package)"
+    source: ClassVar[str] = "megatron-core: MoEFlexTokenDispatcher; github.com/deepseek-ai/DeepEP"
+    dispatcher: ClassVar[dict[str, str]] = {
+        "moe_token_dispatcher_type": "flex",
+        "moe_flex_dispatcher_backend": "deepep",
+    }
+    stages: ClassVar[tuple[str, ...]] = ("inter", "intra")
+    module: ClassVar[str] = "deep_ep"
+    remedy: ClassVar[str] = (
+        "its repository is github.com/deepseek-ai/DeepEP (CUDA, Ampere or newer): pip install git+https://github.com/"
+        "deepseek-ai/DeepEP"
+    )
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return super().missing() or _packages.missing(cls.module, "deep_ep", cls.remedy)
+
+    @classmethod
+    def refuse(cls, case: Case) -> str | None:
+        if case.dtype != "bfloat16":
+            return f"DeepEP's kernels move rows of bfloat16, not {case.dtype}"
+        if case.topology.num_ranks == 1:
+            return "megatron-core's flex dispatcher needs several ranks"
+        return super().refuse(case)
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray]:
+        """Rows by both hops in one matrix: a rail's ranks between the nodes, all ranks inside one. Beside each row
+        travel where it comes from and its k experts and weights, on the way back of gradients k weights alone."""
+        model, topology = case.model, case.topology
+        rows = two_hops(case)
+        row_bytes = model.hidden * DTYPE_BYTES[case.dtype]
+        pairs = 8 * model.top_k  # an int and a float of each choice
+        there = math.ceil((row_bytes + SOURCE_META_BYTES + pairs) / ALIGNED) * ALIGNED
+        counts = 4 * (1 + model.num_experts / topology.num_ranks)  # of a rank, and of each of its experts
+        return {
+            "metadata": _packages.off_diagonal(np.full((topology.num_ranks,) * 2, counts)),
+            "dispatch": _packages.off_diagonal(rows * there),
+            "combine": _packages.off_diagonal(rows.T * row_bytes),
+            "combine_grad": _packages.off_diagonal(rows * row_bytes),
+            "dispatch_grad": _packages.off_diagonal(rows.T * (row_bytes + pairs // 2)),
+        }
+
+
+class MegatronHybridEP(MegatronDeepEP):
+    name: ClassVar[str] = "megatron-hybridep"
+    title: ClassVar[str] = "Megatron-Core MoE layer, flex dispatcher over Hybrid-EP's kernels (real package)"
+    source: ClassVar[str] = "megatron-core: MoEFlexTokenDispatcher; github.com/deepseek-ai/DeepEP, branch hybrid-ep"
+    dispatcher: ClassVar[dict[str, str]] = {
+        "moe_token_dispatcher_type": "flex",
+        "moe_flex_dispatcher_backend": "hybridep",
+    }
+    remedy: ClassVar[str] = (
+        "its repository is github.com/deepseek-ai/DeepEP, branch hybrid-ep (CUDA, Hopper or newer): pip install "
+        "git+https://github.com/deepseek-ai/DeepEP@hybrid-ep"
+    )
+
+    @classmethod
+    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray]:
+        """As DeepEP's, but every rank is told the routing map, a byte for each token and expert, and beside a row
+        travels a probability for each expert of the node that it goes to."""
+        model, topology, parts = case.model, case.topology, super().planned_bytes(case)
+        rows, row_bytes = two_hops(case), model.hidden * DTYPE_BYTES[case.dtype]
+        beside = 4 * model.num_experts // topology.shape[0]
+        told = np.repeat(np.asarray(case.routing.tokens)[:, None] * model.num_experts, topology.num_ranks, axis=1)
+        return parts | {
+            "metadata": _packages.off_diagonal(told),
+            "dispatch": _packages.off_diagonal(rows * (row_bytes + beside)),
+            "dispatch_grad": _packages.off_diagonal(rows.T * (row_bytes + beside)),
+        }
+
+
+def two_hops(case: Case) -> np.ndarray:
+    """Rows from each rank to each, int64 [num_ranks, num_ranks]: of a token one to each other node with an expert of
+    it, to the rank of like place, and from there (in its own node from its own rank) one to each rank with one."""
+    topology, routing = case.topology, case.routing
+    num_ranks, num_nodes = topology.num_ranks, topology.shape[0]
+    num_local = num_ranks // num_nodes
+    owner = case.placement.hosts.argmax(1)  # [E]
+    wanted = np.zeros((len(routing.ids), num_ranks), dtype=bool)
+    wanted[np.arange(len(routing.ids))[:, None], owner[routing.ids]] = True
+    source, place = routing.source, routing.source % num_local
+    found = np.zeros((num_ranks, num_ranks), dtype=np.int64)
+    for node, here in enumerate(wanted.reshape(len(wanted), num_nodes, num_local).swapaxes(0, 1)):
+        gate = node * num_local + place  # where a token's row enters the node
+        crosses = here.any(1) & (source // num_local != node)
+        np.add.at(found, (source[crosses], gate[crosses]), 1)
+        for local in range(num_local):
+            np.add.at(found[:, node * num_local + local], gate[here[:, local]], 1)
+    return found
