@@ -310,7 +310,7 @@ def _use_cpu() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
-    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
     # kept from import time; here the one that is installed (harness.comm.wire)
     mappings.dist_reduce_scatter_func = lambda *args, **kwargs: dist.reduce_scatter_tensor(*args, **kwargs)
     # compiled by default: on a CPU a compiler run of seconds for one counter
