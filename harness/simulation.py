@@ -6,6 +6,7 @@ what the system learns counts, and then ``steps`` priced ones.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,11 +14,13 @@ import numpy as np
 
 from harness import ledger
 from harness.case import cases_of, outlines_of
+from harness.comm.moved import MOVES
 from harness.errors import Unplanned, bad
-from harness.plan.cost import Cost, Hold
+from harness.plan.cost import Cost, Hold, transfers
 from harness.plan.graph import Plan, Price, Timeline
 from harness.plan.machine import Machine
 from harness.plan.passage import Direction, Passage, plan_alone
+from harness.plan.priced import PricedReplicated
 from harness.plan.priced_step import PricedServing, PricedTraining, gradient_bytes, own_experts
 from harness.plan.profiled import Profiled
 from harness.plan.simulate import simulate as schedule
@@ -32,12 +35,17 @@ Progress = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Simulation:
-    """``samples``: by direction, seconds of each priced step; ``timelines``: of the last one, [num_tasks, W]."""
+    """``samples``: by direction, seconds of each priced step; ``timelines``: of the last one, [num_tasks, W].
+
+    Where routing goes on, ``first`` is the number of the first priced step, and ``moved`` says of each what of experts'
+    parameters all ranks have sent in it, in bytes by what for (``harness.comm.moved``)."""
 
     samples: Mapping[str, tuple[float, ...]]
     timelines: Mapping[str, Timeline]
     basis: str
     notes: tuple[str, ...] = ()
+    first: int = 0
+    moved: tuple[Mapping[str, float], ...] = ()
     heldout_error: float | None = None  # of the machine, where it is known (``harness.heldout``)
 
 
@@ -76,7 +84,7 @@ def _passes(experiment: Experiment, machine: Machine) -> Simulation:
 
 def _replayed(experiment: Experiment, machine: Machine, steps: int, warm: int) -> Simulation:
     """Passes of a server, each with the routing of its step."""
-    topology, totals, course = Topology(experiment.cluster.shape), [], None
+    topology, totals, moved, course = Topology(experiment.cluster.shape), [], [], None
     for step in range(warm + steps):
         cases = cases_of(experiment, step, routings=outlines_of(experiment, step))
         course = course or system_called(experiment.system).course(cases)
@@ -84,8 +92,9 @@ def _replayed(experiment: Experiment, machine: Machine, steps: int, warm: int) -
             passages = _planned(experiment, course.passages(cases))
             timeline = schedule(PricedServing(experiment, passages).lay_out(), machine, topology)
             totals.append(float(timeline.total_s.max()))
+            moved.append(_moved(experiment, passages, None))
         course.saw(step, [case.routing for case in cases])
-    return Simulation({"total": tuple(totals)}, {"pass": timeline}, machine.basis)
+    return Simulation({"total": tuple(totals)}, {"pass": timeline}, machine.basis, first=warm, moved=tuple(moved))
 
 
 def layer_plans(experiment: Experiment, seen: int = 0) -> dict[str, Plan]:
@@ -158,6 +167,7 @@ def _training(
 ) -> Simulation:
     topology, training = Topology(experiment.cluster.shape), Training(experiment, whole=whole, priced=not warm)
     totals: list[float] = []
+    sent: list[dict[str, float]] = []
     for step in range(warm + steps):
         timeline = None
         priced = step >= warm or training.course.watches(step)
@@ -169,11 +179,22 @@ def _training(
         if step >= warm and timeline is not None:
             timeline = timeline if moved is None else ended(timeline, moved, machine, topology)
             totals.append(float(timeline.total_s.max()))
+            sent.append(_moved(experiment, training.passages, moved))
         if progress is not None:
             progress(f"step {step + 1} of {warm + steps}")
     assert timeline is not None
     notes = (*notes_of([case.routing for case in training.cases]), *training.course.notes)
-    return Simulation({"total": tuple(totals)}, {"step": timeline}, machine.basis, notes)
+    samples, timelines = {"total": tuple(totals)}, {"step": timeline}
+    return Simulation(samples, timelines, machine.basis, notes, first=warm, moved=tuple(sent))
+
+
+def _moved(experiment: Experiment, passages: Sequence[Passage], behind: Cost | None) -> dict[str, float]:
+    """Of a step of ``passages``, with what was moved ``behind`` it."""
+    found = collections.Counter({MOVES: float(sum(each.matrix.sum() for each in transfers([behind])))})
+    for passage in passages:
+        if isinstance(passage, PricedReplicated):
+            found.update(passage.copied_bytes(backward=experiment.backward))
+    return {kind: num_bytes for kind, num_bytes in found.items() if num_bytes}
 
 
 def notes_of(routings: Sequence[Routing]) -> tuple[str, ...]:

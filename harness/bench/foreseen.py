@@ -8,11 +8,11 @@ for one.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 
 import numpy as np
 
-from harness.plan.cost import Cost, InTurn, Transfer
+from harness.plan.cost import transfers
 from harness.specs import Experiment
 
 #: of the processor, for which courses are followed in one check: steps are drawn and decided once more, which takes
@@ -39,13 +39,4 @@ def received_bytes(experiment: Experiment, steps: Collection[int]) -> dict[int, 
     return found
 
 
-def transfers(costs: Iterable[Cost | None]) -> Iterator[Transfer]:
-    """All of them, whatever they are parts of."""
-    for cost in costs:
-        if isinstance(cost, Transfer):
-            yield cost
-        elif isinstance(cost, InTurn):
-            yield from transfers(cost.parts)
-
-
-__all__ = ["received_bytes", "transfers"]
+__all__ = ["received_bytes"]

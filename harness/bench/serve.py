@@ -152,6 +152,7 @@ class Server:
             sample = watch.measure(rep, "total", lambda: self._pass(*ready, watched=self._watched))
             self.least[rep] = self._see(f"timed repetition {rep}")
         assert self.timeline is not None
+        sample.step = self.timed[rep]
         sample.parts_s = parts_s(self.timeline, self.model.num_layers)
         return [sample]
 

@@ -54,14 +54,17 @@ SCHEMA = pa.schema(
         ("compute", pa.string()),  # real | stand-in
         ("metric", pa.string()),
         ("direction", pa.string()),  # forward | backward | total | ""
-        # a link level, expert | rank | node | link, a part of memory, what a row of metric "how" tells, or ""
+        # a link level, expert | rank | node | link, a part of memory, what a row of metric "how" tells, what experts'
+        # parameters were sent for (``harness.comm.moved``), or ""
         ("level", pa.string()),
         ("value", pa.float64()),
         ("unit", pa.string()),
         ("rep", pa.int32()),
         ("rank", pa.int32()),
         ("status", pa.string()),
-        ("reason", pa.string()),  # why a status is not ok; of metric "how", in which way it ran; of "note", the text
+        # why a status is not ok; of metric "how", in which way it ran; of "note", the text; of "step", which is stored
+        # where routing drifts, the hash of that step's routing
+        ("reason", pa.string()),
         ("time_utc", pa.string()),  # the same for all rows of one attempt at a race
         ("schema_version", pa.int32()),
         ("basis", pa.string()),  # of what is simulated: what its seconds rest on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from harness import registry
-from harness.bench import physics
+from harness.bench import physics, stepwise
 from harness.bench.store import SCHEMA_VERSION, SIMULATED, identity
 from harness.bench.suite import Race
 from harness.case import cases_of, num_layers
@@ -189,6 +190,9 @@ class _Cell:
                 self._add("time_s", value, "s", direction=direction, rep=rep)
                 if self.experiment.phase in SERVING:
                     self._add("tokens_per_s", num_tokens / value, "tokens/s", direction=direction, rep=rep)
+        if stepwise.drifts(self.experiment):
+            for rep, moved in enumerate(found.moved):
+                self._step(rep, found.first + rep, moved, ran=False)
         for note in found.notes:
             self._add("note", float("nan"), "", reason=note)
         return self.rows
@@ -210,6 +214,17 @@ class _Cell:
                     self._add("bytes_planned", value, "bytes", direction=direction, level=level)
             if budget.speed_of_light_s is not None and self.base["network"] != "unshaped":
                 self._add("speed_of_light_s", budget.speed_of_light_s, "s", direction=direction)
+
+    def _step(self, rep: int, step: int, moved: Mapping[str, float], *, ran: bool) -> None:
+        """Of a repetition that had another routing than those before: which step it was, and what was ``moved``."""
+        found = stepwise.certify_step(self.experiment, step, ran=ran)
+        self._add("step", step, "1", rep=rep, reason=found.digest)
+        for level, value in found.max_over_mean.items():
+            self._add("step_max_over_mean", value, "ratio", rep=rep, level=level)
+        if step:
+            self._add("drift", found.drift, "share", rep=rep)
+        for kind, num_bytes in moved.items():
+            self._add("moved_bytes", num_bytes, "bytes", rep=rep, level=kind)
 
     def _placed(self) -> None:
         """What a server's placement makes of the load, layer by layer."""
@@ -240,6 +255,9 @@ class _Cell:
                 self._add("host_time_s", host_time_s, "s", **where)
             if samples[0]["loss"] is not None:
                 self._add("loss", samples[0]["loss"], "nats", **where)
+            if stepwise.drifts(self.experiment):
+                moved = sum((collections.Counter(sample["moved_bytes"]) for sample in samples), collections.Counter())
+                self._step(rep, samples[0]["step"], moved, ran=True)
             if self.experiment.phase in SERVING:
                 tokens = sum(self.experiment.workload.tokens(len(answers)))
                 self._add("tokens_per_s", tokens / time_s, "tokens/s", **where)

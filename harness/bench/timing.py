@@ -47,6 +47,9 @@ class Sample:
     received_bytes: int = 0  # by this rank, as torch's process groups count
     loss: float | None = None  # train_step
     parts_s: dict[str, list[float]] | None = None  # serving: of each layer, by part, where the system has tasks
+    step: int | None = None  # of the experiment, where its routing goes on from step to step
+    #: of experts' parameters, sent by this rank, by what for (``harness.comm.moved``)
+    moved_bytes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Stopwatch:
@@ -70,7 +73,7 @@ class Stopwatch:
         window, window_cpu, busy = time.perf_counter(), time.process_time(), _busy_cpu_s()
         begin, finish = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if self.cuda else (None, None)
         self._wait_for_start()
-        arrived = arrivals.received_bytes()
+        arrived, moved = arrivals.received_bytes(), self.job.moved.since({})
         cpu = time.process_time()
         start = time.perf_counter()
         if begin is not None and finish is not None:
@@ -93,7 +96,9 @@ class Stopwatch:
             counted = [max(0, b - a - c) for a, b, c in zip(counted, after, self._barrier_bytes, strict=True)]
         self._barrier()  # nobody sends before rank 0 has read
         device = begin.elapsed_time(finish) / 1e3 if begin is not None and finish is not None else None
-        return Sample(rep, direction, start, end, device, own, window, window_cpu, busy, counted, arrived)
+        sample = Sample(rep, direction, start, end, device, own, window, window_cpu, busy, counted, arrived)
+        sample.moved_bytes = self.job.moved.since(moved)
+        return sample
 
     def _barrier(self) -> None:
         if self.job.num_ranks > 1:

@@ -186,8 +186,9 @@ class Trainer:
             nonlocal share
             share = self._update(tokens, watched=self._watched)
 
-        self.timed[rep] = self.step
+        self.timed[rep] = step = self.step
         sample = watch.measure(rep, "total", work)
+        sample.step = step
         sample.loss = self._see(share, known, f"timed repetition {rep}")
         self.least[rep] = self.witnesses[next(iter(self._watched_last))].least
         self._keep()

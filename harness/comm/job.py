@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from harness.comm.moved import Moved
 from harness.topology import Topology
 
 
@@ -54,6 +55,8 @@ class Job:
         self.progress: Callable[[dict[str, Any]], None] = progress or (lambda message: None)
         #: told which experts are about to change places (``harness.plan.moving``), where somebody wants to know
         self.moving: Callable[[Any], None] | None = None
+        #: what of experts' parameters this rank has sent
+        self.moved = Moved()
         #: True if perf_counter is one clock for all ranks (one kernel)
         self.shared_clock = shared_clock
         #: of collectives, as the world has it: a group with NCCL's own would abort its rank before a hang is told

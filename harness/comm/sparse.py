@@ -171,6 +171,11 @@ class Transfer(Handover):
         for stage in stages:
             self._finish(self._issue(stage, near))
 
+    def sent_bytes(self, stages: Iterable[int], near: bool | None = None) -> int:
+        """By this rank in these ``stages`` of a gather."""
+        num_chunks = sum(len(self.plan.of_rank(self.job.rank, stage, near)[0].chunk) for stage in stages)
+        return num_chunks * sum(tensor.shape[1:].numel() * tensor.element_size() for tensor in self.tensors[0])
+
     def start(self) -> Transfer:
         """Set the first stage off and return; ``wait`` does the rest."""
         self._issued = self._issue(self.order[0], None)

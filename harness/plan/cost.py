@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -111,6 +112,15 @@ class InTurn(Cost):
     without waits for others; a simulation with ranks adds these."""
 
     parts: tuple[Cost, ...]
+
+
+def transfers(costs: Iterable[Cost | None]) -> Iterator[Transfer]:
+    """All of them, whatever they are parts of."""
+    for cost in costs:
+        if isinstance(cost, Transfer):
+            yield cost
+        elif isinstance(cost, InTurn):
+            yield from transfers(cost.parts)
 
 
 def span(scope: str, num_levels: int) -> tuple[int, int]:

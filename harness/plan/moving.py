@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from harness.comm.job import Job
+from harness.comm.moved import MOVES
 from harness.placement import Placement
 
 
@@ -90,7 +91,9 @@ def move(job: Job, moves: Sequence[Move], optimizer: torch.optim.Optimizer | Non
                 row = incoming[rank][start:end].clone()  # aligned to its format
                 tensor[slot] = row.view(tensor.dtype).view_as(tensor[slot])
                 start = end
-    return sum(len(buffer) for buffer in outgoing.values())
+    sent = sum(len(buffer) for buffer in outgoing.values())
+    job.moved.add(MOVES, sent)
+    return sent
 
 
 def _tensors(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer | None) -> list[torch.Tensor]:

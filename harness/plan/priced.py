@@ -14,6 +14,7 @@ import numpy as np
 
 from harness.comm.assign import expert_pieces
 from harness.comm.journey import Cut
+from harness.comm.moved import COPIES, LATE_COPIES
 from harness.comm.replicas import Travel, travel
 from harness.comm.sparse import SparsePlan, plan_sparse
 from harness.layer.work import expert_products, gate_macs
@@ -192,6 +193,12 @@ class PricedReplicated(ReplicatedTasks, PricedNative):
         self.travels: Travel = travel(counts, hosts, self.topology)
         fares = system.fares(case, case.routing, hosts, counted=True)
         super().__init__(case, system.schedule, system.cut(case), fares, self.travels.computed)
+
+    def copied_bytes(self, *, backward: bool) -> dict[str, float]:
+        """Of parameters, that all ranks send for the copies of a batch, by what for (``harness.comm.moved``)."""
+        plans, each = (self.early, self.late, self.whole), self.transfers.chunk_bytes
+        early, late, again = (float(sparse.bytes(each).sum()) for sparse in plans)
+        return {COPIES: early + again * (backward and self.releases), LATE_COPIES: late * self.revises}
 
     def transfer(self, what: str, num_tasks: int) -> StageWork:
         sparse = {"gather": self.early, "late": self.late}.get(what, self.whole)

@@ -40,6 +40,7 @@ import torch
 from harness.comm.assign import Hosting
 from harness.comm.handover import Moment, used_here
 from harness.comm.job import Job
+from harness.comm.moved import COPIES, LATE_COPIES
 from harness.comm.replicas import replica_shares
 from harness.comm.sparse import Chunks, SparsePlan, Transfer, plan_sparse
 from harness.layer.experts import Experts
@@ -127,6 +128,9 @@ class ReplicatedPassage(ReplicatedTasks, NativePassage):
                     running.append((begin(), Moment(self.layer.job.device)))
                 transfer, begun = running[0]
             begun.wait()
+            if transfer.kind == "gather":
+                sent = transfer.sent_bytes(stages, near)
+                self.layer.job.moved.add(LATE_COPIES if what == "late" else COPIES, sent)
             transfer.run(*stages, near=near)
             with lock:
                 left[0] -= 1

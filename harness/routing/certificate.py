@@ -76,11 +76,6 @@ def certify(
     if num_groups and num_experts % num_groups:
         raise bad("num_groups", num_groups, f"must divide the {num_experts} experts")
     counts = expert_counts(routing)  # [W, E]
-    rows = counts @ (placement.hosts / replicas[:, None])  # [W, W], from and to
-    node = topology.unit_of(max(topology.num_levels - 2, 0)) if topology.num_levels > 1 else np.zeros(num_ranks, int)
-    member = node[:, None] == np.arange(node.max() + 1)  # [W, nodes]
-    between = member.T @ rows @ member  # [nodes, nodes]
-    np.fill_diagonal(between, 0)
     fair = np.array(routing.tokens) * routing.top_k / num_experts  # a rank's assignments per expert
     busy = fair > 0
     worst = float((counts.max(1)[busy] / fair[busy]).max()) if busy.any() else 1.0
@@ -91,13 +86,7 @@ def certify(
         tokens=tuple(int(count) for count in routing.tokens),
         num_experts=num_experts,
         top_k=routing.top_k,
-        max_over_mean={
-            "expert": _max_over_mean(counts.sum(0)),
-            "rank": _max_over_mean(rows.sum(0)),
-            "node": _max_over_mean((rows @ member).sum(0)),
-            "link": _max_over_mean(np.concatenate([between.sum(0), between.sum(1)])),
-            **groups,
-        },
+        max_over_mean={**imbalance(counts, placement, topology), **groups},
         worst_rank_expert=worst,
         balanced_bound=bound,
         balanced=bool((np.ptp(counts, axis=1) <= 1).all()),
@@ -106,6 +95,23 @@ def certify(
         or bool((counts.max(1) <= np.ceil(np.round(capacity_factor * fair, 9))).all()),
         capacity_factor=capacity_factor,
     )
+
+
+def imbalance(counts: np.ndarray, placement: Placement, topology: Topology) -> dict[str, float]:
+    """``Certificate.max_over_mean`` per expert, rank, node and link. ``counts`` [W, E]: assignments from each rank to
+    each expert."""
+    num_ranks = topology.num_ranks
+    rows = counts @ (placement.hosts / placement.hosts.sum(1, keepdims=True))  # [W, W], from and to
+    node = topology.unit_of(max(topology.num_levels - 2, 0)) if topology.num_levels > 1 else np.zeros(num_ranks, int)
+    member = node[:, None] == np.arange(node.max() + 1)  # [W, nodes]
+    between = member.T @ rows @ member  # [nodes, nodes]
+    np.fill_diagonal(between, 0)
+    return {
+        "expert": _max_over_mean(counts.sum(0)),
+        "rank": _max_over_mean(rows.sum(0)),
+        "node": _max_over_mean((rows @ member).sum(0)),
+        "link": _max_over_mean(np.concatenate([between.sum(0), between.sum(1)])),
+    }
 
 
 def _max_over_mean(load: np.ndarray) -> float:

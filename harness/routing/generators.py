@@ -45,6 +45,8 @@ DRAWN: dict[str, tuple[type[Spec], Callable[..., np.ndarray]]] = {
     "uniform": (NoParams, drawn.uniform),
     "markov": (drawn.Markov, drawn.markov),
 }
+#: whose loads change from step to step by more than chance
+DRIFTING = ("walk", "rotating", "burst")
 #: what each generator is, in a line; also of those that ``harness.routing.make`` adds
 WHAT = {
     "balanced": "all experts and ranks alike",

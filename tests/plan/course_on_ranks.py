@@ -12,14 +12,16 @@ from harness.specs import Experiment
 
 def trained(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
     """Of every training (``payload["experiments"]``), behind every step: who holds the experts of each layer, and the
-    copies of its last batch; whether the step ended with a task of its own, and what the system found out."""
+    copies of its last batch; what this rank has sent of their parameters; whether the step ended with a task of its own, and what the system found out."""
     found = []
     for each in payload["experiments"]:
         experiment = Experiment.model_validate(each)
         trainer = train.Trainer(job, system(experiment.system), experiment)
-        row: dict[str, Any] = {"hosts": [], "used": [], "first": hosts(trainer)}
+        row: dict[str, Any] = {"hosts": [], "used": [], "sent": [], "first": hosts(trainer)}
         for step in range(payload["num_steps"]):
+            before = job.moved.since({})
             trainer._update(trainer.training.prepare(step))
+            row["sent"].append(job.moved.since(before))
             row["hosts"].append(hosts(trainer))
             row["used"].append([getattr(layer, "hosts", None) for layer in trainer.layers])
         row["used"] = [[None if each is None else each.tolist() for each in step] for step in row["used"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -48,15 +49,29 @@ def experiment_of(system: str, **options: Any) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def executed(session) -> dict[str, dict[str, Any]]:
-    """All trainings on the same ranks, one after another."""
+def on_ranks(session) -> list[dict[str, dict[str, Any]]]:
+    """All trainings on the same ranks, one after another; by rank and system."""
     wanted = {name: experiment_of(name, **options) for name, options in MOVING.items()}
     wanted |= {name: experiment_of(name) for name in STILL}
     payload = {"experiments": [each.model_dump(mode="json") for each in wanted.values()], "num_steps": NUM_STEPS}
     on = next(iter(wanted.values())).cluster
-    return dict(
-        zip(wanted, session(on).call("tests.plan.course_on_ranks:trained", payload, timeout_s=200)[0], strict=True)
-    )
+    answers = session(on).call("tests.plan.course_on_ranks:trained", payload, timeout_s=200)
+    return [dict(zip(wanted, answer, strict=True)) for answer in answers]
+
+
+@pytest.fixture(scope="module")
+def executed(on_ranks) -> dict[str, dict[str, Any]]:
+    return on_ranks[0]
+
+
+@pytest.mark.parametrize("system", [*MOVING, *STILL])
+def test_what_each_step_moves_is_foretold_to_the_byte(on_ranks, system):
+    experiment = experiment_of(system, **MOVING.get(system, {}))
+    foretold = simulate(experiment, Machine.data_sheet(experiment.cluster), steps=NUM_STEPS - 1, warm=1)
+    assert foretold.first == 1
+    ran = [sum((Counter(rank[system]["sent"][step]) for rank in on_ranks), Counter()) for step in range(1, NUM_STEPS)]
+    assert list(foretold.moved) == ran
+    assert any(ran) == (system != "flat")
 
 
 @pytest.mark.parametrize("system", [*MOVING, *STILL])
