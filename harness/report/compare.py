@@ -36,13 +36,19 @@ def samples(run: Run) -> pd.DataFrame:
 
 
 @functools.lru_cache(maxsize=8)
+def drifting(run: Run) -> frozenset[str]:
+    """Digests of races whose every repetition has another routing."""
+    return frozenset(run.metric("step")["race"])
+
+
+@functools.lru_cache(maxsize=8)
 def times(run: Run) -> pd.DataFrame:
     """``IDENTITY``, direction, estimate of the time in s, its speed of light in s, and their quotient ``fraction``."""
     light = run.metric("speed_of_light_s").groupby(["cell", "direction"])["value"].median()
 
     def row(rows: pd.DataFrame) -> dict[str, Any]:
         first = rows.iloc[0]
-        estimate = _plain(stats.interval(rows), first)
+        estimate = plain(stats.interval(rows), first)
         light_s = float(light.get((first["cell"], first["direction"]), math.nan))
         return {
             **_estimate(estimate),
@@ -82,7 +88,7 @@ def speedups(run: Run, reference: str) -> pd.DataFrame:
         base = by.get((base_cell, first["direction"]))
         if base is None or base_cell == first["cell"]:
             return None
-        estimate = _plain(stats.ratio(base, rows), first)
+        estimate = plain(stats.ratio(base, rows), first)
         if not estimate.num_samples:
             return None
         simulated = first["evidence"] == SIMULATED
@@ -288,7 +294,7 @@ def _places(values: pd.Series, order: Iterable[str]) -> pd.Series:
     return values.map({value: i for i, value in enumerate(order)})
 
 
-def _plain(estimate: stats.Estimate, row: pd.Series) -> stats.Estimate:
+def plain(estimate: stats.Estimate, row: pd.Series) -> stats.Estimate:
     """Without an interval where nothing ran: steps of a simulation differ by their routing, and its error is none of
     repetition."""
     if row["evidence"] != SIMULATED:

@@ -199,6 +199,40 @@ def loss(run: Run, losses: pd.DataFrame) -> Figure:
     return fig
 
 
+def steps(run: Run, frame: pd.DataFrame, skews: Sequence[str]) -> Figure:
+    """Of one race: max/mean load per ``skews`` of each step above, times below; a ring where experts moved behind a
+    step, a bar where an interval is known."""
+    fig, axes = plt.subplots(
+        2, 1, figsize=(_WIDTH, 5.6), height_ratios=[1, 2.4], sharex=True, layout=ConstrainedLayoutEngine(h_pad=0.09)
+    )
+    above, below = axes
+    each = frame.drop_duplicates("step").sort_values("step")
+    for level, style in zip(skews, ("-", "--", ":", "-."), strict=False):
+        above.plot(each["step"], each[level], style, color="#1c2430", lw=1.5, label=f"per {level}")
+    above.set_ylabel("max/mean load")
+    above.set_ylim(bottom=1)
+    above.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9.5)
+    look = looks(run.labels)
+    labels = list(dict.fromkeys(frame["label"]))
+    for i, label in enumerate(labels):  # a little beside each other, so that no interval hides another
+        line, mine = frame[frame["label"] == label], look[label]
+        place, time_ms = line["step"] + 0.5 * (i / len(labels) - 0.5), line["point"] * 1e3
+        below.plot(place, time_ms, color=mine.color, marker=mine.marker, ms=4.5, lw=1.3)
+        below.vlines(place, line["low"] * 1e3, line["high"] * 1e3, color=mine.color, lw=0.9, alpha=0.7)
+        moved = line["moves"] > 0
+        ring = {"s": 110, "facecolor": "none", "edgecolor": mine.color, "linewidth": 1.4, "zorder": 4}
+        below.scatter(place[moved], time_ms[moved], **ring)
+    widest = float(frame["high"].fillna(frame["point"]).max())
+    below.set_ylim(0, 1e3 * min(1.05 * widest, 1.5 * float(frame["point"].max())))
+    below.set_ylabel("time of the step, ms")
+    below.set_xlabel("step")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in axes:
+        ax.grid(True)
+    legend(fig, look, frame["label"])
+    return fig
+
+
 def _panels(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Title and rows of every group, in the group's main direction."""
     for key, rows in frame.groupby(GROUP, sort=False):

@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.plan.graph import Timeline
 from harness.report import compare, context, figures, gantt, page, summary
 from harness.report.columns import columns_of, kept
+from harness.report.drift import drift
 from harness.report.page import Column, Html
 from harness.report.predicted import Simulator
 from harness.report.run import Run
@@ -40,6 +41,8 @@ class OwnRun:
             parts.append(self._agreement(frame))
             parts.append(self._unpredicted(frame))
             parts.append(self._timelines(frame))
+        if compare.drifting(self.run):
+            parts.append(drift(self.run).html)
         parts.append(page.folded("every layer", summary.speedups(self.run).html))
         parts.append(page.folded("what was refused, failed, not run or marked", summary.setbacks(self.run).html))
         return Html(*parts)

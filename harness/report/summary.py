@@ -14,6 +14,7 @@ from harness.bench.store import SIMULATED
 from harness.memory import PARTS
 from harness.report import compare, figures, page, words
 from harness.report.context import QUICK, beside, provenance, routing, setbacks, where
+from harness.report.drift import drift
 from harness.report.page import Column, Html
 from harness.report.run import GROUP, Run, in_order, load
 
@@ -268,6 +269,10 @@ def _speedup_tables(run: Run, key: dict[str, Any], times: pd.DataFrame, ratios: 
     note = f"{key['network']} network, launches: {', '.join(map(str, launches))}; [95 % interval]"
     if key["evidence"] == SIMULATED:
         note = "simulated: nothing was run, and there are no intervals"
+    if len(names := times[times["race"].isin(compare.drifting(run))]["workload"].unique()):
+        note += (
+            f"; {words.listed(names)}: means over different batches, as routing drifts (every step has a time below)"
+        )
     parts = [page.table(times[times["direction"] == main], columns, words.group_title(key), note)]
     if others:
         columns = [*columns[:2], Column("direction", "direction"), Column("time", "time, ms", _time, "num"), _EVIDENCE]
@@ -311,6 +316,7 @@ def _ratio(value: str | dict[str, float]) -> str:
 
 
 __all__ = [
+    "drift",
     "headline",
     "light",
     "load",

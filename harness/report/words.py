@@ -87,16 +87,16 @@ def _predicted(run: Run, key: dict[str, Any], cells: pd.DataFrame, group: pd.Dat
     for (first, *after, lead), races in firsts.items():
         here = group[group["race"].isin(races)]
         count = _systems(here, cells[cells["race"].isin(races)])
-        text = f"{first} has the shortest simulated time of {count} on {_listed(here['workload'].unique())}"
+        text = f"{first} has the shortest simulated time of {count} on {listed(here['workload'].unique())}"
         sentences.append(f"{text}; the next, {after[0]}, takes {lead} times as long." if after else f"{text}.")
-    sentences += _setbacks(run, key)
+    sentences += [*_setbacks(run, key), *_mixed(run, group)]
     sentences.append(f"Nothing was run: {rests_on(run.rows[run.rows['cell'].isin(group['cell'])])}.")
     return Finding(group_title(key), key["evidence"], key["network"], tuple(sentences), False)
 
 
 def rests_on(rows: pd.DataFrame) -> str:
     """What simulated ``rows`` rest on, and how far that was off where it was tried, in words."""
-    return f"by {_listed(rows['basis'].dropna().unique()) or 'an unknown machine'}; {heldout(rows['heldout_error'])}"
+    return f"by {listed(rows['basis'].dropna().unique()) or 'an unknown machine'}; {heldout(rows['heldout_error'])}"
 
 
 def heldout(errors: pd.Series) -> str:
@@ -158,14 +158,14 @@ def _finding(
     for (fastest, level, alone, mark), races in outcomes.items():
         here = group[group["race"].isin(races)]
         every = len(outcomes) == 1 and len(races) > 3
-        where = f"on all {len(races)} workloads" if every else "on " + _listed(here["workload"].unique())
+        where = f"on all {len(races)} workloads" if every else "on " + listed(here["workload"].unique())
         count = _systems(here, cells[cells["race"].isin(races)])
         if alone:
             also = f"; it is not ok there: {mark}" if mark else ""
             sentences.append(f"Only {fastest} has a time {where} ({count}{also}): nothing to compare.")
             continue
         if level:
-            unbeaten = _listed(level, "or")
+            unbeaten = listed(level, "or")
             text = f"{fastest} has the shortest time of {count} {where}, but no difference from {unbeaten} is shown"
         elif mark:
             text = f"{fastest} has the shortest time of {count} {where}, but it is not ok there ({mark})"
@@ -182,16 +182,26 @@ def _finding(
     if not set(compare.references(run, run.baseline).values()) & set(group["cell"]):
         sentences.append(f"There is no ratio to {run.baseline}, which has no time here.")
     if (marked := group[group["status"] == "cpu_bound"]["label"].unique()).size:
-        sentences.append(f"Marked cpu_bound, so not a result about the network: {_listed(marked)}.")
+        sentences.append(f"Marked cpu_bound, so not a result about the network: {listed(marked)}.")
+    sentences += _mixed(run, group)
     sentences.append(_scope(group))
     return Finding(group_title(key), key["evidence"], key["network"], tuple(sentences), sure)
+
+
+def _mixed(run: Run, group: pd.DataFrame) -> list[str]:
+    """That a time is one of different batches, where it is."""
+    names = group[group["race"].isin(compare.drifting(run))]["workload"].unique()
+    if not len(names):
+        return []
+    head = f"The routing of {listed(names)} drifts" if len(names) == 1 else f"The routings of {listed(names)} drift"
+    return [f"{head}: every repetition is another step, so times there are means over different batches."]
 
 
 def _systems(timed: pd.DataFrame, cells: pd.DataFrame) -> str:
     """``4 systems``, or ``3 systems (of 4 that were to run)``, of each race."""
     ran, all_ = timed.groupby("race").size(), cells.groupby("race").size()
     noun = "system" if ran.max() == 1 else "systems"
-    return f"{_span(ran)} {noun}" + ("" if (ran == all_).all() else f" (of {_span(all_)} that were to run)")
+    return f"{span(ran)} {noun}" + ("" if (ran == all_).all() else f" (of {span(all_)} that were to run)")
 
 
 def _setbacks(run: Run, key: dict[str, Any]) -> list[str]:
@@ -201,8 +211,8 @@ def _setbacks(run: Run, key: dict[str, Any]) -> list[str]:
     sentences = []
     for timed, head in ((False, "No time"), (True, "No time in some launches")):
         said = [
-            f"{_listed(rows['label'].unique())} {status} on {_listed(rows['workload'].unique())}"
-            + (f" (launch {_listed(rows['launches'].unique())})" if timed else "")
+            f"{listed(rows['label'].unique())} {status} on {listed(rows['workload'].unique())}"
+            + (f" (launch {listed(rows['launches'].unique())})" if timed else "")
             + f": {shortened(str(reason))}"
             for (status, reason), rows in back[back["timed"] == timed].groupby(["status", "reason"], sort=False)
         ]
@@ -239,7 +249,7 @@ def _against(speedups: pd.DataFrame, direction: str) -> str:
     interval = f"95 % interval{'s within' if len(rows) > 1 else ''} {ends}"
     unshown = int((rows["verdict"] == "no difference shown").sum())
     tail = f", no difference shown{_share(unshown, len(rows))}" if unshown else ""
-    return f"{point} times as fast as {_listed(rows['reference'].unique(), 'or')} ({interval}{tail})"
+    return f"{point} times as fast as {listed(rows['reference'].unique(), 'or')} ({interval}{tail})"
 
 
 def _share(part: int, whole: int) -> str:
@@ -253,10 +263,10 @@ def _scope(group: pd.DataFrame) -> str:
     reps = int(group["num_samples"].min())
     if group["num_launches"].max() == 1:
         return f"One launch of {_count(reps, 'repetition')}: the intervals say nothing about change between launches."
-    return f"Paired over {_span(group['num_launches'])} launches, at least {reps} repetitions of each system in all."
+    return f"Paired over {span(group['num_launches'])} launches, at least {reps} repetitions of each system in all."
 
 
-def _span(numbers: pd.Series) -> str:
+def span(numbers: pd.Series) -> str:
     """``4``, or ``3 to 4`` where they differ."""
     low, high = int(numbers.min()), int(numbers.max())
     return str(low) if low == high else f"{low} to {high}"
@@ -266,7 +276,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _listed(names: Iterable[Any], last: str = "and") -> str:
+def listed(names: Iterable[Any], last: str = "and") -> str:
     """``a, b and c``."""
     words = [str(n) for n in names]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"

@@ -12,7 +12,8 @@ from harness.specs import Experiment
 
 def trained(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
     """Of every training (``payload["experiments"]``), behind every step: who holds the experts of each layer, and the
-    copies of its last batch; what this rank has sent of their parameters; whether the step ended with a task of its own, and what the system found out."""
+    copies of its last batch; what this rank has sent of their parameters; whether the step ended with a task of its
+    own, and what the system found out."""
     found = []
     for each in payload["experiments"]:
         experiment = Experiment.model_validate(each)

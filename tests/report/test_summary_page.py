@@ -19,7 +19,7 @@ from tests.report.synthetic_run import RunMaker, fill
 
 SECTIONS = [
     summary.headline, summary.where, summary.routing, summary.speedups, summary.traffic, summary.light, summary.skew,
-    summary.training, summary.memory, summary.setbacks, summary.provenance,
+    summary.drift, summary.training, summary.memory, summary.setbacks, summary.provenance,
 ]  # fmt: skip
 
 
