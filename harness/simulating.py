@@ -86,15 +86,17 @@ def before(race: Race, warm: int | None) -> int:
     return race.warmup if warm is None else warm
 
 
+def _check_replay(experiment: Experiment, warm: int, steps: int) -> None:
+    check_replay(experiment, warm + steps, f"{warm} warm-up, {steps} to simulate")
+
+
 def _check_replays(suite: Suite, steps: int, warm: int | None) -> None:
     """``UserError`` where every replay of ``suite`` is over too early, and there is nothing else in it."""
     errors: list[UserError] = []
     for race in suite.races:
         for experiment in race.experiments:
             try:
-                check_replay(
-                    experiment, before(race, warm) + steps, f"{before(race, warm)} warm-up, {steps} to simulate"
-                )
+                _check_replay(experiment, before(race, warm), steps)
             except UserError as error:
                 errors.append(error)
     if errors and len(errors) == len(suite.experiments):
@@ -128,7 +130,7 @@ def judged(experiment: Experiment, machine: Machine, steps: int, warm: int, prog
     from harness.simulation import simulate
 
     try:
-        check_replay(experiment, warm + steps, f"{warm} warm-up, {steps} to simulate")
+        _check_replay(experiment, warm, steps)
         if refused := refusal(experiment):
             return "refused", refused
         machine, error = heldout.known(experiment, machine)

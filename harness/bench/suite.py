@@ -35,6 +35,7 @@ from harness.case import placements
 from harness.errors import Unreadable, UserError, bad
 from harness.presets import this_machine
 from harness.routing import KNOWN_GENERATORS, make_routing
+from harness.routing.make import file_of
 from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Ragged, Workload
 from harness.topology import Topology, check_size
 
@@ -297,8 +298,7 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
         if workload.generator == "trace" and workload.params.get("replay") and not experiment.goes_on:
             remedy = f"has no step after step in phase {experiment.phase}; replay in train_step, prefill or decode"
             raise bad("workload.params.replay", True, remedy)
-        from_file = workload.generator == "trace" or "like" in workload.params
-        of_all = from_file and experiment.phase in ("train_step", *SERVING)
+        of_all = file_of(workload) is not None and experiment.phase in ("train_step", *SERVING)
         _draw(workload, experiment.model, topology, experiment.model.num_layers if of_all else 1)
 
 

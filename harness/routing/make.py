@@ -151,6 +151,13 @@ def _estimated(
     return np.concatenate([in_whole_numbers(part, tokens, model.top_k // num_groups) for part in parts], axis=1)
 
 
+def file_of(workload: Workload) -> str | None:
+    """The file that its routing comes from: a trace, the one that a walk is fitted to, or a trained model's weights."""
+    name = {"trace": "path", "walk": "like", "natural": "weights"}.get(workload.generator)
+    found = workload.params.get(name) if name is not None else None
+    return None if found is None else str(found)
+
+
 def _stand_in(workload: Workload) -> Workload:
     """A uniform workload for a natural one."""
     if workload.generator != "natural":

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from harness.errors import bad, first_line
+from harness.routing import checkpoint as checkpoints
 from harness.routing.corpus import Corpus, python_corpus
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -33,16 +34,15 @@ def tokens_of(
     if len(found) < wanted:
         source = ids or text or "the text that ships with Python"
         remedy = f"{source} holds only {len(found)} tokens; give fewer (--tokens, --passes) or a longer --text"
-        raise bad("record.num_tokens", wanted, remedy)
+        raise bad("--tokens", wanted, remedy)
     return torch.from_numpy(found[:wanted].astype(np.int64)), what
 
 
 def _read(checkpoint: Path, text: str, vocab: int) -> tuple[np.ndarray, str]:
     if any((checkpoint / name).is_file() for name in TOKENIZERS):
-        import transformers
-
+        library = checkpoints.transformers()
         try:
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
+            tokenizer: Any = library.AutoTokenizer.from_pretrained(
                 str(checkpoint), local_files_only=True, trust_remote_code=False
             )
             found = np.array(tokenizer(text)["input_ids"], np.int64)

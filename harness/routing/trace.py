@@ -61,10 +61,6 @@ class Trace(Mapping[tuple[int, int], Recorded]):
         self._kept: OrderedDict[Any, Any] = OrderedDict()
         self._kept_bytes = 0
 
-    @property
-    def rows(self) -> Trace:
-        return self
-
     @functools.cached_property
     def steps(self) -> list[int]:
         return sorted({step for step, _ in self._at})
@@ -286,10 +282,10 @@ def all_layers(trace: Trace, step: int | None = None) -> np.ndarray:
     step = trace.steps[-1] if step is None else step
     if step not in trace.steps:
         raise bad("--step", step, f"the trace {trace.path.name} has steps {', '.join(map(str, trace.steps))}")
-    lacking = [layer for layer in range(trace.header.num_layers) if (step, layer) not in trace.rows]
+    lacking = [layer for layer in range(trace.header.num_layers) if (step, layer) not in trace]
     if lacking:
         raise bad("trace", str(trace.path), f"lacks layer {lacking[0]} at step {step}; record it again")
-    return np.stack([trace.rows[step, layer].ids for layer in range(trace.header.num_layers)]).astype(np.int32)
+    return np.stack([trace[step, layer].ids for layer in range(trace.header.num_layers)]).astype(np.int32)
 
 
 def window_of(trace: Trace) -> int:

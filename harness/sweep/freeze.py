@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.bench import provenance
 from harness.registry import FOLDERS
-from harness.routing.replay import TraceParams
+from harness.routing.make import file_of
 from harness.routing.trace import find_trace
 from harness.specs import Workload
 from harness.sweep.spec import ROOT
@@ -19,7 +19,7 @@ KEPT = ("harness", "baselines", "methods", "results/ledger", "results/traces")
 
 
 def freeze(target: Path, workloads: list[Workload]) -> None:
-    """Copy the code, the calibrations and the traces that ``workloads`` read to ``target``, whole or not at all."""
+    """Copy the code, the calibrations and the files that ``workloads`` read to ``target``, whole or not at all."""
     if target.exists():
         return
     partial = target.with_name(f".{target.name}.partial")
@@ -28,7 +28,7 @@ def freeze(target: Path, workloads: list[Workload]) -> None:
         copy = partial / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy)
-    for path in {TraceParams.model_validate(each.params).path for each in workloads if each.generator == "trace"}:
+    for path in {path for each in workloads if (path := file_of(each)) is not None}:
         source = find_trace(path)
         if not Path(path).expanduser().is_absolute() and not (partial / "results" / "traces" / path).exists():
             (partial / path).parent.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def recorded(num_steps: int, num_layers: int, num_ranks: int, tokens: int, model
     rng = np.random.default_rng([seed, 2])
     found = np.empty((num_layers, num_ranks, model.num_experts))
     for layer in range(num_layers):
-        ids = trace.rows[trace.steps[-1], trace.layers[layer % len(trace.layers)]].ids[:, : model.top_k]
+        ids = trace[trace.steps[-1], trace.layers[layer % len(trace.layers)]].ids[:, : model.top_k]
         passages = np.array_split(ids, num_ranks)
         counts = np.stack([np.bincount(each.ravel(), minlength=model.num_experts) for each in passages])
         order = np.arange(model.num_experts) if layer < len(trace.layers) else rng.permutation(model.num_experts)

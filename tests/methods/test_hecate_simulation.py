@@ -61,7 +61,7 @@ def test_recorded_loads_are_the_traces():
     found = load_model.recorded(3, 5, 32, 4096, model)
     assert found.shape == (3, 5, 32, 64)
     trace = load_model.read_trace(load_model.find_trace(load_model.TRACE))
-    ids = trace.rows[trace.steps[-1], trace.layers[0]].ids[:, :2]
+    ids = trace[trace.steps[-1], trace.layers[0]].ids[:, :2]
     share = np.bincount(ids.ravel(), minlength=64) / ids.size
     np.testing.assert_allclose(found[:, 0].sum((0, 1)) / found[:, 0].sum(), share, atol=2e-3)
     with pytest.raises(UserError, match="num_experts"):

@@ -251,7 +251,8 @@ def test_walks_that_cannot_be_are_refused_in_one_line(params, m, parts):
 
 
 def test_one_recorded_step_is_no_walk(trace, tmp_path):
-    header, rows = read_trace(trace).header, read_trace(trace).rows
+    rows = read_trace(trace)
+    header = rows.header
     write_trace(tmp_path / "one.parquet", header, [rows[0, layer] for layer in range(3)])
     with pytest.raises(UserError, match="two recorded steps"):
         counts("walk", m=model(16, 2), like=str(tmp_path / "one.parquet"))

@@ -89,7 +89,7 @@ def test_records_what_the_model_chose(checkpoint, tmp_path):
         weights = weights / weights.sum(-1, keepdim=True)
     if name == "DeepseekV3":
         weights = weights * 2.5
-    row = trace.rows[0, 0]
+    row = trace[0, 0]
     assert np.array_equal(row.ids[:64], ids.numpy())
     assert np.abs(row.weights[:64] - weights.numpy()).max() <= trace.header.weight_scale / 255
     assert (row.weights[:, 0] >= row.weights[:, 1]).all()

@@ -44,12 +44,12 @@ def test_loss_falls_and_the_seed_makes_the_trace(tmp_path):
     assert trace.layers == [0, 1]
     assert trace.header.command == "moebench record"
     assert trace.header.details["seed"] == 0
-    row = trace.rows[20, 1]
+    row = trace[20, 1]
     assert row.ids.shape == (128, 2)
     assert row.loss == first.loss[20]
     assert np.abs(row.weights.sum(1) - 1).max() < 0.01
     assert (row.weights[:, 0] >= row.weights[:, 1]).all()  # best first
-    assert trace.rows[1, 0].ids.tolist() != trace.rows[20, 0].ids.tolist()
+    assert trace[1, 0].ids.tolist() != trace[20, 0].ids.tolist()
     load = np.bincount(row.ids.ravel(), minlength=8)
     assert first.max_over_mean[20][1] == pytest.approx(load.max() / load.mean())
 

@@ -64,7 +64,7 @@ def test_what_is_written_is_read(tmp_path, num_experts):
     assert read.header == header(num_experts=num_experts)
     assert (read.steps, read.layers) == ([5, 50], [0, 1])
     for row in written:
-        again = read.rows[row.step, row.layer]
+        again = read[row.step, row.layer]
         assert np.array_equal(again.ids, row.ids)
         assert np.abs(again.weights - row.weights).max() <= 0.5 / 255 + 1e-6
         assert again.loss == row.loss
@@ -255,7 +255,7 @@ def test_the_shipped_trace():
     assert (found.header.num_experts, found.header.top_k, found.layers) == (64, 8, [0, 1, 2, 3])
     assert len(found.steps) >= 3
     assert "moebench record --model record-e64k8" in found.header.command
-    assert found.rows[found.steps[0], 0].loss > found.rows[found.steps[-1], 0].loss
+    assert found[found.steps[0], 0].loss > found[found.steps[-1], 0].loss
     topology, m = Topology((2, 4)), model(64, 8)
     for layer in found.layers:
         routing = make_routing(workload(path.name, 2048), m, topology, layer=layer)

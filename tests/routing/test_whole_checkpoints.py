@@ -146,13 +146,13 @@ def test_passes_are_steps_and_batches_change_nothing(mixtral, tmp_path):
     assert one.header.details["seq"] == 24
     together = record(mixtral, tmp_path, passes=2, batch=3)
     alone = record(mixtral, tmp_path)
-    for (step, layer), row in one.rows.items():
-        assert np.array_equal(row.ids, together.rows[step, layer].ids)
-        assert step or np.array_equal(row.ids, alone.rows[step, layer].ids)
+    for (step, layer), row in one.items():
+        assert np.array_equal(row.ids, together[step, layer].ids)
+        assert step or np.array_equal(row.ids, alone[step, layer].ids)
     (tmp_path / "ids.txt").write_text(" ".join(map(str, IDS[96:])))
     second = record(mixtral, tmp_path, token_ids=tmp_path / "ids.txt")
-    assert np.array_equal(second.rows[0, 1].ids, one.rows[1, 1].ids)
-    assert not np.array_equal(one.rows[0, 1].ids, one.rows[1, 1].ids)
+    assert np.array_equal(second[0, 1].ids, one[1, 1].ids)
+    assert not np.array_equal(one[0, 1].ids, one[1, 1].ids)
     (tmp_path / "text").write_bytes(bytes(IDS[:96].clip(0, 127).tolist()))
     written = record(mixtral, tmp_path, token_ids=None, text=tmp_path / "text")
     assert "as bytes" in written.header.corpus
@@ -169,11 +169,11 @@ def test_layer_by_layer_is_the_whole_model(tmp_path, monkeypatch, model_type):
     layered = record(folder, tmp_path, passes=2, batch=2, layerwise=True)
     assert layered.header.details["in_memory"] == "one layer"
     assert whole.header.details["in_memory"] == "whole"
-    assert whole.rows.keys() == layered.rows.keys()
-    for key, row in whole.rows.items():
-        assert np.array_equal(row.ids, layered.rows[key].ids)
-        assert np.array_equal(row.weights, layered.rows[key].weights)
-        assert row.loss == layered.rows[key].loss
+    assert whole.keys() == layered.keys()
+    for key, row in whole.items():
+        assert np.array_equal(row.ids, layered[key].ids)
+        assert np.array_equal(row.weights, layered[key].weights)
+        assert row.loss == layered[key].loss
 
 
 def test_an_error_of_one_batch_ends_all(mixtral, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from harness.bench import tidy
 from harness.bench.store import Store
 from harness.errors import UserError
 from harness.report import context
+from harness.specs import Workload
 from harness.sweep import freeze, notebook, spec, states, submit
 from harness.sweep.folder import SweepFolder, deaths
 from harness.sweep.states import Sweep
@@ -249,3 +250,16 @@ def test_the_frozen_tree_is_what_it_was(tmp_path):
     assert (tmp_path / "tree" / "harness" / "sweep" / "freeze.py").read_text() == Path(freeze.__file__).read_text()
     assert (tmp_path / "tree" / "results" / "traces" / "record-e64k8.parquet").is_file()
     assert (tmp_path / "tree" / "frozen.json").is_file()
+
+
+def test_what_workloads_read_is_frozen_whatever_it_is(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(freeze, "_files", list)
+    monkeypatch.chdir(tmp_path)
+    given = {"trace": "path", "walk": "like", "natural": "weights", "uniform": None}
+    workloads = []
+    for generator, param in given.items():
+        Path(generator).write_text(generator)
+        params = {} if param is None else {param: generator}
+        workloads.append(Workload(name=generator, tokens_per_rank=8, generator=generator, params=params))
+    freeze.freeze(tmp_path / "tree", workloads)
+    assert {path.name for path in (tmp_path / "tree").iterdir()} == {"trace", "walk", "natural", "frozen.json"}
