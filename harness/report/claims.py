@@ -7,6 +7,7 @@ on its own, by criteria that are written down with the claim, so that no verdict
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +17,13 @@ import numpy as np
 import pandas as pd
 
 from harness import ledger
+from harness.bench import suite
 from harness.errors import bad
+from harness.options import label
 from harness.report import compare
 from harness.report.claim import Claim, Experiments, Reported, Value, Where, read
 from harness.report.run import load as load_run
+from harness.specs import Experiment
 from harness.studies import Findings, Study, reported, studies
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -31,7 +35,7 @@ Outcome = Literal["reproduced", "partly", "not", "not attempted"]
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """Of one binding of a claim. ``evidence`` and ``found`` are empty where nothing was attempted: ``why`` says why.
-    ``tested``: what was found of each condition, in words; ``lacking``: what of a run does not count, and why."""
+    ``tested``: what was found of each condition, in words; ``lacking``: what of a run does not count, or lacks."""
 
     claim: Claim
     outcome: Outcome
@@ -202,10 +206,10 @@ def _of_run(experiments: Experiments, runs: Path) -> tuple[tuple[Value, ...], st
     if not any(path.glob("rows-*.parquet")):
         raise _NotAttempted(f"the run is not there; moebench run --suite {experiments.run} makes it")
     run = load_run(path)
-    label, reference = str(experiments.where["label"]), str(experiments.over["label"])
-    pooled = compare.pooled_speedup(run, label, reference)
+    faster, reference = str(experiments.where["label"]), str(experiments.over["label"])
+    pooled = compare.pooled_speedup(run, faster, reference)
     if pooled is None:
-        raise _NotAttempted(f"the run has no time of {label} beside one of {reference}")
+        raise _NotAttempted(f"the run has no time of {faster} beside one of {reference}")
     if len(pooled.evidence) != 1:
         raise bad(
             f"run {experiments.run}", sorted(pooled.evidence), "holds more than one evidence level; a verdict has one"
@@ -215,15 +219,33 @@ def _of_run(experiments: Experiments, runs: Path) -> tuple[tuple[Value, ...], st
 
 
 def _lacking(experiments: Experiments, runs: Path) -> str:
-    """Cells of the two labels whose time does not count, or carries a mark: how many, and the first reason."""
-    found = compare.setbacks(load_run(runs / experiments.run))
-    found = found[found["label"].isin([experiments.where["label"], experiments.over["label"]])]
-    if found.empty:
-        return ""
-    first = found.iloc[0]
-    where = f"{first['label']}, {first['phase']} on {first['cluster']}, {first['workload']}"
-    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-    return f"Not ok: {where} ({first['status']}: {first['reason']}){more}"
+    """Cells of the two labels whose time does not count, or carries a mark, and those that the run does not have of its
+    suite: how many, and the first of each."""
+    run, labels = load_run(runs / experiments.run), [experiments.where["label"], experiments.over["label"]]
+    found = compare.setbacks(run)
+    found = found[found["label"].isin(labels)]
+    form = "{label}, {phase} on {cluster}, {workload} ({status}: {reason})"
+    failed = [form.format(**each) for each in found.to_dict("records")]
+    there = set(run.rows["cell"])
+    missing = [
+        f"{name}, {each.phase} on {each.cluster.name}, {each.workload.name}"
+        for name, each in _cells(experiments.run)
+        if name in labels and each.digest not in there
+    ]
+    return ". ".join(
+        f"{what}: {some[0]}" + (f", and {len(some) - 1} more" if len(some) > 1 else "")
+        for what, some in (("Not ok", failed), ("Not in the run", missing))
+        if some
+    )
+
+
+@functools.cache
+def _cells(run: str) -> list[tuple[str, Experiment]]:
+    """Of the suite of that name, with their labels; none where a run is of no suite."""
+    if run not in suite.names():
+        return []
+    found = suite.load(run, physical=True, strict=False).experiments
+    return [(label(each.system, each.options, each.model.capacity_factor), each) for each in found]
 
 
 def calibrations(folder: Path) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from harness.bench import suite
 from harness.errors import UserError
 from harness.report import claims
 from harness.report.claims import RESULTS, Sources, Verdict, judge, read
@@ -217,6 +218,20 @@ def test_verdict_on_a_run_says_what_of_it_does_not_count(tmp_path):
     text = CLAIM[: CLAIM.index("  reported")] + f"  experiments: [{bound}]\n  reproduced: {{above: 1}}\n"
     (verdict,) = verdicts(tmp_path, text, runs=tmp_path / "runs")
     assert verdict.lacking == "Not ok: hiermoe-hd2, exchange on emulated-2x4, zipf-2 (failed: RuntimeError: bad day)"
+
+
+def test_verdict_on_a_part_of_a_suite_says_what_of_it_is_not_there(tmp_path):
+    bound = "{run: linkbound, where: {label: hiermoe-hd2}, over: {label: flat}, estimator: geometric_mean}"
+    text = CLAIM[: CLAIM.index("  reported")] + f"  experiments: [{bound}]\n  reproduced: {{above: 1}}\n"
+    cells = [each for each in suite.load("linkbound").experiments if each.system in ("flat", "hiermoe-hd2")]
+    race = [each for each in cells if (each.workload, each.cluster) == (cells[0].workload, cells[0].cluster)]
+    maker = RunMaker(tmp_path / "runs" / "linkbound")
+    for each, seconds in zip(race, (1.0, 0.5), strict=True):
+        maker.timed(each, seconds)
+    (verdict,) = verdicts(tmp_path, text, runs=tmp_path / "runs")
+    assert verdict.outcome == "reproduced"
+    assert verdict.lacking.startswith("Not in the run: ")
+    assert verdict.lacking.endswith(f", and {len(cells) - 3} more")
 
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "claims").glob("*.yaml")), ids=lambda path: path.stem)

@@ -81,7 +81,7 @@ def test_every_paper_of_the_related_work_has_its_name_over_its_claims(tmp_path):
     assert "<caption><div>Parm</div></caption>" in claims
     assert "moebench run --suite combined-emulated" in claims
     cell = next(cell for cell in NOTEBOOK.cells if "Paper(" in cell.source)
-    assert all(name in cell.source for name in ("eps-moe", "ppmoe", "parm", "moge"))
+    assert all(name in cell.source for name in ("fastermoe", "eps-moe", "ppmoe", "parm", "moge"))
 
 
 def test_what_a_composition_is():
