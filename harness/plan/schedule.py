@@ -79,35 +79,52 @@ class Chunks(Schedule):
             for hop in hops[1:]:
                 told = [tell(hop, told)]
             after = []
-        # The outer link first and never idle; behind it each chunk goes as far as it can before the next one.
+        # The outer link first and never idle; behind it each chunk goes as far as it can before the next one. Where the
+        # experts need not wait for the last chunk, the first goes home before that one goes on inside the node: the
+        # outer link then turns round at once. FSMoE's slots keep their paper's order.
         sent: dict[tuple[int, int], str] = {}
-        for hop, chunk in sorted(((h, c) for h in hops for c in range(degree)), key=lambda at: (sum(at), -at[0])):
-            sent[hop, chunk] = put("out", hop, chunk, [sent[hop - 1, chunk]] if hop else after)
-        arrived = [sent[last, chunk] for chunk in range(degree)]
-        if forward:
-            ready = tasks.ready(plan, prefix)
-        else:
-            ready, back = tasks.ready_back(), arrived[-1:]
-            for hop in hops[::-1] if tasks.weights_travel else ():
-                back = [tell(hop, back)]
+        outwards = sorted(((h, c) for h in hops for c in range(degree)), key=lambda at: (sum(at), -at[0]))
+        turns = self.overlap and tasks.tells and not cut.whole and degree > 2
+        late = [at for at in outwards if turns and at[0] and at[1] == degree - 1]
+        left: dict[tuple[int, int], str] = {}
+        made: dict[int, str] = {}
+        names = self.names(tasks, direction)
+
+        def go(at: Iterable[tuple[int, int]]) -> None:
+            for hop, chunk in at:
+                sent[hop, chunk] = put("out", hop, chunk, [sent[hop - 1, chunk]] if hop else after)
+
+        def compute(batches: Iterable[int]) -> None:
+            for i in batches:
+                waits = [sent[last, chunk] for chunk in (range(degree) if cut.whole else (i,))]
+                work = tasks.work(direction, "experts", (i,))
+                made[i] = plan.put(f"{prefix}{names[i]}", COMPUTE, [*waits, *ready], work, "experts")
+
+        def come(hop: int, chunk: int) -> None:
+            waits = left[hop + 1, chunk] if hop < last else made[0 if cut.whole else chunk]
+            left[hop, chunk] = put("home", hop, chunk, [waits])
+
+        go(at for at in outwards if at not in late)
+        ready = tasks.ready(plan, prefix) if forward else tasks.ready_back()
         if gradients is not None:
             plan.put(f"{prefix}gradients", INTER, (), gradients)
-        waits = [[*arrived, *ready]] if cut.whole else [[each, *ready] for each in arrived]
-        made = [
-            plan.put(f"{prefix}{name}", COMPUTE, waits[i], tasks.work(direction, "experts", (i,)), "experts")
-            for i, name in enumerate(self.names(tasks, direction))
-        ]
-        if cut.whole:
-            made *= degree
+        compute(range(len(names) - turns))
+        for hop in hops[:0:-1] if turns else ():
+            come(hop, 0)
+        go(late)
+        compute(range(len(made), len(names)))
         # The first chunk goes straight through, so that the outer link, the last to be entered, starts early; where all
         # links share a lane, each does, so that the last one alone trails.
-        order = sorted(
-            ((last - h, c) for h in hops for c in range(degree)),
+        homewards = sorted(
+            ((h, c) for h in hops for c in range(degree) if (h, c) not in left),
             key=lambda at: (at[1] > 0, last - at[0] + at[1]) if self.overlap else (at[1], last - at[0]),
         )
-        left: dict[tuple[int, int], str] = {}
-        for hop, chunk in order:
-            left[hop, chunk] = put("home", hop, chunk, [left[hop + 1, chunk] if hop < last else made[chunk]])
+        for hop, chunk in homewards:
+            if (hop, chunk) == (0, degree - 1) and not forward and tasks.weights_travel:
+                back = [sent[last, degree - 1]]  # gradients of weights, while rows before these are on their way
+                for each in hops[::-1]:
+                    back = [tell(each, back)]
+            come(hop, chunk)
         for chunk in range(degree - 1 if tasks.tells else 0):  # sums of what is home, while others are on their way
             work = tasks.work(direction, "settle", (chunk,))
             plan.put(f"{prefix}settle[{chunk}]", COMPUTE, [left[0, chunk]], work, "restore")

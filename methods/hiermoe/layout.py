@@ -1,8 +1,8 @@
 """HierD-AlltoAll as a slot of systems: how it runs on a rank, and what each of its hops sends and costs.
 
-The first stage's metadata goes before its rows; that of the others while the first stage's rows are on the wire, so
-that a row cannot enter the second stage before it. On the way home gradients of gate weights follow the metadata's
-hops.
+The numbers of the first stage's rows go before them; the rest of the metadata while the first stage's rows are on the
+wire, so that a row cannot enter the second stage before it. On the way home gradients of gate weights follow the
+metadata's hops.
 
 Interpretation: the one number a chunk that ranks agree on before they pad counts as one more message of its stage.
 """
@@ -53,8 +53,9 @@ class HierFares(Fares):
         before = self._before() if part == "metadata" and not hop else []
         if hop >= len(stages) or (part == "metadata_grad" and not self.travel.wire.weights_learn):
             return InTurn(tuple(before)) if before else None
-        # a table of sizes, then the columns
-        messages = 1 if part != "metadata" else 3 if self.travel.wire.padded else 2
+        messages = 1
+        if part == "metadata":  # a table of sizes, and the columns where no stage follows that awaits them
+            messages += self.travel.wire.padded + (hop == len(stages) - 1)
         if part == "metadata_grad" and not hop:
             messages = 0  # the rows behind it set off at once
         sent = self._transfer(part, stages[hop], messages, degree)

@@ -1,7 +1,8 @@
 """Planning HierD-AlltoAll: who needs what at every stage, and the metadata that says so.
 
-A stage is planned when its metadata is exchanged: the first before its rows leave, the others while rows travel. The
-metadata's way back, with the gradients of the gate weights, is here too.
+A stage is planned when its metadata is exchanged: the first before its rows leave, the others while rows travel. Rows
+wait for their numbers alone: which experts they need comes beside them, and is awaited when the next stage is planned.
+The metadata's way back, with the gradients of the gate weights, is here too.
 """
 
 from __future__ import annotations
@@ -71,22 +72,29 @@ class HierJourney(Journey):
         weight = self.like.flatten()[self.choice].to(accumulator(weights.dtype))
         self.entries = Entries(item, held, weight)
         self.items = [b - a for a, b in itertools.pairwise(self.item_bounds)]  # of every piece
-        self.told: list[Told | None] = []
+        self.told: dict[int, Told] = {}  # by hop
+        self.coming: Coming | None = None  # of the last hop that was told
         self.returning: tuple[dist.Work, torch.Tensor, torch.Tensor] | None = None  # gradients of weights
         self.chain: list[Hop | None] = []
 
     def tell(self, hop: int) -> None:
         if not hop:
             self.chain = self.exchange.chain(self.hosting, self.entries.held, self.choice, self.top_k)
+        self._enter(hop - 1)
         if (at := self.chain[hop]) is None:
             self.legs.append(None)
-            self.told.append(None)
         else:
-            leg, told, self.entries, self.items = _stage(at, self.entries, self.items, self.exchange)
+            leg, self.coming = _stage(at, self.entries, self.items, self.exchange)
             self.legs.append(leg)
-            self.told.append(told)
         if hop == self.num_hops - 1:
+            self._enter(hop)
             self._arrive()
+
+    def _enter(self, hop: int) -> None:
+        """What came over ``hop`` as metadata is what the next one has to send."""
+        if self.coming is not None:
+            self.entries, self.told[hop] = self.coming.arrived()
+            self.items, self.coming = self.coming.receive_rows.sum(0).tolist(), None
 
     def _arrive(self) -> None:
         """Which of its experts each entry that has arrived is for."""
@@ -102,7 +110,7 @@ class HierJourney(Journey):
         del self.hosting, self.entries
 
     def tell_back(self, hop: int) -> None:
-        told, leg = self.told[hop], self.legs[hop]
+        told, leg = self.told.get(hop), self.legs[hop]
         if told is None or leg is None or not self.learns:
             return
         assert self.dweight is not None
@@ -134,11 +142,8 @@ class Hop(NamedTuple):
     own: torch.Tensor  # holdings of the unit that leads to this rank
 
 
-def _stage(
-    hop: Hop, entries: Entries, chunk_items: list[int], exchange: HierExchange
-) -> tuple[Leg, Told, Entries, list[int]]:
-    """Collective over the hop's group: deduplicate, exchange metadata; returns the stage, the entries that arrived
-    here, and the items of every piece that will."""
+def _stage(hop: Hop, entries: Entries, chunk_items: list[int], exchange: HierExchange) -> tuple[Leg, Coming]:
+    """Collective over the hop's group: deduplicate, tell how many rows come; which experts they need is on its way."""
     group, unit, index_inside, own = hop
     size, num_chunks, device = group.size(), len(chunk_items), entries.item.device
     num_items = sum(chunk_items)
@@ -172,44 +177,69 @@ def _stage(
         (index_inside.to(device)[entries.held[wire_order]].to(index_dtype), send_entries, receive_entries),
         (entries.weight[wire_order], send_entries, receive_entries),
     ]
-    experts_of_row, index, weight = _exchange_columns(columns, group)
-
-    # Rows arrive by (chunk, source, row) but their metadata by (source, chunk, row).
-    segment_start = torch.empty(num_chunks * size, dtype=torch.int64)
-    in_data_order = receive_rows.t().flatten()  # (chunk, source)
-    segment_start = (in_data_order.cumsum(0) - in_data_order).view(num_chunks, size).t().flatten()
-    segments = receive_rows.flatten()  # (source, chunk)
-    first = (segments.cumsum(0) - segments).repeat_interleave(segments)
-    place = torch.arange(int(segments.sum())) - first + segment_start.repeat_interleave(segments)
-    item = place.to(device).repeat_interleave(experts_of_row.long())
-    by_item = stable_order(item, max(1, int(segments.sum())))
-    arrival = torch.empty_like(by_item)
-    arrival[by_item] = torch.arange(len(by_item), device=device)
-    arrived = Entries(item[by_item], own.to(device)[index.long()][by_item], weight[by_item])
+    coming = Coming(_Columns(columns, group), own, wire_order, send_entries.tolist(), receive_rows)
     longest = None
     if exchange.padded:  # p of eqs. 2 to 5: the largest over all ranks, so that all all-to-alls of a stage are alike
         longest = send_rows.max(1).values
         dist.all_reduce(longest, dist.ReduceOp.MAX)
     leg = Leg(group, row_item, send_rows.cpu(), receive_rows.t().contiguous(), longest)
-    told = Told(wire_order, arrival, send_entries.tolist(), receive_entries.tolist())
-    return leg, told, arrived, [int(rows) for rows in receive_rows.sum(0)]
+    return leg, coming
 
 
-def _exchange_columns(
-    columns: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], group: dist.ProcessGroup
-) -> list[torch.Tensor]:
-    """Send several columns (values, counts to each unit, counts from each unit) in one all-to-all of bytes."""
-    size = group.size()
-    pieces = [values.split(send.tolist()) for values, send, _ in columns]
-    packed = torch.cat([pieces[c][u].contiguous().view(torch.uint8) for u in range(size) for c in range(len(columns))])
-    widths = [values.element_size() for values, _, _ in columns]
-    send_bytes = [sum(int(columns[c][1][u]) * widths[c] for c in range(len(columns))) for u in range(size)]
-    receive_bytes = [sum(int(columns[c][2][u]) * widths[c] for c in range(len(columns))) for u in range(size)]
-    received = all_to_all(packed, send_bytes, receive_bytes, group)
-    fields = [int(columns[c][2][u]) * widths[c] for u in range(size) for c in range(len(columns))]
-    split = received.split(fields)
-    out = []
-    for c, (values, _, _) in enumerate(columns):
-        joined = torch.cat([split[u * len(columns) + c] for u in range(size)])
-        out.append(joined.view(values.dtype))
-    return out
+class Coming(Handover):
+    """The metadata of a stage on its way. ``own``: holdings of this rank's unit; ``receive_rows`` int64 [members,
+    pieces]."""
+
+    def __init__(
+        self,
+        columns: _Columns,
+        own: torch.Tensor,
+        wire_order: torch.Tensor,
+        sent: list[int],
+        receive_rows: torch.Tensor,
+    ):
+        self.columns, self.own, self.wire_order, self.sent = columns, own, wire_order, sent
+        self.receive_rows = receive_rows
+
+    def arrived(self) -> tuple[Entries, Told]:
+        """Once it is here."""
+        experts_of_row, index, weight = self.columns.wait()
+        device, (size, num_chunks) = index.device, self.receive_rows.shape
+        # Rows arrive by (chunk, source, row) but their metadata by (source, chunk, row).
+        in_data_order = self.receive_rows.t().flatten()  # (chunk, source)
+        segment_start = (in_data_order.cumsum(0) - in_data_order).view(num_chunks, size).t().flatten()
+        segments = self.receive_rows.flatten()  # (source, chunk)
+        first = (segments.cumsum(0) - segments).repeat_interleave(segments)
+        place = torch.arange(int(segments.sum())) - first + segment_start.repeat_interleave(segments)
+        item = place.to(device).repeat_interleave(experts_of_row.long())
+        by_item = stable_order(item, max(1, int(segments.sum())))
+        arrival = torch.empty_like(by_item)
+        arrival[by_item] = torch.arange(len(by_item), device=device)
+        entries = Entries(item[by_item], self.own.to(device)[index.long()][by_item], weight[by_item])
+        return entries, Told(self.wire_order, arrival, self.sent, self.columns.counts[-1])
+
+
+class _Columns(Handover):
+    """Several columns (values, counts to each unit, counts from each unit) in one all-to-all of bytes. ``counts``: of
+    each column, from each unit."""
+
+    def __init__(self, columns: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], group: dist.ProcessGroup):
+        size = group.size()
+        self.counts = [came.tolist() for _, _, came in columns]
+        self.dtypes = [values.dtype for values, _, _ in columns]
+        pieces = [values.split(send.tolist()) for values, send, _ in columns]
+        packed = torch.cat([part[unit].contiguous().view(torch.uint8) for unit in range(size) for part in pieces])
+        send_bytes = [sum(part[unit].nbytes for part in pieces) for unit in range(size)]
+        self.fields = [
+            count[unit] * dtype.itemsize
+            for unit in range(size)
+            for count, dtype in zip(self.counts, self.dtypes, strict=True)
+        ]
+        receive_bytes = [sum(self.fields[unit * len(columns) :][: len(columns)]) for unit in range(size)]
+        self.received = packed.new_empty(sum(receive_bytes))
+        self.work = dist.all_to_all_single(self.received, packed, receive_bytes, send_bytes, group=group, async_op=True)
+
+    def wait(self) -> list[torch.Tensor]:
+        self.work.wait()  # type: ignore[union-attr]
+        split = self.received.split(self.fields)
+        return [torch.cat(split[c :: len(self.dtypes)]).view(dtype) for c, dtype in enumerate(self.dtypes)]
