@@ -281,6 +281,36 @@ def test_ten_steps_have_the_oracles_losses(session, shape):
         assert row["errors"]["loss"] < 1e-9, row
 
 
+#: often enough for experts to move within ten steps
+OFTEN = {"place_every": 3, "swap_every": 2, "rearrange_every": 3, "reshard_every": 3, "window": 2}
+
+
+@pytest.mark.long
+@pytest.mark.minutes
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("exchange", sorted(recipes.known("exchange")))
+def test_everything_that_goes_together_trains_as_the_oracle(session, exchange, record_property):
+    """Ten steps on 8 ranks of all that goes with ``exchange``, each with the next of the placements that go with it."""
+    moving = [
+        name for name, part in recipes.known("placement").items() if name == "contiguous" or hasattr(part, "mover")
+    ]
+    names = []
+    for i, name in enumerate(sensible()):
+        recipe = recipes.DEFAULTS | dict(registry.system(name).recipe)
+        fit = [each for each in moving if not refused(*list(recipe.values())[:3], each)]
+        if recipe["exchange"] == exchange:
+            names.append(recipes.name_of(recipe | {"placement": fit[i % len(fit)]}))
+    rows = []
+    for start in range(0, len(names), 10):
+        trials = [(name, ("float64",), options_of(name, **OFTEN)) for name in names[start : start + 10]]
+        rows += session(cluster((2, 4))).call(CONFORM, {"trials": trials, "num_steps": 10}, timeout_s=3600)[0]
+    record_property("trained", len(rows))
+    print(f"{exchange}: {len(rows)} recipes trained")
+    wrong = [row for row in rows if row["status"] != "ok" or not row["errors"]["loss"] < 1e-9]
+    assert not wrong, wrong[:5]
+    assert len(rows) == len(names) > 0
+
+
 def test_a_placement_takes_over_from_a_state_that_moves_experts():
     alone, placed = registry.system("hecate"), registry.system("hecate+smartmoe")
     assert "reshard_every" in alone.options

@@ -116,14 +116,13 @@ class Chunks(Schedule):
         # The first chunk goes straight through, so that the outer link, the last to be entered, starts early; where all
         # links share a lane, each does, so that the last one alone trails.
         homewards = sorted(
-            ((h, c) for h in hops for c in range(degree) if (h, c) not in left),
+            ((h, c) for h in hops[::-1] for c in range(degree) if (h, c) not in left),
             key=lambda at: (at[1] > 0, last - at[0] + at[1]) if self.overlap else (at[1], last - at[0]),
         )
+        back = [sent[last, degree - 1]]
         for hop, chunk in homewards:
-            if (hop, chunk) == (0, degree - 1) and not forward and tasks.weights_travel:
-                back = [sent[last, degree - 1]]  # gradients of weights, while rows before these are on their way
-                for each in hops[::-1]:
-                    back = [tell(each, back)]
+            if chunk == degree - 1 and not forward and tasks.weights_travel:  # of gate weights, beside other rows
+                back = [tell(hop, back)]
             come(hop, chunk)
         for chunk in range(degree - 1 if tasks.tells else 0):  # sums of what is home, while others are on their way
             work = tasks.work(direction, "settle", (chunk,))

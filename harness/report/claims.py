@@ -225,7 +225,7 @@ def _lacking(experiments: Experiments, runs: Path) -> str:
     found = compare.setbacks(run)
     found = found[found["label"].isin(labels)]
     form = "{label}, {phase} on {cluster}, {workload} ({status}: {reason})"
-    failed = [form.format(**each) for each in found.to_dict("records")]
+    failed = [form.format_map(each) for each in found.to_dict("records")]
     there = set(run.rows["cell"])
     missing = [
         f"{name}, {each.phase} on {each.cluster.name}, {each.workload.name}"

@@ -35,7 +35,7 @@ def test_the_first_chunk_turns_round_before_the_last_has_come_in():
     lanes = lanes_of("hiermoe-hd2+fsmoe")
     assert lanes[INTRA] == (
         "combine.intra[0] combine.intra[1] combine.intra[2] dispatch.intra[0] combine.intra[3] "
-        "dispatch.intra[1] dispatch.intra[2] dispatch.intra[3] metadata.intra"
+        "dispatch.intra[1] dispatch.intra[2] metadata.intra dispatch.intra[3]"
     )
     assert lanes[INTER] == (
         "combine[0] combine[1] combine[2] combine[3] dispatch[0] dispatch[1] dispatch[2] metadata dispatch[3]"
