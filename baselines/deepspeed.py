@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from baselines import _packages
 from harness.comm.job import Job
+from harness.dtypes import MOST
 from harness.layer.weights import Weights
 from harness.specs import DTYPE_BYTES, Dtype
 from harness.system import Case, Gradients, MoELayer, System
@@ -44,7 +45,7 @@ class DeepSpeed(System):
     @classmethod
     def tolerance(cls, dtype: Dtype) -> float:
         """The gate rounds its input to float32, so float64 runs agree to float32 only."""
-        return {"float64": 2e-6, "float32": 1e-5, "bfloat16": 3e-2}[dtype]
+        return MOST[dtype]
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:

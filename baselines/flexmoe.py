@@ -25,7 +25,7 @@ import numpy as np
 
 from harness.errors import bad
 from harness.layer.work import expert_macs
-from harness.memory import expert_bytes
+from harness.memory import OPTIMIZER_STATES, expert_bytes
 from harness.options import whole
 from harness.placement import Placement
 from harness.plan.copied import CopiedSystem, num_slots
@@ -59,7 +59,7 @@ class Costs:
         compute_s = 3 * expert_macs(model) * cluster.gemm.beta_s_per_mac if cluster.gemm is not None else 0.0
         travel_s = 4 * model.hidden * DTYPE_BYTES[case.dtype] / port
         once_s = expert_bytes(model, case.dtype) / port
-        return cls(compute_s + travel_s, once_s, 3 * once_s)  # AdamW keeps two moments
+        return cls(compute_s + travel_s, once_s, (1 + OPTIMIZER_STATES[case.dtype]) * once_s)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

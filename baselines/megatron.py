@@ -25,6 +25,7 @@ from torch import nn
 
 from baselines import _packages
 from harness.comm.job import Job
+from harness.dtypes import MOST
 from harness.layer.weights import Weights
 from harness.specs import DTYPE_BYTES, Dtype
 from harness.system import Case, Gradients, MoELayer, System
@@ -53,7 +54,7 @@ class Megatron(System):
     @classmethod
     def tolerance(cls, dtype: Dtype) -> float:
         """Its softmax and sigmoid are float32 whatever the router's dtype, so float64 runs agree to float32 only."""
-        return {"float64": 2e-6, "float32": 1e-5, "bfloat16": 3e-2}[dtype]
+        return MOST[dtype]
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:
@@ -217,6 +218,7 @@ def _config(case: Case, job: Job, grouped_gemm: bool, dispatcher: dict[str, str]
         expert_model_parallel_size=job.num_ranks,
         params_dtype=case.torch_dtype,
         bf16=case.dtype == "bfloat16",
+        fp16=case.dtype == "float16",
         use_cpu_initialization=job.device.type == "cpu",
         perform_initialization=False,  # the weights are set from the oracle's
         activation_func=F.silu if model.ffn_type == "swiglu" else F.gelu,

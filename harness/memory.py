@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 #: of the memory of a training step; the last holds the others
 PARTS = ("parameters", "gradients", "optimizer", "materialised", "activations", "peak")
 
+#: of AdamW, as many times as large as a parameter: two moments; of float16 both and the weight itself, in float32
+OPTIMIZER_STATES: dict[Dtype, int] = {"float64": 2, "float32": 2, "bfloat16": 2, "float16": 6}
+
+
+def optimizer_accesses(dtype: Dtype) -> int:
+    """Of AdamW to memory, in parameters: it reads a parameter, its gradient and their state, and writes all but the
+    gradient."""
+    return 3 + 2 * OPTIMIZER_STATES[dtype]
+
 
 def expert_bytes(model: Model, dtype: Dtype) -> int:
     """Parameters of one expert."""
@@ -38,7 +47,7 @@ def state_bytes(experiment: Experiment, topology: Topology, num_own: int) -> dic
     return {
         "parameters": float(dense + gate + experts),
         "gradients": float(dense + gate + experts + model.num_layers * attention * width),
-        "optimizer": float(2 * (dense + experts + routers)),
+        "optimizer": float(OPTIMIZER_STATES[experiment.dtype] * (dense + experts) + 2 * routers),
     }
 
 
@@ -92,7 +101,8 @@ def activation_bytes(
 
 def peak_bytes(experiment: Experiment, num_tokens: int, parts: Mapping[str, float]) -> float:
     """The most that a rank holds in a step, of what it holds by part (``state_bytes``, ``materialised``,
-    ``activations``): around the loss, or when all gradients are there, as AdamW takes nothing beside."""
+    ``activations``): around the loss, or when all gradients are there, as AdamW takes nothing beside; of float16 the
+    largest parameter and its gradient, in float32."""
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
     wide = max(4, width)
     attention = model.num_layers * attention_parameters(experiment.model) * width
@@ -100,7 +110,9 @@ def peak_bytes(experiment: Experiment, num_tokens: int, parts: Mapping[str, floa
     of_loss = num_tokens * (model.vocab * (width + wide * copies) + model.hidden * (2 * width + wide * copies))
     of_norm = num_tokens * model.hidden * wide * numbers + model.vocab * model.hidden * width
     at_loss = attention + parts["materialised"] + parts["activations"] + max(of_norm, of_loss)
-    return parts["parameters"] + parts["optimizer"] + max(at_loss, parts["gradients"])
+    of_rank = model.num_experts / experiment.cluster.num_ranks * model.hidden * model.ffn
+    beside = 8 * max(model.vocab * model.hidden, of_rank) if experiment.dtype == "float16" else 0
+    return parts["parameters"] + parts["optimizer"] + max(at_loss, parts["gradients"] + beside)
 
 
 def room_bytes(experiment: Experiment, case: Case) -> float | None:

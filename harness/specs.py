@@ -18,10 +18,10 @@ from harness.spec import Count, Name, Spec, content_hash
 
 Phase = Literal["exchange", "layer", "train_step", "prefill", "decode"]
 SERVING = ("prefill", "decode")  # phases of a whole model in inference
-Dtype = Literal["float64", "float32", "bfloat16"]
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 #: gates in which each expert takes a fixed number of a rank's tokens, or of mixtures of them
 EXPERTS_CHOOSE = ("expert_choice", "softmoe")
-DTYPE_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
+DTYPE_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 GEMMS: dict[str, int] = {"gpt": 2, "swiglu": 3}  # of one expert, by Model.ffn_type
 
 # of one, or of a recipe's parts (``harness.recipes``)
@@ -313,9 +313,12 @@ class Experiment(Spec):
     dtype: Dtype = "bfloat16"
     backward: bool = True
     wire: Literal["recv_first", "gloo"] = "recv_first"  # whose all-to-all runs under torch.distributed
+    loss_scale: int | str = "dynamic"  # of float16 training steps; a number is a power of two
     compute: Literal["real", "stand-in"] = "real"  # stand-in: a timed wait, as long as the cluster's gemm costs say
     model_parallel: bool = False  # attention's heads are shared out over the ranks of a node
     options: dict[str, bool | int | float | str] = {}  # the system's own (pipeline chunks, 2DH, ...)
+
+    LATER: ClassVar[tuple[str, ...]] = ("loss_scale",)
 
     @model_validator(mode="after")
     def _directions(self) -> Experiment:
@@ -323,6 +326,18 @@ class Experiment(Spec):
             raise ValueError(f"phase {self.phase} has no backward; give backward: false")
         if self.phase == "train_step" and not self.backward:
             raise ValueError("phase train_step goes backward too; leave out backward: false, or give phase layer")
+        return self
+
+    @model_validator(mode="after")
+    def _formats(self) -> Experiment:
+        scale = self.loss_scale
+        if scale == "dynamic":
+            return self
+        if not isinstance(scale, int) or scale < 1 or scale & (scale - 1):
+            raise ValueError(f"loss_scale = {scale} is neither a power of two, which rounds nothing, nor dynamic")
+        if self.dtype != "float16" or self.phase != "train_step":
+            of = f"phase {self.phase} in {self.dtype}"
+            raise ValueError(f"loss_scale = {scale} belongs to train_step in float16, not to {of}; leave it out")
         return self
 
     @property

@@ -28,6 +28,7 @@ from harness.comm.assign import Hosting
 from harness.comm.job import Job
 from harness.comm.journey import Cut
 from harness.comm.replicas import there_and_back, travel
+from harness.memory import OPTIMIZER_STATES
 from harness.placement import Placement
 from harness.plan.copied import CopiedSystem
 from harness.plan.cost import Cost, Transfer
@@ -132,7 +133,8 @@ class PerNode(CopiedSystem):
     @classmethod
     def copied_parameters(cls, case: Case) -> int:
         own, nodes = case.model.num_experts // case.topology.num_ranks, case.topology.shape[0]
-        return 4 * case.model.num_layers * own * (nodes - 1)  # with a gradient and two moments
+        each = 2 + OPTIMIZER_STATES[case.dtype]  # with a gradient
+        return each * case.model.num_layers * own * (nodes - 1)
 
 
 class PPMoE(PerNode):

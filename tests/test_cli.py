@@ -79,7 +79,10 @@ def test_list_everything_as_tables(moebench):
         (["check"], "name systems, or give --all"),
         (["check", "flat", "--all"], "name systems, or give --all, and not both"),
         (["check", "flat", "--ranks", "0"], "--ranks: 0: must be at least 1"),
-        (["check", "flat", "--dtype", "float8"], "--dtype: 'float8': must be one of float64, float32, bfloat16"),
+        (
+            ["check", "flat", "--dtype", "float8"],
+            "--dtype: 'float8': must be one of float64, float32, bfloat16, float16",
+        ),
         (["check", "flat", "--cluster", "emulated-2x5"], "did you mean 'emulated-2x4'?"),
         (["check", "flat", "--cluster", "fsmoe-a"], "fsmoe-a"),
         (["record", "--out", "x.parquet", "--model", "record-e16k3"], "did you mean 'record-e16k2'?"),

@@ -46,14 +46,15 @@ class Trial:
 
 
 LONG = {"hidden": 320, "ffn": 16}
+EVERY: tuple[Dtype, ...] = ("float64", "float32", "bfloat16", "float16")
 TRIALS: dict[str, Trial] = {
-    "uniform": Trial(),
-    "swiglu": Trial({"ffn_type": "swiglu"}),
+    "uniform": Trial(dtypes=EVERY),
+    "swiglu": Trial({"ffn_type": "swiglu"}, dtypes=EVERY),
     "ragged": Trial(tokens=(24, 7, 13, 1, 19)),
-    "rank-without-tokens": Trial(tokens=(16, 0, 9)),
+    "rank-without-tokens": Trial(tokens=(16, 0, 9), dtypes=EVERY),
     "experts-without-tokens": Trial(generator="empty", params={"num_empty": 5}),
     "k1": Trial({"top_k": 1}),
-    "kE": Trial({"top_k": 16}),
+    "kE": Trial({"top_k": 16}, dtypes=EVERY),
     "mixtral-gate": Trial({"gate": "softmax_topk"}),
     "mixtral-gate-k1": Trial({"gate": "softmax_topk", "top_k": 1}),
     "deepseek-gate": Trial({"gate": "sigmoid", "top_k": 4, "num_groups": 4, "topk_groups": 2, "routed_scale": 2.5}),
@@ -77,7 +78,7 @@ TRIALS: dict[str, Trial] = {
     "softmoe": Trial({"gate": "softmoe"}, tokens=(24, 7, 0, 1, 19), generator="natural"),
     "noisy-gate": Trial({"gate_noise": True}, tokens=(24, 7, 13, 1), generator="natural"),
     "drops": Trial({"capacity_factor": 1.0}, generator="zipf", params={"target": 3.0}),
-    "exchange": Trial({"top_k": 4}, identity_experts=True),
+    "exchange": Trial({"top_k": 4}, identity_experts=True, dtypes=EVERY),
     # What fits into one buffer of any size below these, or into the first columns, shows itself here.
     "long": Trial(LONG, (160, 70, 129, 65), generator="zipf", params={"target": 2.0}, dtypes=("float64",)),
     "long-drops": Trial(

@@ -22,6 +22,7 @@ from harness.bench.wording import allowed
 from harness.comm.agree import of_all
 from harness.comm.handover import Held
 from harness.comm.job import Job
+from harness.dtypes import SHORT
 from harness.layer.grouped import Lens, Matrices, identities, look
 from harness.layer.weights import Weights
 from harness.layer.work import expert_parameters
@@ -75,7 +76,7 @@ class LayerWitness:
         self.job, self.system, self.case, self.layer = job, system, case, layer
         self.weights, self.natural = weights, natural
         self.identity = case.stand_in_costs is not None
-        work = torch.float32 if case.dtype == "bfloat16" else torch.float64
+        work = torch.float32 if case.dtype in SHORT else torch.float64
         self.lens = Lens.draw(case.model, weights.gate(max(case.routing.tokens)), work, job.device)
         self.gates = Gates(job, system, case, weights)
         self.calls = 0
@@ -218,14 +219,17 @@ def check_drawn(
     return settled(job, worst)
 
 
-def check_updated(job: Job, layer: MoELayer, known: Known, gradients: Gradients, where: str) -> Verdict:
-    """Collective, after a step: of each expert that is still here, what has a gradient is no longer what it was."""
+def check_updated(
+    job: Job, layer: MoELayer, known: Known, gradients: Gradients, where: str, scale: float = 1.0
+) -> Verdict:
+    """Collective, after a step: of each expert that is still here, what has a gradient is no longer what it was.
+    ``scale``: what gradients are multiplied by."""
     now, still = parameters_of(layer).experts, (0.0, "")
     for e, of in gradients.experts.items():
         before = known.matrices(e) if e in now else {}
         for name in before:
             largest = float(of[name].abs().max())
-            if largest > max(LEAST_GRADIENT, still[0]) and torch.equal(now[e][name], before[name]):
+            if largest > max(LEAST_GRADIENT * scale, still[0]) and torch.equal(now[e][name], before[name]):
                 still = largest, f"{name} of expert {e} on rank {job.rank} has a gradient and no update at {where}"
     return settled(job, still)
 
@@ -237,8 +241,11 @@ def parameters_of(layer: MoELayer, of: Callable[[nn.Parameter], torch.Tensor] = 
     kept = [parameter.grad for parameter in parameters]
     try:
         for parameter in parameters:
+            parameter.grad, parameter.grad_dtype = None, None  # any: moments may be wider than their parameter
             parameter.grad = of(parameter)
         return layer.gradients()
     finally:
         for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = None
+            parameter.grad_dtype = parameter.dtype
             parameter.grad = gradient

@@ -16,6 +16,7 @@ from harness.bench.untimed import Untimed, marks
 from harness.bench.witness import Given, Seen, Verdict, compare, first_of, see
 from harness.bench.wording import allowed
 from harness.comm.job import Job
+from harness.dtypes import SHORT
 from harness.layer import gates
 from harness.layer.grouped import Lens, Pairs, identities, look
 from harness.layer.oracle import Oracle
@@ -44,7 +45,7 @@ class Truth:
         directions = self.weights.directions.double() if self.prescribed else None
         x, dy = draw_inputs(case.routing, self.model.hidden, directions, job.rank, experiment.workload.seed)
         self.x, self.dy = x.to(case.torch_dtype), dy.to(case.torch_dtype)
-        work = torch.float32 if case.dtype == "bfloat16" else torch.float64
+        work = torch.float32 if case.dtype in SHORT else torch.float64
         gate = self.weights.gate(max(case.routing.tokens))
         self.lens = Lens.draw(self.model, gate, work, job.device)
         if self.prescribed:

@@ -3,7 +3,7 @@ systems in the race, which train the same model on the same tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from harness.bench import train, training_check
 from harness.bench.witness import Verdict
 from harness.comm.job import Job
+from harness.dtypes import SHORT
 from harness.registry import system as system_called
 from harness.specs import GEMMS, Experiment
 
@@ -55,7 +56,7 @@ def allowed(experiment: Experiment, step: int) -> float:
     num_tokens = sum(experiment.workload.tokens(experiment.cluster.num_ranks))
     limit = training_check.LOSS_TOLERANCE[experiment.dtype] * max(1.0, (MEASURED_TOKENS / num_tokens) ** 0.5)
     if experiment.workload.generator == "natural":
-        if experiment.dtype == "bfloat16" and step >= TOGETHER:
+        if experiment.dtype in SHORT and step >= TOGETHER:
             return LATER
         limit = NATURAL * limit + OF_A_TOKEN / num_tokens
     return limit * (1 + step / GROWS_EVERY)
@@ -67,11 +68,12 @@ def check(job: Job, trainers: Sequence[tuple[Experiment, train.Trainer]]) -> dic
     trainers = [each for each in trainers if each[0].compute == "real"]
     groups: dict[Any, list[tuple[Experiment, train.Trainer]]] = {}
     for experiment, trainer in trainers:
-        groups.setdefault(_rule(experiment), []).append((experiment, trainer))
+        # Nor are those that have skipped other steps.
+        groups.setdefault((_rule(experiment), frozenset(trainer.skipped)), []).append((experiment, trainer))
     for of in groups.values():
         experiment, trainer = of[0]
-        steps = sorted(trainer.losses)
-        known = _of_oracle(job, experiment, affordable_steps(experiment, steps[-1] + 1)) if steps else {}
+        steps, skipped = sorted(trainer.losses), trainer.skipped
+        known = _of_oracle(job, experiment, affordable_steps(experiment, steps[-1] + 1), skipped) if steps else {}
         for each, other in of:
             found[each.digest] = _against(each, other.losses, known, "the oracle's")
         peers = [(each, other) for each, other in of if not found[each.digest].reason]
@@ -91,11 +93,12 @@ def _rule(experiment: Experiment) -> Any:
     return experiment.model.capacity_factor, rule, repr(sorted(experiment.options.items()))
 
 
-def _of_oracle(job: Job, experiment: Experiment, num_steps: int) -> dict[int, float]:
+def _of_oracle(job: Job, experiment: Experiment, num_steps: int, skipped: Collection[int]) -> dict[int, float]:
     """Collective: rank 0 works them out."""
     losses = torch.zeros(num_steps, dtype=torch.float64, device=job.device)
     if job.rank == 0 and num_steps:
-        found = training_check.oracle_losses(experiment, system_called(experiment.system), job.topology, num_steps)
+        system = system_called(experiment.system)
+        found = training_check.oracle_losses(experiment, system, job.topology, num_steps, skipped)
         losses += torch.tensor(found, dtype=torch.float64).to(job.device)
     if job.num_ranks > 1 and num_steps:
         dist.broadcast(losses, 0)

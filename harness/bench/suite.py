@@ -46,6 +46,7 @@ _DEFAULTS: dict[str, Any] = {
     "backward": True,
     "wire": "recv_first",
     "compute": "real",
+    "loss_scale": "dynamic",
     "model_parallel": False,
     "seed": None,
     "repeats": 5,
@@ -228,7 +229,9 @@ def _experiment(choice: dict[str, Any], here: str, folder: Path | None) -> Exper
     for key, values in (("phase", get_args(Phase)), ("dtype", get_args(Dtype))):
         if choice[key] not in values:
             raise bad(f"{here}.{key}", choice[key], f"must be one of {', '.join(values)}")
-    fields |= {key: choice[key] for key in ("phase", "dtype", "backward", "wire", "compute", "model_parallel")}
+    fields |= {
+        key: choice[key] for key in ("phase", "dtype", "backward", "wire", "compute", "loss_scale", "model_parallel")
+    }
     if choice["phase"] in SERVING:
         fields["backward"] = False
     experiment: Experiment = Experiment.parse({**fields, "system": system, "options": dict(options)}, here)

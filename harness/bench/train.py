@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from harness.bench import memory
+from harness.bench.adam import ScaledAdamW, adamw
 from harness.bench.checkpoint import Checkpoints
 from harness.bench.inside import Known, LayerWitness, Witnesses, at_once, check_drawn, check_updated, turn
 from harness.bench.steered import OracleLayer, Steered, steered_gpt
@@ -32,6 +33,7 @@ from harness.bench.wording import allowed
 from harness.case import case_of
 from harness.comm.handover import Held
 from harness.comm.job import Job
+from harness.comm.rows import accumulator
 from harness.dtypes import TORCH_DTYPE
 from harness.layer.gpt import Attention
 from harness.layer.weights import Weights
@@ -45,8 +47,6 @@ from harness.routing.corpus import python_corpus
 from harness.specs import Experiment, Model
 from harness.system import Case, Gradients, MoELayer, System
 from harness.topology import Topology
-
-LEARNING_RATE = 1e-3
 
 
 class Training:
@@ -73,7 +73,7 @@ class Training:
         self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
         routers = {id(p) for p in self.routers()} if self.prescribed else set()
         trained = [p for p in self.gpt.parameters() if id(p) not in routers]
-        self.optimizer = adamw(trained)
+        self.optimizer = adamw(trained, experiment.loss_scale)
 
     @property
     def attentions(self) -> list[Attention]:
@@ -112,8 +112,7 @@ class Training:
 
     def loss_of(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """The same of logits [B, L, vocab]."""
-        if logits.dtype == torch.bfloat16:
-            logits = logits.float()
+        logits = logits.to(accumulator(logits.dtype))
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") / sum(self.tokens)
 
 
@@ -142,6 +141,7 @@ class Trainer:
         self.seen = Held()  # of the last step, of the layers that were watched
         self.gradients: dict[int, Gradients] = {}  # of those layers, where experts move after the step
         self._watched_last: Collection[int] = ()
+        self.skipped: set[int] = set()  # steps whose gradients overflowed, which updated nothing
         self.verdict = Verdict({"loss": 0.0})
         self.model_parallel = experiment.model_parallel and job.inner(0) is not None
         case = case_of(experiment, str(job.device))
@@ -190,14 +190,21 @@ class Trainer:
         sample = watch.measure(rep, "total", work)
         sample.step = step
         sample.loss = self._see(share, known, f"timed repetition {rep}")
+        if self.timed[rep] in self.skipped:
+            remedy = "its gradients overflowed, so that nothing was updated; give a smaller loss_scale"
+            self.verdict += Verdict({}, f"timed repetition {rep} is no whole step: {remedy}")
         self.least[rep] = self.witnesses[next(iter(self._watched_last))].least
         self._keep()
         return [sample]
 
     def warm_up(self) -> None:
-        tokens, known = self.training.prepare(self.step), self._known()
-        self._see(self._update(tokens, watched=self._watched), known, "warm-up")
-        self._keep()
+        """A step, behind as many as a dynamic scale of the loss needs to settle."""
+        while True:
+            tokens, known = self.training.prepare(self.step), self._known()
+            self._see(self._update(tokens, watched=self._watched), known, "warm-up")
+            self._keep()
+            if self.step - 1 not in self.skipped:
+                break
 
     @property
     def _watched(self) -> list[int]:
@@ -228,12 +235,17 @@ class Trainer:
         of_call = f"step {step} ({name})"
         gradients = self.gradients or {layer: self.layers[layer].gradients() for layer in watched}
         self.gradients = {}
-        real = self.experiment.compute == "real"
-        for layer in watched if real else ():
+        real, updated = self.experiment.compute == "real", step not in self.skipped
+        if not updated:  # of an overflow backward makes what it likes
+            for layer, what in [key for key in self.seen if key[1] in ("dy", "dx")]:
+                self.seen.pop((layer, what))
+        for layer in watched if real and updated else ():
             where = f"{of_call}, layer {layer}"
-            self.verdict += check_updated(self.job, self.layers[layer], known[layer], gradients[layer], where)
-        if real:
-            self.verdict += self.updates.check(gradients, f"at {of_call}")
+            self.verdict += check_updated(
+                self.job, self.layers[layer], known[layer], gradients[layer], where, self.scale
+            )
+        if real and updated:
+            self.verdict += self.updates.check(gradients, f"at {of_call}", self.scale)
         for i, layer in enumerate(watched):
             now, witness = known[layer], self.witnesses[layer]
             if step == 0:  # nothing has changed them yet: they must be those that were drawn
@@ -282,6 +294,7 @@ class Trainer:
         self, tokens: torch.Tensor, run: Callable[[Plan], Timeline] | None = None, watched: Collection[int] = ()
     ) -> torch.Tensor:
         training = self.training
+        self.scale = training.optimizer.scale if isinstance(training.optimizer, ScaledAdamW) else 1.0
         step = TrainingStep(
             training.gpt,
             self.job,
@@ -306,13 +319,16 @@ class Trainer:
             lambda logits: training.loss_of(logits, tokens),
             training.optimizer.step,
             None if after_step is None else move,
+            self.scale,
         )
         with contextlib.nullcontext() if self.checkpoints is None else self.checkpoints.noting(self.step):
             self.timeline = (run or self.lanes.run)(plan)
         for layer in self.layers:
             layer.timeline = self.timeline
-        self.step += 1
         self.seen, self._watched_last = step.seen, watched
+        if isinstance(training.optimizer, ScaledAdamW) and training.optimizer.skipped:
+            self.skipped.add(self.step)
+        self.step += 1
         return step.loss
 
     def _job_loss(self, share: torch.Tensor) -> float:
@@ -320,11 +336,6 @@ class Trainer:
         if self.job.num_ranks > 1:
             dist.all_reduce(total)
         return float(total)
-
-
-def adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
-    """Fused: one pass over a parameter, its gradient and its moments, and nothing held beside them."""
-    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, foreach=False, fused=True)
 
 
 def _ids(routing: Routing, ranks: list[int]) -> torch.Tensor:

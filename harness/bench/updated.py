@@ -48,11 +48,12 @@ class Updates:
         """Collective: remember what a step begins with. ``watched``: layers whose gradients will be known."""
         self.before = self._read(watched)
 
-    def check(self, gradients: Mapping[int, Gradients], where: str) -> Verdict:
+    def check(self, gradients: Mapping[int, Gradients], where: str, scale: float = 1.0) -> Verdict:
         """Collective, behind the step. ``gradients``: of the layers that were watched, as they were ahead of any
-        move."""
+        move, multiplied by ``scale``."""
         after, steps = self._read(gradients), self._steps(gradients)
-        own = dict(zip(gradients, self._gathered([each.experts for each in gradients.values()]), strict=True))
+        gathered = self._gathered([each.experts for each in gradients.values()])
+        own = {layer: of / scale for layer, of in zip(gradients, gathered, strict=True)}
         for layer, before in self.before.items():
             if reason := self._reason(before, after[layer], own.get(layer), steps):
                 return Verdict({}, f"{reason[0]} of layer {layer} {where} {reason[1]}")

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
+from harness.dtypes import MOST
 from harness.specs import Dtype
 from harness.system import System
 
 ZERO = 1e-12  # a tensor that is zero in exact arithmetic
-#: what no arithmetic may claim for itself: the most that a real package needs, whose gate computes in float32
-MOST: dict[Dtype, float] = {"float64": 2e-6, "float32": 1e-5, "bfloat16": 3e-2}
 
 
 def allowed(system: type[System], dtype: Dtype) -> float:

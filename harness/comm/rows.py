@@ -64,14 +64,14 @@ def sum_rows(
 ) -> torch.Tensor:
     """Sums of weight * row, one for each of ``starts`` [N]: of ``rows[source]`` from there to the next start.
 
-    embedding_bag is torch's fused gather-and-sum; it adds bfloat16 in float32 and rounds once."""
+    embedding_bag is torch's fused gather-and-sum; it adds formats of 16 bits in float32 and rounds once."""
     if not len(source) or not len(starts):
         return rows.new_zeros(len(starts), rows.shape[1])
-    if weights is not None and rows.dtype == torch.bfloat16:
+    if weights is not None and rows.dtype.itemsize == 2:
         # The kernel wants weights in the rows' format: each row counts twice, with the upper and with the lower
-        # eight bits of its weight, inside one float32 sum.
-        upper = weights.bfloat16()
-        lower = (weights - upper).bfloat16()
+        # bits of its weight, inside one float32 sum.
+        upper = weights.to(rows.dtype)
+        lower = (weights - upper).to(rows.dtype)
         source, starts = source.repeat_interleave(2), starts * 2
         weights = torch.stack([upper, lower], dim=1).flatten()
     if weights is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from harness.comm.rows import accumulator
 from harness.errors import bad
 from harness.layer.standin import wait
 from harness.layer.work import ATTENTION_GEMMS, attention_macs
@@ -163,6 +164,4 @@ class GPT(nn.Module):
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy in nats of predicting tokens[:, 1:] from tokens[:, :-1]; tokens int64 [B, L + 1]."""
         logits = self(tokens[:, :-1]).flatten(0, 1)
-        if logits.dtype == torch.bfloat16:
-            logits = logits.float()
-        return F.cross_entropy(logits, tokens[:, 1:].flatten())
+        return F.cross_entropy(logits.to(accumulator(logits.dtype)), tokens[:, 1:].flatten())

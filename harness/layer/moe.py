@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from harness.comm.rows import accumulator
+from harness.dtypes import EXACT
 from harness.layer import gates
 from harness.layer.gates import Gated
 from harness.layer.oracle import keep_strongest
@@ -63,8 +64,7 @@ class UnifiedSystem(System):
 
     @classmethod
     def tolerance(cls, dtype: Dtype) -> float:
-        # float64 and float32: 1e-10 and 1e-5 are promised. bfloat16 has 8 bits: a few roundings of 2^-8 in a row.
-        return {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}[dtype]
+        return EXACT[dtype]
 
     @classmethod
     def planned_routing(cls, case: Case) -> Routing | None:

@@ -27,7 +27,7 @@ from harness.comm.sparse import Chunks, Transfer, plan_sparse
 from harness.layer.experts import Experts
 from harness.layer.gates import Gated
 from harness.layer.weights import Weights
-from harness.memory import expert_bytes
+from harness.memory import OPTIMIZER_STATES, expert_bytes
 from harness.options import whole
 from harness.placement import Placement
 from harness.plan.course import FollowedCourse
@@ -151,7 +151,8 @@ class CopiedSystem(NativeSystem):
     @classmethod
     def copied_parameters(cls, case: Case) -> int:
         own = case.model.num_experts // case.topology.num_ranks
-        return 4 * case.model.num_layers * (num_slots(case) - own)  # with a gradient and two moments
+        each = 2 + OPTIMIZER_STATES[case.dtype]  # with a gradient
+        return each * case.model.num_layers * (num_slots(case) - own)
 
     @classmethod
     def planned_shares(cls, case: Case) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from harness.memory import expert_bytes
+from harness.memory import OPTIMIZER_STATES, expert_bytes
 from harness.placement import Placement
 from harness.plan.cost import Cost, Even, InTurn, Transfer
 from harness.plan.following import Following
@@ -22,8 +22,6 @@ from harness.plan.graph import Timeline
 from harness.plan.passage import Passage
 from harness.routing.types import Routing
 from harness.system import Case, System
-
-MOMENTS = 2  # of AdamW, each as large as the parameter; they move with it
 
 
 class Course:
@@ -73,13 +71,15 @@ class PlacedCourse(Course):
     def cases(self, cases: Sequence[Case]) -> list[Case]:
         return [case.placed(at) for case, at in zip(cases, self.placements, strict=True)]
 
-    def move(self, after: Mapping[int, Placement], states: int = MOMENTS) -> Transfer | None:
-        """Experts of some layers go where ``after`` says, with ``states`` as large as their parameters, all at once."""
+    def move(self, after: Mapping[int, Placement], with_state: bool = True) -> Transfer | None:
+        """Experts of some layers go where ``after`` says, ``with_state`` of the optimizer or without, all at once."""
         from harness.plan.moving import Move  # torch only where experts move
 
         if not after:
             return None
-        each = float(expert_bytes(self.first[0].model, self.first[0].dtype) * (1 + states))
+        case = self.first[0]
+        states = OPTIMIZER_STATES[case.dtype] if with_state else 0
+        each = float(expert_bytes(case.model, case.dtype) * (1 + states))
         matrix = sum(Move((), self.placements[layer], to).matrix(each) for layer, to in after.items())
         for layer, to in after.items():
             self.placements[layer] = to
@@ -106,8 +106,8 @@ class FollowedCourse(PlacedCourse):
         after = self.following.decide(self.load, self.placements)
         told = Even("ar", "flat", self.load.nbytes)
         self.load = np.zeros_like(self.load)
-        moved = self.move(after, MOMENTS if self.following.optimizer_state else 0)
+        moved = self.move(after, self.following.optimizer_state)
         return InTurn((told,) if moved is None else (told, moved))
 
 
-__all__ = ["MOMENTS", "Course", "FollowedCourse", "PlacedCourse"]
+__all__ = ["Course", "FollowedCourse", "PlacedCourse"]

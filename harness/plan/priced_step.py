@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from harness.layer.work import ATTENTION_GEMMS, attention_macs, head_macs, kv_fraction
-from harness.memory import attention_parameters, state_bytes
+from harness.memory import OPTIMIZER_STATES, attention_parameters, optimizer_accesses, state_bytes
 from harness.plan.cost import Compute, Cost, Even, InTurn
 from harness.plan.gradients import GradientBytes
 from harness.plan.graph import Work
@@ -22,7 +22,6 @@ from harness.system import Case, GradientSlices
 from harness.topology import Topology
 
 Array = np.ndarray
-OPTIMIZER_ACCESSES = 7  # AdamW reads a parameter, its gradient and two moments, and writes all but the gradient
 
 
 class PricedStep(StepTasks):
@@ -105,8 +104,12 @@ class PricedTraining(PricedStep, TrainingTasks):
         match task:
             case "optimizer":
                 known = {own: state_bytes(self.experiment, self.topology, own) for own in set(self.num_own.tolist())}
-                parameters = np.array([known[own]["optimizer"] / 2 for own in self.num_own.tolist()])
-                return Compute(np.zeros(len(parameters)), 1, OPTIMIZER_ACCESSES * parameters)
+                state = np.array([known[own]["optimizer"] for own in self.num_own.tolist()])
+                dtype = self.experiment.dtype
+                parameters = state / OPTIMIZER_STATES[dtype]
+                update = Compute(np.zeros(len(state)), 1, optimizer_accesses(dtype) * parameters)
+                # Ranks of float16 agree on whether all gradients are numbers.
+                return InTurn((Even("ar", "flat", 4), update)) if dtype == "float16" else update
             case "after_step":
                 return self._moved
         return super().outside(task)

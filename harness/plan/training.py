@@ -153,11 +153,12 @@ class TrainingStep(TrainingTasks):
         loss: Callable[[torch.Tensor], torch.Tensor],
         update: Callable[[], object],
         after: Callable[[], None] | None = None,
+        scale: float = 1.0,
     ) -> Plan:
         """tokens int64 [B, L]; ``loss``: logits [B, L, vocab] -> this rank's share; ``update``: the optimizer's;
-        ``after``: what moves behind it."""
+        ``after``: what moves behind it; ``scale``: what gradients are multiplied by."""
         self.tokens, self.loss_of, self.update, self.after = tokens, loss, update, after
-        self.moves = after is not None
+        self.moves, self.scale = after is not None, scale
         return self.lay_out()
 
     def work(self, task: str) -> Work:
@@ -207,7 +208,7 @@ class TrainingStep(TrainingTasks):
         self._see(last, "y", way.y)
         share = self.head.forward(head, pop(self.parts[-1], "residual"), pop(way, "y"))
         self.loss = share.detach()
-        self.parts[-1].dresidual, way.dy = self.head.backward(torch.ones_like(share))  # type: ignore[assignment]
+        self.parts[-1].dresidual, way.dy = self.head.backward(torch.full_like(share, self.scale))  # type: ignore[assignment]
         self._see(last, "dy", way.dy)
 
     def _embedding_back(self) -> None:

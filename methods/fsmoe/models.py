@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from harness.layer.work import expert_parameters, kv_fraction
+from harness.memory import optimizer_accesses
 from harness.plan.cost import Compute, Even, Hold
 from harness.plan.gradients import GradientBytes
 from harness.plan.graph import Timeline, Work
 from harness.plan.machine import Contention, Machine
 from harness.plan.passage import Direction, plan_alone
-from harness.plan.priced_step import OPTIMIZER_ACCESSES
 from harness.plan.simulate import simulate
 from harness.plan.step import TrainingTasks
 from harness.specs import GEMMS, Cluster, Model
@@ -82,7 +82,7 @@ def optimizer_s(model: Model, cluster: Cluster) -> float | None:
         model.hidden, num_mp, biased=model.ffn_type == "gpt", kv_fraction=kv_fraction(model)
     )
     experts = expert_parameters(model) / num_mp
-    return float((attention + experts) * OPTIMIZER_ACCESSES * ELEMENT_BYTES / cluster.device_bytes_per_s)
+    return float((attention + experts) * optimizer_accesses("float32") * ELEMENT_BYTES / cluster.device_bytes_per_s)
 
 
 def place_gradients(policy: Policy, layer: Layers, num_layers: int, *, chunk_bytes: float = LINA_CHUNK_BYTES) -> Slices:

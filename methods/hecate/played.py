@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from harness.layer.work import attention_macs, expert_parameters
+from harness.memory import OPTIMIZER_STATES
 from harness.plan.cost import Compute, Cost, InTurn, Timed, Transfer
-from harness.plan.course import MOMENTS
 from harness.plan.machine import Machine
 from harness.plan.passage import Passage
 from harness.plan.priced_step import PricedTraining
@@ -235,7 +235,7 @@ def whole_state(moved: Cost | None) -> Cost | None:
         case InTurn():
             return InTurn(tuple(each for part in moved.parts if (each := whole_state(part)) is not None))
         case Transfer():
-            times = (PARAMETER + OPTIMIZER) / (PARAMETER * (1 + MOMENTS))
+            times = (PARAMETER + OPTIMIZER) / (PARAMETER * (1 + OPTIMIZER_STATES["bfloat16"]))
             return dataclasses.replace(moved, matrix=moved.matrix * times)
     return moved
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from harness.errors import bad
-from harness.memory import expert_bytes
+from harness.memory import OPTIMIZER_STATES, expert_bytes
 from harness.plan.cost import Cost, Even, Hold, InTurn
-from harness.plan.course import MOMENTS, PlacedCourse
+from harness.plan.course import PlacedCourse
 from harness.plan.graph import Timeline
 from harness.routing.types import Routing
 from harness.system import Case, System
@@ -206,7 +206,7 @@ class Swaps(PlacedCourse, Updates):
 
     def moving_bytes(self) -> float:
         case = self.first[0]
-        return float(expert_bytes(case.model, case.dtype) * (1 + MOMENTS))
+        return float(expert_bytes(case.model, case.dtype) * (1 + OPTIMIZER_STATES[case.dtype]))
 
     def slowest(self, share: float) -> float:
         return share

@@ -79,8 +79,9 @@ class Swapper(AfterStep, Updates):
         parameters = list(self.layers[0].experts.parameters())
         of_expert = sum(p[0].numel() * p.element_size() for p in parameters)
         states = self.optimizer.state
-        num_states = max(sum(getattr(v, "ndim", 0) > 0 for v in states[p].values()) for p in parameters)
-        return float(of_expert * (1 + num_states))
+        kept = [[v for v in states[p].values() if getattr(v, "ndim", 0) > 0] for p in parameters]
+        times = max(sum(v.element_size() for v in of) / parameters[0].element_size() for of in kept)
+        return float(of_expert * (1 + times))
 
     def slowest(self, share: float) -> float:
         every = torch.tensor([share], dtype=torch.float64, device=self.job.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.bench.train import adamw
+from harness.bench.adam import adamw
 from harness.memory import PARTS, peak_bytes
 from harness.specs import Experiment
 from tests.methods.hidden_on_ranks import timeline_of
@@ -14,19 +14,20 @@ from tests.methods.test_hiermoe import cluster
 
 
 @pytest.mark.parametrize(
-    ("system", "options"),
+    ("system", "options", "dtype"),
     [
-        ("flat", {}),
-        ("hecate", {"t": 3, "reshard_every": 2}),
-        ("hecate-rm", {"t": 3, "reshard_every": 2}),
-        ("fastermoe", {"shadows": 2}),
-        ("eplb", {}),
-        ("fsmoe", {}),
+        ("flat", {}, "float32"),
+        ("flat", {}, "float16"),
+        ("hecate", {"t": 3, "reshard_every": 2}, "float32"),
+        ("hecate-rm", {"t": 3, "reshard_every": 2}, "float32"),
+        ("fastermoe", {"shadows": 2}, "float32"),
+        ("eplb", {}, "float32"),
+        ("fsmoe", {}, "float32"),
     ],
-    ids=["flat", "hecate", "hecate-rm", "fastermoe", "eplb", "fsmoe"],
+    ids=["flat", "float16", "hecate", "hecate-rm", "fastermoe", "eplb", "fsmoe"],
 )
-def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options):
-    changes = {"workload": {"name": "w", "tokens_per_rank": 16, "generator": "uniform"}, "dtype": "float32"}
+def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options, dtype):
+    changes = {"workload": {"name": "w", "tokens_per_rank": 16, "generator": "uniform"}, "dtype": dtype}
     payload = training(system, cluster((2, 2)), options=options, **changes) | {"num_steps": 3}
     every = session(cluster((2, 2))).call("tests.methods.hidden_on_ranks:traced", payload)
     for found in every:

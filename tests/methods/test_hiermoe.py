@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from harness import registry
+from harness.dtypes import EXACT
 from harness.specs import Cluster, with_levels
 from harness.topology import Topology
 from harness.traffic import direction_bytes
@@ -36,7 +37,7 @@ def test_native_systems_equal_the_oracle(session, shape: tuple[int, ...]) -> Non
     wrong = [row for row in rows if row["status"] != "ok"]
     assert not wrong
     for row in rows:
-        allowed = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2}[row["dtype"]]
+        allowed = EXACT[row["dtype"]]
         assert row["tolerance"] == allowed
         assert max(row["errors"].values()) <= allowed
     assert {row["trial"] for row in rows} >= {"ragged", "experts-without-tokens", "k1", "kE", "drops", "exchange"}
