@@ -39,9 +39,17 @@ def refuse_placement(case: Case, package: str) -> str | None:
     return None
 
 
+def refuse_shared(case: Case, package: str) -> str | None:
+    """Of packages without shared experts."""
+    if not case.model.num_shared_experts or case.identity_experts:
+        return None
+    return f"{package} has no shared experts beside those that the gate chooses"
+
+
 def refuse_gate(case: Case, package: str) -> str | None:
-    """DeepSpeed and Tutel take a softmax over all experts, renormalised over the chosen ones when k > 1."""
-    if (reason := refuse_rare_gate(case, package)) is not None:
+    """DeepSpeed and Tutel take a softmax over all experts, renormalised over the chosen ones when k > 1, and no shared
+    ones."""
+    if (reason := refuse_rare_gate(case, package) or refuse_shared(case, package)) is not None:
         return reason
     if case.model.gate == "sigmoid":
         return f"{package} has no sigmoid gate"

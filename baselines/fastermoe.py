@@ -169,7 +169,7 @@ class FasterMoE(ReplicatedSystem):
 
     @classmethod
     def copied_parameters(cls, case: Case) -> int:
-        return (case.model.num_layers + 1) * (cls.policy(case, None).num_shadows or 0)  # with one layer's gradients
+        return (case.model.num_moe_layers + 1) * (cls.policy(case, None).num_shadows or 0)  # with one layer's gradients
 
 
 #: brought to recipes, by name

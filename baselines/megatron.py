@@ -27,6 +27,8 @@ from baselines import _packages
 from harness.comm.job import Job
 from harness.dtypes import MOST
 from harness.layer.weights import Weights
+from harness.options import yes
+from harness.plan.slots import OVERLAP
 from harness.specs import DTYPE_BYTES, Dtype
 from harness.system import Case, Gradients, MoELayer, System
 
@@ -39,6 +41,9 @@ class Megatron(System):
     kind = "package"
     source: ClassVar[str] = "megatron-core on PyPI: megatron.core.transformer.moe"
     preload: ClassVar[tuple[str, ...]] = ("megatron.core.transformer.moe.moe_layer",)
+    options: ClassVar[dict[str, str]] = {
+        OVERLAP: "moe_shared_expert_overlap: shared experts on a stream of their own, beside the exchange (false)"
+    }
     dispatcher: ClassVar[dict[str, str]] = {
         "moe_token_dispatcher_type": "alltoall"
     }  # what Megatron's configuration says
@@ -130,12 +135,22 @@ class _Layer(MoELayer):
         ).to(job.device)
         self._load(weights)
 
+    @property
+    def shared(self) -> tuple[nn.Parameter, ...]:
+        """Of the shared experts [H or 2 H, M], [M, H]; none where there are none."""
+        mlp = getattr(self.moe, "shared_experts", None)
+        return () if mlp is None else (mlp.linear_fc1.weight, mlp.linear_fc2.weight)
+
     def _load(self, weights: Weights) -> None:
         with torch.no_grad():
             self.moe.router.weight.copy_(weights.router.T)
             if self.moe.router.expert_bias is not None:
                 self.moe.router.expert_bias.copy_(weights.bias)
-            for expert, (fc1, fc2) in zip(self.local, self._matrices(lambda p: p.data), strict=False):
+            pairs = dict(zip(self.local, self._matrices(lambda p: p.data), strict=False))
+            if self.shared:
+                up, down = self.shared
+                pairs[weights.model.num_experts] = up.data.T, down.data.T
+            for expert, (fc1, fc2) in pairs.items():
                 w = weights.expert(expert)
                 fc1.copy_(torch.cat([w["w1"], w["w3"]], dim=1) if self.gated else w["w1"])
                 fc2.copy_(w["w2"])
@@ -183,9 +198,17 @@ class _Layer(MoELayer):
         for expert, (fc1, fc2) in zip(self.local, self._matrices(_packages.grad), strict=False):
             parts = fc1.chunk(2, dim=1) if self.gated else (fc1,)
             experts[expert] = dict(zip(("w1", "w3"), parts, strict=False)) | {"w2": fc2}
-        return Gradients(gate={"router": _packages.grad(self.moe.router.weight).T}, experts=experts)
+        replicated = {"router": _packages.grad(self.moe.router.weight).T}
+        if self.shared:
+            fc1, fc2 = (_packages.grad(p).T for p in self.shared)
+            parts = fc1.chunk(2, dim=1) if self.gated else (fc1,)
+            replicated |= dict(zip(("shared_w1", "shared_w3"), parts, strict=False)) | {"shared_w2": fc2}
+        return Gradients(gate=replicated, experts=experts)
 
     def shared_parameters(self) -> list[nn.Parameter]:
+        return [self.moe.router.weight, *self.shared]
+
+    def router_parameters(self) -> list[nn.Parameter]:
         return [self.moe.router.weight]
 
 
@@ -214,6 +237,10 @@ def _config(case: Case, job: Job, grouped_gemm: bool, dispatcher: dict[str, str]
         num_attention_heads=1,
         ffn_hidden_size=model.ffn,
         moe_ffn_hidden_size=model.ffn,
+        moe_shared_expert_intermediate_size=None if case.identity_experts else model.shared_size or None,
+        moe_shared_expert_overlap=yes(case, OVERLAP, False)
+        and model.num_shared_experts > 0
+        and not case.identity_experts,
         num_moe_experts=model.num_experts,
         expert_model_parallel_size=job.num_ranks,
         params_dtype=case.torch_dtype,
@@ -273,10 +300,15 @@ _alone: weakref.WeakKeyDictionary[Job, dist.ProcessGroup] = weakref.WeakKeyDicti
 def _groups(job: Job) -> Any:
     """Expert parallelism over all ranks; every other kind of parallelism is a group of this rank alone."""
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import shared_experts
 
     if job not in _alone:
         alone, _ = dist.new_subgroups(1) if job.num_ranks > 1 else (job.world, None)
         _alone[job] = alone
+    # 0.16 hands every group down but that of tensor parallelism to overlapped shared experts, which take the global one
+    for name in ("copy_to_tensor_model_parallel_region", "reduce_from_tensor_model_parallel_region"):
+        setattr(shared_experts, name, functools.partial(getattr(mappings, name), group=_alone[job]))
     groups = ProcessGroupCollection()
     for field in ("tp", "cp", "tp_cp", "expt_tp", "expt_dp"):
         setattr(groups, field, _alone[job])
@@ -299,9 +331,12 @@ def _adapt(device: str) -> None:
         _use_cpu()
 
 
+_OF_MOE = ("router", "token_dispatcher", "shared_experts")
+
+
 def _use_cpu() -> None:
     """Let Megatron's MoE path run without CUDA (see the module's docstring); once per process."""
-    names = ("utils", "tensor_parallel.mappings", "transformer.moe.router", "transformer.moe.token_dispatcher")
+    names = ("utils", "tensor_parallel.mappings", *(f"transformer.moe.{name}" for name in _OF_MOE))
     for name in names:
         importlib.import_module(f"megatron.core.{name}").torch = _CpuTorch("torch")  # type: ignore[attr-defined]
 

@@ -59,7 +59,7 @@ def outlines_of(experiment: Experiment, step: int = 0, *, whole: bool = False, f
 
 def num_layers(experiment: Experiment) -> int:
     """MoE layers that the phase runs."""
-    return 1 if experiment.phase in ("exchange", "layer") else experiment.model.num_layers
+    return 1 if experiment.phase in ("exchange", "layer") else experiment.model.num_moe_layers
 
 
 def case_of(
@@ -110,8 +110,8 @@ def placed_by(experiment: Experiment, profile: Sequence[Routing] | None) -> tupl
     if profile is not None:
         found = system_called(experiment.system).place(case_of(experiment), profile)
     if found is None:
-        found = [_in_order(experiment)] * model.num_layers
-    assert len(found) == model.num_layers
+        found = [_in_order(experiment)] * model.num_moe_layers
+    assert len(found) == model.num_moe_layers
     assert all(each.hosts.shape == (model.num_experts, topology.num_ranks) for each in found)
     return tuple(found)
 
@@ -122,7 +122,7 @@ def profile_of(experiment: Experiment) -> list[Routing] | None:
     workload, model, topology = experiment.workload, experiment.model, Topology(experiment.cluster.shape)
     if workload.generator == "natural":
         return None
-    layers = range(model.num_layers)
+    layers = range(model.num_moe_layers)
     if workload.generator != "trace":
         made = [make_routing(workload, model, topology, step=PROFILE_STEP, layer=layer) for layer in layers]
         return [routing for routing in made if routing is not None]

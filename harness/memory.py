@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from harness.layer.work import expert_parameters
+from harness.layer.work import attention_parameters, expert_parameters, ffn_parameters
 from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, Dtype, Experiment, Model
 from harness.topology import Topology
@@ -39,9 +39,8 @@ def state_bytes(experiment: Experiment, topology: Topology, num_own: int) -> dic
     model, width = experiment.model, DTYPE_BYTES[experiment.dtype]
     parts = topology.num_ranks // topology.shape[0] if experiment.model_parallel else 1
     attention = attention_parameters(model) // parts
-    rest = (model.vocab + model.seq + 1 + 2 * model.num_layers) * model.hidden
-    dense = (rest + model.num_layers * attention) * width
-    gate = model.num_layers * model.hidden * model.num_experts * (8 if experiment.dtype == "float64" else 4)
+    dense = (rest_parameters(model) + model.num_layers * attention) * width
+    gate = model.num_moe_layers * model.hidden * model.num_experts * (8 if experiment.dtype == "float64" else 4)
     experts = num_own * expert_bytes(model, experiment.dtype)
     routers = gate if experiment.workload.generator == "natural" else 0
     return {
@@ -49,6 +48,14 @@ def state_bytes(experiment: Experiment, topology: Topology, num_own: int) -> dic
         "gradients": float(dense + gate + experts + model.num_layers * attention * width),
         "optimizer": float(OPTIMIZER_STATES[experiment.dtype] * (dense + experts) + 2 * routers),
     }
+
+
+def rest_parameters(model: Model) -> int:
+    """Of the GPT that every rank has whole, whatever becomes of its attention: embeddings, norms, the FFNs of layers
+    without experts, and shared experts."""
+    tables = (model.vocab + model.seq + 1 + 2 * model.num_layers) * model.hidden
+    dense = (model.num_layers - model.num_moe_layers) * ffn_parameters(model, model.dense_ffn or 0)
+    return tables + dense + model.num_moe_layers * ffn_parameters(model, model.shared_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,25 +82,29 @@ def activation_bytes(
     real, wide = experiment.compute == "real", max(4, width)  # wide: of the gate, of steering, inside norms
     hidden, top_k, num_experts = model.hidden, model.top_k, model.num_experts
     copy = wide * hidden if wide > width else 0
-    # The residual behind the attention, what enters the MoE part, and the gate's copy of it.
-    token = 2 * width * hidden + copy
+    # The residual behind the attention, what enters the MoE part or the FFN, and what leaves it.
+    token = 3 * width * hidden
     token += 2 * wide if gpu else 2 * (wide * hidden + copy + wide)  # norms, on GPUs fused
     if real:  # what enters the projections, what they make, what attention makes of it and its log-sum-exp
-        keys = 2 * hidden // model.num_heads * (model.num_kv_heads or model.num_heads)
-        token += width * (3 * hidden + keys) + wide * model.num_heads
+        queries, keys = (model.head * heads for heads in (model.num_heads, model.num_kv_heads or model.num_heads))
+        token += width * (hidden + 2 * queries + 2 * keys) + wide * model.num_heads
+    inner = {"gpt": 2, "swiglu": 4}[model.ffn_type] * width * real  # of an FFN, for each of its columns
+    num_dense = model.num_layers - model.num_moe_layers
+    of_dense = num_dense * (token + inner * (model.dense_ffn or 0))
+    token += copy + inner * model.shared_size  # the gate's copy, and what is inside the shared experts
+    token += 2 * width * hidden * (model.num_shared_experts > 0)  # what these make, and what it is added to
     if experiment.workload.generator != "natural":
         token += wide * num_experts
     every, chosen, once = GATES[model.gate]
     token += wide * (every * num_experts + chosen * top_k + once) + _INDEX * top_k
-    token += width * hidden + _INDEX  # what leaves the layer, and where each token's rows begin
+    token += _INDEX  # where each token's rows begin
     sent = width * hidden + 3 * _INDEX + wide  # what came home, its ways and weights
-    inner = {"gpt": 2, "swiglu": 4}[model.ffn_type] * model.ffn
-    row = width * (hidden + (inner + hidden if real else 0)) + _INDEX
+    row = width * (hidden + hidden * real) + inner * model.ffn + _INDEX
     # Of the embedding; later layers add what the MoE part made to it, and norms in the same format keep that.
-    sums = 1 if copy else len(layers)
+    sums = 1 if copy else model.num_layers
     unsorted = sum(_INDEX * (each.sent + num_tokens) for each in layers if each.grouped)  # until all parts are home
     return float(
-        num_tokens * (sums * width * hidden + len(layers) * token)
+        num_tokens * (sums * width * hidden + of_dense + len(layers) * token)
         + sum(sent * each.sent + row * each.computed for each in layers)
         - unsorted
     )
@@ -121,7 +132,7 @@ def room_bytes(experiment: Experiment, case: Case) -> float | None:
     limit = experiment.cluster.device_memory_bytes
     if limit is None:
         return None
-    num_own = -(-experiment.model.num_layers * experiment.model.num_experts // case.topology.num_ranks)
+    num_own = -(-experiment.model.num_moe_layers * experiment.model.num_experts // case.topology.num_ranks)
     kept = sum(state_bytes(experiment, case.topology, num_own).values())
     return max(0.0, limit - kept - _activations(experiment, case))
 
@@ -130,18 +141,12 @@ def _activations(experiment: Experiment, case: Case) -> float:
     """Of the busiest rank, as far as they are known; as if every layer had ``case``'s routing."""
     counts = expert_counts(case.routing)
     rows = Rows(int(counts.sum(1).max()), int((counts.sum(0) @ case.placement.hosts).max()))
-    return activation_bytes(experiment, max(case.routing.tokens), [rows] * experiment.model.num_layers) or 0.0
+    return activation_bytes(experiment, max(case.routing.tokens), [rows] * experiment.model.num_moe_layers) or 0.0
 
 
 _INDEX = 8  # bytes of one
 #: what a gate keeps of each token, in numbers: of every expert, of each chosen one, and once
 GATES = {"gshard": (1, 2, 1), "softmax_topk": (0, 1, 0), "sigmoid": (1, 3, 1), "moge": (1, 1, 0)}
-
-
-def attention_parameters(model: Model) -> int:
-    """Of one layer."""
-    head = model.hidden // model.num_heads
-    return model.hidden * head * (2 * model.num_heads + 2 * (model.num_kv_heads or model.num_heads))
 
 
 def refusal(experiment: Experiment, system: type[System], case: Case) -> str | None:
@@ -151,7 +156,7 @@ def refusal(experiment: Experiment, system: type[System], case: Case) -> str | N
     if limit is None or experiment.phase != "train_step" or system.kind == "package":
         return None
     model, each = experiment.model, expert_bytes(experiment.model, experiment.dtype)
-    num_own = -(-model.num_layers * model.num_experts // case.topology.num_ranks)
+    num_own = -(-model.num_moe_layers * model.num_experts // case.topology.num_ranks)
     found = state_bytes(experiment, case.topology, num_own)
     found["activations"] = _activations(experiment, case)
     if copies := system.copied_parameters(case):

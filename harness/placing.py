@@ -110,7 +110,7 @@ class PlacementFile(Spec):
     def fit(self, model: Model, num_ranks: int, where: str) -> list[Placement]:
         """``placements``, if they are for such a model on so many ranks; else a ``UserError`` that names ``where``."""
         for field, own, wanted in (
-            ("layers", len(self.slots), model.num_layers),
+            ("layers", len(self.slots), model.num_moe_layers),
             ("experts", self.num_experts, model.num_experts),
             ("ranks", self.num_ranks, num_ranks),
         ):
@@ -300,7 +300,7 @@ def check_memory(model: Model, cluster: Cluster, tensor_parallel: int, num_ranks
     if cluster.device_memory_bytes is None:
         return
     each = expert_parameters(model) * DTYPE_BYTES[dtype]
-    whole, memory = each * model.num_experts * model.num_layers, cluster.device_memory_bytes * tensor_parallel
+    whole, memory = each * model.num_experts * model.num_moe_layers, cluster.device_memory_bytes * tensor_parallel
     if whole / num_ranks > memory:
         text = f"{whole / num_ranks / 1e9:.0f} GB of experts on each, and {memory / 1e9:.0f} GB of memory"
         raise bad("expert-parallel ranks", num_ranks, f"{text}; use at least {math.ceil(whole / memory)}")
@@ -309,7 +309,7 @@ def check_memory(model: Model, cluster: Cluster, tensor_parallel: int, num_ranks
 def check_profile(model: Model, num_layers: int, num_experts: int, top_k: int, name: str) -> None:
     """``UserError`` where a recording is of another model."""
     for field, own, recorded in (
-        ("num_layers", model.num_layers, num_layers),
+        ("num_layers", model.num_moe_layers, num_layers),
         ("num_experts", model.num_experts, num_experts),
     ):
         if own != recorded:

@@ -25,7 +25,7 @@ from harness import registry
 from harness.errors import bad, unknown
 from harness.plan.native import NativeSystem
 from harness.plan.placings import Placing, served
-from harness.plan.slots import ExchangeSlot, FlatSlot, Pipelined, ScheduleSlot, Serial
+from harness.plan.slots import COMMON, ExchangeSlot, FlatSlot, Pipelined, ScheduleSlot, Serial
 from harness.system import Case, System
 
 #: slots in the order of a recipe's name, and what a file calls what it brings for each
@@ -208,7 +208,8 @@ def _composed(name: str, names: tuple[str, ...]) -> type[System]:
 def own_options(part: Any) -> Mapping[str, str]:
     """Of one slot alone."""
     found: Mapping[str, str] = getattr(part, "slot_options", None) or getattr(part, "options", {})
-    return found
+    own = {key: text for key, text in found.items() if key not in COMMON}
+    return {**own, **COMMON} if isinstance(part, ScheduleSlot) else own
 
 
 def _variants(state: Any, placing: Any, options: Mapping[str, str]) -> dict[str, dict[str, Any]]:

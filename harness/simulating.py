@@ -29,6 +29,7 @@ from harness.routing.replay import check_replay
 from harness.specs import Experiment
 
 MOST_EVENTS = 50_000  # of the timelines of a cell
+ONE_LAYER = {"num_layers": 1, "num_dense_layers": 0, "moe_every": 1}
 Key = tuple[str, ...]  # of what shares a machine
 
 
@@ -152,7 +153,7 @@ def refusal(experiment: Experiment) -> str | None:
     model = experiment.model
     try:
         if experiment.phase != "exchange":
-            whole = model.model_copy(update={"num_layers": 1}) if experiment.phase == "layer" else model
+            whole = model.model_copy(update=ONE_LAYER) if experiment.phase == "layer" else model
             check_memory(whole, experiment.cluster, 1, experiment.cluster.num_ranks, experiment.dtype)
     except UserError as error:
         return str(error)

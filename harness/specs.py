@@ -14,108 +14,18 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import UserError, bad
+from harness.model import EXPERTS_CHOOSE, GEMMS, Model
 from harness.spec import Count, Name, Spec, content_hash
 
 Phase = Literal["exchange", "layer", "train_step", "prefill", "decode"]
 SERVING = ("prefill", "decode")  # phases of a whole model in inference
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-#: gates in which each expert takes a fixed number of a rank's tokens, or of mixtures of them
-EXPERTS_CHOOSE = ("expert_choice", "softmoe")
 DTYPE_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-GEMMS: dict[str, int] = {"gpt": 2, "swiglu": 3}  # of one expert, by Model.ffn_type
 
 # of one, or of a recipe's parts (``harness.recipes``)
 SystemName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+=-]*$", max_length=120)]
 # operation.scope, or operation.scope@ranks where it was found on another number of ranks: a2a.inter1, ar.inter@16
 CollectiveKey = Annotated[str, Field(pattern=r"^[a-z0-9]+\.[a-z0-9]+(@[1-9][0-9]*)?$")]
-
-
-class Model(Spec):
-    """Shapes only. ``E`` experts of FFN size ``H`` over hidden size ``M``, each token to ``k`` of them."""
-
-    name: Name
-    num_layers: Count
-    hidden: Count  # M
-    ffn: Count  # H, of one expert
-    num_experts: Count  # E
-    top_k: Count  # k
-    num_heads: Count = 8
-    num_kv_heads: Count | None = None  # None: as many as num_heads
-    seq: Count = 1024  # L, tokens of one sample
-    vocab: Count = 32000
-    ffn_type: Literal["gpt", "swiglu"] = "gpt"  # gpt: 2 GEMMs with GELU; swiglu: 3 GEMMs
-    gate: Literal["gshard", "softmax_topk", "sigmoid", "xmoe", "moge", "expert_choice", "softmoe"] = "gshard"
-    gate_noise: bool = False  # GShard's trainable noise on the gshard gate's logits
-    gate_dim: Count | None = None  # d of the xmoe gate's projection; None: E / 2, as X-MoE has it
-    normalise_weights: bool = True  # of the sigmoid gate; False: each is its own sigmoid (BASE, StableMoE)
-    selection_bias: bool = True  # the sigmoid gate selects by score + bias (DeepSeek-V3)
-    num_groups: Count = 1  # expert groups: of the sigmoid gate's limit (DeepSeek-V3); of moge, k / num_groups from each
-    topk_groups: Count | None = None  # groups a token may use under the sigmoid gate; None: all
-    routed_scale: float = 1.0  # factor on the sigmoid gate's weights (DeepSeek-V3)
-    num_shared_experts: Annotated[int, Field(ge=0)] = 0
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None  # None: nothing is dropped
-    source: str = ""  # where the numbers come from
-    interpretation: str = ""  # what the source leaves open and what was chosen
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Model:
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k = {self.top_k} is larger than num_experts = {self.num_experts}; lower top_k")
-        if self.num_experts % self.num_groups:
-            raise ValueError(f"num_groups = {self.num_groups} does not divide num_experts = {self.num_experts}")
-        if self.topk_groups is not None:
-            if self.topk_groups > self.num_groups:
-                raise ValueError(f"topk_groups = {self.topk_groups} is larger than num_groups = {self.num_groups}")
-            if self.top_k > self.topk_groups * (self.num_experts // self.num_groups):
-                raise ValueError(f"top_k = {self.top_k} does not fit into topk_groups = {self.topk_groups} groups")
-        if self.gate == "moge":
-            if self.num_groups == 1:
-                raise ValueError("gate = moge takes as many experts from each of num_groups groups; give 2 or more")
-            if self.top_k % self.num_groups:
-                raise ValueError(
-                    f"num_groups = {self.num_groups} does not divide top_k = {self.top_k}, of which gate = moge takes "
-                    "as many from each group; change one of the two"
-                )
-            if self.topk_groups is not None:
-                raise ValueError("topk_groups belongs to gate = sigmoid; gate = moge uses all groups")
-        kv = self.num_kv_heads or self.num_heads
-        if self.num_heads % kv:
-            raise ValueError(f"num_kv_heads = {kv} does not divide num_heads = {self.num_heads}")
-        for field, value, gate in (
-            ("gate_noise", self.gate_noise, "gshard"),
-            ("gate_dim", self.gate_dim is not None, "xmoe"),
-            ("normalise_weights = False", not self.normalise_weights, "sigmoid"),
-            ("selection_bias = False", not self.selection_bias, "sigmoid"),
-        ):
-            if value and self.gate != gate:
-                raise ValueError(f"{field} belongs to gate = {gate}, not to gate = {self.gate}")
-        return self
-
-    @property
-    def projection_dim(self) -> int:
-        """d of the xmoe gate."""
-        return self.gate_dim or max(1, self.num_experts // 2)
-
-    @property
-    def normalises(self) -> bool:
-        """Whether the gate scales the weights of a token's experts to a fixed sum, where it has several."""
-        return self.normalise_weights and self.gate != "moge"
-
-    @property
-    def lacks(self) -> str | None:
-        """What its layers are run without, in words; None if nothing. Exchanges alone lack nothing: every token's
-        shared experts are on its own rank."""
-        if not self.num_shared_experts:
-            return None
-        shared = f"{self.num_shared_experts} shared expert{'s' if self.num_shared_experts > 1 else ''}"
-        return f"{self.name} has {shared}, and layers run without; give it num_shared_experts: 0 and another name"
-
-    @property
-    def takes_routing(self) -> bool:
-        """Whether inputs exist that make the gate choose any prescribed k experts per token."""
-        if self.gate == "xmoe":
-            return self.projection_dim >= self.num_experts
-        return self.gate not in EXPERTS_CHOOSE and not self.gate_noise
 
 
 class Level(Spec):
@@ -343,7 +253,7 @@ class Experiment(Spec):
     @property
     def lacks(self) -> str | None:
         """What of its model the phase would run without, in words; None if nothing. It is refused for that."""
-        return None if self.phase == "exchange" else self.model.lacks
+        return None if self.phase in ("exchange", "layer") else self.model.lacks
 
     @property
     def exactly_planned(self) -> bool:

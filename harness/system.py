@@ -73,8 +73,9 @@ class Case:
 class Gradients:
     """Weight gradients in the oracle's layout, after ``backward`` on this rank.
 
-    ``gate``: of every parameter in ``Weights.gate`` (``router`` [M, E] and what a gate has beside it) this rank's own
-    contribution (its tokens only; the harness sums over ranks).
+    ``gate``: of every replicated parameter, those in ``Weights.gate`` (``router`` [M, E] and what a gate has beside it)
+    and the shared experts' (``harness.layer.weights.shared_names``), this rank's own contribution (its tokens only; the
+    harness sums over ranks).
     ``experts``: for every local expert its w1 [M, H], w2 [H, M] (and w3 [M, H] for swiglu): already summed over
     the tokens of all ranks, because they came through the exchange.
     """
@@ -125,8 +126,12 @@ class MoELayer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Parameters replicated on every rank (the router): their gradients the harness sums over all ranks.
-        All others are this rank's experts."""
+        """Parameters replicated on every rank (the router, shared experts): their gradients the harness sums over all
+        ranks. All others are this rank's experts."""
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """Of the shared ones those that a prescribed workload leaves as they are: the gate's."""
+        return self.shared_parameters()
 
 
 class AfterStep(abc.ABC):

@@ -134,7 +134,7 @@ class PerNode(CopiedSystem):
     def copied_parameters(cls, case: Case) -> int:
         own, nodes = case.model.num_experts // case.topology.num_ranks, case.topology.shape[0]
         each = 2 + OPTIMIZER_STATES[case.dtype]  # with a gradient
-        return each * case.model.num_layers * own * (nodes - 1)
+        return each * case.model.num_moe_layers * own * (nodes - 1)
 
 
 class PPMoE(PerNode):

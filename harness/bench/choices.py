@@ -9,7 +9,7 @@ import torch
 from harness.comm.agree import of_all
 from harness.comm.job import Job
 from harness.layer.oracle import Oracle
-from harness.layer.weights import Weights
+from harness.layer.weights import Weights, shared_names
 from harness.specs import EXPERTS_CHOOSE
 from harness.system import Case, System
 
@@ -24,8 +24,15 @@ class Gates:
 
     def __init__(self, job: Job, system: type[System] | None, case: Case, weights: Weights):
         self.job, self.system, self.case, self.weights = job, system, case, weights
+        computes = not case.identity_experts and case.stand_in_costs is None
+        self.shared = shared_names(case.model) if computes else {}
         self.oracle = Oracle(weights, True, case.routing.tokens).to(job.device)
         self.oracle.tokens = tuple(count if rank == job.rank else 0 for rank, count in enumerate(case.routing.tokens))
+
+    @property
+    def replicated(self) -> list[str]:
+        """Names of parameters that every rank has: the gate's, then the shared experts'."""
+        return [*self.oracle.gate_names, *self.shared]
 
     @property
     def rule(self) -> Any:

@@ -25,6 +25,7 @@ from harness.layer.gates import steer
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.placement import Placement
+from harness.plan.slots import OVERLAP
 from harness.routing import planned_routing
 from harness.routing.types import Routing
 from harness.specs import EXPERTS_CHOOSE, Cluster, Dtype, Experiment, Model, Workload, with_levels
@@ -74,6 +75,10 @@ TRIALS: dict[str, Trial] = {
     "xmoe-gate-drops": Trial(
         {"gate": "xmoe", "capacity_factor": 1.0}, generator="natural", dtypes=("float64", "float32")
     ),
+    "shared": Trial({"num_shared_experts": 2, "shared_ffn": 40}, tokens=(24, 7, 13, 1)),
+    "shared-swiglu": Trial(
+        {"num_shared_experts": 1, "ffn_type": "swiglu", "gate": "softmax_topk"}, dtypes=("float64", "bfloat16")
+    ),
     "expert-choice": Trial({"gate": "expert_choice"}, tokens=(24, 7, 0, 1, 19), generator="natural"),
     "softmoe": Trial({"gate": "softmoe"}, tokens=(24, 7, 0, 1, 19), generator="natural"),
     "noisy-gate": Trial({"gate_noise": True}, tokens=(24, 7, 13, 1), generator="natural"),
@@ -88,7 +93,7 @@ TRIALS: dict[str, Trial] = {
 }
 #: what ``System.variants`` go through, and what ``System.chunked`` do
 VARIANT_TRIALS, TRAINING = ("uniform", "ragged", "experts-without-tokens", "drops"), "training"
-CHUNKED_TRIALS = ("long", "long-drops")
+CHUNKED_TRIALS, SHARED_TRIALS = ("long", "long-drops"), ("shared", "shared-swiglu")
 
 
 def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
@@ -109,6 +114,8 @@ def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
                 keep({"system": name, "trial": trial, "dtype": dtype, **check_one(job, name, trial, dtype)})
         system = registry.system(name)
         several = {"several chunks": (system.chunked, CHUNKED_TRIALS)} if system.chunked else {}
+        if OVERLAP in system.options:
+            several["shared beside the exchange"] = {OVERLAP: True}, SHARED_TRIALS
         variants = {variant: (options, (*VARIANT_TRIALS, TRAINING)) for variant, options in system.variants.items()}
         for variant, (options, trials) in (several | variants).items():
             for trial in trials:
@@ -171,9 +178,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment) -> dict[st
     """The check that stands before a cell's timing: the experiment's own E, k, gate, FFN type, drop rule, dtype,
     options and ranks, at reduced M, H and tokens."""
     model = experiment.model
-    small = model.model_copy(
-        update={"hidden": max(32, math.ceil(1.5 * model.num_experts / 16) * 16), "ffn": 32, "num_layers": 1}
-    )
+    small = model.shrunk(1)
     tokens = tuple(min(count, 16) for count in experiment.workload.tokens(job.num_ranks))
     generator = "uniform" if small.takes_routing else "natural"
     workload = Workload(name="gate", tokens_per_rank=tokens, generator=generator, seed=experiment.workload.seed)
@@ -295,7 +300,7 @@ def _oracle(
     y.backward(torch.cat(dys).double())
     assert x.grad is not None
     named = {name: parameter.grad for name, parameter in oracle.named_parameters()}
-    return {"y": y.detach(), "dx": x.grad, "weights": named, "gate_names": oracle.gate_names}
+    return {"y": y.detach(), "dx": x.grad, "weights": named, "gate_names": [*oracle.gate_names, *oracle.shared]}
 
 
 @functools.lru_cache(maxsize=4)

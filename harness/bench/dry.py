@@ -63,9 +63,11 @@ def lacking(cluster: Cluster) -> str | None:
 
 def refusal(experiment: Experiment, *, installed: bool = False) -> str | None:
     """Why its system will not race, as far as it is known beforehand; None if it may. ``installed``: whether a package
-    is to be taken for installed here."""
+    is to be taken for installed here, and attention that is priced alone will do."""
     cluster, system = experiment.cluster, registry.system(experiment.system)
     case = case_of(experiment, "cuda:0" if cluster.device_type == "cuda" else "cpu")
     missing = None if installed else registry.state(system)[1]
-    refused = experiment.lacks or missing or race.no_stand_in(system, case) or system.refuse(case)
+    refused = (
+        (None if installed else experiment.lacks) or missing or race.no_stand_in(system, case) or system.refuse(case)
+    )
     return refused or memory.refusal(experiment, system, case)

@@ -23,8 +23,8 @@ from harness.comm.agree import of_all
 from harness.comm.handover import Held
 from harness.comm.job import Job
 from harness.dtypes import SHORT
-from harness.layer.grouped import Lens, Matrices, identities, look
-from harness.layer.weights import Weights
+from harness.layer.grouped import Lens, Matrices, identities, look, look_shared
+from harness.layer.weights import Weights, shared_names
 from harness.layer.work import expert_parameters
 from harness.system import Case, Gradients, MoELayer, System
 
@@ -62,7 +62,8 @@ def _ahead(num_layers: int) -> list[int]:
 
 @dataclasses.dataclass
 class Known:
-    """Weights of a layer ahead of a call: of the gate by name, and of the experts that each rank knows."""
+    """Weights of a layer ahead of a call: of the gate and the shared experts by name, and of the experts that each rank
+    knows."""
 
     gate: dict[str, torch.Tensor]
     matrices: Callable[[int], Matrices]
@@ -143,8 +144,8 @@ class LayerWitness:
         gates = self.gates
         gates.oracle.step = step
         with torch.no_grad():
-            for name, value in known.gate.items():
-                gates.parameters()[name].copy_(value)
+            for name in gates.parameters().keys() & known.gate.keys():
+                gates.parameters()[name].copy_(known.gate[name])
         chosen = gates.chosen(x.double())
         if self.natural:
             sure = ~gates.unsure(gates.oracle.logits(x.double())).any(1)
@@ -160,7 +161,13 @@ class LayerWitness:
         if self.identity:
             pairs = identities(token, expert, x, dy, self.lens)
         else:
-            pairs = look(self.job, self.case.model, token, expert, x, dy, known.owner, known.matrices, self.lens)
+            model, drawn = self.case.model, self.weights
+            pairs = look(self.job, model, token, expert, x, dy, known.owner, known.matrices, self.lens)
+            if model.num_shared_experts:
+                names = shared_names(model)
+                told = {of: known.gate[name] for name, of in names.items() if name in known.gate}
+                matrices = told or drawn.expert(model.num_experts)
+                pairs = dataclasses.replace(pairs, shared=look_shared(model, x, dy, matrices, self.lens))
         return Given(x, pairs, tokens=tokens, experts=experts)
 
     def _sample(self, chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

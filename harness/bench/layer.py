@@ -18,7 +18,7 @@ from harness.bench.wording import allowed
 from harness.comm.job import Job
 from harness.dtypes import SHORT
 from harness.layer import gates
-from harness.layer.grouped import Lens, Pairs, identities, look
+from harness.layer.grouped import Lens, Pairs, identities, look, look_shared
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.plan.graph import Timeline
@@ -79,18 +79,7 @@ class Truth:
         order, factor = (each.to(device) for each in self.order(call))
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=device)
-        times = factor[pairs.token].to(pairs.y.dtype)
-        return Given(
-            self.x.to(device)[order],
-            dataclasses.replace(
-                pairs,
-                token=place[pairs.token],
-                gate=None if pairs.gate is None else pairs.gate * times,
-                dx=None if pairs.dx is None else pairs.dx * times[:, None],
-                weights={name: part * times[:, None] for name, part in pairs.weights.items()},
-                sizes={name: part * times.square() for name, part in pairs.sizes.items()},
-            ),
-        )
+        return Given(self.x.to(device)[order], _turned(pairs, place, factor))
 
     def pairs(self) -> Pairs:
         """Collective the first time: of the tokens in the order in which they were drawn."""
@@ -103,8 +92,24 @@ class Truth:
                 self._pairs = identities(token, expert, x, dy, self.lens)
             else:
                 owner = self.case.placement.owner
-                self._pairs = look(job, model, token, expert, x, dy, owner, self.weights.expert, self.lens)
+                found = look(job, model, token, expert, x, dy, owner, self.weights.expert, self.lens)
+                known = self.weights.expert(model.num_experts) if model.num_shared_experts else {}
+                self._pairs = dataclasses.replace(found, shared=look_shared(model, x, dy, known, self.lens))
         return self._pairs
+
+
+def _turned(pairs: Pairs, place: torch.Tensor, factor: torch.Tensor) -> Pairs:
+    """Of tokens at other places, int64 [T], behind a gradient that is ``factor`` [T] times as large."""
+    times = factor[pairs.token].to(pairs.y.dtype)
+    return dataclasses.replace(
+        pairs,
+        token=place[pairs.token],
+        gate=None if pairs.gate is None else pairs.gate * times,
+        dx=None if pairs.dx is None else pairs.dx * times[:, None],
+        weights={name: part * times[:, None] for name, part in pairs.weights.items()},
+        sizes={name: part * times.square() for name, part in pairs.sizes.items()},
+        shared=None if pairs.shared is None else _turned(pairs.shared, place, factor),
+    )
 
 
 class LayerContender:

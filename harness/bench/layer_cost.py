@@ -25,8 +25,6 @@ DTYPE = "bfloat16"
 def experiments(cluster: Cluster, system: str, model: str) -> list[Experiment]:
     """One for each of ``TOKENS``."""
     shapes, name = presets.model(model), registry.system(system).name
-    if shapes.lacks:
-        raise bad("--model", model, shapes.lacks)
     if shapes.num_experts % cluster.num_ranks:
         remedy = f"its {shapes.num_experts} experts do not divide over {cluster.num_ranks} ranks; choose another model"
         raise bad("--model", model, remedy)

@@ -14,8 +14,9 @@ from harness.bench import train, training_check
 from harness.bench.witness import Verdict
 from harness.comm.job import Job
 from harness.dtypes import SHORT
+from harness.layer.work import parameters
 from harness.registry import system as system_called
-from harness.specs import GEMMS, Experiment
+from harness.specs import Experiment
 
 #: multiply-adds that the oracle may take in one race, on one core in float64: about a second. The steps that these
 #: buy are compared, the others with the other systems alone
@@ -44,9 +45,8 @@ TOGETHER, LATER = 3, 0.25
 def affordable_steps(experiment: Experiment, num_steps: int) -> int:
     """How many of the first ``num_steps`` the oracle may take."""
     model, tokens = experiment.model, sum(experiment.workload.tokens(experiment.cluster.num_ranks))
-    experts = model.num_experts * GEMMS[model.ffn_type] * model.hidden * model.ffn
-    attention = 4 * model.hidden**2 + 2 * model.seq * model.hidden
-    macs = 3 * tokens * (model.num_layers * (experts + attention) + model.vocab * model.hidden)
+    macs = 3 * tokens * parameters(model, embeddings=1)
+    macs += 3 * tokens * model.num_layers * 2 * model.seq * model.num_heads * model.head
     return int(min(num_steps, AFFORDABLE_MACS // macs))
 
 

@@ -115,7 +115,7 @@ def planned(trainer: Trainer) -> dict[str, float]:
     if len(placements) == len(trainer.layers):  # whole copies are as good as owned
         own = sum(len(placement.local(job.rank)) for placement in placements)
     else:
-        own = experiment.model.num_layers * experiment.model.num_experts // job.num_ranks
+        own = experiment.model.num_moe_layers * experiment.model.num_experts // job.num_ranks
     found = state_bytes(experiment, job.topology, own)
     copies = [int((layer.hosts[:, job.rank] & (layer.placement.owner != job.rank)).sum()) for layer in layers]
     together = max if layers and layers[0].policy.rematerialises else sum

@@ -277,7 +277,7 @@ def expected_s(experiment: Experiment, race: Race) -> float:
 def drawing_s(experiment: Experiment) -> float:
     """Seconds at most in which a rank draws the weights of its experts, on the CPU; each system draws its own."""
     model = experiment.model
-    num_layers = 1 if experiment.phase in ("exchange", "layer") else model.num_layers
+    num_layers = 1 if experiment.phase in ("exchange", "layer") else model.num_moe_layers
     of_expert = expert_parameters(model)
     return num_layers * math.ceil(model.num_experts / experiment.cluster.num_ranks) * of_expert / DRAWN_PER_S
 

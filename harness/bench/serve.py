@@ -33,9 +33,9 @@ from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.errors import placed
 from harness.layer import stored
-from harness.layer.gpt import GPT, Attention, Cache
+from harness.layer.gpt import GPT, Attention, Cache, Ffn
 from harness.layer.weights import Weights
-from harness.layer.work import ATTENTION_GEMMS, attention_macs, kv_fraction
+from harness.layer.work import ATTENTION_GEMMS, model_attention_macs
 from harness.placement import Placement
 from harness.plan.graph import Timeline
 from harness.plan.lanes import executor_of
@@ -84,8 +84,8 @@ class Server:
     ):
         self.shared = {} if shared is None else shared
         self.calls, self.verdict = 0, Verdict({"logits": 0.0})
-        self.at_once = at_once(experiment.model.num_layers, num_calls)
-        self.witnesses = Witnesses(experiment.model.num_layers, self._witness, self.at_once)
+        self.at_once = at_once(experiment.model.num_moe_layers, num_calls)
+        self.witnesses = Witnesses(experiment.model.num_moe_layers, self._witness, self.at_once)
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
         self.timed: dict[int, int] = {}  # passes, by repetition
         self.stands_in = experiment.compute == "stand-in"
@@ -120,6 +120,9 @@ class Server:
             for attention in (m for m in self.gpt.modules() if isinstance(m, Attention)):
                 attention.keep_heads(job.rank % self.sharing, self.sharing)
             self.gpt.requires_grad_(False)
+        costs = case_of(experiment).stand_in_costs
+        for ffn in (m for m in self.gpt.modules() if isinstance(m, Ffn)):
+            ffn.stand_in = costs
         self.steered: list[Steered] = [m for m in self.gpt.modules() if isinstance(m, Steered)]
         self.layers: list[MoELayer] = [steered.layer for steered in self.steered]  # type: ignore[misc]
         self.prescribed = None if experiment.workload.generator == "natural" else self._routed(0)
@@ -153,7 +156,7 @@ class Server:
             self.least[rep] = self._see(f"timed repetition {rep}")
         assert self.timeline is not None
         sample.step = self.timed[rep]
-        sample.parts_s = parts_s(self.timeline, self.model.num_layers)
+        sample.parts_s = parts_s(self.timeline, self.model.num_moe_layers)
         return [sample]
 
     @torch.no_grad()
@@ -251,7 +254,9 @@ class Server:
         context = self.tokens[:, :-1]
         if not hasattr(self, "caches"):
             sequences = self.sharing * len(context)
-            self.caches = [Cache(self.model, sequences, self.dtype, self.job.device, self.sharing) for _ in self.layers]
+            self.caches = [
+                Cache(self.model, sequences, self.dtype, self.job.device, self.sharing) for _ in self.gpt.blocks
+            ]
             if self.prescribed is None:
                 self._pass(context, self.caches)
             else:
@@ -316,7 +321,7 @@ def attention_s(experiment: Experiment, rank: int) -> float | None:
         return None
     tokens = experiment.workload.tokens(Topology(experiment.cluster.shape).num_ranks)[rank]
     causal = experiment.phase == "prefill"
-    macs = attention_macs(model.hidden, tokens, model.seq, causal=causal, kv_fraction=kv_fraction(model))
+    macs = model_attention_macs(model, tokens, causal=causal)
     return float(ATTENTION_GEMMS * gemm.alpha_s + macs * gemm.beta_s_per_mac)
 
 

@@ -46,7 +46,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment, found: dic
     if job.num_ranks > 1:
         dist.all_reduce(worst, dist.ReduceOp.MAX)
     row = {**found, "errors": {**found["errors"], "logits": float(worst)}}
-    tolerance = allowed(system, "float64") * small.model.num_layers
+    tolerance = allowed(system, "float64") * small.model.num_moe_layers
     if float(worst) > tolerance:
         row["status"] = "nonconforming"
         row["reason"] = f"logits in float64 off by {float(worst):.1e} of the oracle's, allowed {tolerance:.0e}"
@@ -71,7 +71,7 @@ def unequal(experiment: Experiment, num_ranks: int) -> tuple[Placement, ...]:
     """Random placements: an expert on every rank, the others anywhere."""
     rng, num_experts = np.random.default_rng(3), experiment.model.num_experts
     found = []
-    for _ in range(experiment.model.num_layers):
+    for _ in range(experiment.model.num_moe_layers):
         owner = np.concatenate([np.arange(num_ranks), rng.integers(0, num_ranks, num_experts - num_ranks)])
         owner = rng.permutation(owner)
         found.append(Placement.of_slots([rng.permutation(np.flatnonzero(owner == rank)) for rank in range(num_ranks)]))

@@ -35,7 +35,7 @@ from harness.comm.handover import Held
 from harness.comm.job import Job
 from harness.comm.rows import accumulator
 from harness.dtypes import TORCH_DTYPE
-from harness.layer.gpt import Attention
+from harness.layer.gpt import Attention, Ffn
 from harness.layer.weights import Weights
 from harness.plan.gradients import Stream
 from harness.plan.graph import Plan, Timeline
@@ -80,10 +80,10 @@ class Training:
         return [m for m in self.gpt.modules() if isinstance(m, Attention)]
 
     def routers(self) -> Iterator[nn.Parameter]:
-        """Parameters of the MoE layers that all ranks share."""
+        """Parameters of the MoE layers' gates, which all ranks share."""
         for steered in self.steered:
             if isinstance(steered.layer, MoELayer):
-                yield from steered.layer.shared_parameters()
+                yield from steered.layer.router_parameters()
             elif isinstance(steered.layer, OracleLayer):
                 yield from (getattr(steered.layer.oracle, name) for name in steered.layer.oracle.gate_names)
 
@@ -134,8 +134,8 @@ class Trainer:
         self.system = system
         self.timeline: Timeline | None = None  # of the last step
         self.losses: dict[int, float] = {}  # by step
-        self.at_once = at_once(experiment.model.num_layers, num_calls)
-        self.witnesses = Witnesses(experiment.model.num_layers, self._witness, self.at_once)
+        self.at_once = at_once(experiment.model.num_moe_layers, num_calls)
+        self.witnesses = Witnesses(experiment.model.num_moe_layers, self._witness, self.at_once)
         self.timed: dict[int, int] = {}  # steps, by repetition
         self.least: dict[int, np.ndarray | None] = {}  # by repetition
         self.seen = Held()  # of the last step, of the layers that were watched
@@ -159,17 +159,22 @@ class Trainer:
             device=job.device,
             heads=(job.rank % num_local, num_local) if self.model_parallel else (0, 1),
         )
-        for attention in self.training.attentions:
-            attention.stand_in = case.stand_in_costs
+        for each in self.training.gpt.modules():
+            if isinstance(each, (Attention, Ffn)):
+                each.stand_in = case.stand_in_costs
         self.lanes = executor_of(job)
-        attentions = [list(attention.parameters()) for attention in reversed(self.training.attentions)]
+        every = self.training.attentions
+        attentions = [
+            [parameter for block in blocks for parameter in every[block].parameters()]
+            for blocks in reversed(experiment.model.layers_of)
+        ]
         over_all = job.world if job.num_ranks > 1 else None
         group, scope = (job.rail(0), "inter") if self.model_parallel else (over_all, "flat")
         self.stream = Stream(attentions, group, scope)
-        shared = [*self.training.gpt.replicated_parameters(), *self.training.routers()]
+        layers: list[MoELayer] = [steered.layer for steered in self.training.steered]  # type: ignore[misc]
+        shared = [*self.training.gpt.replicated_parameters(), *(p for each in layers for p in each.shared_parameters())]
         inside = {id(p) for part in attentions for p in part}
         self.summed = list({id(p): p for p in shared if id(p) not in inside}.values())
-        layers: list[MoELayer] = [steered.layer for steered in self.training.steered]  # type: ignore[misc]
         self.slices = system.place_gradients(layers[::-1], case, self.stream.part_bytes, scope)
         self.layers = layers
         self.after_step = system.after_step(layers, case, job)

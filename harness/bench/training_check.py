@@ -128,11 +128,9 @@ def oracle_losses(
 def reduced(experiment: Experiment) -> Experiment:
     """The same training, small enough for the oracle: the same E, k, gate and FFN type, one short sequence a rank."""
     model = experiment.model
-    hidden = max(32, -(-model.num_experts * 3 // 2 // 16) * 16)
-    small = model.model_copy(
-        update={"num_layers": min(2, model.num_layers), "hidden": hidden, "ffn": 32, "num_heads": 4,
-                "num_kv_heads": None, "seq": 16, "vocab": 256}
-    )  # fmt: skip
+    head_dim = None if model.head_dim is None else 24  # not what the heads would have else
+    of_gpt: dict[str, Any] = {"num_heads": 4, "head_dim": head_dim, "seq": 16, "vocab": 256}
+    small = model.shrunk(min(2, model.num_moe_layers), **of_gpt)
     generator = "natural" if experiment.workload.generator == "natural" else "uniform"
     workload = experiment.workload.model_copy(
         update={"name": "gate", "generator": generator, "params": {}, "tokens_per_rank": 16}

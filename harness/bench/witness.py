@@ -129,7 +129,7 @@ def _mixed(gates: Gates, given: Given, lens: Lens, identity: bool) -> _Wanted:
     names = [name for name in ("w1", "w2", "w3") if hasattr(oracle, name) and not identity]
     num_experts, q = gates.case.model.num_experts, NUM_DIRECTIONS
     experts = torch.zeros(num_experts, len(names), q + 1, dtype=torch.float64, device=x.device)
-    gate = torch.zeros(len(oracle.gate_names), q + 1, dtype=torch.float64, device=x.device)
+    gate = torch.zeros(len(gates.replicated), q + 1, dtype=torch.float64, device=x.device)
     dx = None
     if given.dy is not None:
         y.backward(given.dy.double())
@@ -137,7 +137,7 @@ def _mixed(gates: Gates, given: Given, lens: Lens, identity: bool) -> _Wanted:
         for i, name in enumerate(names):
             for e, gradient in enumerate(getattr(oracle, name).grad):
                 experts[e, i, :q], experts[e, i, q] = lens.of_matrix(name, gradient), gradient.square().sum()
-        for i, name in enumerate(oracle.gate_names):
+        for i, name in enumerate(gates.replicated):
             gradient = getattr(oracle, name).grad
             gate[i, :q], gate[i, q] = lens.of_matrix(name, gradient), gradient.square().sum()
     sure, doubtful = torch.ones(len(x), dtype=torch.bool, device=x.device), torch.zeros(num_experts, device=x.device)
@@ -174,9 +174,11 @@ def _want(gates: Gates, given: Given, lens: Lens, *, constant_gate: bool, natura
         sure &= here
     weight = g.detach().to(work)[:, None]
     y = torch.zeros(len(x), NUM_DIRECTIONS, dtype=work, device=x.device).index_add(0, pairs.token, weight * pairs.y)
+    if pairs.shared is not None:
+        y = y.index_add(0, pairs.shared.token, pairs.shared.y)
     names = list(pairs.weights)
     experts = torch.zeros(num_experts, len(names), NUM_DIRECTIONS + 1, dtype=torch.float64, device=x.device)
-    gate = torch.zeros(len(oracle.gate_names), NUM_DIRECTIONS + 1, dtype=torch.float64, device=x.device)
+    gate = torch.zeros(len(gates.replicated), NUM_DIRECTIONS + 1, dtype=torch.float64, device=x.device)
     token, expert = pairs.token, pairs.expert
 
     def ids(which: int) -> list[int]:
@@ -185,6 +187,11 @@ def _want(gates: Gates, given: Given, lens: Lens, *, constant_gate: bool, natura
     if pairs.gate is None or pairs.dx is None:
         return _Wanted(y, None, sure, experts, doubtful, gate, gate.new_zeros(1), names, ids)
     dx = torch.zeros_like(y).index_add(0, pairs.token, weight * pairs.dx)
+    if pairs.shared is not None and pairs.shared.dx is not None:
+        dx = dx.index_add(0, pairs.shared.token, pairs.shared.dx)
+        for i, name in enumerate(pairs.shared.weights, len(oracle.gate_names)):
+            gate[i, :-1] = pairs.shared.weights[name].double().sum(0)
+            gate[i, -1] = pairs.shared.sizes[name].double().sum()
     for i, name in enumerate(names):
         parts = torch.cat([weight * pairs.weights[name], weight.square() * pairs.sizes[name][:, None]], 1)
         experts[:, i].index_add_(0, pairs.expert, parts.double())
@@ -289,7 +296,7 @@ def _multiplied(job: Job, seen: Seen, wanted: _Wanted) -> _Wanted:
 
 def _weights(job: Job, gates: Gates, given: Given, seen: Seen, wanted: _Wanted, at: str) -> Iterable[tuple[float, str]]:
     """Collective: errors of this rank's experts and of the gate."""
-    names, gate_names = wanted.names, gates.oracle.gate_names
+    names, gate_names = wanted.names, gates.replicated
     own = torch.zeros(len(gate_names), NUM_DIRECTIONS, dtype=torch.float64, device=job.device)
     for i, name in enumerate(gate_names):
         if name in seen.gate:
@@ -316,7 +323,10 @@ def _weights(job: Job, gates: Gates, given: Given, seen: Seen, wanted: _Wanted, 
         for i, name in enumerate(gate_names):
             size, of_terms = max(float(gate[i, -1]) ** 0.5, float(gate[i, :-1].abs().max())), float(terms) ** 0.5
             scale = LARGEST * (size if size > CANCELS * of_terms else of_terms) or 1.0
-            yield float((own[i] - gate[i, :-1]).abs().max()) / scale, f"of the gate's {name} {at}"
+            yield (
+                float((own[i] - gate[i, :-1]).abs().max()) / scale,
+                f"of the {'shared experts' if name in gates.shared else 'gate'}' {name} {at}",
+            )
 
 
 def _summed(job: Job, *parts: torch.Tensor) -> list[torch.Tensor]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from harness.layer.standin import wait
 from harness.layer.weights import Weights
 from harness.specs import Gemm
+from harness.system import Case
 
 
 class Experts(nn.Module):
@@ -65,6 +66,34 @@ class Experts(nn.Module):
         grads = {name: getattr(self, name).grad for name in self.names}
         full = {name: torch.zeros_like(getattr(self, name)) if g is None else g for name, g in grads.items()}
         return {e: {name: full[name][i] for name in self.names} for i, e in enumerate(self.local)}
+
+
+class SharedExpert(nn.Module):
+    """What every token goes through beside its experts: all shared experts side by side, whole on every rank. As a
+    stand-in it adds nothing."""
+
+    def __init__(self, weights: Weights, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.all = Experts(weights, [weights.model.num_experts], device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, M] -> [T, M]."""
+        made: torch.Tensor = self.all(x, torch.tensor([len(x)]))
+        return made if self.all.stand_in is None else made * 0
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """This rank's own part, by the names of ``shared_names``."""
+        ((_, of),) = self.all.gradients().items()
+        return {f"shared_{name}": gradient for name, gradient in of.items()}
+
+
+def shared_expert(case: Case, weights: Weights) -> SharedExpert | None:
+    """Of a rank; None where there is none, as in phase ``exchange``."""
+    if case.identity_experts or not case.model.num_shared_experts:
+        return None
+    found = SharedExpert(weights, case.device)
+    found.all.stand_in = case.stand_in_costs
+    return found
 
 
 class IdentityExperts(nn.Module):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from harness.comm.rows import accumulator
 from harness.errors import bad
 from harness.layer.standin import wait
-from harness.layer.work import ATTENTION_GEMMS, attention_macs
+from harness.layer.work import ATTENTION_GEMMS, model_attention_macs
 from harness.specs import Gemm, Model
 
 INIT_STD = 0.02  # of embeddings and projections, as in GPT-2
@@ -30,7 +30,7 @@ class Cache:
         self, model: Model, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu", parts: int = 1
     ):
         heads = (model.num_kv_heads or model.num_heads) // parts
-        shape = (batch, heads, model.seq, model.hidden // model.num_heads)
+        shape = (batch, heads, model.seq, model.head)
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = 0
 
@@ -47,23 +47,21 @@ class Attention(nn.Module):
 
     def __init__(self, model: Model):
         super().__init__()
-        if model.hidden % model.num_heads:
-            raise bad("model.num_heads", model.num_heads, f"does not divide hidden = {model.hidden}")
-        self.num_heads = model.num_heads
+        if model.head_dim is None and model.hidden % model.num_heads:
+            raise bad("model.num_heads", model.num_heads, f"does not divide hidden = {model.hidden}; or give head_dim")
+        self.model, self.num_heads = model, model.num_heads
         self.num_kv_heads = model.num_kv_heads or model.num_heads
-        self.head = model.hidden // model.num_heads
+        self.head = model.head
         self.qkv = nn.Linear(model.hidden, (self.num_heads + 2 * self.num_kv_heads) * self.head, bias=False)
-        self.out = nn.Linear(model.hidden, model.hidden, bias=False)
+        self.out = nn.Linear(model.num_heads * model.head, model.hidden, bias=False)
         self.stand_in: Gemm | None = None  # instead of computing, wait as long as these costs say
 
     def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """x [B, L, M] -> [B, L, M]. With a ``cache`` x are the next tokens: all, or one of each sequence."""
-        batch, length, hidden = x.shape
+        batch, length, _ = x.shape
         if self.stand_in is not None:
-            macs = attention_macs(
-                hidden, batch * length, length, causal=False, kv_fraction=self.num_kv_heads / self.num_heads
-            )
-            part = self.num_heads * self.head / hidden  # of the heads
+            macs = model_attention_macs(self.model, batch * length, causal=False)
+            part = self.num_heads / self.model.num_heads  # of the heads
             return wait(x, self.stand_in, ATTENTION_GEMMS, float(part * macs), self.parameters())
         of_all = self.num_heads + 2 * self.num_kv_heads
         heads = self.qkv(x).view(batch, length, of_all, self.head).transpose(1, 2)  # [B, q + k + v heads, L, head]
@@ -91,8 +89,25 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads = self.num_heads // count, self.num_kv_heads // count
 
 
+class Ffn(nn.Module):
+    """A feed-forward network of the type of the model's experts, where a layer has none: x [T, M] -> [T, M]."""
+
+    def __init__(self, model: Model, size: int):
+        super().__init__()
+        self.stand_in: Gemm | None = None  # as ``Attention.stand_in``
+        self.w1, self.w2 = nn.Linear(model.hidden, size, bias=False), nn.Linear(size, model.hidden, bias=False)
+        self.w3 = nn.Linear(model.hidden, size, bias=False) if model.ffn_type == "swiglu" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.stand_in is not None:
+            of = list(self.parameters())
+            return wait(x, self.stand_in, len(of), float(len(x) * sum(p.numel() for p in of)), of)
+        h = self.w1(x)
+        return self.w2(F.gelu(h) if self.w3 is None else F.silu(h) * self.w3(x))
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then the MoE layer, each added to its input."""
+    """Pre-norm transformer block: attention, then the MoE layer or an FFN, each added to its input."""
 
     def __init__(self, model: Model, moe: nn.Module):
         super().__init__()
@@ -108,7 +123,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """``moe(layer)`` gives block ``layer``'s MoE layer, [T, M] -> [T, M], already in ``dtype`` on ``device``.
+    """``moe(layer)`` gives the MoE layer of block ``layer`` among those that have experts, [T, M] -> [T, M], already in
+    ``dtype`` on ``device``.
 
     All other parameters are drawn from (seed, parameter name) alone, so that they are the same on every rank and
     with every MoE layer. ``tied``: the output head is the token embedding.
@@ -128,17 +144,21 @@ class GPT(nn.Module):
         self.model = model
         self.token = nn.Embedding(model.vocab, model.hidden)
         self.position = nn.Embedding(model.seq, model.hidden)
-        self.blocks = nn.ModuleList(Block(model, nn.Identity()) for _ in range(model.num_layers))
+        with_experts = set(model.moe_layers)
+        self.blocks = nn.ModuleList(
+            Block(model, nn.Identity() if i in with_experts else Ffn(model, model.dense_ffn or 0))
+            for i in range(model.num_layers)
+        )
         self.norm = nn.RMSNorm(model.hidden)
         self.head = nn.Linear(model.hidden, model.vocab, bias=False)
         if tied:
             self.head.weight = self.token.weight
         self._draw(seed)
         self.to(device, dtype)
-        #: every block's MoE layer, first block first
-        self.moe_layers = [moe(layer) for layer in range(model.num_layers)]
-        for block, layer in zip(self.blocks, self.moe_layers, strict=True):
-            block.moe = layer
+        #: of every block that has experts, first block first
+        self.moe_layers = [moe(layer) for layer in range(model.num_moe_layers)]
+        for block, layer in zip(model.moe_layers, self.moe_layers, strict=True):
+            self.blocks[block].moe = layer
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from harness.comm.job import Job
+from harness.layer.weights import shared_names
 from harness.specs import Model
 
 NUM_DIRECTIONS = 4  # of two, both may be nearly at right angles to what is wrong
@@ -47,6 +48,9 @@ class Lens:
 
         shapes = {"w1": (model.hidden, model.ffn), "w2": (model.ffn, model.hidden), "w3": (model.hidden, model.ffn)}
         shapes |= {name: (value.shape[0], value[0].numel()) for name, value in gate.items()}
+        size = model.shared_size
+        of_shared = {"w1": (model.hidden, size), "w2": (size, model.hidden), "w3": (model.hidden, size)}
+        shapes |= {name: of_shared[of] for name, of in shared_names(model).items()}
         y, dx = directions(model.hidden), directions(model.hidden)
         return cls(y, dx, {name: (directions(rows), directions(columns)) for name, (rows, columns) in shapes.items()})
 
@@ -69,6 +73,7 @@ class Pairs:
         default_factory=dict
     )  # [n, q]: its part of each matrix's gradient
     sizes: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # [n]: squared norms of these parts
+    shared: Pairs | None = None  # of each token with all shared experts side by side, [T, ...] each
 
 
 def identities(
@@ -81,6 +86,16 @@ def identities(
         return Pairs(token, expert, y)
     dy = dy.to(lens.y.dtype)
     return Pairs(token, expert, y, (x * dy).sum(1)[token], (dy @ lens.dx)[token])
+
+
+def look_shared(model: Model, x: torch.Tensor, dy: torch.Tensor | None, matrices: Matrices, lens: Lens) -> Pairs | None:
+    """x, dy [T, M] through all shared experts, which every rank has; weights by the names of ``shared_names``. None
+    where there are none."""
+    if not (names := shared_names(model)):
+        return None
+    given = {name: matrices[of].to(x.device, lens.y.dtype) for name, of in names.items()}
+    token = torch.arange(len(x), device=x.device)
+    return _apart(names, token, torch.full_like(token, model.num_experts), _of_expert(given, x, dy, lens), dy is None)
 
 
 def look(
@@ -105,8 +120,14 @@ def look(
              for part in order.tensor_split(max(1, num_chunks))]  # fmt: skip
     columns = torch.empty(len(order), found[0].shape[1], dtype=lens.y.dtype, device=x.device)
     columns[order] = torch.cat(found)
+    return _apart(names, token, expert, columns, dy is None)
+
+
+def _apart(
+    names: Iterable[str], token: torch.Tensor, expert: torch.Tensor, columns: torch.Tensor, forward: bool
+) -> Pairs:
     q = NUM_DIRECTIONS
-    if dy is None:
+    if forward:
         return Pairs(token, expert, columns)
     weights, sizes = {}, {}
     for i, name in enumerate(names):
@@ -157,24 +178,26 @@ def _there_and_back(
 
 
 def _of_expert(given: Matrices, x: torch.Tensor, dy: torch.Tensor | None, lens: Lens) -> torch.Tensor:
-    """One expert on rows x, dy [n, M] -> columns as ``look`` takes them apart."""
+    """One expert on rows x, dy [n, M] -> columns as ``_apart`` takes them. Names end with those of its matrices."""
     x = x.to(lens.y.dtype)
-    inner = [x @ given[name] for name in ("w1", "w3") if name in given]
+    down = next(name for name in given if name.endswith("w2"))
+    ups = sorted(given.keys() - {down})
+    inner = [x @ given[name] for name in ups]
     with torch.enable_grad():
         for each in inner:
             each.requires_grad_(dy is not None)
         h = F.silu(inner[0]) * inner[1] if len(inner) > 1 else F.gelu(inner[0])
     if dy is None:
-        return h @ (given["w2"] @ lens.y)
+        return h @ (given[down] @ lens.y)
     dy = dy.to(lens.y.dtype)
-    dh = dy @ given["w2"].T
-    dinner = dict(zip(("w1", "w3"), torch.autograd.grad(h, inner, dh), strict=False))
+    dh = dy @ given[down].T
+    dinner = dict(zip(ups, torch.autograd.grad(h, inner, dh), strict=True))
     h = h.detach()
     dx = sum(d @ (given[name].T @ lens.dx) for name, d in dinner.items())
     assert isinstance(dx, torch.Tensor)
-    columns = [h @ (given["w2"] @ lens.y), (h * dh).sum(1, keepdim=True), dx]
+    columns = [h @ (given[down] @ lens.y), (h * dh).sum(1, keepdim=True), dx]
     for name in given:
-        left, right = (h, dy) if name == "w2" else (x, dinner[name])
+        left, right = (h, dy) if name == down else (x, dinner[name])
         u, v = lens.pairs[name]
         columns += [(left @ u) * (right @ v), (_square(left) * _square(right))[:, None]]
     return torch.cat(columns, 1)

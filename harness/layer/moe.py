@@ -11,6 +11,7 @@ from torch import nn
 from harness.comm.rows import accumulator
 from harness.dtypes import EXACT
 from harness.layer import gates
+from harness.layer.experts import shared_expert
 from harness.layer.gates import Gated
 from harness.layer.oracle import keep_strongest
 from harness.layer.weights import Weights
@@ -34,6 +35,7 @@ class UnifiedLayer(MoELayer):
         self.gate = nn.ParameterDict({name: value.to(case.device, self.gate_dtype) for name, value in parameters})
         self.bias: torch.Tensor
         self.register_buffer("bias", weights.bias.to(case.device, self.gate_dtype))
+        self.shared = shared_expert(case, weights)
 
     def prepare(self, x: torch.Tensor) -> Gated:
         with torch.no_grad():
@@ -50,10 +52,13 @@ class UnifiedLayer(MoELayer):
         return gates.choose(self.model, x.to(self.gate_dtype), self.gate, self.bias, normal)
 
     def gradients(self) -> Gradients:
-        gate = {name: parameter.grad for name, parameter in self.gate.items() if parameter.grad is not None}
-        return Gradients(gate, self.experts.gradients())
+        found = {name: parameter.grad for name, parameter in self.gate.items() if parameter.grad is not None}
+        return Gradients(found | (self.shared.gradients() if self.shared else {}), self.experts.gradients())
 
     def shared_parameters(self) -> list[nn.Parameter]:
+        return [*self.gate.values(), *(self.shared.parameters() if self.shared else ())]
+
+    def router_parameters(self) -> list[nn.Parameter]:
         return list(self.gate.values())
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from harness.layer.weights import Weights
+from harness.layer.weights import Weights, shared_names
 from harness.specs import Model
 
 
 class Oracle(nn.Module):
-    """One MoE layer in float64; parameters ``router`` [M, E], ``w1`` [E, M, H], ``w2`` [E, H, M], ``w3`` [E, M, H], and
-    what ``Weights.gate`` has beside the router.
+    """One MoE layer in float64; parameters ``router`` [M, E], ``w1`` [E, M, H], ``w2`` [E, H, M], ``w3`` [E, M, H],
+    what ``Weights.gate`` has beside the router, and the shared experts' (``shared_names``).
 
     ``tokens``: of each rank, summing to T. They matter where experts choose (each rank by itself) and for noise
     (another at every ``step``); None: all tokens are one rank's."""
@@ -40,6 +40,10 @@ class Oracle(nn.Module):
             self.register_parameter(name, nn.Parameter(value.double()))
             self.gate_names.append(name)
         self.register_buffer("bias", weights.bias.double())
+        #: and of the shared experts, replicated as well
+        self.shared = {} if identity_experts else shared_names(self.model)
+        for name, of in self.shared.items():
+            self.register_parameter(name, nn.Parameter(weights.expert(self.model.num_experts)[of].double()))
         if not identity_experts:
             experts = [weights.expert(e) for e in range(self.model.num_experts)]
             for name in experts[0]:
@@ -49,6 +53,15 @@ class Oracle(nn.Module):
     def forward(self, x: torch.Tensor, kept: torch.Tensor | None = None, constant_gate: bool = False) -> torch.Tensor:
         """x float64 [T, M] -> y [T, M]. ``kept`` bool [T, E]: assignments that a capacity left. ``constant_gate``: no
         gradient through the gate."""
+        y = self._routed(x, kept, constant_gate)
+        if not self.shared:
+            return y
+        w1, w2, *w3 = (getattr(self, name) for name in self.shared)
+        h = x @ w1
+        return y + (F.silu(h) * (x @ w3[0]) if w3 else F.gelu(h)) @ w2
+
+    def _routed(self, x: torch.Tensor, kept: torch.Tensor | None, constant_gate: bool) -> torch.Tensor:
+        """Without shared experts."""
         seen = x.detach() if constant_gate else x  # by the gate
         if self.model.gate == "softmoe":
             sizes = self._tokens_of_ranks(x)

@@ -14,7 +14,7 @@ from torch import nn
 from harness import outputs
 from harness.dtypes import TORCH_DTYPE
 from harness.errors import bad, first_line, unreadable
-from harness.layer.gpt import GPT, Block
+from harness.layer.gpt import GPT, Block, Ffn
 from harness.layer.weights import Weights
 from harness.specs import Dtype, Model
 
@@ -75,17 +75,22 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {"token.weight": (model.vocab, m), "position.weight": (model.seq, m)}
     with torch.device("meta"):
         block = {name: tuple(value.shape) for name, value in Block(model, nn.Identity()).state_dict().items()}
+        ffn = {name: tuple(value.shape) for name, value in Ffn(model, model.dense_ffn or 1).state_dict().items()}
     experts: dict[str, tuple[int, ...]] = {"w1": (num_experts, m, h), "w2": (num_experts, h, m)}
     if model.ffn_type == "swiglu":
         experts["w3"] = (num_experts, m, h)
+    size = model.shared_size
+    shared = {"w1": (1, m, size), "w2": (1, size, m), "w3": (1, m, size)} if size else {}
     gate: dict[str, tuple[int, ...]] = {"router": (m, num_experts)}
     if model.gate == "xmoe":
         gate = {"router": (model.projection_dim, num_experts), "proj": (m, model.projection_dim)}
     moe: dict[str, tuple[int, ...]] = {f"experts.{name}": shape for name, shape in experts.items()}
     moe |= {f"gate.{name}": shape for name, shape in gate.items()} | {"bias": (num_experts,)}
+    moe |= {f"shared.all.{name}": shape for name, shape in shared.items() if name in experts}
     for layer in range(model.num_layers):
         found |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
-        found |= {f"blocks.{layer}.moe.{name}": shape for name, shape in moe.items()}
+        has_experts = layer in model.moe_layers
+        found |= {f"blocks.{layer}.moe.{name}": shape for name, shape in (moe if has_experts else ffn).items()}
     return {**found, "norm.weight": (m,), "head.weight": (model.vocab, m)}
 
 
@@ -96,7 +101,7 @@ class StoredWeights(Weights):
     arrays: Arrays = dataclasses.field(default_factory=dict, compare=False)
 
     def _stored(self, name: str) -> torch.Tensor:
-        array = self.arrays[f"blocks.{self.layer}.moe.{name}"]
+        array = self.arrays[f"blocks.{self.model.moe_layers[self.layer]}.moe.{name}"]
         return torch.from_numpy(array).double().to(TORCH_DTYPE[self.dtype])
 
     @property
@@ -112,15 +117,17 @@ class StoredWeights(Weights):
 
     def expert(self, index: int) -> dict[str, torch.Tensor]:
         names = ("w1", "w2", "w3") if self.model.ffn_type == "swiglu" else ("w1", "w2")
+        if index == self.model.num_experts:
+            return {name: self._stored(f"shared.all.{name}")[0] for name in names}
         return {name: self._stored(f"experts.{name}")[index] for name in names}
 
 
 @torch.no_grad()
 def fill(gpt: GPT, arrays: Arrays, dtype: Dtype) -> None:
     """Everything outside the MoE layers, rounded to ``dtype``."""
-    inside = {name for name, _ in gpt.named_parameters() if ".moe." in name}
+    outside = {id(parameter) for parameter in gpt.replicated_parameters()}
     for name, parameter in gpt.named_parameters():
-        if name not in inside:
+        if id(parameter) in outside:
             parameter.copy_(torch.from_numpy(arrays[name]).to(TORCH_DTYPE[dtype]))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from harness.dtypes import TORCH_DTYPE
-from harness.specs import Dtype, Model
+from harness.specs import GEMMS, Dtype, Model
 
 # Streams of the generators: 0 and 1 the router and its bias, 3 e + 2 and on expert e, and above all experts these.
 _PROJECTION, _NOISE, _SLOTS = 900_000, 900_001, 900_002
@@ -83,11 +83,12 @@ class Weights:
         return torch.from_numpy(rng.standard_normal((num_tokens, self.model.num_experts)))
 
     def expert(self, index: int) -> dict[str, torch.Tensor]:
-        """w1 [M, H], w2 [H, M]; for swiglu w1 is the gate projection and w3 [M, H] the up projection."""
+        """w1 [M, H], w2 [H, M]; for swiglu w1 is the gate projection and w3 [M, H] the up projection. Number E is all
+        shared experts side by side, of size ``Model.shared_size`` in the place of H."""
         return _DRAWN.get((self, index), lambda: self._expert(index))
 
     def _expert(self, index: int) -> dict[str, torch.Tensor]:
-        m, h = self.model.hidden, self.model.ffn
+        m, h = self.model.hidden, self.model.shared_size if index == self.model.num_experts else self.model.ffn
         weights = {
             "w1": self._draw(3 * index + 2, (m, h), 1 / math.sqrt(m)),
             "w2": self._draw(3 * index + 3, (h, m), 1 / math.sqrt(h)),
@@ -123,6 +124,12 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> int:
 
 
 _DRAWN = _Drawn()
+
+
+def shared_names(model: Model) -> dict[str, str]:
+    """Of the shared experts' matrices among replicated parameters, each with its name in ``Weights.expert``."""
+    names = ("w1", "w2", "w3")[: GEMMS[model.ffn_type]] if model.num_shared_experts else ()
+    return {f"shared_{name}": name for name in names}
 
 
 def capacity(model: Model, num_tokens: int) -> int:

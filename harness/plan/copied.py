@@ -152,7 +152,7 @@ class CopiedSystem(NativeSystem):
     def copied_parameters(cls, case: Case) -> int:
         own = case.model.num_experts // case.topology.num_ranks
         each = 2 + OPTIMIZER_STATES[case.dtype]  # with a gradient
-        return each * case.model.num_layers * (num_slots(case) - own)
+        return each * case.model.num_moe_layers * (num_slots(case) - own)
 
     @classmethod
     def planned_shares(cls, case: Case) -> np.ndarray:

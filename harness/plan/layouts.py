@@ -17,9 +17,12 @@ from typing import Literal
 
 from harness.comm.journey import Cut
 from harness.comm.sparse import SparsePlan
+from harness.options import yes
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Work
 from harness.plan.passage import Direction, Passage
 from harness.plan.schedule import AWAY, Bound, Schedule, hop_name
+from harness.plan.slots import OVERLAP
+from harness.system import Case
 from harness.topology import Topology
 
 #: of one task of a transfer: its stages, and which hops (``SparsePlan.near``; None: all)
@@ -42,6 +45,23 @@ class OpaqueTasks(Passage):
 
 
 class PlannedTasks(Passage):
+    """``shares``: there are shared experts, computed before the rows are sent; ``overlaps``: while these travel."""
+
+    shares: bool = False
+    overlaps: bool = False
+
+    def share(self, case: Case) -> None:
+        """As ``case`` has it."""
+        self.shares = case.model.num_shared_experts > 0 and not case.identity_experts
+        self.overlaps = yes(case, OVERLAP, False)
+
+    def shared(self, plan: Plan, prefix: str, direction: Direction, after: list[str]) -> tuple[list[str], list[str]]:
+        """Adds the shared experts' task: what the rows then wait for, and what the last task waits for beside them."""
+        if not self.shares:
+            return after, []
+        done = [plan.put(f"{prefix}shared", COMPUTE, after, self.work(direction, "shared"))]
+        return after if self.overlaps else done, done
+
     @abc.abstractmethod
     def there_and_back(
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
@@ -58,15 +78,17 @@ class PlannedTasks(Passage):
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         last = [plan.put(f"{prefix}gate", COMPUTE, after, self.work("forward", "gate"))]
+        last, shared = self.shared(plan, prefix, "forward", last)
         last = self.there_and_back(plan, prefix=prefix, after=last, gradients=gradients)
-        return [plan.put(f"{prefix}restore", COMPUTE, last, self.work("forward", "restore"))]
+        return [plan.put(f"{prefix}restore", COMPUTE, [*last, *shared], self.work("forward", "restore"))]
 
     def backward(
         self, plan: Plan, *, prefix: str = "", after: Iterable[str] = (), gradients: Work | None = None
     ) -> list[str]:
         last = [plan.put(f"{prefix}restore", COMPUTE, after, self.work("backward", "restore"))]
+        last, shared = self.shared(plan, prefix, "backward", last)
         last = self.back_and_there(plan, prefix=prefix, after=last, gradients=gradients)
-        return [plan.put(f"{prefix}gate", COMPUTE, last, self.work("backward", "gate"))]
+        return [plan.put(f"{prefix}gate", COMPUTE, [*last, *shared], self.work("backward", "gate"))]
 
 
 class NativeTasks(PlannedTasks):

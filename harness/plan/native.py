@@ -30,7 +30,7 @@ from harness.plan.passage import Direction, Passage
 from harness.plan.planned import PlannedLayer, PlannedPassage
 from harness.plan.priced import PricedNative
 from harness.plan.segment import Segment
-from harness.plan.slots import ExchangeSlot, Fares, FlatSlot, Reach, ScheduleSlot, Serial
+from harness.plan.slots import COMMON, ExchangeSlot, Fares, FlatSlot, Reach, ScheduleSlot, Serial
 from harness.routing.types import Routing
 from harness.system import Case, GradientSlices, MoELayer
 
@@ -185,6 +185,10 @@ class NativeSystem(UnifiedSystem):
     still: ClassVar[Mapping[str, Any]] = {}  # options with which it leaves experts where they are
     copies: ClassVar[bool] = False  # whether experts have more than their owners
     takes: ClassVar[Reach] = "rank"  # who must get a row that is sent to an expert
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.options = {**cls.options, **COMMON}
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:

@@ -29,7 +29,7 @@ class PlannedLayer(UnifiedLayer):
 
     def __init__(self, case: Case, job: Job, weights: Weights):
         super().__init__(case, weights, job.rank)
-        self.job = job
+        self.job, self.case = job, case
         self.lanes = executor_of(job)
         self.timelines: dict[str, Timeline] = {}
 
@@ -54,7 +54,12 @@ class PlannedPassage(PlannedTasks, Way):
 
     def __init__(self, layer: PlannedLayer, gated: Gated | None):
         self.layer, self.gated = layer, gated
-        self.enter, self.leave = Segment(), Segment()
+        self.share(layer.case)
+        self.enter, self.leave, self.beside = Segment(), Segment(), Segment()
+        self.x_shared: torch.Tensor | None = None  # what shared experts are given, and its gradient
+        self.y_shared: torch.Tensor | None = None
+        self.dx_shared: torch.Tensor | None = None
+        self.dy_shared: torch.Tensor | None = None
         self.dweights: torch.Tensor | None = None  # of the gate's weights, where they are applied on the way
 
     @abc.abstractmethod
@@ -82,18 +87,30 @@ class PlannedPassage(PlannedTasks, Way):
         return home
 
     def forward_gate(self) -> None:
+        if self.shares:
+            self.x_shared = self.x
         rows, self.weights, self.unmix = self.enter.forward(self._enter, pop(self, "x"))
         self.depart(rows)
 
     def forward_restore(self) -> None:
-        self.y = self.leave.forward(self._leave, self.arrive(), pop(self, "weights"), pop(self, "unmix"))
+        shared = pop(self, "y_shared")
+        self.y = self.leave.forward(self._leave, self.arrive(), pop(self, "weights"), pop(self, "unmix"), shared)
+
+    def forward_shared(self) -> None:
+        assert self.layer.shared is not None
+        self.y_shared = self.beside.forward(self.layer.shared, pop(self, "x_shared"))
 
     def backward_restore(self) -> None:
-        dhome, self.dweights, self.dunmix = self.leave.backward(pop(self, "dy"))
+        dhome, self.dweights, self.dunmix, self.dy_shared = self.leave.backward(pop(self, "dy"))
         self.depart_back(dhome)
+
+    def backward_shared(self) -> None:
+        (self.dx_shared,) = self.beside.backward(pop(self, "dy_shared"))
 
     def backward_gate(self) -> None:
         (self.dx,) = self.enter.backward(self.arrive_back(), pop(self, "dweights"), pop(self, "dunmix"))
+        if (more := pop(self, "dx_shared")) is not None:
+            self.dx = more if self.dx is None else self.dx + more
 
     def _enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         gated = self.layer.choose(x) if self.gated is None else self.gated
@@ -101,9 +118,12 @@ class PlannedPassage(PlannedTasks, Way):
         mixed = x if gated.mix is None else (gated.mix @ x.to(gated.mix.dtype)).to(x.dtype)
         return self.order(mixed, gated), gated.weights, gated.unmix
 
-    def _leave(self, home: torch.Tensor, weights: torch.Tensor, unmix: torch.Tensor | None) -> torch.Tensor:
+    def _leave(
+        self, home: torch.Tensor, weights: torch.Tensor, unmix: torch.Tensor | None, shared: torch.Tensor | None
+    ) -> torch.Tensor:
         rows = self.restore(home, weights)
-        return rows if unmix is None else (unmix @ rows.to(unmix.dtype)).to(rows.dtype)
+        y = rows if unmix is None else (unmix @ rows.to(unmix.dtype)).to(rows.dtype)
+        return y if shared is None else y + shared
 
 
 class Opaque(OpaqueTasks, Way):

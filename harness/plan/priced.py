@@ -25,7 +25,7 @@ from harness.plan.layouts import CopiedTasks, NativeTasks, OpaqueTasks, Replicat
 from harness.plan.passage import Direction
 from harness.plan.schedule import AWAY, Schedule
 from harness.routing.certificate import expert_counts
-from harness.specs import DTYPE_BYTES, GEMMS
+from harness.specs import DTYPE_BYTES, GEMMS, Dtype, Model
 from harness.system import Case, System
 
 if TYPE_CHECKING:
@@ -45,12 +45,24 @@ PARTS: dict[Direction, dict[str, str]] = {
 def expert_work(case: Case, rows: Array, direction: Direction = "forward", pieces: int = 1) -> Compute | None:
     """Of ``rows`` [.., W, E], of each expert on each rank, in so many ``pieces`` one after another; a backward computes
     twice as many products. None in phase ``exchange``."""
-    if case.identity_experts:
-        return None
-    times, model = {"forward": 1, "backward": 2}[direction], case.model
-    products = expert_products(model) * times
-    whole = Compute.of(Experts(rows, products, DTYPE_BYTES[case.dtype]))
+    return None if case.identity_experts else ffn_work(case.model, case.model.ffn, rows, case.dtype, direction, pieces)
+
+
+def ffn_work(
+    model: Model, size: int, rows: Array, dtype: Dtype, direction: Direction = "forward", pieces: int = 1
+) -> Compute:
+    """The same of FFNs of any ``size``; rows [.., W, 1]: of one that every rank has."""
+    times = {"forward": 1, "backward": 2}[direction]
+    whole = Compute.of(Experts(rows, expert_products(model, size) * times, DTYPE_BYTES[dtype]))
     return Compute(whole.macs, times * pieces * GEMMS[model.ffn_type], whole.read_bytes, whole.experts)
+
+
+def shared_work(case: Case, direction: Direction) -> Compute | None:
+    """Of all shared experts, through which each rank's own tokens go; None where there are none."""
+    if case.identity_experts or not case.model.num_shared_experts:
+        return None
+    tokens = np.asarray(case.routing.tokens, dtype=np.float64)[:, None]
+    return ffn_work(case.model, case.model.shared_size, tokens, case.dtype, direction)
 
 
 def gate_work(case: Case, direction: Direction) -> Compute | None:
@@ -94,6 +106,7 @@ class PricedOpaque(OpaqueTasks):
             if name == ("combine" if forward else "dispatch"):
                 found.append(expert_work(case, self.rows, direction))
             found.append(self.sent(names[name]))
+        found.append(shared_work(case, direction))
         found.append(mix_work(case) if forward else gate_work(case, direction))
         return Work(InTurn(tuple(cost for cost in found if cost is not None)))
 
@@ -122,6 +135,7 @@ class PricedNative(NativeTasks):
     def __init__(self, case: Case, schedule: Schedule, cut: Cut, fares: Fares, rows: Array):
         self.case, self.schedule, self.cut, self.fares, self.rows = case, schedule, cut, fares, rows
         self.num_hops, self.weights_travel = fares.num_hops, fares.weights_travel
+        self.share(case)
         by_experts = cut.by == "experts"
         self.piece = expert_pieces(case.placement.owner, cut.pieces) if by_experts else None  # of each expert
 
@@ -133,6 +147,8 @@ class PricedNative(NativeTasks):
                 return Work(gate_work(self.case, direction))
             case "restore":
                 return Work(mix_work(self.case))
+            case "shared":
+                return Work(shared_work(self.case, direction))
             case "experts":
                 return Work(self.experts(direction, part[0] if part else 0))
             case "metadata":

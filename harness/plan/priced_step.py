@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from harness.layer.work import ATTENTION_GEMMS, attention_macs, head_macs, kv_fraction
-from harness.memory import OPTIMIZER_STATES, attention_parameters, optimizer_accesses, state_bytes
+from harness.layer.work import ATTENTION_GEMMS, attention_parameters, head_macs, model_attention_macs
+from harness.memory import OPTIMIZER_STATES, optimizer_accesses, rest_parameters, state_bytes
 from harness.plan.cost import Compute, Cost, Even, InTurn
 from harness.plan.gradients import GradientBytes
 from harness.plan.graph import Work
 from harness.plan.passage import Direction, Passage
+from harness.plan.priced import ffn_work
 from harness.plan.step import ServingTasks, StepTasks, TrainingTasks
 from harness.specs import DTYPE_BYTES, Experiment
 from harness.system import Case, GradientSlices
@@ -50,16 +51,19 @@ class PricedStep(StepTasks):
         """Of a task that serving has not."""
         raise AssertionError(task)
 
-    def dense_work(self, layer: int, direction: Direction, task: str) -> Work:
+    def dense_work(self, block: int, direction: Direction, task: str) -> Work:
         if task in ("mp-gather", "mp-scatter"):
             num_bytes = self.num_local * self.model.hidden * self.width * self._of_node(self.tokens)
             return Work(Even("ag" if task == "mp-gather" else "rs", "intra", num_bytes))
+        times = {"forward": 1, "backward": 2}[direction]
+        if task == "ffn":
+            size, rows = self.model.dense_ffn or 0, self.tokens[:, None]
+            return Work(ffn_work(self.model, size, rows, self.experiment.dtype, direction))
         if task != "attention":
             return Work()
-        times = {"forward": 1, "backward": 2}[direction]
-        return Work(Compute(times * self.attention(), times * ATTENTION_GEMMS))
+        return Work(Compute(times * self.attention(block), times * ATTENTION_GEMMS))
 
-    def attention(self) -> Array:
+    def attention(self, layer: int) -> Array:
         """Multiply-adds of a forward, [W]."""
         phase, stand_in = self.experiment.phase, self.experiment.compute == "stand-in"
         causal = phase == "prefill" or (phase == "train_step" and not stand_in)
@@ -67,9 +71,7 @@ class PricedStep(StepTasks):
         if self.shares_attention:  # those of all ranks of the node, through some of the heads
             parts = self.num_local
             tokens = parts * self._of_node(tokens)
-        model = self.model
-        macs = attention_macs(model.hidden, tokens, model.seq, causal=causal, kv_fraction=kv_fraction(model))
-        return np.asarray(macs) / parts
+        return np.asarray(model_attention_macs(self.model, tokens, causal=causal, layer=layer)) / parts
 
     def _of_node(self, amounts: Array) -> Array:
         """Mean over the ranks of each rank's node, [W]."""
@@ -116,8 +118,8 @@ class PricedTraining(PricedStep, TrainingTasks):
 
     def tail(self, of_stream: Work | None) -> Work:
         model, wide = self.model, max(4, self.width)
-        rest = (model.vocab + model.seq + 1 + 2 * model.num_layers) * model.hidden * self.width
-        routers = model.num_layers * model.hidden * model.num_experts * wide
+        rest = rest_parameters(model) * self.width
+        routers = model.num_moe_layers * model.hidden * model.num_experts * wide
         sums = [Even("ar", "flat", num_bytes) for num_bytes in (rest, routers)]
         first = [] if of_stream is None or of_stream.cost is None else [of_stream.cost]
         return Work(InTurn((*first, *sums)))
@@ -129,7 +131,8 @@ def gradient_bytes(experiment: Experiment) -> GradientBytes:
     num_local = topology.num_ranks // topology.shape[0]
     parts = num_local if experiment.model_parallel and num_local > 1 else 1
     scope = "inter" if parts > 1 else "flat"
-    return GradientBytes([attention_parameters(model) // parts * width] * model.num_layers, width, scope)
+    each = attention_parameters(model) // parts * width
+    return GradientBytes([len(blocks) * each for blocks in reversed(model.layers_of)], width, scope)
 
 
 def own_experts(cases: Sequence[Case]) -> Array:

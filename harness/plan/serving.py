@@ -18,7 +18,7 @@ from harness.plan.passage import Direction, Way
 from harness.plan.step import SHARED, ServingTasks
 
 PARTS = ("attention", "experts", "all_to_all", "moe")  # whose times ``parts_s`` gives, layer by layer
-ATTENTION = tuple(SHARED)  # kinds of task that make up the first
+ATTENTION = (*SHARED, "ffn")  # kinds of task that make up the first
 
 
 class ServingStep(ServingTasks, Handover):
@@ -40,7 +40,12 @@ class ServingStep(ServingTasks, Handover):
         watched: Collection[int] = (),
     ):
         self.watched, self.seen = watched, Held()
-        self.gpt, self.passages, self.steer, self.caches, self.attention_s = gpt, passages, steer, caches, attention_s
+        self.gpt, self.passages, self.caches, self.attention_s = gpt, passages, caches, attention_s
+        self.model = gpt.model
+        self.layers = {block: i for i, block in enumerate(self.model.moe_layers)}  # MoE layer of a block
+        self.steer = {block: steer[i] for block, i in self.layers.items()}
+        self.x: torch.Tensor  # of a layer without experts, and what it makes of it
+        self.y: torch.Tensor
         self.group, self.shares_attention = group, group is not None
         self.residual: torch.Tensor
         self.tokens: torch.Tensor
@@ -54,15 +59,17 @@ class ServingStep(ServingTasks, Handover):
     def work(self, task: str) -> Work:
         return Work(run=getattr(self, f"_{task}"))
 
-    def dense_work(self, layer: int, direction: Direction, task: str) -> Work:
+    def dense_work(self, block: int, direction: Direction, task: str) -> Work:
+        if task == "ffn":
+            return Work(run=partial(self._ffn, block))
         if task == "mp-gather":
             return Work(run=self._gather)
         if task == "mp-scatter":
             return Work(run=self._scatter)
         if not self.shares_attention:
-            return Work(run=partial(self._whole, layer))
+            return Work(run=partial(self._whole, block))
         parts = {"norm": self._enter, "attention": self._attend, "residual": self._leave}
-        return Work(run=partial(parts[task], layer))
+        return Work(run=partial(parts[task], block))
 
     def _embedding(self) -> None:
         gpt, tokens = self.gpt, self.tokens
@@ -72,15 +79,21 @@ class ServingStep(ServingTasks, Handover):
         self._see(len(self.passages) - 1, "y", self.passages[-1].y)
         self.logits = self.gpt.head(self.gpt.norm(self.residual + self.passages[-1].y.view_as(self.residual)))
 
-    def _whole(self, layer: int) -> None:
+    def _whole(self, block: int) -> None:
         for part in (self._enter, self._attend, self._leave):
-            part(layer)
+            part(block)
 
-    def _enter(self, layer: int) -> None:
-        if layer:
-            self._see(layer - 1, "y", self.passages[layer - 1].y)
-            self.residual = self.residual + self.passages[layer - 1].y.view_as(self.residual)
-        self.own = self.gpt.blocks[layer].attention_norm(self.residual)  # type: ignore[operator]
+    def _ffn(self, block: int) -> None:
+        self.y = self.gpt.blocks[block].moe(self.x)  # type: ignore[operator]
+
+    def _enter(self, block: int) -> None:
+        if block:
+            before = self.layers.get(block - 1)
+            y = self.y if before is None else self.passages[before].y
+            if before is not None:
+                self._see(before, "y", y)
+            self.residual = self.residual + y.view_as(self.residual)
+        self.own = self.gpt.blocks[block].attention_norm(self.residual)  # type: ignore[operator]
 
     def _gather(self) -> None:
         """own [B, L, M] of every rank of the node -> [ranks B, L, M]."""
@@ -88,9 +101,9 @@ class ServingStep(ServingTasks, Handover):
         self.own = own.new_empty(dist.get_world_size(self.group) * len(own), *own.shape[1:])
         dist.all_gather_into_tensor(self.own, own, group=self.group)
 
-    def _attend(self, layer: int) -> None:
+    def _attend(self, block: int) -> None:
         if self.attention_s is None:
-            self.own = self.gpt.blocks[layer].attention(self.own, self.caches[layer] if self.caches else None)  # type: ignore[operator]
+            self.own = self.gpt.blocks[block].attention(self.own, self.caches[block] if self.caches else None)  # type: ignore[operator]
         else:
             time.sleep(self.attention_s)
 
@@ -100,10 +113,15 @@ class ServingStep(ServingTasks, Handover):
         self.own = torch.empty_like(self.residual)
         dist.reduce_scatter_tensor(self.own, partial, group=self.group)
 
-    def _leave(self, layer: int) -> None:
+    def _leave(self, block: int) -> None:
         if self.attention_s is None:
             self.residual = self.residual + self.own
-        self.passages[layer].x = self.steer[layer](self.gpt.blocks[layer].moe_norm(self.residual).flatten(0, 1))  # type: ignore[operator]
+        x = self.gpt.blocks[block].moe_norm(self.residual).flatten(0, 1)  # type: ignore[operator]
+        if block not in self.layers:
+            self.x = x
+            return
+        layer = self.layers[block]
+        self.passages[layer].x = self.steer[block](x)
         self._see(layer, "x", self.passages[layer].x)
 
     def _see(self, layer: int, name: str, tensor: torch.Tensor) -> None:
@@ -112,9 +130,9 @@ class ServingStep(ServingTasks, Handover):
 
 
 def parts_s(timeline: Timeline, num_layers: int) -> dict[str, list[float]]:
-    """Seconds of every layer on this rank by ``PARTS``: its attention, with what gathers and scatters for it; in its
-    MoE part the computation of experts, what is done on links, and the whole from first start to last end. A layer of
-    one opaque task has the first and last."""
+    """Seconds of every MoE layer on this rank by ``PARTS``: its attention, with what gathers and scatters for it, and
+    the dense layers before it; in its MoE part the computation of experts, what is done on links, and the whole from
+    first start to last end. A layer of one opaque task has the first and last."""
     found: dict[str, list[float]] = {part: [0.0] * num_layers for part in PARTS}
     begin, end = np.full(num_layers, np.inf), np.full(num_layers, -np.inf)
     opaque = False

@@ -25,6 +25,9 @@ from harness.system import Case, GradientSlices
 
 #: option -> one-line meaning with its default
 Options = Mapping[str, str]
+OVERLAP = "overlap_shared"
+#: of every schedule
+COMMON: Options = {OVERLAP: "shared experts beside the exchange, as Megatron-Core can (default false: before it)"}
 #: who gets a row that is sent to an expert: one rank that holds it, or all ranks of its node
 Reach = Literal["rank", "node"]
 

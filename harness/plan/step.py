@@ -5,19 +5,22 @@ is priced (``harness.plan.priced``).
                replicated gradients where the system puts it, optimizer, what moves between steps
     serving    embedding, every layer's attention and MoE part, head
 
-Attention is replicated (data parallelism over all ranks), or its heads are shared out over the ranks of a node (model
-parallelism inside nodes, data parallelism across): then tokens are gathered in the node before it, and partial sums
-scattered after it.
+A layer without experts (``Model.num_dense_layers``, ``moe_every``) is part of what lies before the next one that has
+some: its attention, and its FFN as one task. Attention is replicated (data parallelism over all ranks), or its heads
+are shared out over the ranks of a node (model parallelism inside nodes, data parallelism across): then tokens are
+gathered in the node before it, and partial sums scattered after it.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Sequence
 
 from harness.plan.gradients import GradientBytes
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Price, Work
 from harness.plan.passage import Dense, Direction, Passage, backward_layer, forward_layer
+from harness.specs import Model
 from harness.system import GradientSlices
 
 #: of an attention whose heads are shared out, in forward; backward goes through them from ``residual`` to ``norm``
@@ -25,9 +28,15 @@ SHARED = {"norm": COMPUTE, "mp-gather": INTRA, "attention": COMPUTE, "mp-scatter
 
 
 class StepTasks(abc.ABC):
-    """``passages``: of the MoE layers; ``shares_attention``: heads are shared out inside nodes."""
+    """``passages``: of the MoE layers of ``model``; ``shares_attention``: heads are shared out inside nodes."""
 
+    model: Model
     passages: Sequence[Passage]
+
+    @functools.cached_property
+    def layers_of(self) -> list[range]:
+        return self.model.layers_of
+
     shares_attention: bool
 
     @abc.abstractmethod
@@ -35,15 +44,25 @@ class StepTasks(abc.ABC):
         """Of a task outside the layers."""
 
     @abc.abstractmethod
-    def dense_work(self, layer: int, direction: Direction, task: str) -> Work:
-        """Of a task of an attention: ``attention``, or one of ``SHARED``."""
+    def dense_work(self, block: int, direction: Direction, task: str) -> Work:
+        """Of a task of layer ``block`` among all layers: ``attention`` or one of ``SHARED``; ``ffn`` of a dense one."""
 
     def dense(self, layer: int, direction: Direction) -> list[Dense]:
+        """What lies between the experts of MoE layer ``layer`` and those before it."""
         lanes = SHARED if self.shares_attention else {"attention": COMPUTE}
-        names = list(lanes)
+        names, blocks = list(lanes), self.layers_of[layer]
         if direction == "backward" and self.shares_attention:  # gathers gradients first, scatters their sums
             names = ["residual", "mp-gather", "attention", "mp-scatter", "norm"]
-        return [Dense(name, lanes[name], self.dense_work(layer, direction, name)) for name in names]
+        found = []
+        for block in blocks if direction == "forward" else blocks[::-1]:
+            tasks, prefix = names, ""
+            if block != blocks[-1]:
+                tasks, prefix = [*names, "ffn"] if direction == "forward" else ["ffn", *names], f"dense{block}."
+            found += [
+                Dense(f"{prefix}{name}", lanes.get(name, COMPUTE), self.dense_work(block, direction, name))
+                for name in tasks
+            ]
+        return found
 
     def forward(self, plan: Plan) -> list[str]:
         """Up to the head."""

@@ -114,6 +114,23 @@ class DensePart(Handover):
         self.dresidual, self.dmade = self.norm.backward(pop(self, "dresidual"), pop(self, "own"))
 
 
+class FfnPart(Handover):
+    """The same through the FFN of a layer without experts: x [T, M] -> y [T, M]."""
+
+    def __init__(self, ffn: nn.Module):
+        self.ffn, self.segment = ffn, Segment()
+        self.x: torch.Tensor
+        self.y: torch.Tensor
+        self.dy: torch.Tensor
+        self.dx: torch.Tensor | None
+
+    def forward(self) -> None:
+        self.y = self.segment.forward(self.ffn, pop(self, "x"))
+
+    def backward(self) -> None:
+        (self.dx,) = self.segment.backward(pop(self, "dy"))
+
+
 class TrainingStep(TrainingTasks):
     """One step. ``passages``: of the MoE layers; ``steer``: what stands before each; ``summed``: replicated parameters
     whose gradients are summed over all ranks after backward, beside the attention's, which are ``stream``;
@@ -138,12 +155,17 @@ class TrainingStep(TrainingTasks):
     ):
         self.watched, self.seen = watched, Held()
         self.gpt, self.job, self.passages, self.stream, self.slices = gpt, job, passages, stream, slices
-        self.summed, self.shares_attention = summed, model_parallel
+        self.model, self.summed, self.shares_attention = gpt.model, summed, model_parallel
         group, last = job.inner(0) if model_parallel else None, len(passages) - 1
-        self.parts = [
-            DensePart(block, each, group, partial(stream.fill, last - i))  # type: ignore[arg-type]
-            for i, (block, each) in enumerate(zip(gpt.blocks, steer, strict=True))
-        ]
+        self.parts: list[DensePart] = []  # of all layers, as ``ways``
+        self.ways: list[Way | FfnPart] = []
+        for i, blocks in enumerate(self.layers_of):
+            for block in blocks:
+                of, has_experts = gpt.blocks[block], block == blocks[-1]
+                made = partial(stream.fill, last - i) if block == blocks[0] else _nothing
+                self.parts.append(DensePart(of, steer[i] if has_experts else _as_it_is, group, made))  # type: ignore[arg-type]
+                self.ways.append(passages[i] if has_experts else FfnPart(of.moe))  # type: ignore[arg-type]
+        self.layers = {block: i for i, block in enumerate(self.model.moe_layers)}  # MoE layer of a block
         self.embed, self.head = Segment(), Segment()
         self.loss: torch.Tensor
 
@@ -164,16 +186,18 @@ class TrainingStep(TrainingTasks):
     def work(self, task: str) -> Work:
         return Work(run=getattr(self, f"_{task}"))
 
-    def dense_work(self, layer: int, direction: Direction, task: str) -> Work:
-        run = self.parts[layer].run(direction, task)
+    def dense_work(self, block: int, direction: Direction, task: str) -> Work:
+        if task == "ffn":
+            return Work(run=getattr(self.ways[block], direction))
+        run = self.parts[block].run(direction, task)
         first, last = ("norm", "residual") if direction == "forward" else ("residual", "norm")
         if not self.shares_attention:
             first = last = task
         steps = [run]
-        if task == first and (direction == "backward" or layer):
-            steps.insert(0, partial(getattr(self, f"_{direction}_into"), layer))
+        if task == first and (direction == "backward" or block):
+            steps.insert(0, partial(getattr(self, f"_{direction}_into"), block))
         if task == last:
-            steps.append(partial(getattr(self, f"_{direction}_out"), layer))
+            steps.append(partial(getattr(self, f"_{direction}_out"), block))
 
         def run_all() -> None:
             for each in steps:
@@ -200,7 +224,7 @@ class TrainingStep(TrainingTasks):
         first.residual, first.made = self.embed.forward(look_up, self.tokens), None
 
     def _head(self) -> None:
-        gpt, loss, way, last = self.gpt, self.loss_of, self.passages[-1], len(self.passages) - 1
+        gpt, loss, way, last = self.gpt, self.loss_of, self.passages[-1], len(self.ways) - 1
 
         def head(residual: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
             return loss(gpt.head(gpt.norm(residual + made.view_as(residual))))
@@ -224,28 +248,37 @@ class TrainingStep(TrainingTasks):
 
     # ------------------------------------------------------------------ from part to part
 
-    def _forward_into(self, layer: int) -> None:
-        """Into the attention of ``layer``."""
-        part, before, way = self.parts[layer], self.parts[layer - 1], self.passages[layer - 1]
-        self._see(layer - 1, "y", way.y)
+    def _forward_into(self, block: int) -> None:
+        """Into the attention of layer ``block``."""
+        part, before, way = self.parts[block], self.parts[block - 1], self.ways[block - 1]
+        self._see(block - 1, "y", way.y)
         part.residual, part.made = pop(before, "residual"), pop(way, "y")
 
-    def _forward_out(self, layer: int) -> None:
-        way = self.passages[layer]
-        way.x = pop(self.parts[layer], "x")
-        self._see(layer, "x", way.x)
+    def _forward_out(self, block: int) -> None:
+        way = self.ways[block]
+        way.x = pop(self.parts[block], "x")
+        self._see(block, "x", way.x)
 
-    def _backward_into(self, layer: int) -> None:
-        way = self.passages[layer]
-        self._see(layer, "dx", way.dx)
-        self.parts[layer].dx = pop(way, "dx")
+    def _backward_into(self, block: int) -> None:
+        way = self.ways[block]
+        self._see(block, "dx", way.dx)
+        self.parts[block].dx = pop(way, "dx")
 
-    def _backward_out(self, layer: int) -> None:
-        if layer:
-            part, below, way = self.parts[layer], self.parts[layer - 1], self.passages[layer - 1]
+    def _backward_out(self, block: int) -> None:
+        if block:
+            part, below, way = self.parts[block], self.parts[block - 1], self.ways[block - 1]
             below.dresidual, way.dy = pop(part, "dresidual"), pop(part, "dmade")
-            self._see(layer - 1, "dy", way.dy)
+            self._see(block - 1, "dy", way.dy)
 
-    def _see(self, layer: int, name: str, tensor: torch.Tensor | None) -> None:
+    def _see(self, block: int, name: str, tensor: torch.Tensor | None) -> None:
+        layer = self.layers.get(block)
         if layer in self.watched and tensor is not None:
             self.seen[layer, name] = seen(tensor)
+
+
+def _nothing() -> None:
+    """Where no gradients are complete yet."""
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x

@@ -16,7 +16,7 @@ from torch import nn
 
 from harness.errors import bad
 from harness.layer import gates, stored
-from harness.layer.experts import Experts
+from harness.layer.experts import Experts, SharedExpert
 from harness.layer.gpt import GPT
 from harness.layer.weights import Weights
 from harness.routing.corpus import Corpus, python_corpus
@@ -39,6 +39,7 @@ class LocalMoE(nn.Module):
         self.bias: torch.Tensor
         self.register_buffer("bias", weights.bias)
         self.experts = Experts(weights, range(model.num_experts))
+        self.shared = SharedExpert(weights) if model.num_shared_experts else None
         self.ids = torch.empty(0)  # int64 [T, k] of the last call
         self.weights = torch.empty(0)  # [T, k]
         self.balance_loss = torch.empty(0)
@@ -55,7 +56,8 @@ class LocalMoE(nn.Module):
         self.ids, self.weights = ids, weights.detach()
         # Switch Transformer, eq. 4: E * sum_e (share of assignments) * (mean probability); 1 when balanced
         self.balance_loss = num_experts * (counts / ids.numel()) @ logits.softmax(-1).mean(0)
-        return (rows * weights.unsqueeze(-1)).sum(1)
+        y = (rows * weights.unsqueeze(-1)).sum(1)
+        return y if self.shared is None else y + self.shared(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ def record(
     if model.gate_noise:
         raise bad("model.gate_noise", True, "a routing with noise is not the model's; record without it")
     if model.lacks:
-        raise bad("model.num_shared_experts", model.num_shared_experts, model.lacks)
+        raise bad("model", model.name, model.lacks)
     if model.vocab < 256:
         raise bad("model.vocab", model.vocab, "must be at least 256: the text is read as bytes")
     if num_tokens < model.seq or num_tokens % model.seq:
@@ -163,7 +165,7 @@ def record(
         model=model.name,
         num_experts=model.num_experts,
         top_k=model.top_k,
-        num_layers=model.num_layers,
+        num_layers=model.num_moe_layers,
         corpus=corpus.description,
         command=command,
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -59,11 +59,11 @@ def profile_from_trace(workload: Workload, model: Model, topology: Topology) -> 
     params, trace, (step, _) = _located(workload, model, 0, 0)
     earlier = trace.steps[: trace.steps.index(step)] if params.replay else []
     if earlier:
-        rows = [trace[earlier[-1], params.layer + layer] for layer in range(model.num_layers)]
+        rows = [trace[earlier[-1], params.layer + layer] for layer in range(model.num_moe_layers)]
         return [row.ids[:, : model.top_k].astype(np.int32) for row in rows]
     num_tokens = min(trace.num_tokens(*key) for key in trace)
     found = []
-    for layer in range(model.num_layers):
+    for layer in range(model.num_moe_layers):
         _, _, row = _found(workload, model, layer, 0)
         served = _own(workload, topology, trace, row)
         rest = np.setdiff1d(np.arange(num_tokens), served)
@@ -88,7 +88,7 @@ def check_replay(experiment: Experiment, num_steps: int, words: str) -> None:
         remedy += f"are wanted ({words}); begin earlier, hold each for {-(-num_steps // len(following))}, or want fewer"
         raise bad(f"workload {workload.name} (trace).params.step", first, remedy)
     for step in range(0, num_steps, params.hold):
-        for layer in range(model.num_layers):
+        for layer in range(model.num_moe_layers):
             _, _, key = _located(workload, model, layer, step)
             _check_tokens(workload, Topology(experiment.cluster.shape), trace, key)
 

@@ -29,7 +29,7 @@ from harness.plan.gradients import GradientBytes, Stream
 from harness.plan.graph import COMPUTE, Work
 from harness.plan.native import NativeLayer, NativePassage, NativeSystem
 from harness.plan.passage import Dense, Direction
-from harness.plan.priced import gate_work, mix_work
+from harness.plan.priced import gate_work, mix_work, shared_work
 from harness.plan.slots import Reach
 from harness.specs import DTYPE_BYTES
 from harness.system import Case, GradientSlices, System
@@ -210,12 +210,15 @@ class PricedShards(ShardedTasks, PricedSlots):
     def __init__(self, system: type[Sharded], case: Case, of_layer: LayerSizes):
         self.case, self.schedule, self.cut, self.of_layer = case, system.schedule, system.cut(case), of_layer
         self.num_hops, self.placed = system.exchange.num_hops(case), system.placed(case)
+        self.share(case)
         self.stream = GradientBytes([sum(self.placed.num_bytes)], DTYPE_BYTES[case.dtype], "inter")
         self.sizes = {"forward": of_layer.forward, "backward": of_layer.backward}
 
     def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
-        if task not in ("gate", "restore"):
+        if task not in ("gate", "shared", "restore"):
             return super().work(direction, task, part)
+        if task == "shared":
+            return Work(shared_work(self.case, direction))
         if task == "restore":
             return Work(mix_work(self.case))
         gate = gate_work(self.case, direction)

@@ -59,7 +59,7 @@ class Hecate(ReplicatedSystem):
     def copied_parameters(cls, case: Case) -> int:
         options = Options.of(case, cls.rematerialise)
         copies = min(cls._capacity(case, options), options.t or 0)
-        return copies * ((1 if options.rematerialise else case.model.num_layers) + 1)  # one layer's gradients
+        return copies * ((1 if options.rematerialise else case.model.num_moe_layers) + 1)  # one layer's gradients
 
     @classmethod
     def _capacity(cls, case: Case, options: Options) -> int:

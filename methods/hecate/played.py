@@ -179,7 +179,7 @@ def play(setup: Setup, loads: Array, name: str, options: Options, at: tuple[int,
     held = follow(setup, loads, name, options, at, price, move)
     behind = float(np.mean(moves[WARM:])) if moves else 0.0
     once = once_s(setup, name, options, held.owned)
-    return result(setup.model.num_layers, steps, num_layers, behind, once, held.busiest, held.copies)
+    return result(setup.model.num_moe_layers, steps, num_layers, behind, once, held.busiest, held.copies)
 
 
 class Held(NamedTuple):
@@ -219,7 +219,7 @@ def follow(
     rows, copies = np.array(received), np.array(added)  # [steps, W], [steps, layers, W]
     if "slots" in training.experiment.options:  # set aside, used or not
         owned = num_layers * int(training.experiment.options["slots"])
-    scale = setup.model.num_layers / num_layers
+    scale = setup.model.num_moe_layers / num_layers
     resident = copies.max() if name in ("hecate-rm", "fsdp") else copies.sum(1).max() * scale
     return Held(
         np.round(training.own * scale).astype(int),
@@ -253,10 +253,10 @@ def copies_of(passage: Passage) -> Array:
 
 def once_s(setup: Setup, name: str, options: Options, num_own: Array) -> float:
     """Of ``ONCE``, in a step of the whole model."""
-    whole = setup.experiment(name, setup.model.num_layers, options)
+    whole = setup.experiment(name, setup.model.num_moe_layers, options)
     step = PricedTraining(whole, (), (), num_own)
     tasks = [step.work(task) for task in ("embedding", "embedding_back", "head", "optimizer")]
     tasks.append(
-        step.tail(step.stream.take("gradients-tail", step.stream.left_bytes, after_part=setup.model.num_layers))
+        step.tail(step.stream.take("gradients-tail", step.stream.left_bytes, after_part=setup.model.num_moe_layers))
     )
     return sum(float(np.max(setup.machine.seconds(each.cost))) for each in tasks)

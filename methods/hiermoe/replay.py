@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from harness import registry
-from harness.layer.work import attention_macs, kv_fraction
+from harness.layer.work import model_attention_macs
 from harness.placement import Placement
 from harness.plan.cost import Compute, InTurn
 from harness.plan.course import Course
@@ -43,6 +43,7 @@ class Rival:
 
     def case(self, cluster: Cluster, model: Model, routing: Routing, placement: Placement) -> Case:
         options = dict(self.options)
+        model = model.model_copy(update={"num_shared_experts": 0})  # as ``studies.left_out`` says
         return Case(model, DTYPE, Topology(cluster.shape), placement, routing, options=options, cluster=cluster)
 
     def passage(self, case: Case) -> PricedNative | PricedOpaque:
@@ -93,7 +94,7 @@ class Played:
         """Of forward and backward of the layer, attention included."""
         case = self.passage.case
         model, tokens = case.model, np.asarray(case.routing.tokens, dtype=np.float64)
-        macs = attention_macs(model.hidden, tokens, model.seq, causal=True, kv_fraction=kv_fraction(model))
+        macs = model_attention_macs(model, tokens, causal=True)
         once, twice = ([Dense("attention", COMPUTE, Work(Compute(times * np.asarray(macs))))] for times in (1, 2))
         plan = Plan(price=machine.priced)
         last = forward_layer(plan, self.passage.forward, once)

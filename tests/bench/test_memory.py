@@ -11,6 +11,7 @@ from harness.specs import Experiment
 from tests.methods.hidden_on_ranks import timeline_of
 from tests.methods.test_fsmoe_training import training
 from tests.methods.test_hiermoe import cluster
+from tests.plan.contract import WITH_DENSE
 
 
 @pytest.mark.parametrize(
@@ -18,17 +19,20 @@ from tests.methods.test_hiermoe import cluster
     [
         ("flat", {}, "float32"),
         ("flat", {}, "float16"),
+        ("flat", {"overlap_shared": True}, "float32"),
         ("hecate", {"t": 3, "reshard_every": 2}, "float32"),
         ("hecate-rm", {"t": 3, "reshard_every": 2}, "float32"),
         ("fastermoe", {"shadows": 2}, "float32"),
         ("eplb", {}, "float32"),
         ("fsmoe", {}, "float32"),
     ],
-    ids=["flat", "float16", "hecate", "hecate-rm", "fastermoe", "eplb", "fsmoe"],
+    ids=["flat", "float16", "dense-and-shared", "hecate", "hecate-rm", "fastermoe", "eplb", "fsmoe"],
 )
 def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options, dtype):
     changes = {"workload": {"name": "w", "tokens_per_rank": 16, "generator": "uniform"}, "dtype": dtype}
     payload = training(system, cluster((2, 2)), options=options, **changes) | {"num_steps": 3}
+    if "overlap_shared" in options:
+        payload["experiment"]["model"] |= WITH_DENSE | {"head_dim": 12, "num_kv_heads": 2, "ffn_type": "swiglu"}
     every = session(cluster((2, 2))).call("tests.methods.hidden_on_ranks:traced", payload)
     for found in every:
         measured, planned = found["measured"], found["planned"]

@@ -1,68 +1,71 @@
-"""A model with shared experts never runs as if it had none: refused where layers would lack them, named elsewhere."""
+"""Shared experts at full shape: a fault in them is found, in layer and model; studies say what they leave out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from harness import presets
-from harness.bench import dry, layer_cost, race, suite
+from baselines.flat import Flat
+from harness import presets, registry
+from harness.bench import race, suite
 from harness.comm.job import Job
-from harness.errors import UserError
 from harness.report import context
 from harness.report.run import load
-from harness.routing.record import record
+from harness.specs import Experiment
 from harness.studies import left_out
-from harness.topology import Topology
 from methods.hiermoe import studies
 from methods.hiermoe.replay import RIVALS
+from tests.bench.test_witness import experiments
 from tests.report.synthetic_run import RunMaker
 
-WHY = "deepseek-v3-half has 1 shared expert, and layers run without; give it num_shared_experts: 0 and another name"
-SYSTEMS = ["flat", "megatron", "fsmoe", "moetuner"]
-PHASES = ["layer", "train_step", "prefill", "decode"]
+SHARED = {"num_shared_experts": 2, "shared_ffn": 24, "ffn_type": "swiglu", "gate": "softmax_topk"}
+WIDE = 288  # of ``experiments``: trials before timing are narrower
 
 
-def parsed(phases: list[str]) -> suite.Suite:
-    common = {"model": "deepseek-v3-half", "cluster": "local-1", "workload": "balanced-2048", "system": SYSTEMS}
-    return suite.from_data({"name": "shared", "experiments": [{**common, "phase": phases}]}, "shared")
+def planted(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
+    """On the ranks: a race of flat whose shared experts have one fault at full shape."""
+
+    class Broken(Flat):
+        @classmethod
+        def build(cls, case: Any, job: Job, weights: Any) -> Any:
+            layer = super().build(case, job, weights)
+            if layer.shared is None or case.model.hidden != WIDE:
+                return layer
+            if payload["fault"] == "output":
+                layer.shared.register_forward_hook(lambda *given: given[-1] * 1.01)
+            elif payload["fault"] == "gradient":
+                layer.shared.all.w3.register_hook(lambda gradient: gradient * 1.1)
+            return layer
+
+    registry.systems()["flat"] = Broken
+    try:
+        return race.run_race(job, payload)
+    finally:
+        registry.systems()["flat"] = Flat
 
 
-@pytest.fixture(scope="module")
-def job() -> Iterator[Job]:
-    """One rank."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    yield Job(Topology((1, 1)))
-    dist.destroy_process_group()
+@pytest.mark.parametrize("phase", ["layer", "train_step", "prefill"])
+@pytest.mark.parametrize(
+    ("fault", "words"), [("", ""), ("output", "output off by"), ("gradient", "of the shared experts' shared_w3")]
+)
+def test_a_fault_at_full_shape_is_found(session, phase: str, fault: str, words: str) -> None:
+    if fault == "gradient" and phase == "prefill":
+        return
+    (cell,) = experiments(phase, ["flat"], **SHARED, num_dense_layers=1, dense_ffn=24)
+    payload = {"experiments": [cell.model_dump(mode="json")], "repeats": 1, "warmup": 1, "fault": fault}
+    for answer in session("local-2").call("tests.bench.test_shared_experts:planted", payload):
+        (outcome,) = answer["cells"].values()
+        assert outcome["status"] == ("nonconforming" if fault else "ok"), outcome["reason"]
+        assert words in outcome["reason"]
 
 
-def test_it_is_refused_in_every_phase_that_runs_layers(job):
-    for experiment in parsed(PHASES).experiments:
-        assert experiment.lacks == WHY
-        outcome = race.Outcome()
-        assert race.admit(job, experiment, outcome, {"warmup": 1}, {}) is None
-        assert (outcome.status, outcome.reason) == ("refused", WHY)
-        assert dry.refusal(experiment) == WHY
+def parsed(entry: dict[str, Any]) -> list[Experiment]:
+    return suite.from_data({"name": "shared", "experiments": [entry]}, "shared").experiments
 
 
-def test_exchanges_lack_nothing():
-    for experiment in parsed(["exchange"]).experiments:
-        assert experiment.lacks is None
-        assert (dry.refusal(experiment) or "") != WHY
-
-
-def test_it_is_neither_recorded_nor_profiled_without_them(tmp_path: Path):
-    with pytest.raises(UserError, match="has 1 shared expert"):
-        record(presets.model("deepseek-v3-half"), tmp_path / "t.parquet")
-    with pytest.raises(UserError, match="has 1 shared expert"):
-        layer_cost.experiments(presets.cluster("local-2"), "flat", "deepseek-v3-half")
-
-
-def test_studies_keep_it_and_say_what_they_leave_out(monkeypatch: pytest.MonkeyPatch):
+def test_studies_keep_them_and_say_what_they_leave_out(monkeypatch: pytest.MonkeyPatch):
     (note,) = left_out([presets.model("deepseek-v3-half"), presets.model("qwen3-30b-a3b")], "their time is left out")
     assert note == "Of deepseek-v3-half, shared experts (1 in each layer) have no part in this: their time is left out."
     monkeypatch.setattr(studies, "SKEWS", (1.0,))
@@ -76,7 +79,8 @@ def test_studies_keep_it_and_say_what_they_leave_out(monkeypatch: pytest.MonkeyP
 
 
 def test_pages_show_how_many_there_are(tmp_path: Path):
-    (experiment, *_) = parsed(["exchange"]).experiments
+    common = {"model": "deepseek-v3-half", "cluster": "local-1", "workload": "balanced-2048", "system": "flat"}
+    (experiment,) = parsed(common | {"phase": "exchange"})
     maker = RunMaker(tmp_path / "runs" / "demo")
     maker.timed(experiment, 1.0)
     maker.write_records()

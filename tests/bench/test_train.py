@@ -14,6 +14,12 @@ from harness.plan import gradients, training
 from harness.plan.graph import Work
 from harness.specs import Experiment
 
+#: layers without experts, shared experts, heads that do not make up the hidden size
+MODEL = {
+    **{"num_layers": 5, "num_dense_layers": 1, "moe_every": 2, "dense_ffn": 48, "head_dim": 24},
+    **{"num_shared_experts": 2, "shared_ffn": 40, "ffn_type": "swiglu"},
+}
+
 
 def loss_gate(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """On a rank: the loss check, with the named step of the training left out."""
@@ -36,10 +42,17 @@ def loss_gate(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
         work = take(*given, **named)
         return work and Work(work.cost)
 
+    def without_shared(stream: gradients.Stream) -> None:
+        give_back(stream)
+        for steered in inside[0].training.steered:
+            for parameter in steered.layer.shared.parameters():  # type: ignore[union-attr, operator]
+                parameter.grad = torch.zeros_like(parameter)
+
     left_out: dict[str, tuple[Any, str, Any]] = {
         "sum": (training, "sum_over", lambda *_: None),
         "attention": (gradients.Stream, "take", without_run),
         "experts": (gradients.Stream, "give_back", without_experts),
+        "shared": (gradients.Stream, "give_back", without_shared),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training_check, "Trainer", Watched)
@@ -68,6 +81,18 @@ def flat_training(generator: str, **model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("without", ["", "sum", "attention", "experts"])
 def test_losses_must_be_the_oracles(session: Callable[[str], Session], generator: str, without: str) -> None:
     payload = {"experiment": flat_training(generator), "without": without}
+    for row in session("local-2").call("tests.bench.test_train:loss_gate", payload):
+        assert row["status"] == ("nonconforming" if without else "ok"), row
+        assert row["errors"]["loss"] < (1e-2 if without else 1e-5)
+
+
+@pytest.mark.parametrize("without", ["", "sum", "attention", "shared"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_losses_with_dense_layers_and_shared_experts_must_be_the_oracles(
+    session: Callable[[str], Session], overlap: bool, without: str
+) -> None:
+    payload = {"experiment": flat_training("uniform", **MODEL), "without": without}
+    payload["experiment"]["options"] = {"overlap_shared": overlap}
     for row in session("local-2").call("tests.bench.test_train:loss_gate", payload):
         assert row["status"] == ("nonconforming" if without else "ok"), row
         assert row["errors"]["loss"] < (1e-2 if without else 1e-5)

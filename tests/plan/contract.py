@@ -27,6 +27,7 @@ from harness.layer.weights import Weights
 from harness.plan.graph import Plan
 from harness.plan.passage import passage, plan_alone
 from harness.plan.serving import ServingStep
+from harness.plan.slots import OVERLAP
 from harness.routing.certificate import expert_counts
 from harness.simulation import layer_plans, serving_plan, training_plan
 from harness.specs import Cluster, Experiment, Model, Workload, with_levels
@@ -82,7 +83,13 @@ class Package(MoELayer):
         return []
 
 
-def experiment_of(system: str, phase: str, shape: Sequence[int], options: dict[str, Any]) -> Experiment:
+#: of a model with shared experts, and layers without any
+WITH_DENSE = {"num_layers": 5, "num_dense_layers": 1, "moe_every": 2, "dense_ffn": 40, "num_shared_experts": 2}
+
+
+def experiment_of(
+    system: str, phase: str, shape: Sequence[int], options: dict[str, Any], changes: dict[str, Any]
+) -> Experiment:
     num_ranks = Topology(tuple(shape)).num_ranks
     levels = [{"name": f"level{i}", "size": size, "bandwidth_bytes_per_s": 1e9} for i, size in enumerate(shape)]
     cluster: Cluster = with_levels("fake", levels, kind="physical", device_flops_per_s=1e12)
@@ -96,7 +103,7 @@ def experiment_of(system: str, phase: str, shape: Sequence[int], options: dict[s
         num_heads=4,
         seq=8,
         vocab=64,
-    )
+    ).model_copy(update=changes)
     workload = Workload(name="skewed", generator="zipf", params={"target": min(8, num_ranks)}, tokens_per_rank=16)
     return Experiment(
         model=model,
@@ -188,9 +195,12 @@ def packages_unbuilt(system: type[System]) -> Iterator[None]:
             system.build = build  # type: ignore[method-assign]
 
 
-def compare(job: Job, system: type[System], phase: str, options: dict[str, Any]) -> dict[str, Any]:
-    experiment = experiment_of(system.name, phase, job.topology.shape, options)
+def compare(
+    job: Job, system: type[System], phase: str, options: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
+    experiment = experiment_of(system.name, phase, job.topology.shape, options, changes)
     row: dict[str, Any] = {"system": system.name, "phase": phase, "options": options, "refused": "", "differs": {}}
+    row["dense"] = bool(changes)
     if reason := system.refuse(case_of(experiment)):
         return row | {"refused": reason}
     with packages_unbuilt(system):
@@ -208,17 +218,28 @@ def compare(job: Job, system: type[System], phase: str, options: dict[str, Any])
     return row
 
 
+def cells(system: type[System], num_ranks: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], Sequence[str]]]:
+    """Options, changes to the model, phases."""
+    first, *others = variants(system)
+    yield first, {}, PHASES
+    if num_ranks > SMALL:
+        return
+    for options in others:
+        yield options, {}, ("layer", "train_step")
+    yield first, WITH_DENSE, ("train_step", "prefill")
+    if OVERLAP in system.options:
+        yield {**first, OVERLAP: True}, WITH_DENSE, ("train_step",)
+
+
 def main(num_ranks: int, out: Path, progress: Callable[[str], None] = print) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     job, rows = Job(Topology(SHAPES[num_ranks])), []
     for system in tried():
-        for number, options in enumerate(variants(system)):
-            if number and num_ranks > SMALL:
-                break
-            for phase in PHASES if not number else ("layer", "train_step"):
+        for options, changes, phases in cells(system, num_ranks):
+            for phase in phases:
                 try:
-                    rows.append(compare(job, system, phase, options))
+                    rows.append(compare(job, system, phase, options, changes))
                 except Exception as error:
                     differs = {"": f"{type(error).__name__}: {error}"}
                     rows.append({"system": system.name, "phase": phase, "options": options, "differs": differs})

@@ -28,6 +28,9 @@ def test_every_step_is_priced_as_it_runs(num_ranks: int, tmp_path: Path) -> None
     for row in rows:
         if not row["refused"]:
             assert not decides_nothing(row), row
+            if row["dense"]:
+                shared = {"shared"} if registry.system(row["system"]).kind == "native" else set()
+                assert {"ffn", *shared} <= set(row["kinds"])
 
 
 def decides_nothing(row: dict) -> str:

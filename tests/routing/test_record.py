@@ -60,8 +60,9 @@ def test_the_balance_loss_balances(tmp_path):
     assert sum(held.max_over_mean[20]) < sum(free.max_over_mean[20])
 
 
-def test_its_moe_layer_is_the_oracles():
-    shapes = model()
+@pytest.mark.parametrize("fields", [{}, {"num_shared_experts": 2, "ffn_type": "swiglu"}], ids=str)
+def test_its_moe_layer_is_the_oracles(fields):
+    shapes = model(**fields)
     moe = LocalMoE(shapes, layer=1, seed=3)
     x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     y = Oracle(Weights(shapes, "float32", 3, 1))(x.double())
