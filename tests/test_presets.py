@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import yaml
 
 from harness import presets
+from harness.bench import suite
 from harness.errors import UserError
+from harness.layer.gpt import GPT
+from harness.layer.work import parameters
 from harness.routing import make_routing
+from harness.routing.record import LocalMoE
 from harness.specs import Cluster, Experiment, Model, Workload
 from harness.topology import Topology
 
@@ -42,7 +47,7 @@ def test_what_has_no_source_is_our_own(kind, name):
 )
 def test_published_clusters_state_units_and_interpretations(name):
     cluster = presets.cluster(name)
-    assert "arXiv" in cluster.source
+    assert any(word in cluster.source for word in ("arXiv", "data sheet", "whitepaper"))
     assert cluster.interpretation
     assert cluster.device_flops_per_s > 1e12
     for key, collective in cluster.collectives.items():
@@ -115,6 +120,100 @@ def test_pangu_pro_moe_has_its_printed_parameter_counts():
     assert model.num_groups == presets.workload("pangu-pro-moe").params["num_groups"]
 
 
+#: billions, all and of one token, as printed with a release; how many tables of the vocabulary each of them counts
+PUBLISHED = {
+    "qwen3-235b-a22b": ("235", "22", 2, 2),
+    "qwen3-30b-a3b": ("30.5", "3.3", 2, 2),
+    "deepseek-v3": ("671", "37", 2, 1),
+    "deepseek-v2-lite": ("15.7", "2.4", 2, 1),
+    "mixtral-8x7b": ("46.7", "12.9", 2, 2),
+    "mixtral-8x22b": ("141", "39", 2, 2),
+    "olmoe-1b-7b": ("6.9", "1.3", 2, 2),
+    "gpt-oss-120b": ("116.83", "5.13", 2, 1),  # says so
+    "gpt-oss-20b": ("20.91", "3.61", 2, 1),
+    "kimi-k2": ("1040", "32.6", 2, 2),
+    "glm-4.5": ("355", "32", 0, 0),  # says so
+    "llama-4-maverick": ("400", "17", 2, 2),
+    "phi-3.5-moe": ("41.9", "6.6", 2, 2),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_models_have_their_published_parameter_counts(name):
+    """Within 1 % of a number that is printed so."""
+    *printed, of_all, of_active = PUBLISHED[name]
+    model = presets.model(name)
+    found = parameters(model, embeddings=of_all), parameters(model, active=True, embeddings=of_active)
+    if name == "glm-4.5":  # counts the layer that predicts a second token among all
+        found = parameters(model.model_copy(update={"num_layers": 93}), embeddings=of_all), found[1]
+    for count, text in zip(found, printed, strict=True):
+        last_digit = 10.0 ** -len(text.partition(".")[2]) if text != "1040" else 10.0  # 1.04 trillion
+        assert abs(count / 1e9 - float(text)) <= 0.01 * float(text) + last_digit / 2, (name, count / 1e9, text)
+
+
+def test_a_gpt_has_as_many_parameters_as_are_counted():
+    fields = {"num_layers": 5, "num_dense_layers": 1, "moe_every": 2, "dense_ffn": 40, "num_shared_experts": 2}
+    shapes = {"hidden": 32, "ffn": 16, "num_heads": 4, "num_kv_heads": 2, "head_dim": 12, "vocab": 64, "seq": 8}
+    for ffn_type in ("gpt", "swiglu"):
+        model = Model(name="m", num_experts=4, top_k=2, gate="softmax_topk", ffn_type=ffn_type, **fields, **shapes)
+        gpt = GPT(model, lambda layer, model=model: LocalMoE(model, layer, 0), tied=False)
+        norms = (2 * model.num_layers + 1) * model.hidden
+        assert sum(p.numel() for p in gpt.parameters()) == parameters(model) + norms + model.seq * model.hidden
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "name", "changed"),
+    [
+        ("models", {"preset": "qwen3-30b-a3b", "num_layers": 94}, "qwen3-30b-a3b-num_layers94", {"num_layers": 94}),
+        ("models", {"preset": "qwen3-30b-a3b", "name": "mine"}, "mine", {}),
+        ("clusters", {"preset": "h100", "nodes": 8}, "h100-8-nodes", {"shape": (8, 8)}),
+        ("clusters", {"preset": "h100", "nodes": 2, "name": "ours"}, "ours", {"shape": (2, 8)}),
+        ("workloads", {"preset": "balanced-512", "seed": 3}, "balanced-512-seed3", {"seed": 3}),
+    ],
+)
+def test_a_preset_can_be_a_base(kind, data, name, changed, tmp_path):
+    spec, base = presets.based(kind, data, "f"), GET[kind](data["preset"])
+    assert spec.name == name
+    assert {field: getattr(spec, field) for field in changed} == changed
+    assert spec.source == base.source
+    assert ("Changed from the preset" in spec.interpretation) == bool(changed)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(data))
+    assert GET[kind](str(tmp_path / "own.yaml")).digest == spec.digest
+    entry = {
+        "model": "olmoe-1b-7b",
+        "cluster": "local-2",
+        "workload": "balanced-512",
+        "system": "flat",
+        "phase": "layer",
+    }
+    found = suite.from_data({"name": "s", "experiments": [entry | {kind[:-1]: data}]}, "s", physical=True)
+    assert getattr(found.experiments[0], kind[:-1]) == spec
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "message"),
+    [
+        (
+            "models",
+            {"preset": "qwen3-30b-a3b", "num_layer": 9},
+            r"f.num_layer: 9: unknown field; did you mean 'num_lay",
+        ),
+        ("models", {"preset": "qwen3-30b"}, r"'qwen3-30b': unknown; did you mean 'qwen3-30b-a3b'"),
+        (
+            "models",
+            {"preset": "kimi-k2", "num_layers": 1},
+            r"num_layers = 1 must be num_dense_layers = 1 and a multiple",
+        ),
+        ("clusters", {"preset": "h100", "nodes": 0}, r"f.nodes: 0: must be a whole number of at least 1"),
+        ("clusters", {"preset": "h100", "node": 8}, r"f.node: 8: unknown field"),
+    ],
+)
+def test_a_base_with_a_bad_field_is_one_line(kind, data, message):
+    with pytest.raises(UserError, match=message) as caught:
+        presets.based(kind, data, "f")
+    assert "\n" not in str(caught.value)
+
+
 def test_fsmoe_models_have_one_expert_for_every_node():
     for model, cluster in (("gpt2-xl-moe-fsmoe-a", "fsmoe-a"), ("mixtral-8x7b-fsmoe-b", "fsmoe-b")):
         assert presets.model(model).num_experts == presets.cluster(cluster).num_nodes
@@ -159,6 +258,13 @@ def fields(**changes):
         ({"hiden": 8}, r"model m.hiden: 8: unknown field; did you mean 'hidden'\? known fields are"),
         ({"num_groups": 3}, r"num_groups = 3 does not divide num_experts = 4"),
         ({"num_heads": 8, "num_kv_heads": 3}, r"num_kv_heads = 3 does not divide num_heads = 8"),
+        ({"num_layers": 4, "num_dense_layers": 1, "moe_every": 2, "dense_ffn": 8}, r"num_layers = 4 must be num_dense"),
+        ({"num_layers": 2, "num_dense_layers": 1}, r"dense_ffn is missing"),
+        ({"dense_ffn": 8}, r"dense_ffn = 8 belongs to num_dense_layers or moe_every"),
+        ({"shared_ffn": 8}, r"shared_ffn = 8 belongs to num_shared_experts"),
+        ({"q_lora_rank": 8}, r"q_lora_rank = 8 belongs to kv_lora_rank"),
+        ({"kv_lora_rank": 8}, r"qk_rope_head_dim is missing"),
+        ({"window_every": 2}, r"window_every = 2 belongs to attention_window"),
         ({"hidden": "wide"}, r"model m.hidden: 'wide'"),
         ({"name": "two words"}, r"model m.name: 'two words'"),
     ],

@@ -359,6 +359,6 @@ def test_the_larger_example_is_five_systems_on_256_h100(monkeypatch):
     folder = Path(__file__).resolve().parents[1] / "examples"
     (race,) = suite.load(folder / "deepseek-v3.yaml", physical=True).races
     model, cluster = race.first.model, race.first.cluster
-    assert (model.num_layers, model.num_experts, model.top_k, model.topk_groups) == (58, 256, 8, 4)
+    assert (model.num_layers, model.num_experts, model.top_k, model.topk_groups) == (61, 256, 8, 4)
     assert (cluster.num_ranks, len(race.experiments)) == (256, 5)
     assert Wanted().machine(race.first).basis == "data sheet of h100-32x8, computation by rows per expert, ports"

@@ -14,7 +14,7 @@ CLUSTERS = {
     "emulated-2x4-balanced": "5402a0007d74ee44",
     "hiermoe": "86cf30611d8579ed",
 }
-MODELS = {"mixtral-8x7b": "2ae727b71b87270b", "qwen3-30b-a3b": "96dec80bbc665567", "gpt-moe-s": "ddc35b3093c67fa4"}
+MODELS = {"mixtral-8x7b": "2ae727b71b87270b", "record-e64k8": "6dcc91990cc59576", "gpt-moe-s": "ddc35b3093c67fa4"}
 EXPERIMENTS = {  # the first of a suite: its digest, and its race
     "linkbound": ("0831f121fdf6d48c", "7b381c47e735ad86"),
     "hecate-emulated": ("ad3f33a1404221c2", "3d02ab7bd4f979e3"),

@@ -9,7 +9,8 @@
         system: [megatron, flat, {name: hiermoe-hd2, options: {chunks: 4}}]
         phase: exchange
 
-Names refer to presets; a mapping in the place of a name is a specification of its own, and so is the name of a YAML
+Names refer to presets; a mapping in the place of a name is a specification of its own, or what changes in a preset
+(``{preset: qwen3-30b-a3b, num_layers: 94}``, ``{preset: h100, nodes: 8}``), and so is the name of a YAML
 file (relative to this one) that holds such a mapping. A system is a name, a recipe (``hiermoe-hd2+fsmoe+hecate``), or a
 recipe written out: ``{exchange: hiermoe-hd2, schedule: fsmoe, state: hecate, options: {t: 4}}``. Lists expand as a
 grid. ``seed`` takes the place of the
@@ -53,6 +54,7 @@ _DEFAULTS: dict[str, Any] = {
     "warmup": 1,
     "launches": 3,
 }
+KINDS: dict[type[Any], presets.Kind] = {spec: kind for kind, spec in presets.SPECS.items()}
 _ENTRY_KEYS = (*_REQUIRED, *_DEFAULTS)
 _COUNTS = ("repeats", "warmup", "launches")
 _SUITE_KEYS = ("name", "defaults", "experiments")
@@ -109,23 +111,23 @@ def names() -> list[str]:
     return sorted(Path(str(file)).stem for file in folder.iterdir() if str(file).endswith(".yaml"))
 
 
-def load(source: Path | str, *, physical: bool = False, strict: bool = True) -> Suite:
+def load(source: Path | str, *, physical: bool = False, strict: bool = True, small: bool = False) -> Suite:
     """The suite called ``source`` or in the YAML file ``source``; a ``UserError`` names the file and the field.
     ``physical``: on any cluster, as nothing is run here. ``strict``: also where one cell alone cannot run; else it
-    stands in ``Suite.bad``, unless no good one is left."""
+    stands in ``Suite.bad``, unless no good one is left. ``small``: models scaled down (``Model.scaled_down``)."""
     if str(source) in names():
         text = (importlib.resources.files("harness.presets") / "suites" / f"{source}.yaml").read_text("utf-8")
-        return parse(text, f"suites/{source}.yaml", physical=physical, strict=strict)
+        return parse(text, f"suites/{source}.yaml", physical=physical, strict=strict, small=small)
     path = Path(source)
     if not path.exists() and not presets.is_file(str(source)):
         raise bad("suite", str(source), f"unknown{_nearest(str(source), names())}; or give a YAML file")
     data = presets.read_yaml(path, "experiments file")
-    return from_data(data, str(path), folder=path.parent, physical=physical, strict=strict)
+    return from_data(data, str(path), folder=path.parent, physical=physical, strict=strict, small=small)
 
 
-def parse(text: str, where: str, *, physical: bool = False, strict: bool = True) -> Suite:
+def parse(text: str, where: str, *, physical: bool = False, strict: bool = True, small: bool = False) -> Suite:
     """``text`` of an experiments file; ``where`` is its name in error messages; the others as in ``load``."""
-    return from_data(presets.parse_yaml(text, where), where, physical=physical, strict=strict)
+    return from_data(presets.parse_yaml(text, where), where, physical=physical, strict=strict, small=small)
 
 
 def checked_name(field: str, name: Any) -> str:
@@ -143,6 +145,7 @@ def from_data(
     distinct: bool = False,
     physical: bool = False,
     strict: bool = True,
+    small: bool = False,
 ) -> Suite:
     """The same from what the file in ``folder`` holds. ``distinct``: two cells with one identity are an error, and not
     one cell; ``physical``: a physical cluster may stand there, because an allocation has it or nothing is run."""
@@ -166,7 +169,7 @@ def from_data(
             if key not in fields:
                 raise bad(here, dict(entry), f"has no {key}; give it here or under defaults")
         for choice in _grid(fields):
-            experiment = _experiment(choice, here, folder)
+            experiment = _experiment(choice, here, folder, small)
             places.setdefault(experiment.digest, here)
             try:
                 _add(races, choice, experiment, here, distinct, physical)
@@ -205,7 +208,7 @@ def _grid(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
         yield dict(zip(fields, values, strict=True))
 
 
-def _experiment(choice: dict[str, Any], here: str, folder: Path | None) -> Experiment:
+def _experiment(choice: dict[str, Any], here: str, folder: Path | None, small: bool) -> Experiment:
     with _at(here):
         system, options = _system(choice, here)
         known = registry.system(str(system))
@@ -215,6 +218,8 @@ def _experiment(choice: dict[str, Any], here: str, folder: Path | None) -> Exper
             "cluster": _resolve(choice["cluster"], presets.cluster, Cluster, f"{here}.cluster", folder),
             "workload": _resolve(choice["workload"], presets.workload, Workload, f"{here}.workload", folder),
         }
+    if small:
+        fields["model"] = fields["model"].scaled_down()
     if choice["seed"] is not None:
         _check_count(choice["seed"], f"{here}.seed", 0)
         if choice["seed"] != (own := fields["workload"]).seed:
@@ -255,6 +260,8 @@ def _system(choice: dict[str, Any], here: str) -> tuple[Any, dict[str, Any]]:
 
 
 def _resolve(value: Any, preset: Callable[..., Any], spec: type[Any], here: str, folder: Path | None) -> Any:
+    if isinstance(value, Mapping) and "preset" in value:
+        return presets.based(KINDS[spec], value, here)
     if isinstance(value, Mapping):
         return spec.parse({"name": "inline", **value}, here)
     if not isinstance(value, str):
@@ -302,7 +309,7 @@ def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
             remedy = f"has no step after step in phase {experiment.phase}; replay in train_step, prefill or decode"
             raise bad("workload.params.replay", True, remedy)
         of_all = file_of(workload) is not None and experiment.phase in ("train_step", *SERVING)
-        _draw(workload, experiment.model, topology, experiment.model.num_layers if of_all else 1)
+        _draw(workload, experiment.model, topology, experiment.model.num_moe_layers if of_all else 1)
 
 
 @functools.lru_cache(maxsize=64)  # the systems of a race have the same

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness import caches, console
-from harness.cli.options import RUNS, Json, Results
+from harness.cli.options import RUNS, Json, Results, ScaleDown
 from harness.errors import UserError, bad
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def run(
     checkpoint_every: Annotated[
         int, typer.Option(min=0, help="Training steps between checkpoints where experts change places; 0: none.")
     ] = 10,
+    scale_down: ScaleDown = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and what refuses them.")] = False,
     gpus: Annotated[int | None, typer.Option(min=0, help="With --dry-run: as if so many GPUs were here.")] = None,
     results: Results = RUNS,
@@ -69,10 +70,10 @@ def run(
     with contextlib.nullcontext() if gpus is None else this_machine.assuming(gpus):
         if suite == "auto":
             suite = fitting()
-        chosen = suites.load(suite or str(experiments), strict=False)
+        chosen = suites.load(suite or str(experiments), strict=False, small=scale_down)
     if dry_run:
         return _show_plan(chosen, launches, as_json, here=gpus is None)
-    run_dir = results / suites.checked_name("--name", name or chosen.name)
+    run_dir = results / suites.checked_name("--name", name or chosen.name[:74] + ("-small" if scale_down else ""))
     chosen = inputs.sift(chosen)
     for each in chosen.bad:
         typer.echo(f"cannot run: {each.reason}", err=True)

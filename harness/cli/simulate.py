@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import console, outputs
-from harness.cli.options import RUNS, Json, Results
+from harness.cli.options import RUNS, Json, Results, ScaleDown
 from harness.errors import bad
 
 commands = typer.Typer()
@@ -81,6 +81,7 @@ def simulate(
         int | None, typer.Option(min=0, help="Steps before these, which planners see; by default the file's warmup.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; do not keep finished cells.")] = False,
+    scale_down: ScaleDown = False,
     results: Results = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -106,8 +107,8 @@ def simulate(
 
     wanted = Wanted(machine, efficiency, links)
     wanted.check()
-    chosen = suites.load(suite or str(experiments), physical=True, strict=False)
-    run_dir = results / suites.checked_name("--name", name or f"{chosen.name[:76]}-sim")
+    chosen = suites.load(suite or str(experiments), physical=True, strict=False, small=scale_down)
+    run_dir = results / suites.checked_name("--name", name or f"{chosen.name[:70]}{'-small' * scale_down}-sim")
     from harness import simulating
 
     counts = simulating.simulate_suite(chosen, run_dir, wanted, steps=steps, warm=warm, fresh=fresh)

@@ -2,7 +2,8 @@
 
 A preset is a mapping in ``models.yaml``, ``clusters.yaml`` or ``workloads.yaml`` beside this file; its key is its name.
 Published numbers carry their ``source``; what a source leaves open carries an ``interpretation``. A YAML file of the
-same fields stands wherever a name does; without a ``name`` it is called as the file is.
+same fields stands wherever a name does; without a ``name`` it is called as the file is. With ``preset: NAME`` among
+its fields the others change that preset.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import difflib
 import functools
 import importlib.resources
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ import yaml
 
 from harness.errors import bad, unknown
 from harness.presets import this_machine
+from harness.spec import PROSE
 from harness.specs import Cluster, Model, Spec, Workload
 
 Kind = Literal["models", "clusters", "workloads"]
@@ -82,8 +85,30 @@ def read(kind: Kind, path: Path) -> Any:
         data, where = data["interconnect"], f"{path}: interconnect"
     if not isinstance(data, dict):
         raise bad(where, data, f"must be a mapping with the fields of a {singular}")
+    if "preset" in data:
+        return based(kind, data, where)
     stem = re.sub("[^A-Za-z0-9._+-]+", "-", path.stem).lstrip("-._+") or singular
     return SPECS[kind].parse({"name": stem[:80], **data}, where)
+
+
+def based(kind: Kind, data: Mapping[str, Any], where: str) -> Any:
+    """A preset with the changes that stand beside its name: ``{preset: qwen3-30b-a3b, num_layers: 94}``; of a cluster
+    also ``nodes``, units of its outermost level. Without a ``name`` it is called by what it is."""
+    changes = {key: value for key, value in data.items() if key not in ("preset", "nodes")}
+    base: Any = {"models": model, "clusters": cluster, "workloads": workload}[kind](data["preset"])
+    told = [f"{key} = {value}" for key, value in data.items() if key not in ("preset", "name", *PROSE)]
+    words = "-".join(f"{key}{value}" for key, value in changes.items() if isinstance(value, str | int | float))
+    fields = {"name": re.sub("[^A-Za-z0-9._+-]+", "-", f"{base.name}-{words}" if words else base.name)[:80]}
+    if told:
+        fields["interpretation"] = f"{base.interpretation} Changed from the preset: {', '.join(told)}.".strip()
+    found = SPECS[kind].parse({**base.model_dump(), **fields, **changes}, where)
+    if kind != "clusters" or "nodes" not in data:
+        return found
+    nodes = data["nodes"]
+    if isinstance(nodes, bool) or not isinstance(nodes, int) or nodes < 1:
+        raise bad(f"{where}.nodes", nodes, "must be a whole number of at least 1")
+    resized = found.resized(nodes)
+    return resized.model_copy(update={"name": data["name"]}) if "name" in data else resized
 
 
 def read_yaml(path: Path, what: str) -> Any:
