@@ -16,10 +16,11 @@ from harness.topology import Topology
 MOGE = {"moge-gate", "moge-gate-drops"}
 NO_GATES = {"xmoe-gate", "xmoe-gate-drops", *MOGE, "expert-choice", "softmoe", "noisy-gate", "mixtral-gate-k1"}
 SIGMOID = {"deepseek-gate", "sigmoid-gate", "sigmoid-gate-k1"}
-TUTEL = {*NO_GATES, *SIGMOID, "rank-without-tokens"}
+SHARED = {"shared", "shared-swiglu"}
+TUTEL = {*NO_GATES, *SIGMOID, *SHARED, "rank-without-tokens"}
 #: of real packages alone; native systems run all that there is
 MAY_REFUSE = {
-    "deepspeed": {*NO_GATES, *SIGMOID},
+    "deepspeed": {*NO_GATES, *SIGMOID, *SHARED},
     "deepspeed-drop": TRIALS.keys() - {"drops", "long-drops"},  # others have no capacity factor, which it needs
     "megatron": {*NO_GATES, "sigmoid-gate", "rank-without-tokens"},
     "tutel": TUTEL,
