@@ -30,7 +30,7 @@ class PricedStep(StepTasks):
 
     def __init__(self, experiment: Experiment, passages: Sequence[Passage]):
         self.experiment, self.model, self.passages = experiment, experiment.model, passages
-        self.topology = Topology(experiment.cluster.shape)
+        self.topology, self.layers_of = Topology(experiment.cluster.shape), self.model.layers_of
         self.width = DTYPE_BYTES[experiment.dtype]
         self.num_local = self.topology.num_ranks // self.topology.shape[0]
         self.shares_attention = experiment.model_parallel and self.num_local > 1

@@ -41,8 +41,8 @@ class ServingStep(ServingTasks, Handover):
     ):
         self.watched, self.seen = watched, Held()
         self.gpt, self.passages, self.caches, self.attention_s = gpt, passages, caches, attention_s
-        self.model = gpt.model
-        self.layers = {block: i for i, block in enumerate(self.model.moe_layers)}  # MoE layer of a block
+        self.layers_of = gpt.model.layers_of
+        self.layers = {block: i for i, block in enumerate(gpt.model.moe_layers)}  # MoE layer of a block
         self.steer = {block: steer[i] for block, i in self.layers.items()}
         self.x: torch.Tensor  # of a layer without experts, and what it makes of it
         self.y: torch.Tensor

@@ -14,13 +14,11 @@ gathered in the node before it, and partial sums scattered after it.
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Sequence
 
 from harness.plan.gradients import GradientBytes
 from harness.plan.graph import COMPUTE, INTER, INTRA, Plan, Price, Work
 from harness.plan.passage import Dense, Direction, Passage, backward_layer, forward_layer
-from harness.specs import Model
 from harness.system import GradientSlices
 
 #: of an attention whose heads are shared out, in forward; backward goes through them from ``residual`` to ``norm``
@@ -28,15 +26,11 @@ SHARED = {"norm": COMPUTE, "mp-gather": INTRA, "attention": COMPUTE, "mp-scatter
 
 
 class StepTasks(abc.ABC):
-    """``passages``: of the MoE layers of ``model``; ``shares_attention``: heads are shared out inside nodes."""
+    """``passages``: of the MoE layers; ``layers_of``: each of them and the dense ones before it, as ``Model`` has them;
+    ``shares_attention``: heads are shared out inside nodes."""
 
-    model: Model
     passages: Sequence[Passage]
-
-    @functools.cached_property
-    def layers_of(self) -> list[range]:
-        return self.model.layers_of
-
+    layers_of: Sequence[range]
     shares_attention: bool
 
     @abc.abstractmethod

@@ -155,7 +155,7 @@ class TrainingStep(TrainingTasks):
     ):
         self.watched, self.seen = watched, Held()
         self.gpt, self.job, self.passages, self.stream, self.slices = gpt, job, passages, stream, slices
-        self.model, self.summed, self.shares_attention = gpt.model, summed, model_parallel
+        self.layers_of, self.summed, self.shares_attention = gpt.model.layers_of, summed, model_parallel
         group, last = job.inner(0) if model_parallel else None, len(passages) - 1
         self.parts: list[DensePart] = []  # of all layers, as ``ways``
         self.ways: list[Way | FfnPart] = []
@@ -165,7 +165,7 @@ class TrainingStep(TrainingTasks):
                 made = partial(stream.fill, last - i) if block == blocks[0] else _nothing
                 self.parts.append(DensePart(of, steer[i] if has_experts else _as_it_is, group, made))  # type: ignore[arg-type]
                 self.ways.append(passages[i] if has_experts else FfnPart(of.moe))  # type: ignore[arg-type]
-        self.layers = {block: i for i, block in enumerate(self.model.moe_layers)}  # MoE layer of a block
+        self.layers = {block: i for i, block in enumerate(gpt.model.moe_layers)}  # MoE layer of a block
         self.embed, self.head = Segment(), Segment()
         self.loss: torch.Tensor
 

@@ -112,6 +112,7 @@ class ModelStep(TrainingTasks):
             Generalized(layer, policy, (slices.degree_forward, degree), gate=gate)
             for layer, degree in zip(of_layer, slices.degree_backward[::-1].tolist(), strict=True)
         ]
+        self.layers_of = [range(i, i + 1) for i in range(len(of_layer))]
         gradients = [int(layer.gradient_bytes) for layer in reversed(of_layer)]
         self.stream, self.slices = GradientBytes(gradients, ELEMENT_BYTES, "inter"), slices.as_slices(ELEMENT_BYTES)
 

@@ -95,6 +95,8 @@ class _Shared(PricedServing):
 
     def dense_work(self, layer: int, direction: Direction, task: str) -> Work:
         cost = super().dense_work(layer, direction, task).cost
+        if task != "attention":
+            return Work(cost)
         return Work(InTurn((*([] if cost is None else [cost]), Hold(self.shared_s))))
 
 
