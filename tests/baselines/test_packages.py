@@ -43,13 +43,17 @@ REFUSED_BY_ALL = {
     "softmoe": "Soft MoE",
     "noisy-gate": "noise",
 }
+#: those that packages without shared experts cannot
+NO_SHARED = {"shared": "no shared experts", "shared-swiglu": "no shared experts"}
 #: and those that one cannot
 REFUSED = {
     "megatron": {"rank-without-tokens": "without tokens", "mixtral-gate-k1": "not by 1"},
-    "deepspeed": {"mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid", "sigmoid-gate-k1": "sigmoid"},
+    "deepspeed": {"mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid", "sigmoid-gate-k1": "sigmoid"} | NO_SHARED,
     "deepspeed-drop": {trial: "the model has none" for trial in TRIALS if "drops" not in trial}
-    | {"mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid", "sigmoid-gate-k1": "sigmoid"},
+    | {"mixtral-gate-k1": "not by 1", "deepseek-gate": "sigmoid", "sigmoid-gate-k1": "sigmoid"}
+    | NO_SHARED,
     "tutel": {
+        **NO_SHARED,
         "rank-without-tokens": "without tokens",
         "mixtral-gate-k1": "not by 1",
         "deepseek-gate": "sigmoid",
