@@ -74,7 +74,7 @@ class Calibration(Spec):
             raise bad(field, None, f"was not measured; known are {known}")
         if found.refused:
             points = "; ".join(f"{x:.0f}: {'none' if t is None else f'{t * 1e3:.3f} ms'}" for x, t in found.points)
-            again = f"profile a quieter machine again (moebench profile {self.profiled.name})"
+            again = f"profile a quieter machine again ({self.profiled.profile_command})"
             raise UserError(f"{field}: refused, {found.refused}; {again}; the points were {points}")
         return found
 
@@ -183,7 +183,7 @@ def told(cluster: Cluster) -> Calibration | None:
 def profiled(cluster: Cluster, folder: Path = LEDGER) -> Calibration:
     """``latest``; ``UserError`` if there is none."""
     if (found := latest(cluster, folder)) is None:
-        raise bad("cluster", cluster.name, f"was never profiled; moebench profile {cluster.name}")
+        raise bad("cluster", cluster.name, f"was never profiled; {cluster.profile_command}")
     return found
 
 

@@ -104,6 +104,14 @@ class Cluster(Spec):
         """Units per level, outermost first; their product is the number of ranks."""
         return tuple(level.size for level in self.levels)
 
+    @property
+    def profile_command(self) -> str:
+        """What measures it, for whoever reads an error."""
+        from harness import presets  # which reads clusters
+
+        of_file = self.name not in (*presets.names("clusters"), *presets.this_machine.SIZES)
+        return "moebench profile CLUSTER.yaml, a file of this cluster" if of_file else f"moebench profile {self.name}"
+
     def resized(self, num_nodes: int) -> Cluster:
         """With another number of units of the outermost level, and the same constants."""
         outer, *inner = self.levels
@@ -122,7 +130,7 @@ class Cluster(Spec):
         of constants of several sizes (``a2a.inter@16``) those of this one; by default of the cluster's own."""
         if key == "gemm":
             if self.gemm is None:
-                raise bad(f"cluster {self.name}.gemm", None, f"is not known; moebench profile {self.name}")
+                raise bad(f"cluster {self.name}.gemm", None, f"is not known; {self.profile_command}")
             return self.gemm.alpha_s, self.gemm.beta_s_per_mac
         at_size = f"{key}@{num_ranks or self.num_ranks}"
         found = self.collectives.get(at_size) or self.collectives.get(key)
@@ -131,7 +139,7 @@ class Cluster(Spec):
             raise bad(
                 f"cluster {self.name}.collectives",
                 key,
-                f"has no cost; known are {known}; moebench profile {self.name} measures them",
+                f"has no cost; known are {known}; {self.profile_command} measures them",
             )
         return found.alpha_s, found.beta_s_per_byte
 

@@ -101,7 +101,7 @@ def test_a_machine_is_what_was_asked_for():
         (["--efficiency", "nan"], "--efficiency: nan: must be a share"),
         (["--machine", "published", "--efficiency", "0.4"], "--efficiency: 0.4: is of a data sheet; add --machine"),
         (["--machine", "published"], "cluster own.collectives: {}: none is stated"),
-        (["--machine", "profiled"], "cluster: 'own': was never profiled; moebench profile own"),
+        (["--machine", "profiled"], "cluster: 'own': was never profiled; moebench profile CLUSTER.yaml, a file of this cluster"),
         (["--name", "../x"], "--name: '../x': must be a word"),
     ],
 )

@@ -88,4 +88,4 @@ def _check_rates(cluster: Cluster) -> None:
 
 
 def _otherwise(cluster: Cluster) -> str:
-    return f"measure it (moebench profile {cluster.name})"
+    return f"measure it ({cluster.profile_command})"

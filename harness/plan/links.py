@@ -80,7 +80,7 @@ class AlphaBeta(LinkModel):
                 if f"{cost.operation}.{name}" in known:
                     return cluster.linear(f"{cost.operation}.{name}", self.num_ranks)
             remedy = f"has no cost; known are {', '.join(sorted(known)) or 'none'}; state it, take the rates of links "
-            remedy += f"(--machine data-sheet), or measure it (moebench profile {cluster.name})"
+            remedy += f"(--machine data-sheet), or measure it ({cluster.profile_command})"
             raise bad(f"cluster {cluster.name}.collectives", cost.key, remedy)
         return cluster.linear(cost.key, self.num_ranks)
 

@@ -61,7 +61,7 @@ class PlannerModel:
             raise bad(
                 f"cluster {self.cluster.name}.collectives",
                 key,
-                f"is not among its costs ({known}); moebench profile {self.cluster.name}",
+                f"is not among its costs ({known}); {self.cluster.profile_command}",
             )
         return found
 
