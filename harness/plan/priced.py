@@ -214,7 +214,7 @@ class PricedReplicated(ReplicatedTasks, PricedNative):
         """Of parameters, that all ranks send for the copies of a batch, by what for (``harness.comm.moved``)."""
         plans, each = (self.early, self.late, self.whole), self.transfers.chunk_bytes
         early, late, again = (float(sparse.bytes(each).sum()) for sparse in plans)
-        return {COPIES: early + again * (backward and self.releases), LATE_COPIES: late * self.revises}
+        return {COPIES: early + again * (backward and self.releases), LATE_COPIES: late}
 
     def transfer(self, what: str, num_tasks: int) -> StageWork:
         sparse = {"gather": self.early, "late": self.late}.get(what, self.whole)
