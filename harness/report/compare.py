@@ -116,8 +116,8 @@ def pooled_speedup(run: Run, label: str, reference: str, direction: str = "total
     """Geometric mean over races of the time of ``reference`` over that of ``label``; None where no race has both.
 
     Both name a label, or a system where a race has one cell of it. Paired by launch and repetition; of each launch,
-    the repetitions that every race has. The races are the question, not a sample of it: the interval speaks of
-    launches and repetitions.
+    the repetitions that every race has; those of a race that drifts are other steps, so each stands for their mean.
+    The races are the question, not a sample of it: the interval speaks of launches and repetitions.
     """
     timed = samples(run)
     timed = timed[timed["direction"] == direction]
@@ -128,7 +128,8 @@ def pooled_speedup(run: Run, label: str, reference: str, direction: str = "total
             timed[timed["cell"] == cells[race]].set_index(["launch", "rep"])["value"] for cells in (mine, base)
         )
         if len(quotient := pd.Series(np.log(other / own)).dropna()):
-            logs[race] = quotient
+            drifts = race in drifting(run)
+            logs[race] = quotient.groupby("launch").transform("mean") if drifts else quotient
             evidence |= set(timed[timed["race"] == race]["evidence"])
     if not logs:
         return None

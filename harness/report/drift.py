@@ -10,6 +10,7 @@ import functools
 import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from harness.bench import stats
@@ -149,6 +150,48 @@ def _gain(mine: pd.DataFrame, base: pd.DataFrame, behind: list[int]) -> stats.Es
     return stats.interval(pd.DataFrame(rows, columns=["launch", "rep", "value"]))
 
 
+def stale(run: Run) -> pd.DataFrame:
+    """What it costs to know the past alone, executed: a row a step of a race that drifts, without those in which
+    experts moved, whose routing also stands still in another race of its group, where planners have seen it.
+    ``IDENTITY``, step, ``since``: how many timed steps it has been so, and ``ratio`` with its interval: the time of the
+    step over the time where it stands still, paired by launch."""
+    timed, still, found = _samples(run), _standing(run), []
+    moved: dict[Any, float] = steps(run).set_index(["cell", "step"])[MOVES].to_dict()
+    told = run.metric("step").drop_duplicates(["race", "value"])
+    every = compare.samples(run)
+    for race, rows in told.groupby("race", sort=False):
+        ordered = rows.set_index(rows["value"].astype(int))["reason"].sort_index()
+        same = (ordered != ordered.shift()).cumsum()
+        since: dict[Any, int] = (same.groupby(same).cumcount() + 1).to_dict()
+        hashes: dict[Any, str] = ordered.to_dict()
+        for (cell, step), mine in timed[timed["race"] == race].groupby(["cell", "step"], sort=False):
+            first = mine.iloc[0]
+            oracle = still.get((*first[GROUP], hashes[step]))
+            other = every[(every["race"] == oracle) & (every["label"] == first["label"])]
+            if other.empty or moved[cell, step]:
+                continue
+            known = np.exp(np.log(other["value"]).groupby(other["launch"]).mean()).rename("value").reset_index()
+            pair = compare.plain(stats.ratio(mine.assign(rep=0), known.assign(rep=0)), first)
+            if pair.num_samples:
+                ratio = {"point": pair.point, "low": pair.low, "high": pair.high}
+                found.append({**first[compare.IDENTITY], "step": step, "since": since[step], "ratio": ratio})
+    return pd.DataFrame(found, columns=[*compare.IDENTITY, "step", "since", "ratio"])
+
+
+def _standing(run: Run) -> dict[tuple[str, ...], str]:
+    """Race whose trace stands still, by its group and the hash of its routing."""
+    from harness.bench.stepwise import certify_step  # imports torch, which nothing else here needs
+
+    found = {}
+    for row in run.rows.drop_duplicates("race").to_dict("records"):
+        given = run.experiments.get(row["cell"])
+        if given is None or row["race"] in compare.drifting(run) or given["workload"]["generator"] != "trace":
+            continue
+        digest = certify_step(Experiment.model_validate(given), 0, ran=True).digest
+        found[(*(row[key] for key in GROUP), digest)] = row["race"]
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------- the section
 
 
@@ -164,6 +207,37 @@ def drift(run: Run) -> Html:
     return Html(
         *(part for race, rows in frame.groupby("race", sort=False) for part in _race(run, str(race), rows, told))
     )
+
+
+def staleness(run: Run) -> Html:
+    """What it costs each system to have seen the past alone, executed."""
+    frame = stale(run)
+    if frame.empty:
+        what = "It takes a replayed trace, and a race in which one of its timed steps stands still."
+        return Html(page.missing(what, "moebench run --suite hecate-emulated"))
+    run.write_table("staleness", frame)
+    parts = []
+    for _, rows in frame.groupby("race", sort=False):
+        wide = rows.pivot(index="label", columns="step", values="ratio").reindex(list(dict.fromkeys(rows["label"])))
+        since, first = rows.set_index("step")["since"].to_dict(), rows.iloc[0]
+        shown = wide.reset_index().assign(evidence=first["evidence"])
+        columns = [Column("label", "system")]
+        shown.columns = shown.columns.map(str)
+        for step in wide:
+            columns.append(Column(str(step), f"step {step}, routing for {since[step]} so", _slower, "num"))
+        title = f"Time of a step of {first['workload']}, over the time where planners have seen its routing"
+        note = f"above 1: what is not known yet costs; {run.control} plans nothing and tells what else differs"
+        note += "; –: experts moved in that step"
+        parts.append(page.table(shown, [*columns, EVIDENCE], title, note))
+    return Html(*parts)
+
+
+def _slower(ratio: Any) -> str:
+    """Not coloured: more is slower."""
+    if not isinstance(ratio, dict):
+        return "–"
+    interval = f" {page.interval(ratio['low'], ratio['high'])}" if math.isfinite(ratio["low"]) else ""
+    return f"{ratio['point']:.2f}×{interval}"
 
 
 def _race(run: Run, race: str, rows: pd.DataFrame, told: pd.DataFrame) -> list[str]:
@@ -285,4 +359,4 @@ def _bytes(value: float) -> str:
     return page.megabytes(value) if value else "–"
 
 
-__all__ = ["drift", "followers", "steps"]
+__all__ = ["drift", "followers", "stale", "staleness", "steps"]

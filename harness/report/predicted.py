@@ -22,7 +22,7 @@ from harness.plan.host import Seconds, merged
 from harness.simulation import Simulation, simulate
 from harness.specs import Experiment
 
-WARM, STEPS = 5, 2  # of a training: before those that are predicted, and these
+WARM, STEPS = 5, 2  # of a training: before those that are predicted, and these; where routing drifts, those that ran
 
 
 class Simulator:
@@ -40,7 +40,7 @@ class Simulator:
         hosts = self._hosts_of(run)
         for cell, experiment in _experiments(run).items():
             try:
-                found = self._simulated(experiment, hosts.get(heldout.shape_of(experiment), {}))
+                found = self._simulated(run, cell, experiment, hosts.get(heldout.shape_of(experiment), {}))
             except UserError as error:
                 why = why or error
                 continue
@@ -53,15 +53,18 @@ class Simulator:
     def timelines(self, run: Any, cell: str) -> dict[str, Timeline]:
         """Of a predicted cell by direction, [num_tasks, W]."""
         experiment = _experiments(run)[cell]
-        return dict(self._simulated(experiment, self._hosts_of(run).get(heldout.shape_of(experiment), {})).timelines)
+        host = self._hosts_of(run).get(heldout.shape_of(experiment), {})
+        return dict(self._simulated(run, cell, experiment, host).timelines)
 
     def agreement(self, frame: pd.DataFrame) -> Agreement:
         """Of a table of cell, race, measured_s and predicted_s; of the cells from which nothing was taken."""
         return agreement(frame[~frame["cell"].isin(self.fitted)])
 
-    def _simulated(self, experiment: Experiment, host: Seconds) -> Simulation:
-        machine = heldout.machine_of(experiment, self.folder)
-        return simulate(experiment, dataclasses.replace(machine, host=host), steps=STEPS, warm=WARM)
+    def _simulated(self, run: Any, cell: str, experiment: Experiment, host: Seconds) -> Simulation:
+        machine, told = heldout.machine_of(experiment, self.folder), run.metric("step")
+        ran = told[told["cell"] == cell]["value"].unique()
+        warm, steps = (int(ran.min()), len(ran)) if len(ran) else (WARM, STEPS)
+        return simulate(experiment, dataclasses.replace(machine, host=host), steps=steps, warm=warm)
 
     def _hosts_of(self, run: Any) -> dict[str, Seconds]:
         if run.path in self._hosts:

@@ -14,7 +14,7 @@ from harness.bench.store import SIMULATED
 from harness.memory import PARTS
 from harness.report import compare, figures, page, words
 from harness.report.context import QUICK, beside, provenance, routing, setbacks, where
-from harness.report.drift import drift
+from harness.report.drift import drift, staleness
 from harness.report.page import Column, Html
 from harness.report.run import GROUP, Run, in_order, load
 
@@ -325,6 +325,7 @@ __all__ = [
     "setbacks",
     "skew",
     "speedups",
+    "staleness",
     "traffic",
     "training",
     "where",

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from harness import ledger
-from harness.bench import physics
+from harness.bench import physics, stepwise
 from harness.bench.suite import load
 from harness.case import cases_of
 from harness.registry import system
@@ -54,7 +54,8 @@ def of_suite(name: str) -> Tables:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # systems plan by what is there, too
             _calibrations(root / ledger.LEDGER, ledger.LEDGER)
             run = SimpleNamespace(experiments={cell: each.model_dump() for cell, each in experiments.items()})
-            run.path = Path(folder)
+            run.path, told = Path(folder), _steps_of(suite)
+            run.metric = lambda name, told=told: told
             found = SIMULATORS[name].Simulator(ledger.LEDGER).predictions(run)
         labels = [_label(experiments[cell]) for cell in found["cell"]]
         tables[f"{name}.predictions"] = found.assign(cell=labels)
@@ -71,6 +72,18 @@ def of_suite(name: str) -> Tables:
     if rows:
         tables[f"{name}.bounds"] = pd.DataFrame(rows)
     return tables
+
+
+def _steps_of(suite) -> pd.DataFrame:
+    """As rows of a run tell them: the timed steps of every cell whose routing drifts."""
+    found = [
+        {"cell": each.digest, "value": race.warmup + rep}
+        for race in suite.races
+        for each in race.experiments
+        if stepwise.drifts(each)
+        for rep in range(race.repeats)
+    ]
+    return pd.DataFrame(found, columns=["cell", "value"])
 
 
 def kept(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from harness.bench.stepwise import certify_step
 from harness.comm.moved import COPIES, LATE_COPIES, MOVES
 from harness.memory import expert_bytes
 from harness.report import compare, drift, summary, words
@@ -133,3 +134,41 @@ def test_nothing_is_shown_of_a_routing_that_stands_still(full, maker):
     drifting(maker)
     both = load(maker.path)
     assert set(drift.steps(both)["workload"]) == {"walk"}
+
+
+def test_a_step_is_held_against_its_routing_where_that_stands_still(maker):
+    """Of the timed steps, two have the last recorded routing; behind the first of these smartmoe moves experts."""
+    params = {"path": "record-e64k8.parquet", "step": 240}
+    held = Workload(name="held", tokens_per_rank=64, generator="trace", params={**params, "replay": True, "hold": 2})
+    still = Workload(name="still", tokens_per_rank=64, generator="trace", params={**params, "step": 600})
+    seconds = {"flat": (1.0, 1.0), "smartmoe": (0.9, 0.6), "hecate": (0.8, 0.4)}  # replayed, and standing still
+    base = experiment("flat", "balanced-512", "local-2", "gpt-tiny-moe", "train_step", dtype="float32")
+    model = base.model.model_copy(update={"num_experts": 64, "top_k": 2})
+    for system, (replayed, known) in seconds.items():
+        one, other = (base.model_copy(update={"system": system, "model": model, "workload": w}) for w in (held, still))
+        for launch in range(LAUNCHES):
+            rows = []
+            for rep, step in enumerate((1, 2, 3)):
+                each = {**maker.base(one, launch), "rep": rep}
+                digest = certify_step(one, step, ran=True).digest
+                rows.append({**each, "metric": "time_s", "direction": "total", "value": replayed + rep / 10})
+                rows.append({**each, "metric": "step", "value": step, "reason": digest})
+                if system == "smartmoe" and step == 2:
+                    rows.append({**each, "metric": "moved_bytes", "level": MOVES, "value": 1e6})
+            each = {**maker.base(other, launch), "metric": "time_s", "direction": "total"}
+            rows += [{**each, "rep": rep, "value": known * (1 + launch / 10)} for rep in range(2)]
+            maker.append(rows)
+    maker.write_records()
+    run = load(maker.path)
+    found = drift.stale(run).set_index(["label", "step"])
+    assert set(found.index) == {("flat", 2), ("flat", 3), ("smartmoe", 3), ("hecate", 2), ("hecate", 3)}
+    mean = (1.1 * 1.2) ** (1 / 3)  # of the launches
+    assert found.loc[("hecate", 3), "ratio"]["point"] == pytest.approx(1.0 / (0.4 * mean))
+    assert found["since"].to_dict() == {index: index[1] - 1 for index in found.index}
+    html = summary.staleness(run).html
+    assert "step 3, routing for 2 so" in html
+    assert '<td class="num">–</td>' in html
+    pooled = compare.pooled_speedup(run, "hecate", "flat")
+    assert pooled.num_races == 2
+    replayed = (1.0 * 1.1 * 1.2 / (0.8 * 0.9 * 1.0)) ** (1 / 3)
+    assert pooled.estimate.point == pytest.approx((replayed * 1 / 0.4) ** 0.5)
