@@ -28,6 +28,7 @@ class MegatronAllGather(Megatron):
     name: ClassVar[str] = "megatron-allgather"
     title: ClassVar[str] = "Megatron-Core MoE layer, all-gather dispatcher (real package)"
     dispatcher: ClassVar[dict[str, str]] = {"moe_token_dispatcher_type": "allgather"}
+    options: ClassVar[dict[str, str]] = {}
     collectives = {
         "metadata": "ag",
         "dispatch": "ag",
@@ -69,6 +70,7 @@ class MegatronDeepEP(Megatron):
         "moe_token_dispatcher_type": "flex",
         "moe_flex_dispatcher_backend": "deepep",
     }
+    options: ClassVar[dict[str, str]] = {}  # "Shared expert overlap is not supported in Flex Token Dispatcher."
     stages: ClassVar[tuple[str, ...]] = ("inter", "intra")
     module: ClassVar[str] = "deep_ep"
     remedy: ClassVar[str] = (

@@ -86,7 +86,7 @@ def test_list_everything_as_tables(moebench):
         (["check", "flat", "--cluster", "emulated-2x5"], "did you mean 'emulated-2x4'?"),
         (["check", "flat", "--cluster", "fsmoe-a"], "fsmoe-a"),
         (["record", "--out", "x.parquet", "--model", "record-e16k3"], "did you mean 'record-e16k2'?"),
-        (["record", "--out", "x.parquet", "--tokens", "7"], "record.num_tokens: 7: "),
+        (["record", "--out", "x.parquet", "--tokens", "7"], "--tokens: 7: "),
         (["record", "--out", "x.parquet", "--text", "t.txt"], "--text: 't.txt': is for --checkpoint"),
         (["record", "--out", "x.parquet", "--no-by-layer"], "--by-layer: False: is for --checkpoint"),
         (["record", "--out", "x.parquet", "--checkpoint", "c", "--at", "3"], "--at: [3]: is for a training"),

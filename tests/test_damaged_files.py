@@ -56,7 +56,7 @@ def trace(folder: Path) -> Format:
     def read() -> Any:
         found = read_trace(path)
         return found.header.model_dump(), [
-            (row.step, row.layer, row.loss, row.ids.tolist(), row.weights.tolist()) for row in found.rows.values()
+            (row.step, row.layer, row.loss, row.ids.tolist(), row.weights.tolist()) for row in found.values()
         ]
 
     return Format(path, read)

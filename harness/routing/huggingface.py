@@ -103,7 +103,7 @@ def _length(model: Any, seq: int | None, num_tokens: int) -> int:
         raise bad("record.seq", seq, f"must lie in 2..{allowed}, the sequences that the model is made for")
     if num_tokens % seq:
         remedy = f"must be a multiple of the sequences' {seq} tokens; give {max(1, num_tokens // seq) * seq}"
-        raise bad("record.num_tokens", num_tokens, f"{remedy}, or another --seq")
+        raise bad("--tokens", num_tokens, f"{remedy}, or another --seq")
     return seq
 
 

@@ -131,7 +131,7 @@ def record(
     if model.vocab < 256:
         raise bad("model.vocab", model.vocab, "must be at least 256: the text is read as bytes")
     if num_tokens < model.seq or num_tokens % model.seq:
-        raise bad("record.num_tokens", num_tokens, f"must be a multiple of the model's seq = {model.seq}")
+        raise bad("--tokens", num_tokens, f"must be a multiple of the model's seq = {model.seq}")
     check_writable(out)
     if weights is not None:
         if weights.absolute() == out.absolute():

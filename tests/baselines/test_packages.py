@@ -61,7 +61,9 @@ REFUSED = {
     },
 }
 REFUSED["tutel-2dh"] = REFUSED["tutel"]
-REFUSED["megatron-allgather"] = dict.fromkeys(("ragged", "long", "long-exchange"), "as many") | REFUSED["megatron"]
+REFUSED["megatron-allgather"] = (
+    dict.fromkeys(("ragged", "long", "long-exchange", "shared"), "as many") | REFUSED["megatron"]
+)
 
 #: every way in which a plan's bytes depend on a case
 CASES: dict[str, dict[str, Any]] = {

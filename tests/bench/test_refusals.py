@@ -18,11 +18,16 @@ NO_GATES = {"xmoe-gate", "xmoe-gate-drops", *MOGE, "expert-choice", "softmoe", "
 SIGMOID = {"deepseek-gate", "sigmoid-gate", "sigmoid-gate-k1"}
 SHARED = {"shared", "shared-swiglu"}
 TUTEL = {*NO_GATES, *SIGMOID, *SHARED, "rank-without-tokens"}
+MEGATRON = {*NO_GATES, "sigmoid-gate", "rank-without-tokens"}
 #: of real packages alone; native systems run all that there is
 MAY_REFUSE = {
     "deepspeed": {*NO_GATES, *SIGMOID, *SHARED},
     "deepspeed-drop": TRIALS.keys() - {"drops", "long-drops"},  # others have no capacity factor, which it needs
-    "megatron": {*NO_GATES, "sigmoid-gate", "rank-without-tokens"},
+    "megatron": MEGATRON,
+    "megatron-allgather": {*MEGATRON, "ragged", "long", "long-exchange", "shared"},  # as many tokens on every rank
+    "megatron-deepep": TRIALS.keys() - {"long-exchange"},  # in formats other than bfloat16
+    "megatron-hybridep": TRIALS.keys() - {"long-exchange"},
+    "torchtitan": set(TRIALS),
     "tutel": TUTEL,
     "tutel-2dh": TUTEL,
 }

@@ -20,11 +20,11 @@ SHAPE = (2, 4)
 
 
 def case(system: str, **options):
-    return case_of(experiment_of(system, "layer", SHAPE, options))
+    return case_of(experiment_of(system, "layer", SHAPE, options, {}))
 
 
 def refusal(system: str, **options) -> str:
-    return dry.refusal(experiment_of(system, "layer", SHAPE, options)) or ""
+    return dry.refusal(experiment_of(system, "layer", SHAPE, options, {})) or ""
 
 
 @pytest.mark.parametrize("copies", [False, True])

@@ -76,7 +76,8 @@ def test_prices_are_linear_and_of_the_right_size():
     np.testing.assert_allclose(Machine.published(CLUSTER).durations(plan), [[0, 3], [2, 2], [0.75, 0.75]])
     assert Machine.published(CLUSTER, num_ranks=16).seconds(Even("a2a", "inter", 4.0)) == 4.0
     with pytest.raises(
-        UserError, match=r"cluster c.collectives: 'rs.intra': has no cost; known are .*moebench profile CLUSTER.yaml, a file of"
+        UserError,
+        match=r"cluster c.collectives: 'rs.intra': has no cost; known are .*moebench profile CLUSTER.yaml, a file of",
     ):
         Machine.published(CLUSTER).seconds(Even("rs", "intra", 1.0))
 

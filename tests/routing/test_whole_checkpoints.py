@@ -101,11 +101,11 @@ def test_a_shard_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"num_tokens": 97}, r"record\.num_tokens: 97: .*24 tokens; give 96, or another --seq"),
-        ({"num_tokens": 10}, r"record\.num_tokens: 10: .*give 24"),
+        ({"num_tokens": 97}, r"--tokens: 97: .*24 tokens; give 96, or another --seq"),
+        ({"num_tokens": 10}, r"--tokens: 10: .*give 24"),
         ({"seq": 65}, r"record\.seq: 65: .*2\.\.64"),
         ({"seq": 1}, r"record\.seq: 1: "),
-        ({"passes": 3}, r"record\.num_tokens: 288: .*only 192 tokens"),
+        ({"passes": 3}, r"--tokens: 288: .*only 192 tokens"),
     ],
 )
 def test_sequences_are_as_long_as_asked(mixtral, tmp_path, fields, match):
