@@ -75,7 +75,7 @@ def test_its_moe_layer_is_the_oracles(fields):
     [
         ({"steps": [21]}, r"record\.steps: \[21\]: must lie in 0\.\.20"),
         ({"steps": []}, r"record\.steps"),
-        ({"num_tokens": 100}, r"record\.num_tokens: 100.*seq = 16"),
+        ({"num_tokens": 100}, r"--tokens: 100.*seq = 16"),
     ],
 )
 def test_bad_requests_are_named(tmp_path, fields, text):
