@@ -77,14 +77,6 @@ def refuse_rare_gate(case: Case, package: str) -> str | None:
     return None
 
 
-def rows_per_expert(case: Case) -> np.ndarray:
-    """Assignments from each rank to each expert, int64 [num_ranks, E]."""
-    routing = case.routing
-    rows = np.zeros((case.topology.num_ranks, case.model.num_experts), dtype=np.int64)
-    np.add.at(rows, (routing.source[:, None], routing.ids), 1)
-    return rows
-
-
 def padded_bytes(case: Case, capacity: int) -> dict[str, np.ndarray]:
     """Parts of an exchange whose every expert buffer holds ``capacity`` rows, on a direct all-to-all."""
     num_ranks = case.topology.num_ranks

@@ -20,6 +20,7 @@ from baselines import _packages
 from harness.comm.job import Job
 from harness.dtypes import MOST
 from harness.layer.weights import Weights
+from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, Dtype
 from harness.system import Case, Gradients, MoELayer, System
 
@@ -53,7 +54,7 @@ class DeepSpeed(System):
             return reason
         if (reason := _packages.refuse_gate(case, "deepspeed")) is not None:
             return reason
-        rows = _packages.rows_per_expert(case)
+        rows = expert_counts(case.routing)
         if case.model.top_k == 1 and rows.max() > min(case.routing.tokens):
             return (
                 "deepspeed's top-1 gate caps the padding at a rank's own token count, so its ranks would disagree: "
@@ -64,7 +65,7 @@ class DeepSpeed(System):
     @classmethod
     def capacities(cls, case: Case) -> list[int]:
         """Rows C that each rank's buffer holds for every expert."""
-        return [int(_packages.rows_per_expert(case).max())] * case.topology.num_ranks
+        return [int(expert_counts(case.routing).max())] * case.topology.num_ranks
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray]:
@@ -101,7 +102,7 @@ class DeepSpeedDrop(DeepSpeed):
             return (
                 f"deepspeed sizes its buffers by each rank's own tokens; with drops they must agree, not {capacities}"
             )
-        if case.model.top_k == 1 and _packages.rows_per_expert(case).max() > capacities[0]:
+        if case.model.top_k == 1 and expert_counts(case.routing).max() > capacities[0]:
             return (
                 "deepspeed's top-1 gate without random token selection leaves which tokens to drop to the order of "
                 "ties in torch.topk, so no rule can be stated"

@@ -29,6 +29,7 @@ from harness.dtypes import MOST
 from harness.layer.weights import Weights
 from harness.options import yes
 from harness.plan.slots import OVERLAP
+from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, Dtype
 from harness.system import Case, Gradients, MoELayer, System
 
@@ -89,7 +90,7 @@ class Megatron(System):
         """Counts of all experts are gathered from every rank (int64); a row and its router probability travel per
         (token, expert) pair, by two all-to-alls; rows alone come back. Gradients retrace both."""
         model, num_ranks = case.model, case.topology.num_ranks
-        rows = _packages.rows_per_expert(case).reshape(num_ranks, num_ranks, -1).sum(2)  # [from, to]
+        rows = expert_counts(case.routing).reshape(num_ranks, num_ranks, -1).sum(2)  # [from, to]
         row_bytes = model.hidden * DTYPE_BYTES[case.dtype]
         probability_bytes = 8 if case.dtype == "float64" else 4
         there = rows * (row_bytes + probability_bytes)

@@ -92,21 +92,28 @@ class MegatronDeepEP(Megatron):
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray]:
-        """Rows by both hops in one matrix: a rail's ranks between the nodes, all ranks inside one. Beside each row
-        travel where it comes from and its k experts and weights, on the way back of gradients k weights alone."""
-        model, topology = case.model, case.topology
-        rows = two_hops(case)
-        row_bytes = model.hidden * DTYPE_BYTES[case.dtype]
-        pairs = 8 * model.top_k  # an int and a float of each choice
-        there = math.ceil((row_bytes + SOURCE_META_BYTES + pairs) / ALIGNED) * ALIGNED
-        counts = 4 * (1 + model.num_experts / topology.num_ranks)  # of a rank, and of each of its experts
+        """Rows by both hops in one matrix: a rail's ranks between the nodes, all ranks inside one."""
+        rows, row_bytes = two_hops(case), case.model.hidden * DTYPE_BYTES[case.dtype]
+        there, back = cls.beside(case, row_bytes)
         return {
-            "metadata": _packages.off_diagonal(np.full((topology.num_ranks,) * 2, counts)),
-            "dispatch": _packages.off_diagonal(rows * there),
+            "metadata": _packages.off_diagonal(cls.told(case)),
+            "dispatch": _packages.off_diagonal(rows * (row_bytes + there)),
             "combine": _packages.off_diagonal(rows.T * row_bytes),
             "combine_grad": _packages.off_diagonal(rows * row_bytes),
-            "dispatch_grad": _packages.off_diagonal(rows.T * (row_bytes + pairs // 2)),
+            "dispatch_grad": _packages.off_diagonal(rows.T * (row_bytes + back)),
         }
+
+    @classmethod
+    def told(cls, case: Case) -> np.ndarray:
+        """Bytes [num_ranks, num_ranks]: how many rows come, of a rank and of each of its experts."""
+        num_ranks = case.topology.num_ranks
+        return np.full((num_ranks, num_ranks), 4 * (1 + case.model.num_experts / num_ranks))
+
+    @classmethod
+    def beside(cls, case: Case, row_bytes: int) -> tuple[int, int]:
+        """Bytes beside a row: where it comes from, its k experts and weights; beside its gradient k weights."""
+        whole = row_bytes + SOURCE_META_BYTES + 8 * case.model.top_k
+        return math.ceil(whole / ALIGNED) * ALIGNED - row_bytes, 4 * case.model.top_k
 
 
 class MegatronHybridEP(MegatronDeepEP):
@@ -123,35 +130,34 @@ class MegatronHybridEP(MegatronDeepEP):
     )
 
     @classmethod
-    def planned_bytes(cls, case: Case) -> dict[str, np.ndarray]:
-        """As DeepEP's, but every rank is told the routing map, a byte for each token and expert, and beside a row
-        travels a probability for each expert of the node that it goes to."""
-        model, topology, parts = case.model, case.topology, super().planned_bytes(case)
-        rows, row_bytes = two_hops(case), model.hidden * DTYPE_BYTES[case.dtype]
-        beside = 4 * model.num_experts // topology.shape[0]
-        told = np.repeat(np.asarray(case.routing.tokens)[:, None] * model.num_experts, topology.num_ranks, axis=1)
-        return parts | {
-            "metadata": _packages.off_diagonal(told),
-            "dispatch": _packages.off_diagonal(rows * (row_bytes + beside)),
-            "dispatch_grad": _packages.off_diagonal(rows.T * (row_bytes + beside)),
-        }
+    def told(cls, case: Case) -> np.ndarray:
+        """The routing map: a byte for each token and expert, to every rank."""
+        map_bytes = np.asarray(case.routing.tokens)[:, None] * case.model.num_experts
+        return np.repeat(map_bytes, case.topology.num_ranks, axis=1)
+
+    @classmethod
+    def beside(cls, case: Case, row_bytes: int) -> tuple[int, int]:
+        """A probability for each expert of the node that a row goes to, and back."""
+        probabilities = 4 * case.model.num_experts // case.topology.shape[0]
+        return probabilities, probabilities
 
 
 def two_hops(case: Case) -> np.ndarray:
-    """Rows from each rank to each, int64 [num_ranks, num_ranks]: of a token one to each other node with an expert of
-    it, to the rank of like place, and from there (in its own node from its own rank) one to each rank with one."""
-    topology, routing = case.topology, case.routing
+    """Rows from each rank to each, float64 [num_ranks, num_ranks]: of a token one to each other node with an expert of
+    it, to the rank of like place, and from there (in its own node from its own rank) one to each rank with one. Where
+    a sample stands for the tokens, each counts for as many as it stands for."""
+    topology, few = case.topology, case.routing.sample
     num_ranks, num_nodes = topology.num_ranks, topology.shape[0]
     num_local = num_ranks // num_nodes
-    owner = case.placement.hosts.argmax(1)  # [E]
-    wanted = np.zeros((len(routing.ids), num_ranks), dtype=bool)
-    wanted[np.arange(len(routing.ids))[:, None], owner[routing.ids]] = True
-    source, place = routing.source, routing.source % num_local
-    found = np.zeros((num_ranks, num_ranks), dtype=np.int64)
+    wanted = np.zeros((len(few.ids), num_ranks), dtype=bool)
+    wanted[np.arange(len(few.ids))[:, None], case.placement.owner[few.ids]] = True
+    source, place = few.source, few.source % num_local
+    stands_for = np.asarray(case.routing.tokens)[source] / np.asarray(few.tokens)[source]
+    found = np.zeros((num_ranks, num_ranks))
     for node, here in enumerate(wanted.reshape(len(wanted), num_nodes, num_local).swapaxes(0, 1)):
         gate = node * num_local + place  # where a token's row enters the node
         crosses = here.any(1) & (source // num_local != node)
-        np.add.at(found, (source[crosses], gate[crosses]), 1)
-        for local in range(num_local):
-            np.add.at(found[:, node * num_local + local], gate[here[:, local]], 1)
+        np.add.at(found, (source[crosses], gate[crosses]), stands_for[crosses])
+        for local, mine in enumerate(here.T):
+            np.add.at(found[:, node * num_local + local], gate[mine], stands_for[mine])
     return found

@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from baselines import _packages
+from harness.comm.exchange import flat_bytes
 from harness.comm.job import Job
 from harness.errors import bad
 from harness.layer.weights import Weights
@@ -56,17 +57,8 @@ class TorchTitan(System):
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray]:
-        """Counts (int64) of the experts of each rank, and rows there and back."""
-        model, num_ranks = case.model, case.topology.num_ranks
-        pairs = _packages.rows_per_expert(case).reshape(num_ranks, num_ranks, -1).sum(2)  # [from, to]
-        rows = pairs * (model.hidden * DTYPE_BYTES[case.dtype])
-        return {
-            "metadata": _packages.off_diagonal(np.full((num_ranks, num_ranks), 8 * model.num_experts // num_ranks)),
-            "dispatch": _packages.off_diagonal(rows),
-            "combine": _packages.off_diagonal(rows.T),
-            "combine_grad": _packages.off_diagonal(rows),
-            "dispatch_grad": _packages.off_diagonal(rows.T),
-        }
+        """As the flat exchange: counts (int64) of the experts of each rank, and rows there and back."""
+        return flat_bytes(case.routing, case.placement, case.model.hidden * DTYPE_BYTES[case.dtype])
 
     @classmethod
     def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:

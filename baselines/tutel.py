@@ -20,6 +20,7 @@ from harness.comm.job import Job
 from harness.dtypes import MOST
 from harness.errors import bad
 from harness.layer.weights import Weights
+from harness.routing.certificate import expert_counts
 from harness.specs import DTYPE_BYTES, Dtype
 from harness.system import Case, Gradients, MoELayer, System
 
@@ -81,7 +82,7 @@ class Tutel(System):
     @classmethod
     def capacity(cls, case: Case) -> int:
         """Rows C that a rank's buffer holds for every expert."""
-        rows, degree = int(_packages.rows_per_expert(case).max()), _overlap(case)
+        rows, degree = int(expert_counts(case.routing).max()), _overlap(case)
         return -(-rows // degree) * degree
 
     @classmethod

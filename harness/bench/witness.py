@@ -323,10 +323,8 @@ def _weights(job: Job, gates: Gates, given: Given, seen: Seen, wanted: _Wanted, 
         for i, name in enumerate(gate_names):
             size, of_terms = max(float(gate[i, -1]) ** 0.5, float(gate[i, :-1].abs().max())), float(terms) ** 0.5
             scale = LARGEST * (size if size > CANCELS * of_terms else of_terms) or 1.0
-            yield (
-                float((own[i] - gate[i, :-1]).abs().max()) / scale,
-                f"of the {'shared experts' if name in gates.shared else 'gate'}' {name} {at}",
-            )
+            whose = "shared experts'" if name in gates.shared else "gate's"
+            yield float((own[i] - gate[i, :-1]).abs().max()) / scale, f"of the {whose} {name} {at}"
 
 
 def _summed(job: Job, *parts: torch.Tensor) -> list[torch.Tensor]:
