@@ -6,17 +6,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from harness.spec import Count, Name, Spec
+from harness.spec import Count, Named
 
 #: gates in which each expert takes a fixed number of a rank's tokens, or of mixtures of them
 EXPERTS_CHOOSE = ("expert_choice", "softmoe")
 GEMMS: dict[str, int] = {"gpt": 2, "swiglu": 3}  # of one expert, by Model.ffn_type
 
 
-class Model(Spec):
+class Model(Named):
     """Shapes only. ``E`` experts of FFN size ``H`` over hidden size ``M``, each token to ``k`` of them."""
 
-    name: Name
     num_layers: Count  # all of them
     hidden: Count  # M
     ffn: Count  # H, of one expert
@@ -52,8 +51,8 @@ class Model(Spec):
     interpretation: str = ""  # what the source leaves open and what was chosen
 
     LATER: ClassVar[tuple[str, ...]] = (
-        "shared_ffn", "num_dense_layers", "moe_every", "dense_ffn", "head_dim", "attention_window", "window_every",
-        "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
+        *Named.LATER, "shared_ffn", "num_dense_layers", "moe_every", "dense_ffn", "head_dim", "attention_window",
+        "window_every", "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim",
     )  # fmt: skip
 
     @model_validator(mode="after")

@@ -75,9 +75,7 @@ def simulate_suite(
                 outcome: Any = "failed", lacks[key]
             else:
                 outcome = judged(experiment, machines[key], steps, before(race, warm), lambda text: say(text, -1))
-            outcome = keep(store, experiment, outcome)
-            if isinstance(outcome, tuple):
-                say(f"{outcome[0]}: {experiment.system}: {outcome[1]}", None)
+            keep(store, experiment, outcome)
             say("", steps + before(race, warm))
     return run.summary(store, suite)
 
@@ -160,8 +158,8 @@ def refusal(experiment: Experiment) -> str | None:
     return None
 
 
-def keep(store: Store, experiment: Experiment, outcome: Any) -> Any:
-    """What the judge said of a cell, and its timelines -> the same, or why it could not be kept."""
+def keep(store: Store, experiment: Experiment, outcome: Any) -> None:
+    """What the judge said of a cell, and its timelines; or why it could not be kept."""
     try:
         rows = tidy.rows_of_simulation(experiment, store.path.name, outcome)
     except OF_A_SYSTEM as error:  # its bytes are planned there
@@ -170,7 +168,6 @@ def keep(store: Store, experiment: Experiment, outcome: Any) -> Any:
     if not isinstance(outcome, tuple) and outcome.timelines:
         store.write_trace(experiment.digest, {name: _first_ranks(each) for name, each in outcome.timelines.items()})
     store.append(rows)
-    return outcome
 
 
 def _first_ranks(timeline: Timeline) -> Timeline:
@@ -233,23 +230,23 @@ def _place(experiment: Experiment) -> str:
 
 
 @contextlib.contextmanager
-def _shown(num_cells: int, num_steps: int, show: bool) -> Iterator[Callable[[str, int | None], None]]:
-    """A bar with the time that remains, on stderr, moved on by step. What it yields takes a text, and how
-    far to move on (None: the text is to stay; -1: it is for a terminal alone)."""
+def _shown(num_cells: int, num_steps: int, show: bool) -> Iterator[Callable[[str, int], None]]:
+    """A bar with the time that remains, on stderr, moved on by step; what has no time is told at the end. What it
+    yields takes a text, and how far to move on (-1: the text is for a terminal alone)."""
     console = Console(stderr=True, quiet=not show)
     if not num_cells:
         console.print("every cell of this file is simulated already; --fresh begins again", highlight=False)
     with Progress(*columns(), console=console, disable=not (show and num_cells)) as bar:
         task = bar.add_task("planning", total=num_steps)
 
-        def say(text: str, done: int | None) -> None:
+        def say(text: str, done: int) -> None:
             if done == -1 and not console.is_terminal:
                 return
-            if text and (done is None or not console.is_terminal):
+            if text and not console.is_terminal:
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
             elif text:
                 bar.update(task, description=text)
-            if done and done > 0:
+            if done > 0:
                 bar.advance(task, done)
 
         yield say

@@ -22,15 +22,19 @@ from harness.fields import first_wrong
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 PROSE = ("source", "interpretation")  # rewording a note makes no other experiment
+UNNAMED = "inline"  # the name, in digests, of what has none in its file
 
 
 def content_hash(fields: dict[str, Any]) -> str:
-    """First 16 hex digits of the SHA-256 of the canonical JSON, without the notes."""
+    """First 16 hex digits of the SHA-256 of the canonical JSON, without the notes, of names as ``hashed_name`` says."""
 
-    def without_prose(value: Any) -> Any:
-        return {k: without_prose(v) for k, v in value.items() if k not in PROSE} if isinstance(value, dict) else value
+    def canonical(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kept = {k: canonical(v) for k, v in value.items() if k not in (*PROSE, "hashed_name")}
+        return kept | ({"name": value["hashed_name"]} if value.get("hashed_name") else {})
 
-    text = json.dumps(without_prose(fields), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(canonical(fields), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -80,6 +84,23 @@ class Spec(BaseModel):
             if isinstance(part, str) and part in found.model_fields:
                 found = next(_specs_in(found.model_fields[part].annotation), found)
         return found
+
+
+class Named(Spec):
+    """A spec with a name, that of a preset or its file's. ``hashed_name``: what digests say instead, where the file
+    gives none."""
+
+    name: Name
+    hashed_name: Annotated[str, Field(repr=False)] = ""
+
+    LATER: ClassVar[tuple[str, ...]] = ("hashed_name",)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Another name is another one in digests, too."""
+        given = dict(update or {})
+        if "name" in given and self.hashed_name:
+            given.setdefault("hashed_name", given["name"].replace(self.name, self.hashed_name))
+        return super().model_copy(update=given, deep=deep)
 
 
 def _specs_in(annotation: Any) -> Iterator[type[Spec]]:

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from harness.errors import UserError, bad
 from harness.model import EXPERTS_CHOOSE, GEMMS, Model
-from harness.spec import Count, Name, Spec, content_hash
+from harness.spec import Count, Name, Named, Spec, content_hash
 
 Phase = Literal["exchange", "layer", "train_step", "prefill", "decode"]
 SERVING = ("prefill", "decode")  # phases of a whole model in inference
@@ -63,7 +63,7 @@ class Gemm(Spec):
     r2: float | None = None
 
 
-class Cluster(Spec):
+class Cluster(Named):
     """Nodes, ranks, link levels (outermost first) and devices.
 
     ``kind``: ``local`` = ranks of this machine over unshaped loopback; ``emulated`` = ranks of this machine in
@@ -72,7 +72,6 @@ class Cluster(Spec):
     of a local cluster whatever the machine has.
     """
 
-    name: Name
     kind: Literal["local", "emulated", "physical"]
     levels: Annotated[tuple[Level, ...], Field(min_length=1)]
     loopback_bytes_per_s: Annotated[float, Field(gt=0)] | None = None  # emulated: what a node's ranks send each other
@@ -181,13 +180,12 @@ class Ragged(Spec):
         return f"{self.mean}, max/mean {self.max_over_mean:g}"
 
 
-class Workload(Spec):
+class Workload(Named):
     """Tokens per rank and where they go: a generator with a seed, or a recorded trace.
 
     ``params`` are the generator's own (``harness.routing.generators`` says where they and their ranges stand).
     """
 
-    name: Name
     #: one number, or one per rank, or a rule that gives each rank another one
     tokens_per_rank: Count | tuple[Annotated[int, Field(ge=0)], ...] | Ragged = 1024
     generator: str = "balanced"  # a name of harness.routing.generators, or "trace", or "natural"

@@ -214,6 +214,48 @@ def test_a_base_with_a_bad_field_is_one_line(kind, data, message):
     assert "\n" not in str(caught.value)
 
 
+def own(**fields):
+    entry = {
+        "model": {"num_layers": 2, "hidden": 64, "ffn": 32, "num_experts": 16, "top_k": 2},
+        "cluster": {"kind": "emulated", "levels": [{"name": "node", "size": 2}, {"name": "rank", "size": 4}]},
+        "workload": {"tokens_per_rank": 64, "generator": "zipf", "params": {"target": 2.0}},
+        "system": "flat",
+        "phase": "layer",
+    }
+    return suite.from_data({"name": "s", "experiments": [entry | fields]}, "s").experiments[0]
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": 3}])
+def test_a_mapping_without_a_name_is_called_by_what_it_is_and_its_digest_does_not_know(fields):
+    found, named = own(**fields), {"name": "inline"}
+    parts = {kind: getattr(found, kind) for kind in ("model", "cluster", "workload")}
+    assert parts["model"].name.startswith("own-m64-h32-e16k2-l2-")
+    assert parts["cluster"].name.startswith("own-emulated-2x4-")
+    assert parts["workload"].name.startswith("own-zipf-target2.0-64-")
+    as_before = own(
+        **{kind: each.model_dump(exclude={"hashed_name", "seed"}) | named for kind, each in parts.items()}, **fields
+    )
+    assert as_before.workload.name == ("inline-s3" if fields else "inline")
+    assert (found.digest, found.race) == (as_before.digest, as_before.race)
+    again = Experiment.model_validate_json(found.model_dump_json())
+    assert (again, again.digest) == (found, found.digest)
+
+
+def test_two_mappings_without_a_name_have_two():
+    levels = [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 1e9}, {"name": "rank", "size": 4}]
+    assert own().cluster.name != own(cluster={"kind": "emulated", "levels": levels}).cluster.name
+    assert own().cluster.resized(4).name == f"{own().cluster.name}-4-nodes"
+    assert own().cluster.resized(4).hashed_name == "inline-4-nodes"
+
+
+def test_what_changes_inside_a_field_of_a_base_is_in_its_name_and_not_in_its_digest():
+    changed = own(workload={"preset": "zipf-4", "params": {"target": 2.0}}).workload
+    assert changed.name == "zipf-4-target2.0"
+    assert changed.digest == Workload(**changed.model_dump() | {"name": "zipf-4", "hashed_name": ""}).digest
+    mine = own(workload={"preset": "zipf-4", "params": {"target": 2.0}, "name": "mine"}).workload
+    assert mine.digest == Workload(**mine.model_dump()).digest != changed.digest
+
+
 def test_fsmoe_models_have_one_expert_for_every_node():
     for model, cluster in (("gpt2-xl-moe-fsmoe-a", "fsmoe-a"), ("mixtral-8x7b-fsmoe-b", "fsmoe-b")):
         assert presets.model(model).num_experts == presets.cluster(cluster).num_nodes

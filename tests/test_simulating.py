@@ -148,7 +148,12 @@ RECORDED = ENTRY["model"] | {"num_experts": 64, "top_k": 8}
         ),
         (
             {"workload": TRACE, "model": RECORDED},
-            ["workload inline.tokens_per_rank: 1000000", "the trace record-e64k8.parquet has", "or record more"],
+            [
+                "workload own-trace-pathrecord-e64k8.parquet-1000000-",
+                ".tokens_per_rank: 1000000",
+                "the trace record-e64k8.parquet has",
+                "or record more",
+            ],
         ),
         (
             {"workload": {"tokens_per_rank": 10**12}},
@@ -196,6 +201,14 @@ def test_what_no_rank_can_hold_is_refused_with_the_arithmetic(phase):
         assert said is not None
         assert "GB" in said
         assert "use at least" in said or "take more ranks or a smaller model" in said
+
+
+def test_what_fits_nowhere_is_told_once(simulate):
+    tiny = CLUSTER | {"device_memory_bytes": 10_000}
+    status, out, err = simulate(changed(phase="train_step", cluster=tiny, system=["flat", "hiermoe-hd2"]))
+    assert status == 1  # none is ok
+    (line,) = [line for line in (out + err).splitlines() if "GB" in line]
+    assert line.startswith("refused: flat, hiermoe-hd2, train_step of own-m64-h64-e16k2-l2-")
 
 
 # ------------------------------------------------------------------------------------------------------- the store
@@ -299,7 +312,8 @@ def test_the_command_prints_json_alone_and_the_shortest_first(simulate, tmp_path
     assert {row["evidence"] for row in found["times"]} == {"simulated"}
     status, out, err = simulate(changed())
     assert status == 0
-    assert "exchange of inline, inline, on own: simulated, profile of emulated-2x4" in out
+    assert "exchange of own-m64-h64-e16k2-l2-" in out
+    assert ", on own: simulated, profile of emulated-2x4" in out
     assert "unknown" in out
     assert "is simulated already" in err
 

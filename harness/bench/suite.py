@@ -263,7 +263,7 @@ def _resolve(value: Any, preset: Callable[..., Any], spec: type[Any], here: str,
     if isinstance(value, Mapping) and "preset" in value:
         return presets.based(KINDS[spec], value, here)
     if isinstance(value, Mapping):
-        return spec.parse({"name": "inline", **value}, here)
+        return spec.parse(value, here) if "name" in value else presets.unnamed(KINDS[spec], value, here)
     if not isinstance(value, str):
         raise bad(here, value, "must be the name of a preset, a YAML file, or a mapping")
     return preset(value, folder)

@@ -20,11 +20,11 @@ import yaml
 
 from harness.errors import bad, unknown
 from harness.presets import this_machine
-from harness.spec import PROSE
-from harness.specs import Cluster, Model, Spec, Workload
+from harness.spec import PROSE, UNNAMED
+from harness.specs import Cluster, Model, Workload
 
 Kind = Literal["models", "clusters", "workloads"]
-SPECS: dict[Kind, type[Spec]] = {"models": Model, "clusters": Cluster, "workloads": Workload}
+SPECS: dict[Kind, type[Cluster | Model | Workload]] = {"models": Model, "clusters": Cluster, "workloads": Workload}
 
 
 FILES = (".yaml", ".yml")
@@ -97,8 +97,12 @@ def based(kind: Kind, data: Mapping[str, Any], where: str) -> Any:
     changes = {key: value for key, value in data.items() if key not in ("preset", "nodes")}
     base: Any = {"models": model, "clusters": cluster, "workloads": workload}[kind](data["preset"])
     told = [f"{key} = {value}" for key, value in data.items() if key not in ("preset", "name", *PROSE)]
-    words = "-".join(f"{key}{value}" for key, value in changes.items() if isinstance(value, str | int | float))
-    fields = {"name": re.sub("[^A-Za-z0-9._+-]+", "-", f"{base.name}-{words}" if words else base.name)[:80]}
+    plain = [f"{key}{value}" for key, value in changes.items() if isinstance(value, str | int | float)]
+    inner = [f"{k}{v}" for value in changes.values() if isinstance(value, Mapping) for k, v in value.items()]
+    inner += [key for key, value in changes.items() if isinstance(value, list)]
+    fields = {"name": _word(base.name, *plain, *inner, most=80)}
+    if inner and "name" not in data:
+        fields["hashed_name"] = _word(base.name, *plain, most=80)  # as digests had it before names told these
     if told:
         fields["interpretation"] = f"{base.interpretation} Changed from the preset: {', '.join(told)}.".strip()
     found = SPECS[kind].parse({**base.model_dump(), **fields, **changes}, where)
@@ -109,6 +113,26 @@ def based(kind: Kind, data: Mapping[str, Any], where: str) -> Any:
         raise bad(f"{where}.nodes", nodes, "must be a whole number of at least 1")
     resized = found.resized(nodes)
     return resized.model_copy(update={"name": data["name"]}) if "name" in data else resized
+
+
+def unnamed(kind: Kind, data: Mapping[str, Any], where: str) -> Any:
+    """A spec without a name, which is called by what it is; its digest does not know."""
+    found = SPECS[kind].parse({"name": UNNAMED, **data}, where)
+    match found:
+        case Model():
+            words = f"m{found.hidden}-h{found.ffn}-e{found.num_experts}k{found.top_k}-l{found.num_layers}"
+        case Cluster():
+            words = f"{found.kind if found.device == 'cpu' else found.device}-{'x'.join(map(str, found.shape))}"
+        case Workload(tokens_per_rank=tokens):
+            mean = max(tokens, default=0) if isinstance(tokens, tuple) else getattr(tokens, "mean", tokens)
+            words = "-".join([found.generator, *(f"{key}{value}" for key, value in found.params.items()), str(mean)])
+    told = f"{_word('own', words, most=60)}-{found.digest[:4]}"
+    return found.model_copy(update={"name": told, "hashed_name": UNNAMED})
+
+
+def _word(*parts: str, most: int) -> str:
+    """A name of these, at most so long."""
+    return re.sub("[^A-Za-z0-9._+-]+", "-", "-".join(parts))[:most]
 
 
 def read_yaml(path: Path, what: str) -> Any:
