@@ -114,7 +114,8 @@ class MergedSlots(OneHop):
 
     def sent(self, sizes: Sizes) -> Sizes:
         whole = sizes.slot_bytes * sizes.num_local
-        return dataclasses.replace(sizes, slot_bytes=whole, num_local=1, scope="flat", stages=None)
+        added = whole + sizes.slot_bytes
+        return dataclasses.replace(sizes, slot_bytes=whole, num_local=1, scope="flat", stages=None, summed_bytes=added)
 
 
 class GatheredSlots(OneHop):

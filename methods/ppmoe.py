@@ -64,6 +64,10 @@ class NodeFares(FlatFares):
     num_hops = 2
     weights_travel = True
 
+    @property
+    def sums(self) -> bool:
+        return True
+
     def cost(self, part: str, hop: int, degree: int) -> Cost | None:
         matrix = self.bytes(part) if hop else None
         messages = 2 if part == "metadata" else 1  # a table of sizes, then the columns

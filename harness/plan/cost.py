@@ -32,10 +32,12 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class OnLinks(Cost):
-    """A collective. ``messages``: how often its start-up time is paid."""
+    """A collective. ``messages``: how often its start-up time is paid; ``summed_bytes`` [.., W]: that each rank reads
+    and writes to add up rows or chunks, before these leave or when they have come."""
 
     operation: Operation
     scope: str  # see above
+    summed_bytes: Any = dataclasses.field(default=0.0, kw_only=True)
 
     @property
     def key(self) -> str:

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from harness.plan.cost import Compute, Cost, Hold
-from harness.plan.graph import COMPUTE, Timeline
+from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks
+from harness.plan.graph import COMPUTE, Task, Timeline
 
 #: by task, without its layer: "embedding", "forward.gate", "backward.attention"; of what only moves bytes, of each
 Seconds = Mapping[str, float]
 LINKS = "links"  # among ``Seconds``: no task, but a share of all that goes over links
+SUMS = "forward.restore"  # of each byte of the sums there, and of any others
 PREDICTED = ("experts", "moe")  # kinds of computation that are not host time, but what is to be predicted
 
 
@@ -54,6 +55,20 @@ def amount(cost: Cost | None) -> Any:
     return cost.host if isinstance(cost, Hold) else 1.0
 
 
+def summed(cost: Cost | None) -> Any:
+    """Bytes that ranks add up in what goes over links."""
+    if isinstance(cost, InTurn):
+        return sum(np.asarray(summed(part)) for part in cost.parts)
+    return cost.summed_bytes if isinstance(cost, OnLinks) else 0.0
+
+
+def of_task(host: Seconds, task: Task) -> float:
+    """By its name, else by its kind: a second hop's metadata take what the first ones do, sums of a chunk what those of
+    a batch do for each byte."""
+    name = unlayered(task.name)
+    return host.get(name, host.get(f"{name.partition('.')[0]}.{task.kind}", 0.0))
+
+
 def unlayered(task: str) -> str:
     """The task's name in ``Seconds``.
 
@@ -70,4 +85,4 @@ def merged(several: Sequence[Seconds]) -> dict[str, float]:
     return {name: float(np.mean([each[name] for each in several if name in each])) for name in names}
 
 
-__all__ = ["LINKS", "Seconds", "amount", "beside", "merged", "unlayered"]
+__all__ = ["LINKS", "SUMS", "Seconds", "amount", "beside", "merged", "of_task", "summed", "unlayered"]

@@ -19,7 +19,7 @@ from harness.ledger import Calibration
 from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Timed, Transfer
 from harness.plan.device import CURVE, Device, Fitted, Roofline, Shared, Tiled
 from harness.plan.graph import Plan
-from harness.plan.host import LINKS, amount, unlayered
+from harness.plan.host import LINKS, SUMS, amount, of_task, summed
 from harness.plan.links import AlphaBeta, Line, LinkModel, Ports, SharedPorts, lines_of
 from harness.plan.profiled import Profiled
 from harness.specs import Cluster
@@ -35,8 +35,9 @@ BY_NAME: dict[str, type[Ports]] = {"ports": Ports, "shared-ports": SharedPorts}
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """``basis``: what its seconds rest on, in words. ``host``: seconds of the processor in every task of that name,
-    without its layer (``embedding``, ``forward.gate``), as ``harness.plan.host`` finds them; under ``LINKS`` the share
-    by which whatever goes over links takes longer than profiled."""
+    without its layer (``embedding``, ``forward.gate``), or of that kind, as ``harness.plan.host`` finds them; under
+    ``LINKS`` the share by which whatever goes over links takes longer than profiled, under ``SUMS`` of each byte that
+    is added up beside."""
 
     links: LinkModel
     device: Device
@@ -126,7 +127,7 @@ class Machine:
             case Transfer() if not self.links.meets:
                 return dataclasses.replace(cost, matrix=cost.matrix.astype(np.float32, copy=False))
             case OnLinks():
-                return Timed(cost.operation, cost.scope, self.seconds(cost))
+                return Timed(cost.operation, cost.scope, self.seconds(cost), summed_bytes=cost.summed_bytes)
         return Hold(self.seconds(cost), amount(cost))
 
     def _on_links(self, cost: Cost | None) -> Any:
@@ -140,7 +141,8 @@ class Machine:
         over all costs."""
         each = [
             np.asarray(self.seconds(task.cost))
-            + self.host.get(unlayered(task.name), 0.0) * amount(task.cost)
+            + of_task(self.host, task) * amount(task.cost)
+            + self.host.get(SUMS, 0.0) * np.asarray(summed(task.cost))
             + self.host.get(LINKS, 0.0) * np.asarray(self._on_links(task.cost))
             for task in plan.tasks
         ]

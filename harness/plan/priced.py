@@ -7,6 +7,7 @@ The last axis of every cost is that of the ranks, so skew is never averaged away
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -73,9 +74,9 @@ def gate_work(case: Case, direction: Direction) -> Compute | None:
     return Compute(times * tokens * gate_macs(case.model), times, _token_bytes(case) * tokens)
 
 
-def mix_work(case: Case) -> Compute | None:
-    """Reading k rows of a token and writing one."""
-    tokens = np.asarray(case.routing.tokens, dtype=np.float64)
+def mix_work(case: Case, parts: int = 1) -> Compute:
+    """Reading k rows of a token and writing one, of one of so many parts of the tokens."""
+    tokens = np.asarray(case.routing.tokens, dtype=np.float64) / parts
     return Compute(np.zeros(len(tokens)), 1, (1 + case.model.top_k) * _token_bytes(case) * tokens)
 
 
@@ -145,8 +146,10 @@ class PricedNative(NativeTasks):
         match task:
             case "gate":
                 return Work(gate_work(self.case, direction))
-            case "restore":
-                return Work(mix_work(self.case))
+            case "restore" | "settle":
+                if self.schedule.settles and self.piece is None:
+                    return Work(mix_work(self.case, degree))
+                return Work(mix_work(self.case) if task == "restore" else None)  # chunks may have rows of any token
             case "shared":
                 return Work(shared_work(self.case, direction))
             case "experts":
@@ -157,8 +160,21 @@ class PricedNative(NativeTasks):
                 name = names[away if task == "out" else home]
                 if self.piece is not None:
                     return Work(self.fares.of_piece(part[1]).cost(name, part[0], 1))
-                return Work(self.fares.cost(name, part[0], degree))
+                cost = self.fares.cost(name, part[0], degree)
+                return Work(self._adding(cost, name, part[0], degree) if task == "home" and self.fares.sums else cost)
         return Work()
+
+    def _adding(self, cost: Cost | None, name: str, hop: int, degree: int) -> Cost | None:
+        """With the partial sums that go home over ``hop``: of what a rank's experts made, or of what came over the hop
+        before."""
+        if not isinstance(cost, Transfer):
+            return cost
+        inner = self.fares.cost(name, hop + 1, degree) if hop < self.num_hops - 1 else None
+        if isinstance(inner, Transfer):
+            came = inner.matrix.sum(-2)
+        else:
+            came = self.rows.sum(-1) * _token_bytes(self.case) / degree
+        return dataclasses.replace(cost, summed_bytes=came + cost.matrix.sum(-1))
 
     def experts(self, direction: Direction, batch: int = 0) -> Cost | None:
         """Of one batch of rows."""
@@ -179,7 +195,10 @@ class _Transfers:
 
         def work(stages: tuple[int, ...], near: bool | None) -> Work:
             matrix = sparse.bytes(self.chunk_bytes, near, stages)
-            return Work(all_to_all(matrix.T if home else matrix, "inter" if 0 in stages else "intra"))
+            scope = "inter" if 0 in stages else "intra"
+            if not home:
+                return Work(Transfer("a2a", scope, matrix))
+            return Work(Transfer("a2a", scope, matrix.T, summed_bytes=3 * matrix.sum(-1)))  # added to what is there
 
         return work
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from harness.comm.journey import Cut, Direction
 from harness.plan.graph import COMPUTE, INTER, INTRA, INTRA2, Plan, Work
@@ -39,7 +39,9 @@ class Tasks(Protocol):
 
 class Schedule(abc.ABC):
     """``lay`` adds the tasks between the gate and the mix, in either direction; returns the last ones. ``gradients``: a
-    slice of the gradient all-reduce that goes among them."""
+    slice of the gradient all-reduce that goes among them. ``settles``: what is home is summed as the rest travels."""
+
+    settles: ClassVar[bool] = False
 
     @abc.abstractmethod
     def lay(
@@ -56,6 +58,7 @@ class Schedule(abc.ABC):
 class Chunks(Schedule):
     """``overlap``: links between and inside nodes work side by side."""
 
+    settles: ClassVar[bool] = True
     overlap: bool = True
 
     def lay(

@@ -39,6 +39,11 @@ class Fares(abc.ABC):
     num_hops: int
     weights_travel: ClassVar[bool] = False
 
+    @property
+    def sums(self) -> bool:
+        """Whether rows of one token are added up before they go home."""
+        return False
+
     @abc.abstractmethod
     def bytes(self, part: str) -> np.ndarray | None:
         """Over all hops, float64 [num_ranks, num_ranks], diagonal 0; None: nothing is sent."""

@@ -42,6 +42,7 @@ class Sizes:
     #: stages of the all-to-all that is not one collective, one after another, with all that it moves; it may be none
     stages: tuple[Even | Transfer, ...] | None = None
     rows: Experts | None = None  # of all chunks
+    summed_bytes: Any = 0.0  # that each rank adds up of what comes home, where no collective does
     #: stand-in: the experts are a timed wait instead, of a start-up per chunk and so many seconds for the whole layer
     wait_s: tuple[Any, Any] | None = None
 
@@ -67,7 +68,8 @@ class Sizes:
             gathered = self.slot_bytes * self.num_local / degree
             return Even(operation, "intra", gathered) if self.num_local > 1 else None
         if self.stages is None:
-            return Even("a2a", self.scope, self.slot_bytes / degree)
+            summed = self.summed_bytes / degree if operation == "rs" else 0.0
+            return Even("a2a", self.scope, self.slot_bytes / degree, summed_bytes=summed)
         return InTurn(tuple(_part(stage, degree) for stage in self.stages)) if self.stages else None
 
     def experts(self, degree: int) -> Cost:

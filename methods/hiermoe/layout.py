@@ -42,6 +42,10 @@ class HierFares(Fares):
     weights_travel: ClassVar[bool] = True
     told: Array | None = None
 
+    @property
+    def sums(self) -> bool:
+        return self.travel.wire.deduplicate
+
     def bytes(self, part: str) -> Array | None:
         if part == "metadata_grad" and not self.travel.wire.weights_learn:
             return None

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from harness.plan.cost import Hold, InTurn, Timed
+from harness.plan.cost import Compute, Hold, InTurn, Timed
 from harness.plan.device import Roofline
 from harness.plan.graph import COMPUTE, INTER, Plan, Timeline
 from harness.plan.host import beside, merged
@@ -69,3 +69,18 @@ def test_tasks_that_cost_nothing_and_tasks_of_several_parts_take_the_processor_t
     plan.add("layer3.forward.moe", COMPUTE, (), InTurn((Timed("a2a", "flat", 1.0), Hold(2.0))))
     machine = dataclasses.replace(MACHINE, host={"forward.gate": 0.25, "forward.moe": 0.5})
     np.testing.assert_allclose(simulate(plan, machine, TOPOLOGY).end_s[:, 0], [0.25, 3.75])
+
+
+def test_a_second_hop_and_the_sum_of_a_chunk_take_what_their_kind_does_and_sums_beside_links_theirs():
+    plan, adding = Plan(), Timed("a2a", "flat", 1.0, summed_bytes=np.full(4, 8.0))
+    plan.add("layer1.forward.metadata", INTER, (), Timed("a2a", "flat", 1.0), kind="metadata")
+    plan.add("layer1.forward.metadata.intra", INTER, (), Timed("a2a", "flat", 1.0), kind="metadata")
+    plan.add("layer1.forward.settle[0]", COMPUTE, (), Compute(np.zeros(4), 1, np.full(4, 2.0)), kind="restore")
+    plan.add("layer1.forward.dispatch", INTER, (), Timed("a2a", "flat", 1.0))
+    plan.add("layer1.forward.combine", INTER, (), adding)
+    plan.add("layer1.forward.moe", COMPUTE, (), InTurn((adding, Hold(1.0))))
+    machine = dataclasses.replace(MACHINE, host={"forward.metadata": 0.5, "forward.restore": 0.25})
+    took = machine.durations(plan.priced(machine.priced))
+    np.testing.assert_allclose(took[:, 0], [1.5, 1.5, 0.5, 1.0, 3.0, 4.0])
+    known = dataclasses.replace(machine, host={**machine.host, "forward.metadata.intra": 0.125})
+    assert known.durations(plan)[1, 0] == 1.125  # its own where it is known

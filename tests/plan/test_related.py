@@ -9,7 +9,8 @@ from harness import registry
 from harness.bench import dry
 from harness.case import case_of
 from harness.comm.assign import expert_pieces
-from harness.comm.journey import Cut
+from harness.comm.journey import Cut, Direction
+from harness.plan.passage import plan_alone
 from harness.topology import Topology
 from harness.traffic import direction_bytes
 from tests.baselines.recorded import make_case
@@ -68,6 +69,41 @@ def test_parm_merges_what_its_baseline_gathers_first():
     slots = registry.system("fsmoe-no-overlap").planned_bytes(given)["dispatch"]
     assert merged["dispatch"][across].sum() == SHAPE[1] * slots[across].sum()
     assert np.array_equal(gathered["combine"][inside], 2 * gathered["dispatch"][inside])  # an all-reduce
+
+
+def costs(system: str, direction: Direction, **options):
+    """By task of a layer alone."""
+    passage = registry.system(system).layout(case(system, **options))
+    return {task.name.removeprefix(f"{direction}."): task.cost for task in plan_alone(passage, direction).tasks}
+
+
+def test_partial_sums_and_sums_of_copies_are_priced():
+    given = case("ppmoe")
+    row_bytes, tokens = given.model.hidden * 4, given.routing.tokens[0]
+    rows = registry.system("ppmoe").planned_rows(given).sum(-1)
+    home = costs("ppmoe", "forward")["combine.intra"]
+    np.testing.assert_array_equal(home.summed_bytes, (rows + 3 * tokens) * row_bytes)  # to the others of its node
+    two = costs("hiermoe-hd2", "forward", chunks=1)
+    np.testing.assert_array_equal(
+        two["combine"].summed_bytes, two["combine.intra"].matrix.sum(0) + two["combine"].matrix.sum(1)
+    )
+    merged = costs("parm", "forward")
+    assert merged["combine"].summed_bytes == merged["combine"].num_bytes * (1 + 1 / SHAPE[1]) > 0
+    assert merged["dispatch"].summed_bytes == 0 == costs("flat", "forward")["combine"].summed_bytes
+    reduce = costs("ppmoe", "backward")["reduce.inter"]
+    np.testing.assert_array_equal(reduce.summed_bytes, 3 * reduce.matrix.sum(0))
+    assert reduce.summed_bytes.any()
+
+
+def test_sums_of_chunks_are_those_of_the_batch():
+    whole = costs("hiermoe-hd2", "forward", chunks=1)["restore"].read_bytes
+    parts = costs("hiermoe-hd2", "forward", chunks=4)
+    settled = [cost.read_bytes for name, cost in parts.items() if name.startswith("settle")]
+    assert len(settled) == 3
+    np.testing.assert_allclose(sum(settled) + parts["restore"].read_bytes, whole)
+    groups = costs("eps-moe", "forward", expert_groups=2)  # each brings rows of any token
+    assert groups["settle[0]"] is None
+    np.testing.assert_array_equal(groups["restore"].read_bytes, whole)
 
 
 @pytest.mark.parametrize("system", ["parm", "parm-baseline"])
