@@ -180,6 +180,18 @@ class Paper:
 
         return Html(figures.drawn(make, alt, caption))
 
+    def against(
+        self, study: str, table: str, *, x: str, y: str, label: str, panel: str, axes: tuple[str, str], caption: str
+    ) -> Html:
+        """``y`` against ``x`` of the study's ``table``, a mark a ``label``, with a band of a fifth about equality."""
+        rows = self.table(study, table)
+        alt = f"{axes[1]} against {axes[0]}, one mark a row, with the line of equal values and a band of 20 percent."
+
+        def make() -> Figure:
+            return study_figures.against(rows, x=x, y=y, label=label, panel=panel, band=0.2, axes=axes)
+
+        return Html(figures.drawn(make, alt, caption))
+
     def gantt(self, timelines: Mapping[str, Timeline], caption: str) -> Html:
         """Timelines below each other on one time axis."""
         alt = f"Gantt chart, a row a lane and a bar a task, of: {'; '.join(timelines)}."

@@ -1,7 +1,8 @@
 """A notebook, and a run's folder -> the executed notebook and one self-contained HTML page.
 
 A notebook reports on a run, and its page lies beside it. One of a paper has a page of its own: it says in its metadata
-(``moebench: {suite: NAME}``) which suite's run it shows where that run is there, and does without where it is not.
+(``moebench: {suite: NAME}``) which suite's run it shows where that run is there, and does without where it is not; or
+which study it is about (``moebench: {study: NAME}``).
 """
 
 from __future__ import annotations
@@ -153,9 +154,10 @@ def notebooks() -> list[str]:
 
 
 def suite(name: str) -> str | None:
-    """The suite whose run notebook ``name`` shows but does not need; None where it is about a run of any suite."""
-    metadata = json.loads(_notebook(name).read_text(encoding="utf-8"))["metadata"]
-    found = metadata.get("moebench", {}).get("suite")
+    """The suite whose run notebook ``name`` shows but does not need, or the study that it is about where it shows no
+    run; None where it is about a run of any suite."""
+    metadata = json.loads(_notebook(name).read_text(encoding="utf-8"))["metadata"].get("moebench", {})
+    found = metadata.get("suite") or metadata.get("study")
     return str(found) if found else None
 
 

@@ -139,6 +139,33 @@ def lines(frame: pd.DataFrame, *, x: str, y: str, label: str, panels: tuple[str,
     return fig
 
 
+def against(
+    frame: pd.DataFrame, *, x: str, y: str, label: str, panel: str, band: float, axes: tuple[str, str]
+) -> Figure:
+    """``y`` against ``x``, both on one logarithmic scale, a mark a ``label`` and a panel a ``panel``; equal values lie
+    on the line, those within the share ``band`` of it on the band. ``axes``: their names."""
+    panels = list(frame.groupby(panel, sort=False))
+    fig, grid = plt.subplots(1, len(panels), figsize=(9.6, 4.6), squeeze=False, layout="constrained")
+    look = looks(dict.fromkeys(frame[label]))
+    low, high = 0.8 * frame[[x, y]].min().min(), 1.25 * frame[[x, y]].max().max()
+    ends = np.array([low, high])
+    for ax, (name, rows) in zip(grid[0], panels, strict=True):
+        ax.fill_between(ends, ends * (1 - band), ends * (1 + band), color="#e7ebf0", lw=0)
+        ax.plot(ends, ends, color=_SOFT, lw=1)
+        for each, points in rows.groupby(label, sort=False):
+            mine = look[str(each)]
+            ax.plot(points[x], points[y], mine.marker, color=mine.color, mec="white", ms=8)
+        marks = ticks(low, high)
+        for axis, name_of in ((ax.xaxis, axes[0]), (ax.yaxis, axes[1])):
+            axis.set_label_text(name_of)
+        ax.set(title=f"{name}", xscale="log", yscale="log", xlim=ends, ylim=ends)
+        for set_ticks in (ax.set_xticks, ax.set_yticks):
+            set_ticks(marks, [f"{mark:,g}" for mark in marks])
+            set_ticks([], minor=True)
+    legend(fig, look, frame[label])
+    return fig
+
+
 def _rows(ax: Axes, names: Iterable[str]) -> None:
     """Named rows, the first on top."""
     shown = list(names)

@@ -1,0 +1,1 @@
+"""Training steps that others publish, held against the judge of time: a study, and no system."""
