@@ -57,7 +57,7 @@ class Groups(ScheduleSlot):
 
     def cut(self, case: Case, exchange: ExchangeSlot) -> Cut:
         groups = 1 if case.identity_experts else num_groups(case)
-        return Cut() if groups == 1 else Cut(groups + 1, groups + 1, whole=False)
+        return Cut() if groups == 1 else Cut(groups + 1, groups + 1, whole=False, by="ranks")
 
     def names(self, tasks: Tasks, direction: Direction) -> list[str]:
         if tasks.cut.whole:

@@ -181,7 +181,8 @@ class FlatJourney(Journey):
         told = every.view(job.num_ranks, own, tables).permute(2, 0, 1).cpu()
         if tables == pieces:
             return told
-        of = torch.as_tensor(self._of_expert()[np.sort(hosting.held)])
+        own_experts = np.sort(hosting.held)
+        of = torch.as_tensor(self._apart()[:, own_experts, job.rank] if self.groups else self._of_expert()[own_experts])
         return torch.where(of == torch.arange(pieces)[:, None, None], told, 0)
 
     def _of_expert(self) -> np.ndarray:

@@ -34,7 +34,7 @@ class Cut(NamedTuple):
     forward: int = 1
     backward: int = 1
     whole: bool = True
-    by: Literal["tokens", "experts"] = "tokens"
+    by: Literal["tokens", "experts", "ranks"] = "tokens"
 
     @property
     def pieces(self) -> int:
@@ -43,7 +43,7 @@ class Cut(NamedTuple):
 
     @property
     def tables(self) -> int:
-        """How many tables of counts are told: the pieces of experts follow from one."""
+        """How many tables of counts are told: the pieces of experts and of ranks follow from one."""
         return self.pieces if self.by == "tokens" else 1
 
     def degree(self, direction: Direction) -> int:

@@ -120,6 +120,13 @@ def test_parm_sends_what_is_planned(session, system):
         assert np.any(sent)
 
 
+def test_ranks_tell_fastermoe_one_table_of_counts_however_many_its_groups():
+    given = case("fastermoe")
+    metadata = registry.system("fastermoe").planned_bytes(given)["metadata"]
+    assert registry.system("fastermoe").cut(given).pieces == 5
+    assert set(metadata[~np.eye(len(metadata), dtype=bool)]) == {8.0 * given.model.num_experts}
+
+
 def test_what_goes_together_and_what_does_not():
     assert "take state: per-node" in refusal("ppmoe+serial")
     assert "take state: per-node" in refusal("ppmoe+hecate")
