@@ -11,12 +11,13 @@ from collections.abc import Iterable, Sequence
 
 from harness.memory import room_bytes
 from harness.placement import Placement
+from harness.plan.grouped import in_groups
 from harness.registry import system as system_called
 from harness.routing import Routing, make_routing, planned_routing
 from harness.routing.draw import PROFILE_STEP
 from harness.routing.outline import Outlined, few_tokens
 from harness.specs import SERVING, Experiment
-from harness.system import Case
+from harness.system import Case, System
 from harness.topology import Topology
 
 
@@ -62,6 +63,27 @@ def num_layers(experiment: Experiment) -> int:
     return 1 if experiment.phase in ("exchange", "layer") else experiment.model.num_moe_layers
 
 
+def system_of(experiment: Experiment) -> type[System]:
+    """Its system, in each of the expert-parallel groups."""
+    found = system_called(experiment.system)
+    return found if experiment.groups is None else in_groups(found)
+
+
+def no_layout(experiment: Experiment) -> str | None:
+    """Why nobody runs or prices its layout, as data; None where it is built."""
+    if (refused := experiment.layout.refused) or experiment.groups is None:
+        return refused
+    if experiment.model.gate_noise:
+        return "a gate draws its noise by the number of a rank among those that share experts; leave out gate_noise"
+    if experiment.phase != "train_step":
+        return None
+    system = system_called(experiment.system)
+    if system.acts_between_steps() and (system.remembers or not system.moves_alike):
+        what = "moves experts or copies by what its own expert-parallel group has seen, so that replicas would part"
+        return f"{experiment.system} {what}; train it with expert_parallel over all ranks"
+    return None
+
+
 def case_of(
     experiment: Experiment,
     device: str = "cpu",
@@ -79,13 +101,14 @@ def case_of(
         model=model,
         dtype=experiment.dtype,
         topology=topology,
-        placement=_in_order(experiment),
+        placement=in_order(experiment),
         routing=routing or planned_routing(experiment.workload, model, topology, step=step, layer=layer),
         device=device,
         identity_experts=experiment.phase == "exchange",
         options=dict(experiment.options),
         cluster=experiment.cluster,
         stand_in=experiment.compute == "stand-in",
+        groups=experiment.groups,
     )
     whole_model = experiment.phase not in ("exchange", "layer")
     room = room_bytes(experiment, case) if whole_model else None  # before any expert has moved
@@ -99,7 +122,7 @@ def case_of(
 def placements(experiment: Experiment) -> tuple[Placement, ...]:
     """The placement of every layer, as the system plans it; index order where it plans none, or where only a running
     model could tell it what to plan by."""
-    profile = profile_of(experiment) if system_called(experiment.system).places else None
+    profile = profile_of(experiment) if system_of(experiment).places else None
     return placed_by(experiment, profile)
 
 
@@ -108,9 +131,9 @@ def placed_by(experiment: Experiment, profile: Sequence[Routing] | None) -> tupl
     model, topology = experiment.model, Topology(experiment.cluster.shape)
     found = None
     if profile is not None:
-        found = system_called(experiment.system).place(case_of(experiment), profile)
+        found = system_of(experiment).place(case_of(experiment), profile)
     if found is None:
-        found = [_in_order(experiment)] * model.num_moe_layers
+        found = [in_order(experiment)] * model.num_moe_layers
     assert len(found) == model.num_moe_layers
     assert all(each.hosts.shape == (model.num_experts, topology.num_ranks) for each in found)
     return tuple(found)
@@ -132,5 +155,8 @@ def profile_of(experiment: Experiment) -> list[Routing] | None:
     return [Routing(ids, (len(ids), *[0] * (topology.num_ranks - 1)), model.num_experts) for ids in rest]
 
 
-def _in_order(experiment: Experiment) -> Placement:
+def in_order(experiment: Experiment) -> Placement:
+    """Experts in index order, in every expert-parallel group."""
+    if experiment.groups is not None:
+        return experiment.groups.contiguous(experiment.model.num_experts)
     return Placement.contiguous(experiment.model.num_experts, experiment.cluster.num_ranks)

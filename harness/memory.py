@@ -121,8 +121,11 @@ def peak_bytes(experiment: Experiment, num_tokens: int, parts: Mapping[str, floa
     of_loss = num_tokens * (model.vocab * (width + wide * copies) + model.hidden * (2 * width + wide * copies))
     of_norm = num_tokens * model.hidden * wide * numbers + model.vocab * model.hidden * width
     at_loss = attention + parts["materialised"] + parts["activations"] + max(of_norm, of_loss)
-    of_rank = model.num_experts / experiment.cluster.num_ranks * model.hidden * model.ffn
-    beside = 8 * max(model.vocab * model.hidden, of_rank) if experiment.dtype == "float16" else 0
+    holders = experiment.groups.size if experiment.groups else experiment.cluster.num_ranks
+    of_rank = model.num_experts / holders * model.hidden * model.ffn
+    beside = 8 * max(model.vocab * model.hidden, of_rank) if experiment.dtype == "float16" else 0.0
+    if experiment.groups is not None:  # the gradients of a layer's experts once more, as they are summed over replicas
+        beside = max(beside, model.num_experts / holders * expert_bytes(model, experiment.dtype))
     return parts["parameters"] + parts["optimizer"] + max(at_loss, parts["gradients"] + beside)
 
 
@@ -132,7 +135,7 @@ def room_bytes(experiment: Experiment, case: Case) -> float | None:
     limit = experiment.cluster.device_memory_bytes
     if limit is None:
         return None
-    num_own = -(-experiment.model.num_moe_layers * experiment.model.num_experts // case.topology.num_ranks)
+    num_own = -(-experiment.model.num_moe_layers * experiment.model.num_experts // case.num_holders)
     kept = sum(state_bytes(experiment, case.topology, num_own).values())
     return max(0.0, limit - kept - _activations(experiment, case))
 
@@ -140,7 +143,8 @@ def room_bytes(experiment: Experiment, case: Case) -> float | None:
 def _activations(experiment: Experiment, case: Case) -> float:
     """Of the busiest rank, as far as they are known; as if every layer had ``case``'s routing."""
     counts = expert_counts(case.routing)
-    rows = Rows(int(counts.sum(1).max()), int((counts.sum(0) @ case.placement.hosts).max()))
+    computed = max(int((expert_counts(part.routing).sum(0) @ part.placement.hosts).max()) for part in case.parts)
+    rows = Rows(int(counts.sum(1).max()), computed)
     return activation_bytes(experiment, max(case.routing.tokens), [rows] * experiment.model.num_moe_layers) or 0.0
 
 
@@ -156,7 +160,7 @@ def refusal(experiment: Experiment, system: type[System], case: Case) -> str | N
     if limit is None or experiment.phase != "train_step" or system.kind == "package":
         return None
     model, each = experiment.model, expert_bytes(experiment.model, experiment.dtype)
-    num_own = -(-model.num_moe_layers * model.num_experts // case.topology.num_ranks)
+    num_own = -(-model.num_moe_layers * model.num_experts // case.num_holders)
     found = state_bytes(experiment, case.topology, num_own)
     found["activations"] = _activations(experiment, case)
     if copies := system.copied_parameters(case):

@@ -26,8 +26,15 @@ def yes(case: Case, option: str, default: bool) -> bool:
     return value
 
 
-def label(system: str, options: Mapping[str, Any], capacity_factor: float | None = None) -> str:
-    """What tells it from others of its race: its name, its options, and its capacity factor where it drops."""
+def label(
+    system: str,
+    options: Mapping[str, Any],
+    capacity_factor: float | None = None,
+    layout: Mapping[str, Any] | None = None,
+) -> str:
+    """What tells it from others of its race: its name, its options, its layout where that is not the default, and its
+    capacity factor where it drops."""
     extras = [f"{key}={value}" for key, value in sorted(options.items())]
+    extras += [f"{key}={value}" for key, value in sorted((layout or {}).items())]
     extras += [f"capacity {capacity_factor:g}"] if capacity_factor else []
     return f"{system} ({', '.join(extras)})" if extras else system

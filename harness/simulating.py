@@ -152,7 +152,9 @@ def refusal(experiment: Experiment) -> str | None:
     try:
         if experiment.phase != "exchange":
             whole = model.model_copy(update=ONE_LAYER) if experiment.phase == "layer" else model
-            check_memory(whole, experiment.cluster, 1, experiment.cluster.num_ranks, experiment.dtype)
+            groups = experiment.groups
+            holders = experiment.cluster.num_ranks if groups is None else groups.size
+            check_memory(whole, experiment.cluster, 1, holders, experiment.dtype)
     except UserError as error:
         return str(error)
     return None

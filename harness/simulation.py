@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from harness import ledger
-from harness.case import cases_of, outlines_of
+from harness.case import cases_of, outlines_of, system_of
 from harness.comm.moved import MOVES
 from harness.errors import Unplanned, bad
 from harness.plan.cost import Cost, Hold, transfers
@@ -24,7 +24,6 @@ from harness.plan.priced import PricedReplicated
 from harness.plan.priced_step import PricedServing, PricedTraining, gradient_bytes, own_experts
 from harness.plan.profiled import Profiled
 from harness.plan.simulate import simulate as schedule
-from harness.registry import system as system_called
 from harness.routing import Routing
 from harness.routing.outline import Outlined
 from harness.specs import SERVING, Experiment
@@ -69,7 +68,7 @@ def simulate(
 
 
 def _passes(experiment: Experiment, machine: Machine) -> Simulation:
-    seen = int(system_called(experiment.system).remembers)
+    seen = int(system_of(experiment).remembers)
     serves = experiment.phase in SERVING
     plans = {"pass": serving_plan(experiment, seen)} if serves else layer_plans(experiment, seen)
     topology = Topology(experiment.cluster.shape)
@@ -87,7 +86,7 @@ def _replayed(experiment: Experiment, machine: Machine, steps: int, warm: int) -
     topology, totals, moved, course = Topology(experiment.cluster.shape), [], [], None
     for step in range(warm + steps):
         cases = cases_of(experiment, step, routings=outlines_of(experiment, step))
-        course = course or system_called(experiment.system).course(cases)
+        course = course or system_of(experiment).course(cases)
         if step >= warm:
             passages = _planned(experiment, course.passages(cases))
             timeline = schedule(PricedServing(experiment, passages).lay_out(), machine, topology)
@@ -112,7 +111,7 @@ def serving_plan(experiment: Experiment, seen: int = 0) -> Plan:
 
 def _passages(experiment: Experiment, seen: int) -> list[Passage]:
     cases = cases_of(experiment, routings=outlines_of(experiment))
-    course = system_called(experiment.system).course(cases)
+    course = system_of(experiment).course(cases)
     for step in range(seen):
         course.saw(step, [case.routing for case in cases])
     return _planned(experiment, course.passages(cases))
@@ -135,7 +134,7 @@ class Training:
 
     def __init__(self, experiment: Experiment, *, whole: bool = False, priced: bool = True):
         self.experiment, self.whole = experiment, whole
-        stream, system = gradient_bytes(experiment), system_called(experiment.system)
+        stream, system = gradient_bytes(experiment), system_of(experiment)
         cases = cases_of(experiment, routings=outlines_of(experiment, whole=whole, fewer=not priced))
         self.cases, self.slices = system.settle(cases, stream.part_bytes, stream.scope)
         self.course = system.course(self.cases)
@@ -191,7 +190,7 @@ def _training(
 def _moved(experiment: Experiment, passages: Sequence[Passage], behind: Cost | None) -> dict[str, float]:
     """Of a step of ``passages``, with what was moved ``behind`` it."""
     found = collections.Counter({MOVES: float(sum(each.matrix.sum() for each in transfers([behind])))})
-    for passage in passages:
+    for passage in (part for whole in passages for part in whole.of_groups):
         if isinstance(passage, PricedReplicated):
             found.update(passage.copied_bytes(backward=experiment.backward))
     return {kind: num_bytes for kind, num_bytes in found.items() if num_bytes}

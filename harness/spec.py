@@ -49,7 +49,7 @@ class Spec(BaseModel):
     def _as_before(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = written(self)
         for name in self.LATER:
-            if name in found and getattr(self, name) == type(self).model_fields[name].default:
+            if name in found and (found[name] == {} or getattr(self, name) == type(self).model_fields[name].default):
                 del found[name]
         return found
 

@@ -14,8 +14,11 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from harness.errors import UserError, bad
+from harness.groups import Groups
+from harness.layout import Layout
 from harness.model import EXPERTS_CHOOSE, GEMMS, Model
 from harness.spec import Count, Name, Named, Spec, content_hash
+from harness.topology import Topology
 
 Phase = Literal["exchange", "layer", "train_step", "prefill", "decode"]
 SERVING = ("prefill", "decode")  # phases of a whole model in inference
@@ -232,9 +235,10 @@ class Experiment(Spec):
     loss_scale: int | str = "dynamic"  # of float16 training steps; a number is a power of two
     compute: Literal["real", "stand-in"] = "real"  # stand-in: a timed wait, as long as the cluster's gemm costs say
     model_parallel: bool = False  # attention's heads are shared out over the ranks of a node
+    layout: Layout = Layout()
     options: dict[str, bool | int | float | str] = {}  # the system's own (pipeline chunks, 2DH, ...)
 
-    LATER: ClassVar[tuple[str, ...]] = ("loss_scale",)
+    LATER: ClassVar[tuple[str, ...]] = ("loss_scale", "layout")
 
     @model_validator(mode="after")
     def _directions(self) -> Experiment:
@@ -256,6 +260,21 @@ class Experiment(Spec):
             raise ValueError(f"loss_scale = {scale} belongs to train_step in float16, not to {of}; leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _laid_out(self) -> Experiment:
+        """One way of writing a layout; its degree of tensor parallelism is that of ``model_parallel``."""
+        topology = Topology(self.cluster.shape)
+        layout = self.layout.on(topology)
+        shares = self.model_parallel or layout.tensor_parallel > 1
+        degree = topology.num_ranks // topology.shape[0] if shares else 1
+        self.__dict__.update(model_parallel=shares, layout=layout.model_copy(update={"tensor_parallel": degree}))
+        return self
+
+    @property
+    def groups(self) -> Groups | None:
+        """Its expert-parallel groups; None where all ranks are one."""
+        return self.layout.groups(Topology(self.cluster.shape))
+
     @property
     def lacks(self) -> str | None:
         """What of its model the phase would run without, in words; None if nothing. It is refused for that."""
@@ -274,8 +293,8 @@ class Experiment(Spec):
 
     @property
     def race(self) -> str:
-        """Identity of what the systems race over: everything but the system, its options and its drop rule."""
-        fields = self.model_dump(mode="json", exclude={"system", "options"})
+        """Identity of what systems race over: everything but the system, its options, drop rule and layout."""
+        fields = self.model_dump(mode="json", exclude={"system", "options", "layout"})
         fields["model"].pop("capacity_factor")
         return content_hash(fields)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from harness.dtypes import TORCH_DTYPE
+from harness.groups import Groups
 from harness.placement import Placement
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
@@ -50,6 +52,8 @@ class Case:
     cluster: Cluster | None = None  # for systems that plan by its costs; None: there is no timing to plan for
     stand_in: bool = False  # computation is a timed wait, as long as the cluster's gemm costs say
     room_bytes: float | None = None  # of a device, beside a training step's state and activations; None: not known
+    groups: Groups | None = None  # expert-parallel ones, where there are several: a system is given ``parts``
+    whole: Routing | None = None  # of a part: the routing of all groups
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -59,6 +63,27 @@ class Case:
     def stand_in_costs(self) -> Gemm | None:
         """By which computation waits; None: it computes."""
         return self.cluster.gemm if self.stand_in and self.cluster is not None else None
+
+    @functools.cached_property
+    def parts(self) -> list[Case]:
+        """Of every expert-parallel group, as if it were alone; this one where all ranks are one."""
+        from harness.plan.grouped import part_of
+
+        return [self] if self.groups is None else [part_of(self, self.groups, at) for at in range(len(self.groups))]
+
+    @property
+    def load(self) -> np.ndarray:
+        """Assignments to each expert in all groups, int64 [E], for what is decided alike in all."""
+        return expert_counts(self.whole or self.routing).sum(0)
+
+    @property
+    def num_holders(self) -> int:
+        """Ranks that share all experts among them."""
+        return self.topology.num_ranks if self.groups is None else self.groups.size
+
+    def of_rank(self, rank: int) -> Case:
+        """Of the expert-parallel group of ``rank``."""
+        return self if self.groups is None else self.parts[self.groups.of_rank(rank)[0]]
 
     def placed(self, placement: Placement) -> Case:
         """The same with experts elsewhere."""
@@ -164,11 +189,24 @@ class System(abc.ABC):
     chunked: ClassVar[dict[str, bool | int | float | str]] = {}
     stands_in: ClassVar[bool] = False  # whether its computation can be a stand-in
     remembers: ClassVar[bool] = False  # whether where a batch's rows go depends on the batches before it
+    #: whether all ranks of a job decide together where experts go between steps, so that replicas in several
+    #: expert-parallel groups go alike
+    moves_alike: ClassVar[bool] = False
     places: ClassVar[bool] = False  # whether it follows any placement, with unequal numbers of experts too
     stages: ClassVar[tuple[str, ...]] = ("flat",)  # of its exchange, outermost first: flat, or inter and intra
     #: parts of ``planned_bytes`` that travel by a collective of equal parts, and its operation (``Cost``'s)
     collectives: ClassVar[dict[str, Operation]] = {}
     preload: ClassVar[tuple[str, ...]] = ()  # slow modules of the package, imported once before ranks are forked
+
+    @classmethod
+    def alone(cls) -> type[System]:
+        """What runs in one expert-parallel group."""
+        return cls
+
+    @classmethod
+    def acts_between_steps(cls) -> bool:
+        """Whether it does something at the boundary of training steps."""
+        return cls.alone().after_step.__func__ is not System.after_step.__func__  # type: ignore[attr-defined]
 
     @classmethod
     def missing(cls) -> str | None:

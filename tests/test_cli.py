@@ -262,3 +262,19 @@ def test_check_fails_where_nothing_could_be_checked(moebench):
     status, out, _ = moebench("check", "flat", "--ranks", 3, "--dtype", "float64")
     assert status == 1
     assert "not divisible by 3 ranks" in out
+
+
+@pytest.mark.parametrize(
+    ("layout", "line"),
+    [
+        ("expert_parallel=3", "layout.expert_parallel: 3: 3 (expert) x 1 (pipeline) x 1 (data) are not the 4 ranks"),
+        ("expert_parallel", "--layout: 'expert_parallel': write FIELD=VALUE"),
+        ("zero=1", "layout.zero = 1 is not built"),
+        ("experts=2", "--layout.experts: 2: unknown field"),
+    ],
+)
+def test_a_layout_is_checked_before_any_rank_starts(moebench, layout, line):
+    status, out, err = moebench("check", "flat", "--ranks", 4, "--layout", layout)
+    assert (status, out) == (2, "")
+    assert line in err
+    assert err.count("\n") == 1

@@ -42,8 +42,8 @@ def test_every_system_is_in_the_table():
 def test_the_experiments_are_accepted():
     (text,) = blocks("yaml")
     found = suite.parse(text, "README.md")
-    assert len(found.races) == 5
-    assert len(found.experiments) == 13
+    assert len(found.races) == 6
+    assert len(found.experiments) == 17
 
 
 def test_the_new_system_is_one():

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from harness import ledger, presets, simulating
-from harness.bench import run, suite
+from harness.bench import run, suite, told
 from harness.bench.store import Store
 from harness.errors import UserError
 from harness.plan.choice import Wanted, fingerprint
@@ -375,7 +375,7 @@ def test_the_example_is_every_native_system_on_64_h100():
 
 
 def test_the_larger_example_is_five_systems_on_256_h100(monkeypatch):
-    monkeypatch.setattr(suite, "_draw", lambda *of: None)  # 4 million choices
+    monkeypatch.setattr(told, "_draw", lambda *of: None)  # 4 million choices
     folder = Path(__file__).resolve().parents[1] / "examples"
     (race,) = suite.load(folder / "deepseek-v3.yaml", physical=True).races
     model, cluster = race.first.model, race.first.cluster

@@ -39,8 +39,8 @@ class Gates:
         """By which assignments are dropped; None: none are."""
         if self.case.model.capacity_factor is None or self.case.model.gate in EXPERTS_CHOOSE or self.system is None:
             return None
-        kept = self.system.kept.__func__  # type: ignore[attr-defined]
-        return self.case.model.capacity_factor, kept, repr(sorted(self.case.options.items()))
+        kept = self.system.alone().kept.__func__  # type: ignore[attr-defined]
+        return self.case.model.capacity_factor, kept, repr(sorted(self.case.options.items())), self.case.groups
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {name: getattr(self.oracle, name) for name in self.oracle.gate_names}

@@ -18,12 +18,14 @@ import torch.distributed as dist
 
 from harness import registry
 from harness.bench.wording import Worst, allowed, reason, worst, worst_of
-from harness.comm.agree import attempt, failed, of_all, status_of
+from harness.case import no_layout, system_of
+from harness.comm.agree import attempt, failed, first_said, of_all, status_of
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
 from harness.layer.gates import steer
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
+from harness.layout import Layout
 from harness.placement import Placement
 from harness.plan.slots import OVERLAP
 from harness.routing import planned_routing
@@ -47,6 +49,7 @@ class Trial:
 
 
 LONG = {"hidden": 320, "ffn": 16}
+WHOLE = Layout()
 EVERY: tuple[Dtype, ...] = ("float64", "float32", "bfloat16", "float16")
 TRIALS: dict[str, Trial] = {
     "uniform": Trial(dtypes=EVERY),
@@ -97,10 +100,11 @@ CHUNKED_TRIALS, SHARED_TRIALS = ("long", "long-drops"), ("shared", "shared-swigl
 
 
 def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
-    """Collective. ``payload``: ``systems`` (names), optionally ``trials`` and ``dtypes`` -> one row per
+    """Collective. ``payload``: ``systems`` (names), optionally ``trials``, ``dtypes`` and ``layout`` -> one row per
     system x trial x dtype: system, trial, dtype, ranks, status (ok, nonconforming, refused, failed, oom), errors,
     tolerance, reason. Each is told as ``progress`` when it is there."""
     rows: list[dict[str, Any]] = []
+    layout = Layout.parse(payload.get("layout") or {}, "layout").on(job.topology)
 
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
@@ -111,7 +115,14 @@ def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
         for trial in payload.get("trials") or TRIALS:
             for dtype in payload.get("dtypes") or TRIALS[trial].dtypes:
                 job.phase(f"check {name} {trial} {dtype}")
-                keep({"system": name, "trial": trial, "dtype": dtype, **check_one(job, name, trial, dtype)})
+                keep(
+                    {
+                        "system": name,
+                        "trial": trial,
+                        "dtype": dtype,
+                        **check_one(job, name, trial, dtype, layout=layout),
+                    }
+                )
         system = registry.system(name)
         several = {"several chunks": (system.chunked, CHUNKED_TRIALS)} if system.chunked else {}
         if OVERLAP in system.options:
@@ -122,15 +133,17 @@ def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
                 if trial in (payload.get("trials") or [trial]) and "float64" in (payload.get("dtypes") or ["float64"]):
                     job.phase(f"check {name} {trial}, {variant}")
                     found = (
-                        check_training(job, name, options)
+                        check_training(job, name, options, layout=layout)
                         if trial == TRAINING
-                        else check_one(job, name, trial, "float64", options)
+                        else check_one(job, name, trial, "float64", options, layout)
                     )
                     keep({"system": name, "trial": f"{trial}, {variant}", "dtype": "float64", **found})
     return rows
 
 
-def check_training(job: Job, name: str, options: dict[str, Any], num_steps: int = 8) -> dict[str, Any]:
+def check_training(
+    job: Job, name: str, options: dict[str, Any], num_steps: int = 8, layout: Layout = WHOLE
+) -> dict[str, Any]:
     """A few AdamW steps in float64, whose losses must be the oracle's."""
     from harness.bench import training_check
 
@@ -143,18 +156,27 @@ def check_training(job: Job, name: str, options: dict[str, Any], num_steps: int 
         system=name,
         phase="train_step",
         dtype="float64",
+        layout=layout,
         options=options,
     )
-    found, error = attempt(
-        job, lambda: training_check.gate_case(job, registry.system(name), experiment, _row("ok", ""), num_steps)
-    )
+    if refused := no_layout(experiment):
+        return _row("refused", refused)
+    system = system_of(experiment)
+    found, error = attempt(job, lambda: training_check.gate_case(job, system, experiment, _row("ok", ""), num_steps))
     if said := failed(job, error):
         return _row(status_of(said), said)
     assert found is not None
     return found
 
 
-def check_one(job: Job, name: str, trial: str, dtype: Dtype, options: dict[str, Any] | None = None) -> dict[str, Any]:
+def check_one(
+    job: Job,
+    name: str,
+    trial: str,
+    dtype: Dtype,
+    options: dict[str, Any] | None = None,
+    layout: Layout = WHOLE,
+) -> dict[str, Any]:
     """One system on one trial and dtype."""
     spec = TRIALS[trial]
     model = BASE.model_copy(update=spec.model)
@@ -171,6 +193,7 @@ def check_one(job: Job, name: str, trial: str, dtype: Dtype, options: dict[str, 
         prescribed=spec.generator != "natural",
         identity_experts=spec.identity_experts,
         options=options,
+        layout=layout,
     )
 
 
@@ -191,6 +214,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment) -> dict[st
         routing,
         prescribed=small.takes_routing,
         options=dict(experiment.options),
+        layout=experiment.layout,
     )
 
 
@@ -205,10 +229,16 @@ def compare(
     identity_experts: bool = False,
     options: dict[str, Any] | None = None,
     cluster: Cluster | None = None,
+    layout: Layout = WHOLE,
 ) -> dict[str, Any]:
-    """Collective: forward and backward of ``system`` against the oracle -> status, errors, tolerance, reason.
+    """Collective: forward and backward of ``system`` against the oracle -> status, errors, tolerance, reason. An
+    expert-parallel group of ``layout`` is compared as if it were alone.
 
     ``prescribed``: tokens are steered to take ``routing``; else the gate chooses."""
+    groups, system = layout.groups(job.topology), system.alone()
+    whole, job = job, job.part(groups)
+    if groups is not None:
+        routing = routing.gathered(np.array(job.members)[:, None])
     if model.num_experts % job.num_ranks:
         return _row("refused", f"num_experts = {model.num_experts} is not divisible by {job.num_ranks} ranks")
     case = Case(
@@ -222,16 +252,19 @@ def compare(
         options or {},
         cluster,
     )
-    if refusal := system.missing() or system.refuse(case):
+    refusal = layout.refused or system.missing() or system.refuse(case)
+    if refusal := refusal if groups is None else first_said(whole, refusal):  # groups are asked of tokens of their own
         return _row("refused", refusal)
     weights = Weights(model, dtype, seed=11)
     xs, dys = draw_tokens(weights, routing, prescribed)
-    found, error = attempt(job, lambda: _run(job, system, case, weights, xs[job.rank], dys[job.rank]))
-    if said := failed(job, error):
+    found, error = attempt(whole, lambda: _run(job, system, case, weights, xs[job.rank], dys[job.rank]))
+    if said := failed(whole, error):
         return _row(status_of(said), said)
     assert found is not None
     expected = _oracle(system, case, weights, xs, dys, constant_gate=identity_experts and not found["gate_in_exchange"])
     errors = _errors(job, found, expected, routing, prescribed)
+    of_groups = of_all(whole, errors)
+    errors = {name: worst(each[name] for each in of_groups) for name in errors}
     tolerance = allowed(system, dtype)
     wrong = reason(errors, tolerance)
     values = {name: each.error for name, each in errors.items()}
@@ -312,14 +345,14 @@ def _errors(
     job: Job, found: dict[str, Any], expected: dict[str, Any], routing: Routing, prescribed: bool
 ) -> dict[str, Worst]:
     """Largest relative errors over all ranks, and where they are: output, input_grad, weight_grad."""
-    start, stop = routing.offsets[job.rank], routing.offsets[job.rank + 1]
+    number, start, stop = job.members[job.rank], routing.offsets[job.rank], routing.offsets[job.rank + 1]
 
     def token(index: Sequence[int]) -> str:
         if not index:
-            return f"rank {job.rank}"
+            return f"rank {number}"
         chosen = ", ".join(map(str, routing.of_rank(job.rank)[index[0]].tolist())) if prescribed else ""
         experts = f" (experts {chosen})" if chosen else ""
-        return f"rank {job.rank}, token {index[0]} of {stop - start}{experts}, column {index[1]}"
+        return f"rank {number}, token {index[0]} of {stop - start}{experts}, column {index[1]}"
 
     mine = {
         name: _worst(found[key], expected[key], slice(start, stop), token)
@@ -330,12 +363,12 @@ def _errors(
         weights = []
         for name in expected["gate_names"]:
             gradient = found["gate"].get(name, torch.zeros_like(named[name])).to(job.device)
-            dist.all_reduce(gradient)
+            dist.all_reduce(gradient, group=job.world)
             words = functools.partial(_index, f"gate's {name}, summed over ranks,")
             weights.append(_worst(gradient.cpu(), named[name], slice(None), words))
         for e, gradients in found["experts"].items():
             for name, gradient in gradients.items():
-                words = functools.partial(_index, f"rank {job.rank}, {name} of expert {e}")
+                words = functools.partial(_index, f"rank {number}, {name} of expert {e}")
                 weights.append(_worst(gradient, named[name], e, words))
         mine["weight_grad"] = worst(weights)
     of_ranks = of_all(job, (mine, owned))

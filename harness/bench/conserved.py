@@ -43,7 +43,7 @@ def check(
         return Verdict()
     in_steps = experiment.phase == "train_step"
     every = sorted({sample.rep for sample in samples})
-    if in_steps and (system.remembers or moves(system)):
+    if in_steps and (system.remembers or system.acts_between_steps()):
         told: list[Any] = [_followed(experiment, contender, every) if job.rank == 0 else None]
     else:
         reps = sorted({every[round(i * (len(every) - 1) / (STEPS - 1))] for i in range(STEPS)}) if in_steps else every
@@ -68,11 +68,6 @@ def check(
             if excess > worst[0]:
                 worst = excess, f"{where} received {found:,} bytes, {why} {wanted:,.0f}"
     return settled(job, worst)
-
-
-def moves(system: type[System]) -> bool:
-    """Whether it does something at the boundary of training steps."""
-    return system.after_step.__func__ is not System.after_step.__func__  # type: ignore[attr-defined]
 
 
 def least_of(job: Job, system: type[System], case: Case, chosen: torch.Tensor) -> np.ndarray | None:

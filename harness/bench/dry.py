@@ -9,7 +9,7 @@ from harness import memory, registry
 from harness.bench import race
 from harness.bench.run import expected_s
 from harness.bench.suite import Suite
-from harness.case import case_of
+from harness.case import case_of, no_layout, system_of
 from harness.errors import OF_A_SYSTEM, UserError, unplannable
 from harness.launch import gpus
 from harness.specs import Cluster, Experiment
@@ -46,6 +46,7 @@ def _row(experiment: Experiment, launches: int, estimate_s: float, refused: str 
         "system": experiment.system,
         "options": dict(experiment.options),
         "capacity_factor": experiment.model.capacity_factor,
+        "layout": experiment.layout.model_dump(mode="json"),
         "launches": launches,
         "estimate_s": estimate_s,
         "refused": refused,
@@ -64,10 +65,9 @@ def lacking(cluster: Cluster) -> str | None:
 def refusal(experiment: Experiment, *, installed: bool = False) -> str | None:
     """Why its system will not race, as far as it is known beforehand; None if it may. ``installed``: whether a package
     is to be taken for installed here, and attention that is priced alone will do."""
-    cluster, system = experiment.cluster, registry.system(experiment.system)
+    cluster, system = experiment.cluster, system_of(experiment)
     case = case_of(experiment, "cuda:0" if cluster.device_type == "cuda" else "cpu")
     missing = None if installed else registry.state(system)[1]
-    refused = (
-        (None if installed else experiment.lacks) or missing or race.no_stand_in(system, case) or system.refuse(case)
-    )
+    lacks = no_layout(experiment) or (None if installed else experiment.lacks)
+    refused = lacks or missing or race.no_stand_in(system, case) or system.refuse(case)
     return refused or memory.refusal(experiment, system, case)

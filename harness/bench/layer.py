@@ -13,7 +13,7 @@ import torch
 from harness.bench.choices import Gates
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.untimed import Untimed, marks
-from harness.bench.witness import Given, Seen, Verdict, compare, first_of, see
+from harness.bench.witness import Given, Seen, Verdict, compare, first_of, over_groups, see
 from harness.bench.wording import allowed
 from harness.comm.job import Job
 from harness.dtypes import SHORT
@@ -221,8 +221,9 @@ class LayerContender:
         calls = [(seen, functools.partial(self.truth.given, call)) for call, seen in self.seen]
         self.seen = []
         late = Verdict({}, first_of(self.job, self.wrong))
-        return late + compare(
-            Gates(self.job, self.system, self.case, self.truth.weights),
+        own, groups = self.case.of_rank(self.job.rank), self.case.groups  # experts have no gradients of other groups
+        found = compare(
+            Gates(self.job.part(groups), self.system.alone(), own, self.truth.weights),
             self.truth.lens,
             calls,
             allowed(self.system, self.experiment.dtype),
@@ -231,6 +232,7 @@ class LayerContender:
             identity=self.truth.identity,
             cache=self.truth.known,
         )
+        return late + (found if groups is None else over_groups(self.job, found))
 
     def known_cases(self, rep: int) -> list[Case]:
         return [self.case] if self.truth.prescribed else []

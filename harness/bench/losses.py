@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from harness.bench import train, training_check
 from harness.bench.witness import Verdict
+from harness.case import system_of
 from harness.comm.job import Job
 from harness.dtypes import SHORT
 from harness.layer.work import parameters
-from harness.registry import system as system_called
 from harness.specs import Experiment
 
 #: multiply-adds that the oracle may take in one race, on one core in float64: about a second. The steps that these
@@ -89,15 +89,15 @@ def _rule(experiment: Experiment) -> Any:
     """Trainings of one race lose tokens by one rule, or by different ones, and are then not the same."""
     if experiment.model.capacity_factor is None:
         return None
-    rule = system_called(experiment.system).kept.__func__  # type: ignore[attr-defined]
-    return experiment.model.capacity_factor, rule, repr(sorted(experiment.options.items()))
+    rule = system_of(experiment).alone().kept.__func__  # type: ignore[attr-defined]
+    return experiment.model.capacity_factor, rule, repr(sorted(experiment.options.items())), experiment.groups
 
 
 def _of_oracle(job: Job, experiment: Experiment, num_steps: int, skipped: Collection[int]) -> dict[int, float]:
     """Collective: rank 0 works them out."""
     losses = torch.zeros(num_steps, dtype=torch.float64, device=job.device)
     if job.rank == 0 and num_steps:
-        system = system_called(experiment.system)
+        system = system_of(experiment)
         found = training_check.oracle_losses(experiment, system, job.topology, num_steps, skipped)
         losses += torch.tensor(found, dtype=torch.float64).to(job.device)
     if job.num_ranks > 1 and num_steps:

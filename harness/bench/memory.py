@@ -36,7 +36,7 @@ _MARK = "moebench: forward is done"
 @quiet()  # what an earlier trainer left in a circle would be counted as this one's, or as given back by its step
 def measured(trainer: Trainer) -> dict[str, float]:
     """Collective: bytes of each of ``PARTS`` on this rank, over one more training step."""
-    training, meter = trainer.training, meter_of(trainer.job)
+    training, meter = trainer.training, meter_of(trainer.job.part(trainer.experiment.groups))
     training.optimizer.zero_grad(set_to_none=True)
     tokens = training.prepare(trainer.step)
     parameters = _bytes({id(p): p for p in training.gpt.parameters()}.values())
@@ -111,13 +111,14 @@ def planned(trainer: Trainer) -> dict[str, float]:
     experiment, job = trainer.experiment, trainer.job
     layers = [layer for layer in trainer.layers if isinstance(layer, ReplicatedLayer)]
     each = expert_bytes(experiment.model, experiment.dtype)
+    part = job.part(experiment.groups)
     placements = [layer.exchange_.placement for layer in trainer.layers if isinstance(layer, NativeLayer)]
     if len(placements) == len(trainer.layers):  # whole copies are as good as owned
-        own = sum(len(placement.local(job.rank)) for placement in placements)
+        own = sum(len(placement.local(part.rank)) for placement in placements)
     else:
-        own = experiment.model.num_moe_layers * experiment.model.num_experts // job.num_ranks
+        own = experiment.model.num_moe_layers * experiment.model.num_experts // part.num_ranks
     found = state_bytes(experiment, job.topology, own)
-    copies = [int((layer.hosts[:, job.rank] & (layer.placement.owner != job.rank)).sum()) for layer in layers]
+    copies = [int((layer.hosts[:, part.rank] & (layer.placement.owner != part.rank)).sum()) for layer in layers]
     together = max if layers and layers[0].policy.rematerialises else sum
     found["materialised"] = float(each * together(copies)) if copies else 0.0
     if (activations := _planned_activations(trainer)) is not None:
@@ -129,17 +130,17 @@ def planned(trainer: Trainer) -> dict[str, float]:
 def _planned_activations(trainer: Trainer) -> float | None:
     """Of the last step; None where its routing was not prescribed, or rows do not travel as they are."""
     experiment, job, tokens = trainer.experiment, trainer.job, trainer.training.tokens
-    rows = []
+    part, rows = job.part(experiment.groups), []
     for i, layer in enumerate(trainer.layers):
         exchange = getattr(layer, "exchange_", None)
         if not trainer.training.prescribed or not isinstance(exchange, FlatExchange):
             return None
         routing = make_routing(experiment.workload, experiment.model, job.topology, step=trainer.step - 1, layer=i)
         assert routing is not None
-        counts = expert_counts(routing)
+        counts = expert_counts(routing)[part.members]
         hosts = layer.hosts if isinstance(layer, ReplicatedLayer) else exchange.placement.hosts
-        here = nearest(hosts, job.topology).rows(counts)[:, :, job.rank]
-        rows.append(Rows(int(counts[job.rank].sum()), int(here.sum()), grouped=not layer.cut.whole))  # type: ignore[union-attr]
+        here = nearest(hosts, part.topology).rows(counts)[:, :, part.rank]
+        rows.append(Rows(int(counts[part.rank].sum()), int(here.sum()), grouped=not layer.cut.whole))  # type: ignore[union-attr]
     return activation_bytes(experiment, tokens[job.rank], rows, job.device.type == "cuda")
 
 

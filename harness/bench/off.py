@@ -54,7 +54,7 @@ def scale_of(job: Job, found: torch.Tensor, expected: torch.Tensor, sure: torch.
         parts[2], parts[3] = lengths.square().sum(), lengths.numel() * expected.shape[1]
     every = [torch.empty_like(parts) for _ in range(job.num_ranks)]
     if job.num_ranks > 1:
-        dist.all_gather(every, parts)
+        dist.all_gather(every, parts, group=job.world)
     else:
         every = [parts]
     largest, longest = torch.stack(every).amax(0)[:2].tolist()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from harness import devices, memory, registry
+from harness import devices, memory
 from harness.bench import conformance, conserved, losses, serve, serving_check, train, training_check
 from harness.bench.checkpoint import Checkpoints, resumed
 from harness.bench.layer import LayerContender
@@ -22,7 +22,7 @@ from harness.bench.room import Room
 from harness.bench.timing import Sample, Stopwatch, interleaved, num_cores, quiet
 from harness.bench.untimed import put_back, settings
 from harness.bench.witness import Verdict, first_of
-from harness.case import case_of
+from harness.case import case_of, no_layout, system_of
 from harness.comm.agree import attempt, failed, first_said, status_of
 from harness.comm.job import Job
 from harness.layer import standin
@@ -125,7 +125,7 @@ def run_race(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
             settle(outcome, contender.check())
             settle(
                 outcome,
-                conserved.check(job, registry.system(experiment.system), experiment, contender, outcome.samples),
+                conserved.check(job, system_of(experiment), experiment, contender, outcome.samples),
             )
             outcome.trace = {name: _trace(each) for name, each in contender.timelines().items()}
             outcome.how = {"experts": contender.layers[0].how(), "state": room.how}
@@ -166,10 +166,16 @@ def admit(
 ) -> Contender | None:
     """Refusal, conformance at reduced shapes, build, warm-up and its check at full shape; None if it may not race.
     ``shared``: of the race, what its contenders have in common."""
-    system = registry.system(experiment.system)
+    system = system_of(experiment)
     case = case_of(experiment, str(job.device))
     name_phase(job, experiment, "asking whether it can run")
-    refused = experiment.lacks or system.missing() or no_stand_in(system, case) or system.refuse(case)
+    refused = (
+        no_layout(experiment)
+        or experiment.lacks
+        or system.missing()
+        or no_stand_in(system, case)
+        or system.refuse(case)
+    )
     if reason := first_said(job, refused or memory.refusal(experiment, system, case)):
         outcome.status, outcome.reason = "refused", reason
         return None
@@ -250,7 +256,7 @@ def _resumed(job: Job, experiments: list[Experiment], payload: dict[str, Any]) -
     trainings: dict[str, Checkpoints] = {}
     folder, every = payload.get("checkpoints", ("", 0))
     for experiment in experiments if folder else ():
-        if experiment.phase == "train_step" and conserved.moves(registry.system(experiment.system)):
+        if experiment.phase == "train_step" and system_of(experiment).acts_between_steps():
             trainings[experiment.digest] = Checkpoints(f"{folder}/{experiment.digest}", every, job)
     step, words = resumed(job, trainings)
     if words:
@@ -280,9 +286,8 @@ def conforms(job: Job, system: type[System], experiment: Experiment) -> dict[str
         exclude={"name", "num_layers", "hidden", "ffn", "seq", "source", "interpretation"}
     )
     tokens = tuple(min(count, 16) for count in experiment.workload.tokens(job.num_ranks))
-    key = repr(
-        (system.name, model, experiment.dtype, sorted(experiment.options.items()), tokens, experiment.workload.seed)
-    )
+    options, seed = sorted(experiment.options.items()), experiment.workload.seed
+    key = repr((system.name, model, experiment.dtype, options, tokens, seed, experiment.groups))
     if key not in _conforming:
         found = conformance.gate_case(job, system, experiment)
         if found["status"] != "ok":

@@ -27,7 +27,7 @@ from harness.bench.inside import Known, LayerWitness, Witnesses, at_once, turn
 from harness.bench.steered import OracleLayer, Steered, steered_gpt
 from harness.bench.timing import Sample, Stopwatch
 from harness.bench.witness import Verdict, first_of
-from harness.case import case_of, placed_by, placements
+from harness.case import case_of, in_order, placed_by, placements
 from harness.comm.agree import of_all
 from harness.comm.job import Job
 from harness.dtypes import TORCH_DTYPE
@@ -194,7 +194,7 @@ class Server:
         key = "weights", layer
         if key not in self.shared:
             weights = self._weights(layer)
-            every = Placement.contiguous(self.model.num_experts, self.job.num_ranks)
+            every = in_order(self.experiment)
             own = {e: weights.expert(e) for e in map(int, every.local(self.job.rank))} if not self.stands_in else {}
             self.shared[key] = Known({}, own.__getitem__, every.owner)
         known: Known = self.shared[key]

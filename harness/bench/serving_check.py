@@ -14,11 +14,11 @@ from harness.bench import training_check
 from harness.bench.serve import Server, agreed, serving_gpt, stored_arrays, text
 from harness.bench.steered import OracleLayer, Steered
 from harness.bench.wording import allowed
-from harness.case import case_of, placements
+from harness.case import case_of, placements, system_of
 from harness.comm.job import Job
+from harness.groups import Groups
 from harness.layer.weights import Weights
 from harness.placement import Placement
-from harness.registry import system as system_called
 from harness.routing import Routing, make_routing
 from harness.specs import Experiment
 from harness.system import System
@@ -33,7 +33,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment, found: dic
     refused = system.refuse(case_of(small, str(job.device)))
     if refused is not None:  # of the reduced case: the layer's own check must do
         return found
-    placed = unequal(small, job.num_ranks) if system.places else placements(small)
+    placed = unequal(small) if system.places else placements(small)
     server = Server(job, system, small, placed)
     own = server.logits().double().cpu()
     expected = agreed(job, lambda: oracle_logits(small, job.topology))
@@ -67,21 +67,24 @@ def reduced(experiment: Experiment) -> Experiment:
     return small.model_copy(update={"workload": workload, "dtype": "float64", "compute": "real", "options": options})
 
 
-def unequal(experiment: Experiment, num_ranks: int) -> tuple[Placement, ...]:
-    """Random placements: an expert on every rank, the others anywhere."""
+def unequal(experiment: Experiment) -> tuple[Placement, ...]:
+    """Random placements, alike in all expert-parallel groups: an expert on every rank, the others anywhere."""
     rng, num_experts = np.random.default_rng(3), experiment.model.num_experts
-    found = []
+    topology, found = Topology(experiment.cluster.shape), []
+    groups = experiment.groups or Groups(topology, topology.shape)
+    num_ranks = groups.size
     for _ in range(experiment.model.num_moe_layers):
         owner = np.concatenate([np.arange(num_ranks), rng.integers(0, num_ranks, num_experts - num_ranks)])
         owner = rng.permutation(owner)
-        found.append(Placement.of_slots([rng.permutation(np.flatnonzero(owner == rank)) for rank in range(num_ranks)]))
+        slots = [rng.permutation(np.flatnonzero(owner == rank)) for rank in range(num_ranks)]
+        found.append(groups.placed([Placement.of_slots(slots)] * len(groups)))
     return tuple(found)
 
 
 @torch.no_grad()
 def oracle_logits(experiment: Experiment, topology: Topology) -> torch.Tensor:
     """Of the new tokens of all ranks, [T, vocab]: one process, dense experts, float64, no cache."""
-    chosen, ranks = system_called(experiment.system), list(range(topology.num_ranks))
+    chosen, ranks = system_of(experiment), list(range(topology.num_ranks))
     sequences = text(experiment, ranks)
     tokens = tuple(len(text(experiment, [rank])) * experiment.model.seq for rank in ranks)
 

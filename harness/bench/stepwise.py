@@ -9,7 +9,7 @@ import hashlib
 import numpy as np
 
 from harness.case import num_layers
-from harness.placement import Placement
+from harness.groups import Groups
 from harness.routing.certificate import expert_counts, imbalance
 from harness.routing.generators import DRIFTING
 from harness.routing.outline import Outlined, few_tokens
@@ -38,20 +38,21 @@ def drifts(experiment: Experiment) -> bool:
 def certify_step(experiment: Experiment, step: int, *, ran: bool) -> StepCertificate:
     """``ran``: its tokens were drawn, so that they can be drawn once more for their hash."""
     topology, layers = Topology(experiment.cluster.shape), num_layers(experiment)
-    return _certified(experiment.workload, experiment.model, topology, layers, step, ran)
+    return _certified(experiment.workload, experiment.model, topology, experiment.groups, layers, step, ran)
 
 
 @functools.lru_cache(maxsize=1024)  # the systems of a race have the same ones
 def _certified(
-    workload: Workload, model: Model, topology: Topology, layers: int, step: int, ran: bool
+    workload: Workload, model: Model, topology: Topology, groups: Groups | None, layers: int, step: int, ran: bool
 ) -> StepCertificate:
     few = None if ran else few_tokens(workload, model, topology, layers)
     here, before = (
         [Outlined(workload, model, topology, step=at, layer=layer, few=few) for layer in range(layers)]
         for at in (step, max(step - 1, 0))
     )
-    placement = Placement.contiguous(model.num_experts, topology.num_ranks)
-    found = [imbalance(expert_counts(each), placement, topology) for each in here]
+    whole = groups or Groups(topology, topology.shape)
+    placement = whole.contiguous(model.num_experts)
+    found = [imbalance(expert_counts(each), placement, topology, groups) for each in here]
     digest, num_ids = "", layers * sum(workload.tokens(topology.num_ranks)) * model.top_k
     if ran or num_ids <= HASHED_IDS:
         digest = hashlib.sha256("".join(each.digest for each in here).encode()).hexdigest()[:16]

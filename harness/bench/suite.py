@@ -20,25 +20,19 @@ workload's own.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import importlib.resources
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from harness import presets, recipes, registry
-from harness.bench import serve
-from harness.case import placements
+from harness.bench.told import at, check_case, check_layout, nearest
 from harness.errors import Unreadable, UserError, bad
-from harness.presets import this_machine
-from harness.routing import KNOWN_GENERATORS, make_routing
-from harness.routing.make import file_of
-from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Ragged, Workload
-from harness.topology import Topology, check_size
+from harness.layout import Layout
+from harness.specs import SERVING, Cluster, Dtype, Experiment, Model, Phase, Workload
+from harness.topology import Topology
 
 _REQUIRED = ("model", "cluster", "workload", "system", "phase")
 _DEFAULTS: dict[str, Any] = {
@@ -49,6 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     "compute": "real",
     "loss_scale": "dynamic",
     "model_parallel": False,
+    "layout": {},
     "seed": None,
     "repeats": 5,
     "warmup": 1,
@@ -58,7 +53,6 @@ KINDS: dict[type[Any], presets.Kind] = {spec: kind for kind, spec in presets.SPE
 _ENTRY_KEYS = (*_REQUIRED, *_DEFAULTS)
 _COUNTS = ("repeats", "warmup", "launches")
 _SUITE_KEYS = ("name", "defaults", "experiments")
-MOST_LAYERS, MOST_LOADS, MOST_CHOICES = 4096, 1 << 26, 1 << 28  # of a step; of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,23 +105,32 @@ def names() -> list[str]:
     return sorted(Path(str(file)).stem for file in folder.iterdir() if str(file).endswith(".yaml"))
 
 
-def load(source: Path | str, *, physical: bool = False, strict: bool = True, small: bool = False) -> Suite:
+def load(
+    source: Path | str,
+    *,
+    physical: bool = False,
+    strict: bool = True,
+    small: bool = False,
+    layout: Mapping[str, Any] | None = None,
+) -> Suite:
     """The suite called ``source`` or in the YAML file ``source``; a ``UserError`` names the file and the field.
     ``physical``: on any cluster, as nothing is run here. ``strict``: also where one cell alone cannot run; else it
-    stands in ``Suite.bad``, unless no good one is left. ``small``: models scaled down (``Model.scaled_down``)."""
+    stands in ``Suite.bad``, unless no good one is left. ``small``: models scaled down (``Model.scaled_down``);
+    ``layout``: fields of all layouts, in the place of the file's own."""
+    how: dict[str, Any] = {"physical": physical, "strict": strict, "small": small, "layout": layout}
     if str(source) in names():
         text = (importlib.resources.files("harness.presets") / "suites" / f"{source}.yaml").read_text("utf-8")
-        return parse(text, f"suites/{source}.yaml", physical=physical, strict=strict, small=small)
+        return parse(text, f"suites/{source}.yaml", **how)
     path = Path(source)
     if not path.exists() and not presets.is_file(str(source)):
-        raise bad("suite", str(source), f"unknown{_nearest(str(source), names())}; or give a YAML file")
+        raise bad("suite", str(source), f"unknown{nearest(str(source), names())}; or give a YAML file")
     data = presets.read_yaml(path, "experiments file")
-    return from_data(data, str(path), folder=path.parent, physical=physical, strict=strict, small=small)
+    return from_data(data, str(path), folder=path.parent, **how)
 
 
-def parse(text: str, where: str, *, physical: bool = False, strict: bool = True, small: bool = False) -> Suite:
+def parse(text: str, where: str, **how: Any) -> Suite:
     """``text`` of an experiments file; ``where`` is its name in error messages; the others as in ``load``."""
-    return from_data(presets.parse_yaml(text, where), where, physical=physical, strict=strict, small=small)
+    return from_data(presets.parse_yaml(text, where), where, **how)
 
 
 def checked_name(field: str, name: Any) -> str:
@@ -146,6 +149,7 @@ def from_data(
     physical: bool = False,
     strict: bool = True,
     small: bool = False,
+    layout: Mapping[str, Any] | None = None,
 ) -> Suite:
     """The same from what the file in ``folder`` holds. ``distinct``: two cells with one identity are an error, and not
     one cell; ``physical``: a physical cluster may stand there, because an allocation has it or nothing is run."""
@@ -165,6 +169,9 @@ def from_data(
         here = f"{where}: experiments[{index}]"
         _check_entry(entry, here)
         fields = {**_DEFAULTS, **defaults, **entry}
+        if layout:
+            own = fields["layout"] if isinstance(fields["layout"], list) else [fields["layout"]]
+            fields["layout"] = [{**each, **layout} if isinstance(each, Mapping) else each for each in own]
         for key in _REQUIRED:
             if key not in fields:
                 raise bad(here, dict(entry), f"has no {key}; give it here or under defaults")
@@ -191,7 +198,9 @@ def _add(
     counts = {key: choice[key] for key in _COUNTS}
     known = races.get(experiment.race)
     if known is None:
-        _check_case(experiment, here, physical)
+        check_case(experiment, here, physical)
+    check_layout(experiment, here)
+    if known is None:
         races[experiment.race] = Race((experiment,), **counts)
         return
     if distinct and experiment in known.experiments:
@@ -209,7 +218,7 @@ def _grid(fields: dict[str, Any]) -> Iterable[dict[str, Any]]:
 
 
 def _experiment(choice: dict[str, Any], here: str, folder: Path | None, small: bool) -> Experiment:
-    with _at(here):
+    with at(here):
         system, options = _system(choice, here)
         known = registry.system(str(system))
         system = known.name
@@ -218,6 +227,7 @@ def _experiment(choice: dict[str, Any], here: str, folder: Path | None, small: b
             "cluster": _resolve(choice["cluster"], presets.cluster, Cluster, f"{here}.cluster", folder),
             "workload": _resolve(choice["workload"], presets.workload, Workload, f"{here}.workload", folder),
         }
+        fields["layout"] = _layout(choice["layout"], fields["cluster"], here)
     if small:
         fields["model"] = fields["model"].scaled_down()
     if choice["seed"] is not None:
@@ -229,7 +239,7 @@ def _experiment(choice: dict[str, Any], here: str, folder: Path | None, small: b
     for option in options:
         if option not in known.options:
             why = recipes.no_option(known, option)
-            remedy = f"{system} has no such option{f': {why}' if why else _nearest(option, known.options)}"
+            remedy = f"{system} has no such option{f': {why}' if why else nearest(option, known.options)}"
             raise bad(f"{here}.options.{option}", options[option], remedy)
     for key, values in (("phase", get_args(Phase)), ("dtype", get_args(Dtype))):
         if choice[key] not in values:
@@ -241,6 +251,13 @@ def _experiment(choice: dict[str, Any], here: str, folder: Path | None, small: b
         fields["backward"] = False
     experiment: Experiment = Experiment.parse({**fields, "system": system, "options": dict(options)}, here)
     return experiment
+
+
+def _layout(given: Any, cluster: Cluster, here: str) -> Layout:
+    if not isinstance(given, Mapping):
+        raise bad(f"{here}.layout", given, "must be a mapping from field to value, as {expert_parallel: 4}")
+    layout: Layout = Layout.parse(given, f"{here}.layout")
+    return layout.on(Topology(cluster.shape))
 
 
 def _system(choice: dict[str, Any], here: str) -> tuple[Any, dict[str, Any]]:
@@ -269,94 +286,14 @@ def _resolve(value: Any, preset: Callable[..., Any], spec: type[Any], here: str,
     return preset(value, folder)
 
 
-def _check_case(experiment: Experiment, here: str, physical: bool) -> None:
-    """What can be told without a rank: the routing exists, and the experts divide."""
-    workload, topology = experiment.workload, Topology(experiment.cluster.shape)
-    with _at(here):
-        check_size(experiment.cluster.name, experiment.cluster.shape)
-        _check_amounts(experiment, topology.num_ranks)
-        if experiment.cluster.kind == "physical" and not (physical or this_machine.made(experiment.cluster)):
-            remedy = (
-                "is of kind physical: moebench simulate prices it, moebench sweep runs it on Slurm; "
-                "here run one-gpu, gpu-node, or a cluster of kind local or emulated"
-            )
-            raise bad("cluster", experiment.cluster.name, remedy)
-        if experiment.phase in SERVING:
-            _check_served(experiment)
-        may_choose = experiment.phase in ("train_step", *SERVING) or (
-            experiment.phase == "layer" and not experiment.model.takes_routing
-        )
-        if workload.generator == "natural" and not may_choose:
-            raise bad("workload", workload.name, f"has no prescribed routing; phase {experiment.phase} needs one")
-        if workload.generator not in KNOWN_GENERATORS:
-            raise bad(
-                "workload.generator", workload.generator, "unknown" + _nearest(workload.generator, KNOWN_GENERATORS)
-            )
-        for level, link in enumerate(experiment.cluster.levels):
-            if experiment.model.num_experts % (num_groups := topology.num_units(level)):
-                found = (
-                    f"is not divisible by the {num_groups} groups of link level {link.name!r}; change one of the two"
-                )
-                raise bad("model.num_experts", experiment.model.num_experts, found)
-        if experiment.phase in ("train_step", "prefill"):
-            for tokens in set(workload.tokens(topology.num_ranks)):
-                if tokens % experiment.model.seq:
-                    remedy = f"must be a multiple of model.seq = {experiment.model.seq}"
-                    if isinstance(workload.tokens_per_rank, Ragged):
-                        remedy += "; give it as tokens_per_rank.multiple"
-                    raise bad("workload.tokens_per_rank", tokens, remedy)
-        if workload.generator == "trace" and workload.params.get("replay") and not experiment.goes_on:
-            remedy = f"has no step after step in phase {experiment.phase}; replay in train_step, prefill or decode"
-            raise bad("workload.params.replay", True, remedy)
-        of_all = file_of(workload) is not None and experiment.phase in ("train_step", *SERVING)
-        _draw(workload, experiment.model, topology, experiment.model.num_moe_layers if of_all else 1)
-
-
-@functools.lru_cache(maxsize=64)  # the systems of a race have the same
-def _draw(workload: Workload, model: Model, topology: Topology, num_layers: int) -> None:
-    """Whether there is a routing."""
-    for layer in range(num_layers):
-        make_routing(workload, model, topology, layer=layer)
-
-
-def _check_amounts(experiment: Experiment, num_ranks: int) -> None:
-    """Nobody meant as much as no memory holds."""
-    model, workload = experiment.model, experiment.workload
-    choices = sum(workload.tokens(num_ranks)) * model.top_k
-    for field, value, amount, most, what in (
-        ("model.num_layers", model.num_layers, model.num_layers, MOST_LAYERS, "layers of a step"),
-        ("model.num_experts", model.num_experts, model.num_experts * num_ranks, MOST_LOADS, "loads, ranks by experts"),
-        ("workload.tokens_per_rank", workload.tokens_per_rank, choices, MOST_CHOICES, "expert choices in a layer"),
-    ):
-        if amount > most:
-            raise bad(field, value, f"makes {amount:,} {what}, and at most {most:,} are planned; give fewer")
-
-
-def _check_served(experiment: Experiment) -> None:
-    """A server's tokens come as they come: nothing is dropped, and no expert picks among them."""
-    model = experiment.model
-    if not model.takes_routing:
-        raise bad("model.gate", model.gate, f"in phase {experiment.phase} each token chooses its experts by itself")
-    if model.capacity_factor is not None:
-        raise bad("model.capacity_factor", model.capacity_factor, f"in phase {experiment.phase} nothing is dropped")
-    if experiment.model_parallel:
-        num_local = math.prod(experiment.cluster.shape[1:])
-        for field, heads in (("num_heads", model.num_heads), ("num_kv_heads", model.num_kv_heads or model.num_heads)):
-            if heads % num_local:
-                raise bad(f"model.{field}", heads, f"does not divide over the {num_local} ranks of a node")
-        tokens = experiment.workload.tokens(num_local * experiment.cluster.shape[0])
-        if any(len(set(tokens[at : at + num_local])) > 1 for at in range(0, len(tokens), num_local)):
-            remedy = "must be the same on all ranks of a node whose attention is shared out (model_parallel)"
-            raise bad("workload.tokens_per_rank", experiment.workload.tokens_per_rank, remedy)
-    if experiment.phase == "decode" and model.seq < 2:
-        raise bad("model.seq", model.seq, "leaves no token before the decoded one; at least 2")
-    serve.stored_arrays(experiment)
-    placements(experiment)
-
-
 def _check_entry(entry: Any, here: str) -> None:
     if not isinstance(entry, Mapping):
         raise bad(here, entry, f"must be a mapping with some of {', '.join(_ENTRY_KEYS)}")
+    for field in Layout.model_fields:
+        if field in entry:
+            raise bad(
+                f"{here}.{field}", entry[field], f"belongs to the layout; write layout: {{{field}: {entry[field]}}}"
+            )
     _check_keys(entry, _ENTRY_KEYS, here)
     for key, value in entry.items():
         if value is None or value == []:
@@ -368,29 +305,9 @@ def _check_entry(entry: Any, here: str) -> None:
 def _check_keys(data: Mapping[Any, Any], known: Iterable[str], here: str) -> None:
     for key in data:
         if key not in known:
-            raise bad(f"{here}.{key}", data[key], "unknown key" + _nearest(str(key), known))
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean ...' with the known words."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return (f"; did you mean {near[0]!r}?" if near else ";") + f" known: {', '.join(known) or 'none'}"
+            raise bad(f"{here}.{key}", data[key], "unknown key" + nearest(str(key), known))
 
 
 def _check_count(value: Any, here: str, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise bad(here, value, f"must be a whole number of at least {least}")
-
-
-class _at:
-    """Put the file and the field before the message of a ``UserError`` from elsewhere that does not name them."""
-
-    def __init__(self, here: str):
-        self.here = here
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UserError):
-            text = str(error)
-            raise type(error)(text if text.startswith(self.here) else f"{self.here}: {text}") from None

@@ -14,8 +14,7 @@ from harness import registry
 from harness.bench import physics, stepwise
 from harness.bench.store import SCHEMA_VERSION, SIMULATED, identity
 from harness.bench.suite import Race
-from harness.case import cases_of, num_layers
-from harness.placement import Placement
+from harness.case import cases_of, in_order, num_layers, system_of
 from harness.plan.graph import Plan, Timeline
 from harness.routing import Certificate, certify, make_routing, walk
 from harness.routing.certificate import expert_counts
@@ -116,9 +115,9 @@ def certificate(experiment: Experiment) -> Certificate | None:
     routing = make_routing(experiment.workload, experiment.model, topology)
     if routing is None:
         return None
-    placement = Placement.contiguous(experiment.model.num_experts, topology.num_ranks)
+    placement = in_order(experiment)
     num_groups = num_even_groups(experiment.workload, experiment.model)
-    found = certify(routing, placement, topology, experiment.model.capacity_factor, num_groups)
+    found = certify(routing, placement, topology, experiment.model.capacity_factor, num_groups, experiment.groups)
     fitted = tuple(dataclasses.asdict(each) for each in walk.told(experiment.workload))
     return dataclasses.replace(found, fitted=fitted)
 
@@ -157,7 +156,7 @@ class _Cell:
                 row |= {"status": worst["status"], "reason": worst["reason"]}
             return self.without_time(worst["status"], worst["reason"])
         self._routing()
-        budgets = physics.budgets(self.experiment, registry.system(self.experiment.system), cases_of(self.experiment))
+        budgets = physics.budgets(self.experiment, system_of(self.experiment), cases_of(self.experiment))
         self._plan(budgets)
         self._placed()
         for name, value in answers[0].get("launch_settings", {}).items():
@@ -178,7 +177,7 @@ class _Cell:
         self._routing()
         if is_small(self.experiment):
             cases = cases_of(self.experiment)
-            self._plan(physics.budgets(self.experiment, registry.system(self.experiment.system), cases))
+            self._plan(physics.budgets(self.experiment, system_of(self.experiment), cases))
             self._placed()
         num_tokens = sum(self.experiment.workload.tokens(self.experiment.cluster.num_ranks))
         samples = {direction: list(map(float, seconds)) for direction, seconds in found.samples.items()}
@@ -231,7 +230,7 @@ class _Cell:
         if self.experiment.phase not in SERVING or not self.experiment.exactly_planned:
             return
         for layer, case in enumerate(cases_of(self.experiment)):
-            load = expert_counts(case.routing).sum(0) @ case.placement.hosts
+            load = np.concatenate([expert_counts(part.routing).sum(0) @ part.placement.hosts for part in case.parts])
             self._add("placed_max_over_mean", load.max() / max(load.mean(), 1e-300), "ratio", level=f"layer{layer}")
 
     def _times(
@@ -332,7 +331,7 @@ def _cores(answers: list[dict[str, Any]], samples: tuple[dict[str, Any], ...], t
 
 def estimate_s(experiment: Experiment, repeats: int, warmup: int) -> float:
     """A rough time of one cell in one launch: its bytes at line rate with a margin, and what is done around it."""
-    system = registry.system(experiment.system)
+    system = system_of(experiment)
     if registry.state(system)[1] is not None:
         return 0.0
     if experiment.digest not in _limits:

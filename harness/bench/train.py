@@ -2,8 +2,8 @@
 
 Everything but the experts is replicated, or the attention's heads are shared out inside nodes. The loss is the sum
 over a rank's tokens divided by the tokens of the job, so replicated gradients are all-reduced with SUM, and expert
-gradients, which came through the exchange, are complete. A step is one plan; the sums of the attentions' gradients
-stand in it where the system puts them.
+gradients, which came through the exchange, are complete in their expert-parallel group and summed over its replicas. A
+step is one plan; the sums of the attentions' gradients stand in it where the system puts them.
 
 A prescribed workload steers what enters each MoE layer so that the layer's own gate takes it, step by step; the
 routers then stay as they were drawn (they are part of the steering). A natural workload trains them.
@@ -174,7 +174,10 @@ class Trainer:
         layers: list[MoELayer] = [steered.layer for steered in self.training.steered]  # type: ignore[misc]
         shared = [*self.training.gpt.replicated_parameters(), *(p for each in layers for p in each.shared_parameters())]
         inside = {id(p) for part in attentions for p in part}
-        self.summed = list({id(p): p for p in shared if id(p) not in inside}.values())
+        replicated = {id(p): p for p in shared}
+        self.summed = [p for key, p in replicated.items() if key not in inside]
+        self.experts = [[p for p in each.parameters() if id(p) not in replicated] for each in layers]
+        self.replicas = job.part(experiment.groups).replicas
         self.slices = system.place_gradients(layers[::-1], case, self.stream.part_bytes, scope)
         self.layers = layers
         self.after_step = system.after_step(layers, case, job)
@@ -308,6 +311,8 @@ class Trainer:
             self.stream,
             self.slices,
             self.summed,
+            experts=self.experts,
+            replicas=self.replicas,
             model_parallel=self.model_parallel,
             watched=watched,
         )

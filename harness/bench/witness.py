@@ -287,7 +287,7 @@ def _multiplied(job: Job, seen: Seen, wanted: _Wanted) -> _Wanted:
     found, expected = seen.y[wanted.sure, :-1].double().flatten(), wanted.y[wanted.sure].double().flatten()
     dots = torch.stack([found @ expected, expected @ expected])
     if job.num_ranks > 1:
-        dist.all_reduce(dots)
+        dist.all_reduce(dots, group=job.world)
     factor = max(1.0, round(float(dots[0] / dots[1].clamp_min(1e-300)))) if bool(dots.isfinite().all()) else 1.0
     gate = torch.cat([wanted.gate[:, :-1] * factor, wanted.gate[:, -1:] * factor**2], 1)
     dx = None if wanted.dx is None else wanted.dx * factor
@@ -331,7 +331,7 @@ def _summed(job: Job, *parts: torch.Tensor) -> list[torch.Tensor]:
     """Of all ranks, in one message, on the CPU."""
     flat = torch.cat([part.double().flatten() for part in parts])
     if job.num_ranks > 1:
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=job.world)
     found = flat.cpu().split([part.numel() for part in parts])
     return [each.view(part.shape) for each, part in zip(found, parts, strict=True)]
 
@@ -352,6 +352,11 @@ def _settle(job: Job, worst: dict[str, tuple[float, str]], tolerance: float) -> 
 def settled(job: Job, worst: tuple[float, str]) -> Verdict:
     """Collective: the worst of the ranks' (how bad, in words); nothing is wrong where all are 0."""
     return Verdict({}, max(of_all(job, worst), key=lambda each: each[0])[1])
+
+
+def over_groups(job: Job, verdict: Verdict) -> Verdict:
+    """Collective: what every expert-parallel group has found for itself, together."""
+    return sum(of_all(job, verdict), Verdict())
 
 
 def first_of(job: Job, reason: str) -> str:

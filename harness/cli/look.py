@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import console
-from harness.cli.options import Json
+from harness.cli.options import Json, Layout, fields_of
 from harness.errors import bad, unknown
 from harness.specs import DTYPE_BYTES
 
@@ -85,6 +85,7 @@ def check(
     ] = None,
     cluster: Annotated[str, typer.Option(help="A local or emulated cluster, preset or file, instead of --ranks.")] = "",
     dtype: Annotated[list[str] | None, typer.Option(help="Only these number formats; may be repeated.")] = None,
+    layout: Layout = "",
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 for anything refused, too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -99,9 +100,12 @@ def check(
     moebench check --all --ranks 8 --json
     moebench check fsmoe+hiermoe-hd2 hiermoe-hd2+fsmoe+hecate --ranks 8
     moebench check hiermoe-hd2 --cluster emulated-2x4 --strict
+    moebench check flat hiermoe-hd2 --ranks 8 --layout expert_parallel=4
     ```
     """
     from harness import checks, presets, registry
+    from harness import layout as layouts
+    from harness.topology import Topology
 
     if every == bool(systems):
         raise bad("systems", systems or [], "name systems, or give --all, and not both (moebench list systems)")
@@ -113,8 +117,12 @@ def check(
         raise bad(
             "--ranks", ranks, f"but the levels of {cluster}, {shape}, multiply to {where.num_ranks}; leave it out"
         )
+    checked = layouts.Layout.parse(fields_of(layout), "--layout").on(Topology(where.shape))
+    if refused := checked.refused:
+        raise bad("--layout", layout, refused)
     with console.progress("check") as bar:
-        payload = {"dtypes": dtype} if dtype else {}
+        payload: dict[str, Any] = {"dtypes": dtype} if dtype else {}
+        payload["layout"] = checked.model_dump(mode="json")
         rows = checks.check_systems(names, where, payload, lambda text: console.say(bar, text))
     if as_json:
         console.print_json(rows)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from harness import caches, console
-from harness.cli.options import RUNS, Json, Results, ScaleDown
+from harness.cli.options import RUNS, Json, Layout, Results, ScaleDown, fields_of
 from harness.errors import UserError, bad
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def run(
         int, typer.Option(min=0, help="Training steps between checkpoints where experts change places; 0: none.")
     ] = 10,
     scale_down: ScaleDown = False,
+    layout: Layout = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and what refuses them.")] = False,
     gpus: Annotated[int | None, typer.Option(min=0, help="With --dry-run: as if so many GPUs were here.")] = None,
     results: Results = RUNS,
@@ -70,7 +71,7 @@ def run(
     with contextlib.nullcontext() if gpus is None else this_machine.assuming(gpus):
         if suite == "auto":
             suite = fitting()
-        chosen = suites.load(suite or str(experiments), strict=False, small=scale_down)
+        chosen = suites.load(suite or str(experiments), strict=False, small=scale_down, layout=fields_of(layout))
     if dry_run:
         return _show_plan(chosen, launches, as_json, here=gpus is None)
     run_dir = results / suites.checked_name("--name", name or chosen.name[:74] + ("-small" if scale_down else ""))
@@ -124,7 +125,7 @@ def _show_plan(chosen: Suite, launches: int | None, as_json: bool, here: bool) -
     minutes = sum(row["estimate_s"] for row in taken) / 60
     about = f"{len(taken)} of {len(rows)} cells would run, in about {max(1, round(minutes))} min"
     for row in rows:
-        row["system"] = options.label(row["system"], row.pop("options"), row.pop("capacity_factor"))
+        row["system"] = options.label(row["system"], row.pop("options"), row.pop("capacity_factor"), row.pop("layout"))
     shown = [{**row, "estimate_s": round(row["estimate_s"]), "refused": _start(row["refused"])} for row in rows]
     console.show(shown, f"{chosen.name}: {about}")
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from harness import console, outputs
-from harness.cli.options import RUNS, Json, Results, ScaleDown
+from harness.cli.options import RUNS, Json, Layout, Results, ScaleDown, fields_of
 from harness.errors import bad
 
 commands = typer.Typer()
@@ -82,6 +82,7 @@ def simulate(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin again; do not keep finished cells.")] = False,
     scale_down: ScaleDown = False,
+    layout: Layout = "",
     results: Results = RUNS,
     as_json: Json = False,
 ) -> None:
@@ -107,7 +108,8 @@ def simulate(
 
     wanted = Wanted(machine, efficiency, links)
     wanted.check()
-    chosen = suites.load(suite or str(experiments), physical=True, strict=False, small=scale_down)
+    how: dict[str, Any] = {"small": scale_down, "layout": fields_of(layout)}
+    chosen = suites.load(suite or str(experiments), physical=True, strict=False, **how)
     run_dir = results / suites.checked_name("--name", name or f"{chosen.name[:70]}{'-small' * scale_down}-sim")
     from harness import simulating
 
@@ -122,7 +124,10 @@ def simulate(
     if as_json:
         console.print_json({"run": str(run_dir), "cells": counts, "times": found, "not_ok": not_ok, "page": page})
     else:
-        labels = {each.digest: label(each.system, each.options, each.model.capacity_factor) for each in cells}
+        labels = {
+            each.digest: label(each.system, each.options, each.model.capacity_factor, each.layout.model_dump())
+            for each in cells
+        }
         for title, rows in _by_race(found, labels):
             console.show(rows, title)
         typer.echo(f"{run_dir}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))

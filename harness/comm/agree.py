@@ -69,7 +69,7 @@ def of_all(job: Job, value: V) -> list[V]:
     if job.num_ranks == 1:
         return [value]
     found: list[Any] = [None] * job.num_ranks
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=job.world)
     return found
 
 

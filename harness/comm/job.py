@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from harness.comm.moved import Moved
+from harness.groups import Groups
 from harness.topology import Topology
 
 
 class Job:
     """One rank's view of a running job. Every rank builds it, at the same point, after init_process_group.
 
-    Groups are made once: the world, for every level the ranks inside one unit (``inner``), and for every level
+    Communicators are made once: the world, for every level the ranks inside one unit (``inner``), and for every level
     the ranks with equal coordinates elsewhere (``rail``). Each is a communicator of its own, so that collectives
     of different levels progress independently.
     """
@@ -53,8 +56,7 @@ class Job:
         self.counters = counters
         #: hands a small plain message to whoever waits for this call
         self.progress: Callable[[dict[str, Any]], None] = progress or (lambda message: None)
-        #: told which experts are about to change places (``harness.plan.moving``), where somebody wants to know
-        self.moving: Callable[[Any], None] | None = None
+        self._told: dict[str, Callable[[Any], None] | None] = {"moving": None}
         #: what of experts' parameters this rank has sent
         self.moved = Moved()
         #: True if perf_counter is one clock for all ranks (one kernel)
@@ -62,18 +64,59 @@ class Job:
         #: of collectives, as the world has it: a group with NCCL's own would abort its rank before a hang is told
         self._timeout = timeout
         self.world: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {tuple(range(self.num_ranks)): self.world}
-        for level in range(topology.num_levels):
-            for members in (topology.inner_group, topology.rail):
-                for rank in range(self.num_ranks):
-                    self._make(self._groups, members(rank, level))
+        #: of a ``part``: the ranks that hold the same experts as this one, in the other parts; None if there are none
+        self.replicas: dist.ProcessGroup | None = None
+        self._parts: dict[Groups, Job] = {}
+        self._connect(np.arange(self.num_ranks)[None], {tuple(range(self.num_ranks)): self.world})
+
+    def part(self, groups: Groups | None) -> Job:
+        """Collective the first time: this rank's view of its expert-parallel group, as if that were a job of its own;
+        None: of all ranks."""
+        if groups is None:
+            return self
+        if groups not in self._parts:
+            found = copy.copy(self)
+            group, found.rank = groups.of_rank(self.rank)
+            found.topology, found.num_ranks = groups.topology, groups.size
+            worlds: dict[tuple[int, ...], dist.ProcessGroup] = {}
+            for ranks in groups.members.tolist():
+                worlds[tuple(ranks)] = dist.new_group(ranks, timeout=self._timeout)  # type: ignore[assignment]
+            replicas: dict[tuple[int, ...], dist.ProcessGroup] = {}
+            for ranks in groups.members.T.tolist():
+                self._make(replicas, ranks)
+            found.world = worlds[tuple(groups.members[group].tolist())]
+            found.replicas = replicas.get(tuple(groups.members[:, found.rank].tolist()))
+            found._connect(groups.members, worlds)
+            self._parts[groups] = found
+        return self._parts[groups]
+
+    def _connect(self, jobs: np.ndarray, worlds: dict[tuple[int, ...], dist.ProcessGroup]) -> None:
+        """Collective: make the communicators of all ``jobs`` [jobs, ranks of one], of which this is one, by the levels
+        of their topology. ``worlds``: those of all ranks of each."""
+        (self.members,) = (ranks for ranks in jobs.tolist() if dist.get_rank() in ranks)
+        self._groups = dict(worlds)
         #: of levels inside a node's units again, for a lane of their own
         self._deep: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        for level in range(1, topology.num_levels - 1):
-            for ranks in {tuple(topology.inner_group(rank, level)): None for rank in range(self.num_ranks)}:
-                self._make(self._deep, list(ranks))
-            for ranks in {tuple(topology.rail(rank, level + 1)): None for rank in range(self.num_ranks)}:
-                self._make(self._deep, list(ranks))
+        topology, every = self.topology, range(self.num_ranks)
+        for job in jobs:
+            for level in range(topology.num_levels):
+                for members in (topology.inner_group, topology.rail):
+                    for rank in every:
+                        self._make(self._groups, job[members(rank, level)].tolist())
+            for level in range(1, topology.num_levels - 1):
+                for ranks in {tuple(topology.inner_group(rank, level)): None for rank in every}:
+                    self._make(self._deep, job[list(ranks)].tolist())
+                for ranks in {tuple(topology.rail(rank, level + 1)): None for rank in every}:
+                    self._make(self._deep, job[list(ranks)].tolist())
+
+    @property
+    def moving(self) -> Callable[[Any], None] | None:
+        """Told which experts are about to change places (``harness.plan.moving``), where somebody wants to know."""
+        return self._told["moving"]
+
+    @moving.setter
+    def moving(self, told: Callable[[Any], None] | None) -> None:
+        self._told["moving"] = told  # of all parts
 
     def phase(self, text: str) -> None:
         """Name what this rank does now; the supervisor quotes it when a rank fails, dies or hangs."""
@@ -86,12 +129,16 @@ class Job:
 
     def inner(self, level: int = 0) -> dist.ProcessGroup | None:
         """The ranks of this rank's unit at ``level`` (its node for 0); None if it is alone."""
-        return self._groups.get(tuple(self.topology.inner_group(self.rank, level)))
+        return self._groups.get(self._named(self.topology.inner_group(self.rank, level)))
 
     def deep(self, ranks: list[int]) -> dist.ProcessGroup | None:
         """``inner`` and ``rail`` of levels inside a node's units, for a lane beside those that use these groups."""
-        return self._deep.get(tuple(ranks))
+        return self._deep.get(self._named(ranks))
 
     def rail(self, level: int = 0) -> dist.ProcessGroup | None:
         """The ranks like this one in the other units of ``level``; None if there are none."""
-        return self._groups.get(tuple(self.topology.rail(self.rank, level)))
+        return self._groups.get(self._named(self.topology.rail(self.rank, level)))
+
+    def _named(self, ranks: list[int]) -> tuple[int, ...]:
+        """Ranks of this job as communicators know them: by their numbers in the whole one."""
+        return tuple(self.members[rank] for rank in ranks)

@@ -190,6 +190,7 @@ class Transfer(Handover):
     def _issue(self, stage: int, near: bool | None) -> _Issued:
         """Post the messages of ``stage``."""
         group = self.job.world if stage == 0 else self.job.inner(0)
+        number = self.job.members  # of each rank, by which communicators know it
         sends, receives = self.plan.of_rank(self.job.rank, stage, near)
         to, come_from = sends.target, receives.source
         if self.kind == "reduce":  # the same hops backwards
@@ -202,9 +203,9 @@ class Transfer(Handover):
             if self.kind == "reduce":
                 target = [torch.empty_like(row) for row in target]
                 arriving.setdefault(chunk, []).append(target)
-            work += [dist.P2POp(dist.irecv, row, peer, group) for row in target]
+            work += [dist.P2POp(dist.irecv, row, number[peer], group) for row in target]
         for chunk, peer in zip(sends.chunk.tolist(), to.tolist(), strict=True):
-            work += [dist.P2POp(dist.isend, row, peer, group) for row in row_of(chunk)]
+            work += [dist.P2POp(dist.isend, row, number[peer], group) for row in row_of(chunk)]
         return _Issued(dist.batch_isend_irecv(work) if work else [], arriving)
 
     def _finish(self, issued: _Issued) -> None:

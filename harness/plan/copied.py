@@ -38,7 +38,6 @@ from harness.plan.native import NativeLayer, NativePassage, NativeSystem
 from harness.plan.passage import Passage
 from harness.plan.priced import PricedCopied
 from harness.plan.rearrange import Rearranger
-from harness.routing.certificate import expert_counts
 from harness.system import AfterStep, Case, MoELayer, System
 
 
@@ -87,7 +86,7 @@ class CopiedSystem(NativeSystem):
     routing, as if training had been going on; ``rearrange_every`` and ``slots`` are options of all of them."""
 
     every: ClassVar[int]
-    copies = True
+    copies = moves_alike = True
     variants: ClassVar[dict[str, dict[str, bool | int | float | str]]] = {"rearranged": {"rearrange_every": 3}}
     options: ClassVar[dict[str, str]] = {
         "rearrange_every": "training steps between rearrangements (default 25)",
@@ -116,7 +115,7 @@ class CopiedSystem(NativeSystem):
         """Of a layer before any training."""
         if case.identity_experts:
             return case.placement
-        return cls.planner(case)(expert_counts(case.routing).sum(0), case.placement)
+        return cls.planner(case)(case.load, case.placement)
 
     @classmethod
     def hosts(cls, case: Case) -> np.ndarray:

@@ -8,12 +8,14 @@ seconds of each rank, ``Hold`` and ``Timed``, so that no byte matrix need outliv
 
 Scopes name groups of ranks by the link levels that they extend over, counted from 1 for the outermost of D: ``inter1``
 joins the nodes, ``inter2`` the units of level 2 inside a node, ``intra1`` all ranks of a node, ``flat`` all ranks;
-``inter`` and ``intra`` are ``inter1`` and ``intra1``. Ranks of a group are alike at all other levels.
+``inter`` and ``intra`` are ``inter1`` and ``intra1``. Ranks of a group are alike at all other levels. ``4by2.flat``: of
+such groups every 4 ranks that are 2 apart; their collectives cost what those of the whole group do for as many bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -126,12 +128,13 @@ def transfers(costs: Iterable[Cost | None]) -> Iterator[Transfer]:
 
 
 def span(scope: str, num_levels: int) -> tuple[int, int]:
-    """(a, b): groups of ``scope`` extend over the link levels a .. b - 1 of ``num_levels``, outermost first.
+    """(a, b): groups of ``scope`` extend over the link levels a .. b - 1 of ``num_levels``, outermost first; a part of
+    groups counts as these.
 
-    >>> span("flat", 3), span("inter", 3), span("inter2", 3), span("intra", 3), span("intra2", 3)
-    ((0, 3), (0, 1), (1, 2), (1, 3), (2, 3))
+    >>> span("flat", 3), span("inter", 3), span("inter2", 3), span("intra", 3), span("intra2", 3), span("2by4.flat", 3)
+    ((0, 3), (0, 1), (1, 2), (1, 3), (2, 3), (0, 3))
     """
-    found = re.fullmatch(r"(flat)|(inter|intra)([1-9][0-9]*)?", scope)
+    found = re.fullmatch(r"(?:[0-9]+by[0-9]+\.)?(?:(flat)|(inter|intra)([1-9][0-9]*)?)", scope)
     level = int(found[3] or 1) if found else 0
     if found is None or level > num_levels:
         raise bad(
@@ -140,6 +143,34 @@ def span(scope: str, num_levels: int) -> tuple[int, int]:
     if found[1]:
         return 0, num_levels
     return (level - 1, level) if found[2] == "inter" else (level, num_levels)
+
+
+def meeting(scope: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """How many ranks a group of ``scope`` has, and how far they are apart.
+
+    >>> meeting("flat", (2, 4)), meeting("inter", (2, 4)), meeting("intra", (2, 4)), meeting("2by2.intra1", (2, 4))
+    ((8, 1), (2, 4), (4, 1), (2, 2))
+    """
+    if part := re.match(r"([0-9]+)by([0-9]+)\.", scope):
+        return int(part[1]), int(part[2])
+    first, behind = span(scope, len(shape))
+    return math.prod(shape[first:behind]), math.prod(shape[behind:])
+
+
+def scope_of(members: int, apart: int, shape: tuple[int, ...]) -> str:
+    """The groups of as many ranks so far apart; what ``meeting`` takes apart. Those that no scope names are a part of
+    the smallest that contain them."""
+    num_levels = len(shape)
+    known = [
+        f"{kind}{level}" for level in range(num_levels, 0, -1) for kind in ("inter", "intra") if level < num_levels
+    ]
+    for scope in (*known, "flat"):
+        every, between = meeting(scope, shape)
+        if (every, between) == (members, apart):
+            return scope
+        if apart % between == 0 and members * apart <= every * between:
+            return f"{members}by{apart}.{scope}"
+    raise AssertionError((members, apart, shape))
 
 
 __all__ = [

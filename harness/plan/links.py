@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from harness.errors import bad
-from harness.plan.cost import Even, OnLinks, Transfer, span
+from harness.plan.cost import Even, OnLinks, Transfer, meeting, span
 from harness.specs import Cluster
 from harness.topology import Topology
 from harness.traffic import blocks_of, inside_load, port_load
@@ -175,11 +175,11 @@ class Ports(LinkModel):
         the unit's part of each group gets from others, once."""
         assert not line.shared
         shape = self.topology.shape
-        first, behind = span(cost.scope, len(shape))
-        inner = min(max(line.level + 1, first), behind)  # levels from here on are inside the unit
-        units = math.prod(shape[first:inner])  # of each group
-        groups = math.prod(shape[max(line.level + 1, behind) :])  # that go through one unit
-        rings = groups * math.prod(shape[inner:behind]) if cost.operation == "a2a" else groups
+        members, apart = meeting(cost.scope, shape)
+        ranks = math.prod(shape[line.level + 1 :])  # of a unit
+        inside = min(members, max(1, ranks // apart))  # of each group in one unit
+        units = members // inside
+        rings = ranks if cost.operation == "a2a" else ranks // inside  # groups that go through one unit
         times = 2 if cost.operation == "ar" else 1
         return times * rings / line.ports * (units - 1) / units * np.asarray(cost.num_bytes, dtype=np.float64)
 

@@ -73,8 +73,8 @@ def move(job: Job, moves: Sequence[Move], optimizer: torch.optim.Optimizer | Non
         rank: torch.empty(sum(_row_bytes(tensors[layer]) for layer, _ in slots), dtype=torch.uint8, device=job.device)
         for rank, slots in receiving.items()
     }
-    work = [dist.P2POp(dist.isend, buffer, rank) for rank, buffer in sorted(outgoing.items())]
-    work += [dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in sorted(incoming.items())]
+    work = [dist.P2POp(dist.isend, buffer, job.members[rank], job.world) for rank, buffer in sorted(outgoing.items())]
+    work += [dist.P2POp(dist.irecv, buffer, job.members[rank], job.world) for rank, buffer in sorted(incoming.items())]
     for each in dist.batch_isend_irecv(work) if work else ():
         each.wait()
     for layer_move in moves:

@@ -100,6 +100,11 @@ class Passage(abc.ABC):
 
     turns: bool = False  # the last layer of a step: its backward follows its forward at once
 
+    @property
+    def of_groups(self) -> Sequence[Passage]:
+        """Of each expert-parallel group; of a priced layer."""
+        return [self]
+
     @abc.abstractmethod
     def work(self, direction: Direction, task: str, part: tuple[int, ...] = ()) -> Work:
         """Of the task called so, or of its ``part``: a hop and a chunk, for instance."""

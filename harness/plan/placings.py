@@ -35,6 +35,7 @@ class Placing(System):
     """A base that stands before that of the state. ``slot_options``: its own; ``variant``: those with which experts
     move within a few steps. ``title`` and ``source``: in recipes."""
 
+    moves_alike = True
     slot_options: ClassVar[Options] = {}
     variant: ClassVar[Mapping[str, Any]] = {}
 

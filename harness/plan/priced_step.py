@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from harness.layer.work import ATTENTION_GEMMS, attention_parameters, head_macs, model_attention_macs
-from harness.memory import OPTIMIZER_STATES, optimizer_accesses, rest_parameters, state_bytes
-from harness.plan.cost import Compute, Cost, Even, InTurn
+from harness.memory import OPTIMIZER_STATES, expert_bytes, optimizer_accesses, rest_parameters, state_bytes
+from harness.plan.cost import Compute, Cost, Even, InTurn, scope_of
 from harness.plan.gradients import GradientBytes
 from harness.plan.graph import Work
 from harness.plan.passage import Direction, Passage
@@ -101,6 +101,7 @@ class PricedTraining(PricedStep, TrainingTasks):
         self.slices, self.moves, self._moved = slices, has_moves, moves
         self.stream = gradient_bytes(experiment)
         self.num_own = np.asarray(num_own)
+        self.sums_replicas = experiment.groups is not None
 
     def outside(self, task: str) -> Cost | None:
         match task:
@@ -121,6 +122,9 @@ class PricedTraining(PricedStep, TrainingTasks):
         rest = rest_parameters(model) * self.width
         routers = model.num_moe_layers * model.hidden * model.num_experts * wide
         sums = [Even("ar", "flat", num_bytes) for num_bytes in (rest, routers)]
+        if (groups := self.experiment.groups) is not None:
+            experts, scope = expert_bytes(model, self.experiment.dtype), scope_of(*groups.replicas, self.topology.shape)
+            sums.append(Even("ar", scope, self.num_own * experts, model.num_moe_layers))
         first = [] if of_stream is None or of_stream.cost is None else [of_stream.cost]
         return Work(InTurn((*first, *sums)))
 

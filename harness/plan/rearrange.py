@@ -33,7 +33,7 @@ class Rearranger(AfterStep):
                 load += torch.bincount(taken, minlength=len(load))
         if not self.following.due(step):
             return
-        if self.job.num_ranks > 1:
+        if self.job.num_ranks > 1:  # over all expert-parallel groups, so that replicas move alike
             dist.all_reduce(self.load)
         before = [layer.exchange_.placement for layer in self.layers]
         found = self.following.decide(self.load.cpu().numpy(), before)

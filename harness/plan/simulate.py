@@ -13,12 +13,11 @@ are busy together depends on the times and the times on that, so it is iterated 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from harness.plan.cost import Cost, Hold, InTurn, OnLinks, Timed, Transfer, span
+from harness.plan.cost import Cost, Hold, InTurn, OnLinks, Timed, Transfer, meeting
 from harness.plan.graph import Plan, Timeline
 from harness.plan.links import Busy, LinkModel
 from harness.plan.machine import Contention, Machine
@@ -86,8 +85,7 @@ class Meeting:
 
     @classmethod
     def of(cls, scope: str, topology: Topology) -> Meeting:
-        first, behind = span(scope, topology.num_levels)
-        return cls(math.prod(topology.shape[first:behind]), math.prod(topology.shape[behind:]))
+        return cls(*meeting(scope, topology.shape))
 
     def __call__(self, ready: np.ndarray, lasts: np.ndarray, busy: Busy) -> tuple[np.ndarray, np.ndarray]:
         begins = self._largest(ready)

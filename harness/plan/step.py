@@ -76,11 +76,13 @@ class ServingTasks(StepTasks):
 
 class TrainingTasks(StepTasks):
     """``stream``: of the attentions' gradients; ``slices``: of it in each layer's backward, last layer first;
-    ``moves``: whether something is done behind the optimizer."""
+    ``moves``: whether something is done behind the optimizer; ``sums_replicas``: whether experts have replicas in other
+    expert-parallel groups, whose gradients are summed in the tail."""
 
     stream: GradientBytes
     slices: Sequence[GradientSlices]
     moves: bool
+    sums_replicas: bool
 
     @abc.abstractmethod
     def tail(self, of_stream: Work | None) -> Work:
@@ -96,7 +98,9 @@ class TrainingTasks(StepTasks):
             last = self._backward_layer(plan, i, last, awaited)
         last = [plan.put("embedding.backward", COMPUTE, last, self.work("embedding_back"), "embedding")]
         tail = self.tail(self.stream.take("gradients-tail", self.stream.left_bytes, after_part=num_layers))
-        last = [plan.put("gradients-tail", INTER, last, tail, "gradients")]
+        # what is summed over replicas must be whole in its group
+        whole = [*last, *awaited] if self.sums_replicas else last
+        last = [plan.put("gradients-tail", INTER, whole, tail, "gradients")]
         last = [plan.put("optimizer", COMPUTE, [*last, *awaited], self.work("optimizer"))]
         if self.moves:
             plan.put("after-step", INTER, last, self.work("after_step"))

@@ -134,8 +134,9 @@ class FfnPart(Handover):
 class TrainingStep(TrainingTasks):
     """One step. ``passages``: of the MoE layers; ``steer``: what stands before each; ``summed``: replicated parameters
     whose gradients are summed over all ranks after backward, beside the attention's, which are ``stream``;
-    ``slices``: of the stream in each layer's backward, last layer first. ``loss``: after the plan ran. ``watched``: the
-    layers of which ``seen`` then holds what went into their MoE parts and came out, ``x``, ``y``, ``dy`` and ``dx``."""
+    ``slices``: of the stream in each layer's backward, last layer first; ``experts``: of each layer, whose gradients
+    are then summed over ``replicas``, if there are any. ``loss``: after the plan ran. ``watched``: the layers of which
+    ``seen`` then holds what went into their MoE parts and came out, ``x``, ``y``, ``dy`` and ``dx``."""
 
     passages: Sequence[Way]
     stream: Stream
@@ -150,12 +151,15 @@ class TrainingStep(TrainingTasks):
         slices: Sequence[GradientSlices],
         summed: Sequence[nn.Parameter],
         *,
+        experts: Sequence[Sequence[nn.Parameter]] = (),
+        replicas: dist.ProcessGroup | None = None,
         model_parallel: bool = False,
         watched: Collection[int] = (),
     ):
         self.watched, self.seen = watched, Held()
         self.gpt, self.job, self.passages, self.stream, self.slices = gpt, job, passages, stream, slices
         self.layers_of, self.summed, self.shares_attention = gpt.model.layers_of, summed, model_parallel
+        self.experts, self.replicas, self.sums_replicas = experts, replicas, replicas is not None
         group, last = job.inner(0) if model_parallel else None, len(passages) - 1
         self.parts: list[DensePart] = []  # of all layers, as ``ways``
         self.ways: list[Way | FfnPart] = []
@@ -210,6 +214,8 @@ class TrainingStep(TrainingTasks):
             if of_stream is not None and of_stream.run is not None:
                 of_stream.run()
             sum_over(self.summed, self.job.world if self.job.num_ranks > 1 else None)
+            for parameters in self.experts:
+                sum_over(parameters, self.replicas)
 
         return Work(None if of_stream is None else of_stream.cost, run)
 

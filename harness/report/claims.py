@@ -245,7 +245,9 @@ def _cells(run: str) -> list[tuple[str, Experiment]]:
     if run not in suite.names():
         return []
     found = suite.load(run, physical=True, strict=False).experiments
-    return [(label(each.system, each.options, each.model.capacity_factor), each) for each in found]
+    return [
+        (label(each.system, each.options, each.model.capacity_factor, each.layout.model_dump()), each) for each in found
+    ]
 
 
 def calibrations(folder: Path) -> pd.DataFrame:

@@ -160,13 +160,13 @@ def merged(records: Mapping[str, Mapping[str, Any]], key: str) -> dict[str, dict
 
 
 def _labels(rows: pd.DataFrame, experiments: Mapping[str, Mapping[str, Any]]) -> pd.Series:
-    """Label of every row: the system, its options, and its capacity factor where it drops."""
+    """Label of every row: the system, its options, its layout, and its capacity factor where it drops."""
 
     def label(system: str, cell: str) -> str:
         experiment = experiments.get(cell, {})
         model = experiment.get("model")
         capacity = model.get("capacity_factor") if isinstance(model, Mapping) else None
-        return options.label(system, dict(experiment.get("options") or {}), capacity)
+        return options.label(system, dict(experiment.get("options") or {}), capacity, experiment.get("layout"))
 
     pairs = {pair: label(*pair) for pair in set(zip(rows["system"], rows["cell"], strict=True))}
     return pd.Series([pairs[p] for p in zip(rows["system"], rows["cell"], strict=True)], index=rows.index, dtype=str)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from harness.errors import bad
+from harness.groups import Groups
 from harness.placement import Placement
 from harness.routing.types import Routing
 from harness.topology import Topology
@@ -54,11 +55,13 @@ def certify(
     topology: Topology,
     capacity_factor: float | None = None,
     num_groups: int | None = None,
+    groups: Groups | None = None,
 ) -> Certificate:
     """Measure ``routing``. A replicated expert's load is split evenly over the ranks that hold it.
 
     ``capacity_factor``: of a gate that keeps at most ceil(factor * T_rank * k / E) assignments of each rank per expert.
-    ``num_groups``: of consecutive experts, all as large, whose loads are to be told.
+    ``num_groups``: of consecutive experts, all as large, whose loads are to be told. ``groups``: expert-parallel ones,
+    in which rows stay.
     Errors: other numbers of ranks or experts, an expert that no rank holds, a token with the same expert twice.
     """
     num_ranks, num_experts = topology.num_ranks, routing.num_experts
@@ -80,13 +83,13 @@ def certify(
     busy = fair > 0
     worst = float((counts.max(1)[busy] / fair[busy]).max()) if busy.any() else 1.0
     bound = float((np.ceil(fair[busy]) / fair[busy]).max()) if busy.any() else 1.0
-    groups = {"group": _max_over_mean(counts.sum(0).reshape(num_groups, -1).sum(1))} if num_groups else {}
+    even = {"group": _max_over_mean(counts.sum(0).reshape(num_groups, -1).sum(1))} if num_groups else {}
     return Certificate(
         digest=routing.digest,
         tokens=tuple(int(count) for count in routing.tokens),
         num_experts=num_experts,
         top_k=routing.top_k,
-        max_over_mean={**imbalance(counts, placement, topology), **groups},
+        max_over_mean={**imbalance(counts, placement, topology, groups), **even},
         worst_rank_expert=worst,
         balanced_bound=bound,
         balanced=bool((np.ptp(counts, axis=1) <= 1).all()),
@@ -97,11 +100,16 @@ def certify(
     )
 
 
-def imbalance(counts: np.ndarray, placement: Placement, topology: Topology) -> dict[str, float]:
+def imbalance(
+    counts: np.ndarray, placement: Placement, topology: Topology, groups: Groups | None = None
+) -> dict[str, float]:
     """``Certificate.max_over_mean`` per expert, rank, node and link. ``counts`` [W, E]: assignments from each rank to
     each expert."""
     num_ranks = topology.num_ranks
-    rows = counts @ (placement.hosts / placement.hosts.sum(1, keepdims=True))  # [W, W], from and to
+    groups = groups or Groups(topology, topology.shape)
+    own = (placement.hosts[:, ranks] for ranks in groups)
+    shares = [hosts / hosts.sum(1, keepdims=True) for hosts in own]  # [E, ranks of a group]
+    rows = groups.blocks([counts[ranks] @ of for ranks, of in zip(groups, shares, strict=True)])  # from and to
     node = topology.unit_of(max(topology.num_levels - 2, 0)) if topology.num_levels > 1 else np.zeros(num_ranks, int)
     member = node[:, None] == np.arange(node.max() + 1)  # [W, nodes]
     between = member.T @ rows @ member  # [nodes, nodes]

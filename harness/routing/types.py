@@ -68,3 +68,38 @@ class Routing:
     def sample(self) -> Routing:
         """Tokens for statistics of pairs: who shares tokens with whom. Here all of them."""
         return self
+
+    def gathered(self, ranks: np.ndarray) -> Routing:
+        """As if the ranks in each row of ``ranks`` [size, n] were one, and there were no others."""
+        return Gathered(self, ranks)
+
+
+class Gathered(Routing):
+    """Of some ranks of ``whole``; drawn when asked for, as that is."""
+
+    whole: Routing
+    ranks: np.ndarray
+
+    def __init__(self, whole: Routing, ranks: np.ndarray):
+        values = self.__dict__  # which is frozen otherwise
+        values["whole"], values["ranks"], values["num_experts"] = whole, ranks, whole.num_experts
+        values["tokens"] = tuple(sum(whole.tokens[rank] for rank in row) for row in ranks.tolist())
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:  # type: ignore[override]
+        return np.concatenate([self.whole.of_rank(rank) for rank in self.ranks.ravel().tolist()])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.whole.top_k)
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        found: np.ndarray = self.whole.counts[self.ranks].sum(1)
+        found.setflags(write=False)
+        return found
+
+    @property
+    def sample(self) -> Routing:
+        few = self.whole.sample
+        return self if few is self.whole else few.gathered(self.ranks)

@@ -136,7 +136,7 @@ class SlotExchange(Exchange):
         chosen = ids.flatten() if kept is None else ids.flatten()[kept.flatten()]
         most = torch.bincount(chosen, minlength=num_experts).max()
         if self.job.num_ranks > 1:
-            dist.all_reduce(most, dist.ReduceOp.MAX)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.job.world)
         return assign_slots(ids, num_experts, max(1, int(most)), kept=kept, multiple=multiple)
 
 
@@ -171,17 +171,17 @@ def _one_dimensional(job: Job, parts: torch.Tensor) -> torch.Tensor:
     nodes, inner = job.topology.shape[0], job.inner(0)
     if inner is None:
         return _flat(job, parts)
-    num_local, leader = job.num_ranks // nodes, dist.get_process_group_ranks(inner)[0]
+    num_local, leads = job.num_ranks // nodes, dist.get_rank(inner) == 0
     gathered = handed = None
-    if job.rank == leader:
+    if leads:
         gathered = list(parts.new_empty(num_local, *parts.shape))  # [L from, ranks to, ...]
-    dist.gather(parts, gathered, dst=leader, group=inner)
+    dist.gather(parts, gathered, group=inner, group_dst=0)
     if gathered is not None:
         by_node = torch.stack(gathered).unflatten(1, (nodes, num_local)).transpose(0, 1).contiguous()
         arrived = _rail(job, by_node)  # [nodes from, L from, L to, ...]
         handed = list(arrived.flatten(0, 1).transpose(0, 1).contiguous())  # [L to, ranks from, ...]
     received = torch.empty_like(parts)
-    dist.scatter(received, handed, src=leader, group=inner)
+    dist.scatter(received, handed, group=inner, group_src=0)
     return received
 
 

@@ -181,7 +181,7 @@ def _stage(hop: Hop, entries: Entries, chunk_items: list[int], exchange: HierExc
     longest = None
     if exchange.padded:  # p of eqs. 2 to 5: the largest over all ranks, so that all all-to-alls of a stage are alike
         longest = send_rows.max(1).values
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=exchange.job.world)
     leg = Leg(group, row_item, send_rows.cpu(), receive_rows.t().contiguous(), longest)
     return leg, coming
 

@@ -44,15 +44,18 @@ class Swapper(AfterStep, Updates):
     def decide(self) -> list[Swap]:
         """One all-reduce for all layers' statistics; every rank searches some of the layers, and tells."""
         of_layer = []
-        for layer in self.layers:
+        used = torch.tensor([_exchange(layer).used for layer in self.layers], device=self.job.device)
+        if self.job.replicas is not None:  # groups choose dimensions apart, and swap by one of them
+            dist.all_reduce(used, dist.ReduceOp.MAX)
+        for layer, dimension in zip(self.layers, used.tolist(), strict=True):
             exchange = _exchange(layer)
             assert layer.routed is not None
             ids, kept = layer.routed
             taken = ids if kept is None else torch.where(kept, ids, -1)
-            of_layer.append(self.statistics(taken.cpu().numpy(), exchange.placement.owner, exchange.used))
+            of_layer.append(self.statistics(taken.cpu().numpy(), exchange.placement.owner, dimension))
         parts = [found.flat() for found, _, _ in of_layer]
         flat = torch.as_tensor(np.concatenate(parts), device=self.job.device)
-        if self.job.num_ranks > 1:
+        if self.job.num_ranks > 1:  # over all expert-parallel groups, so that replicas are swapped alike
             dist.all_reduce(flat)
         sums = np.split(flat.cpu().numpy(), np.cumsum([len(part) for part in parts])[:-1])
         every = torch.zeros(len(self.layers), 4, dtype=torch.float64, device=self.job.device)
@@ -61,7 +64,7 @@ class Swapper(AfterStep, Updates):
             swap = best_swap(own.unflat(sums[i]), group, objective, self.job.num_ranks)
             every[i] = torch.tensor(swap, dtype=torch.float64)
         if self.job.num_ranks > 1:
-            dist.all_reduce(every)
+            dist.all_reduce(every, group=self.job.world)
         return [Swap(int(r), int(c), before, after) for r, c, before, after in every.tolist()]
 
     def swap(self, pairs: Mapping[int, tuple[int, int]]) -> None:

@@ -1,4 +1,6 @@
-"""The step that one rank of many would run, laid out beside its priced twin: ``python -m tests.plan.contract RANKS``.
+"""The step that one rank of many would run, laid out beside its priced twin.
+
+    python -m tests.plan.contract RANKS OUT LAYOUT
 
 Torch's fake process group stands for the other ranks: nothing that is laid out runs. Where an earlier batch decides,
 both are told of the same one. Writes, system by system and phase by phase, what differs in names, lanes and waits, and
@@ -21,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from harness import registry
 from harness.bench.serve import Server
 from harness.bench.train import Trainer
-from harness.case import case_of, cases_of
+from harness.case import case_of, cases_of, no_layout, system_of
 from harness.comm.job import Job
 from harness.layer.weights import Weights
 from harness.plan.graph import Plan
@@ -31,7 +33,7 @@ from harness.plan.slots import OVERLAP
 from harness.routing.certificate import expert_counts
 from harness.simulation import layer_plans, serving_plan, training_plan
 from harness.specs import Cluster, Experiment, Model, Workload, with_levels
-from harness.system import Gradients, MoELayer, System
+from harness.system import Case, Gradients, MoELayer, System
 from harness.topology import Topology
 
 SHAPES = {8: (2, 4), 64: (8, 8), 12: (2, 3, 2)}
@@ -88,7 +90,12 @@ WITH_DENSE = {"num_layers": 5, "num_dense_layers": 1, "moe_every": 2, "dense_ffn
 
 
 def experiment_of(
-    system: str, phase: str, shape: Sequence[int], options: dict[str, Any], changes: dict[str, Any]
+    system: str,
+    phase: str,
+    shape: Sequence[int],
+    options: dict[str, Any],
+    changes: dict[str, Any],
+    layout: dict[str, Any] | None = None,
 ) -> Experiment:
     num_ranks = Topology(tuple(shape)).num_ranks
     levels = [{"name": f"level{i}", "size": size, "bandwidth_bytes_per_s": 1e9} for i, size in enumerate(shape)]
@@ -114,6 +121,7 @@ def experiment_of(
         dtype="float32",
         backward=phase not in ("prefill", "decode"),
         options=options,
+        layout=layout or {},
     )
 
 
@@ -128,7 +136,7 @@ def executed(job: Job, system: type[System], experiment: Experiment) -> dict[str
     if experiment.phase in ("exchange", "layer"):
         case = case_of(experiment)
         layer = system.build(case, job, Weights(case.model, case.dtype))
-        seen(layer, expert_counts(case.routing))
+        seen(layer, case)
         way = passage(layer)
         way.turns = True
         return {direction: plan_alone(way, direction) for direction in ("forward", "backward")}  # type: ignore[arg-type]
@@ -136,7 +144,7 @@ def executed(job: Job, system: type[System], experiment: Experiment) -> dict[str
     if experiment.phase == "train_step":
         trainer = Trainer(job, system, experiment)
         for layer, case in zip(trainer.layers, cases_of(experiment), strict=True):
-            seen(layer, expert_counts(case.routing))
+            seen(layer, case)
         try:
             trainer._update(trainer.training.prepare(0), run=keep)
         except Laid as laid:
@@ -144,17 +152,17 @@ def executed(job: Job, system: type[System], experiment: Experiment) -> dict[str
         return {"step": plan}
     server = Server(job, system, experiment)
     for layer, case in zip(server.layers, cases_of(experiment), strict=True):
-        seen(layer, expert_counts(case.routing))
+        seen(layer, case)
     passages = [passage(layer) for layer in server.layers]
     steers = [steered.steer for steered in server.steered]
     step = ServingStep(server.gpt, passages, steers, None, server.attention_s, server.group)
     return {"pass": step.plan(server.tokens)}
 
 
-def seen(layer: MoELayer, counts: Any) -> None:
+def seen(layer: MoELayer, case: Case) -> None:
     policy = getattr(layer, "policy", None)
     if hasattr(policy, "saw"):
-        policy.saw(counts)
+        policy.saw(expert_counts(case.of_rank(0).routing))
 
 
 def priced(experiment: Experiment) -> dict[str, Plan]:
@@ -196,15 +204,20 @@ def packages_unbuilt(system: type[System]) -> Iterator[None]:
 
 
 def compare(
-    job: Job, system: type[System], phase: str, options: dict[str, Any], changes: dict[str, Any]
+    job: Job,
+    system: type[System],
+    phase: str,
+    options: dict[str, Any],
+    changes: dict[str, Any],
+    layout: dict[str, Any],
 ) -> dict[str, Any]:
-    experiment = experiment_of(system.name, phase, job.topology.shape, options, changes)
+    experiment = experiment_of(system.name, phase, job.topology.shape, options, changes, layout)
     row: dict[str, Any] = {"system": system.name, "phase": phase, "options": options, "refused": "", "differs": {}}
     row["dense"] = bool(changes)
-    if reason := system.refuse(case_of(experiment)):
+    if reason := no_layout(experiment) or system_of(experiment).refuse(case_of(experiment)):
         return row | {"refused": reason}
     with packages_unbuilt(system):
-        ran = executed(job, system, experiment)
+        ran = executed(job, system_of(experiment), experiment)
     found = priced(experiment)
     row["kinds"] = sorted({task.kind for plan in ran.values() for task in plan.tasks})
     row["chunks"] = max(task.name.count("[1]") for plan in ran.values() for task in plan.tasks)
@@ -218,11 +231,11 @@ def compare(
     return row
 
 
-def cells(system: type[System], num_ranks: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], Sequence[str]]]:
+def cells(system: type[System], whole: bool) -> Iterator[tuple[dict[str, Any], dict[str, Any], Sequence[str]]]:
     """Options, changes to the model, phases."""
     first, *others = variants(system)
     yield first, {}, PHASES
-    if num_ranks > SMALL:
+    if not whole:
         return
     for options in others:
         yield options, {}, ("layer", "train_step")
@@ -231,15 +244,15 @@ def cells(system: type[System], num_ranks: int) -> Iterator[tuple[dict[str, Any]
         yield {**first, OVERLAP: True}, WITH_DENSE, ("train_step",)
 
 
-def main(num_ranks: int, out: Path, progress: Callable[[str], None] = print) -> None:
+def main(num_ranks: int, out: Path, layout: dict[str, Any], progress: Callable[[str], None] = print) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
     job, rows = Job(Topology(SHAPES[num_ranks])), []
     for system in tried():
-        for options, changes, phases in cells(system, num_ranks):
+        for options, changes, phases in cells(system, num_ranks <= SMALL and not layout):
             for phase in phases:
                 try:
-                    rows.append(compare(job, system, phase, options, changes))
+                    rows.append(compare(job, system, phase, options, changes, layout))
                 except Exception as error:
                     differs = {"": f"{type(error).__name__}: {error}"}
                     rows.append({"system": system.name, "phase": phase, "options": options, "differs": differs})
@@ -248,4 +261,4 @@ def main(num_ranks: int, out: Path, progress: Callable[[str], None] = print) -> 
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
