@@ -58,6 +58,18 @@ def test_parts_are_as_planned_and_the_peak_holds_them(session, system, options, 
         assert timeline_of(every).hidden("gather").keys() == gathers
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_layout_keeps_what_is_planned(session, size):
+    changes = {"workload": {"name": "w", "tokens_per_rank": 16, "generator": "uniform"}, "dtype": "float32"}
+    payload = training("flat", cluster((2, 2)), layout={"expert_parallel": size}, **changes) | {"num_steps": 3}
+    for found in session(cluster((2, 2))).call("tests.methods.hidden_on_ranks:traced", payload):
+        measured, planned = found["measured"], found["planned"]
+        static = ("parameters", "gradients", "optimizer", "materialised")
+        assert [measured[part] for part in static] == [planned[part] for part in static]
+        assert measured["activations"] == pytest.approx(planned["activations"], rel=3e-3)
+        assert measured["peak"] == pytest.approx(planned["peak"], rel=0.03)
+
+
 def test_the_update_holds_nothing_beside():
     experiment = Experiment.model_validate(training("flat", cluster((1, 2)), dtype="float32")["experiment"])
     parts = {"parameters": 0.0, "optimizer": 0.0, "gradients": 1e9, "materialised": 0.0, "activations": 0.0}

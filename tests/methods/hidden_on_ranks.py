@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from harness.bench import train
+from harness.case import system_of
 from harness.comm.job import Job
 from harness.plan.graph import Plan, Timeline
-from harness.registry import system
 from harness.specs import Experiment
 
 
 def traced(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
     """Seconds and timelines of every step, and memory."""
     experiment = Experiment.model_validate(payload["experiment"])
-    trainer, seconds, timelines = train.Trainer(job, system(experiment.system), experiment), [], []
+    trainer, seconds, timelines = train.Trainer(job, system_of(experiment), experiment), [], []
     for _ in range(payload["num_steps"]):
         tokens = trainer.training.prepare(trainer.step)
         begin = time.perf_counter()
