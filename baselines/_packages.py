@@ -32,6 +32,8 @@ def version(distribution: str) -> str | None:
 def refuse_placement(case: Case, package: str) -> str | None:
     """The packages can only hold E / num_ranks consecutive experts a rank."""
     num_experts, num_ranks = case.model.num_experts, case.topology.num_ranks
+    if case.exchange_dtype is not None:
+        return f"{package} is not driven here with rows that travel as {case.exchange_dtype}"
     if num_experts % num_ranks:
         return f"{package} needs num_experts divisible by the ranks: {num_experts} % {num_ranks} != 0"
     if not np.array_equal(case.placement.hosts, Placement.contiguous(num_experts, num_ranks).hosts):

@@ -11,6 +11,7 @@ fused kernels. These are CUDA kernels: elsewhere both are priced only.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import ClassVar
 
@@ -18,8 +19,12 @@ import numpy as np
 
 from baselines import _packages
 from baselines.megatron import Megatron
+from harness.comm.job import Job
+from harness.dtypes import row_bytes
+from harness.errors import bad
+from harness.layer.weights import Weights
 from harness.specs import DTYPE_BYTES
-from harness.system import Case
+from harness.system import Case, MoELayer
 
 SOURCE_META_BYTES, ALIGNED = 8, 16  # DeepEP, csrc/kernels/legacy/internode.cu: SourceMeta, get_num_bytes_per_token
 
@@ -88,20 +93,27 @@ class MegatronDeepEP(Megatron):
             return f"DeepEP's kernels move rows of bfloat16, not {case.dtype}"
         if case.topology.num_ranks == 1:
             return "megatron-core's flex dispatcher needs several ranks"
-        return super().refuse(case)
+        return super().refuse(dataclasses.replace(case, exchange_dtype=None))  # its kernels take rows of float8, too
 
     @classmethod
     def planned_bytes(cls, case: Case) -> dict[str, np.ndarray]:
         """Rows by both hops in one matrix: a rail's ranks between the nodes, all ranks inside one."""
-        rows, row_bytes = two_hops(case), case.model.hidden * DTYPE_BYTES[case.dtype]
-        there, back = cls.beside(case, row_bytes)
+        rows, sent = two_hops(case), row_bytes(case, "dispatch")
+        there, back = cls.beside(case, sent)
         return {
             "metadata": _packages.off_diagonal(cls.told(case)),
-            "dispatch": _packages.off_diagonal(rows * (row_bytes + there)),
-            "combine": _packages.off_diagonal(rows.T * row_bytes),
-            "combine_grad": _packages.off_diagonal(rows * row_bytes),
-            "dispatch_grad": _packages.off_diagonal(rows.T * (row_bytes + back)),
+            "dispatch": _packages.off_diagonal(rows * (sent + there)),
+            "combine": _packages.off_diagonal(rows.T * row_bytes(case, "combine")),
+            "combine_grad": _packages.off_diagonal(rows * row_bytes(case, "combine_grad")),
+            "dispatch_grad": _packages.off_diagonal(rows.T * (row_bytes(case, "dispatch_grad") + back)),
         }
+
+    @classmethod
+    def build(cls, case: Case, job: Job, weights: Weights) -> MoELayer:
+        if case.exchange_dtype is not None:
+            remedy = "is priced and not run: Megatron-Core gives DeepEP rows of bfloat16; leave it out, or simulate"
+            raise bad("exchange_dtype", case.exchange_dtype, remedy)
+        return super().build(case, job, weights)
 
     @classmethod
     def told(cls, case: Case) -> np.ndarray:
@@ -110,10 +122,10 @@ class MegatronDeepEP(Megatron):
         return np.full((num_ranks, num_ranks), 4 * (1 + case.model.num_experts / num_ranks))
 
     @classmethod
-    def beside(cls, case: Case, row_bytes: int) -> tuple[int, int]:
-        """Bytes beside a row: where it comes from, its k experts and weights; beside its gradient k weights."""
-        whole = row_bytes + SOURCE_META_BYTES + 8 * case.model.top_k
-        return math.ceil(whole / ALIGNED) * ALIGNED - row_bytes, 4 * case.model.top_k
+    def beside(cls, case: Case, sent: int) -> tuple[int, int]:
+        """Bytes beside a row of ``sent``: its source, k experts and k weights; beside its gradient k weights."""
+        whole = sent + SOURCE_META_BYTES + 8 * case.model.top_k
+        return math.ceil(whole / ALIGNED) * ALIGNED - sent, 4 * case.model.top_k
 
 
 class MegatronHybridEP(MegatronDeepEP):
@@ -136,7 +148,7 @@ class MegatronHybridEP(MegatronDeepEP):
         return np.repeat(map_bytes, case.topology.num_ranks, axis=1)
 
     @classmethod
-    def beside(cls, case: Case, row_bytes: int) -> tuple[int, int]:
+    def beside(cls, case: Case, sent: int) -> tuple[int, int]:
         """A probability for each expert of the node that a row goes to, and back."""
         probabilities = 4 * case.model.num_experts // case.topology.shape[0]
         return probabilities, probabilities

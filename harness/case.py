@@ -109,6 +109,7 @@ def case_of(
         cluster=experiment.cluster,
         stand_in=experiment.compute == "stand-in",
         groups=experiment.groups,
+        exchange_dtype=experiment.exchange_dtype,
     )
     whole_model = experiment.phase not in ("exchange", "layer")
     room = room_bytes(experiment, case) if whole_model else None  # before any expert has moved

@@ -79,7 +79,7 @@ class Cell:
 def shape_of(experiment: Experiment) -> str:
     """What host time depends on beside the system."""
     e, tokens = experiment, experiment.workload.tokens_per_rank
-    return f"{e.cluster.digest} {e.phase} {e.model.digest} {e.dtype} {e.compute} {e.backward} {tokens}"
+    return f"{e.cluster.digest} {e.phase} {e.model.digest} {e.formats} {e.compute} {e.backward} {tokens}"
 
 
 def cells_of(run: Path) -> list[Cell]:

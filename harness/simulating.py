@@ -267,7 +267,7 @@ def times(run_dir: Path, cells: Sequence[str]) -> list[dict[str, Any]]:
         directions = set(here["direction"])
         main = next(each for each in ("total", "forward", "backward", "") if each in directions)
         first = here[here["direction"] == main].iloc[0]
-        names = ("phase", "model", "cluster", "workload", "system", "race", "evidence", "basis")
+        names = ("phase", "model", "cluster", "workload", "dtype", "system", "race", "evidence", "basis")
         error = first["heldout_error"]
         row = {name: first[name] for name in names} | {"cell": cell, "direction": main}
         row["heldout_error"] = None if error != error else error

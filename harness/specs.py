@@ -23,6 +23,7 @@ from harness.topology import Topology
 Phase = Literal["exchange", "layer", "train_step", "prefill", "decode"]
 SERVING = ("prefill", "decode")  # phases of a whole model in inference
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+ExchangeDtype = Literal["float8_e4m3", "bfloat16"]  # of rows that travel
 DTYPE_BYTES: dict[str, int] = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # of one, or of a recipe's parts (``harness.recipes``)
@@ -232,13 +233,14 @@ class Experiment(Spec):
     dtype: Dtype = "bfloat16"
     backward: bool = True
     wire: Literal["recv_first", "gloo"] = "recv_first"  # whose all-to-all runs under torch.distributed
+    exchange_dtype: ExchangeDtype | None = None  # of rows that travel (harness.comm.packing); None: as they are
     loss_scale: int | str = "dynamic"  # of float16 training steps; a number is a power of two
     compute: Literal["real", "stand-in"] = "real"  # stand-in: a timed wait, as long as the cluster's gemm costs say
     model_parallel: bool = False  # attention's heads are shared out over the ranks of a node
     layout: Layout = Layout()
     options: dict[str, bool | int | float | str] = {}  # the system's own (pipeline chunks, 2DH, ...)
 
-    LATER: ClassVar[tuple[str, ...]] = ("loss_scale", "layout")
+    LATER: ClassVar[tuple[str, ...]] = ("exchange_dtype", "loss_scale", "layout")
 
     @model_validator(mode="after")
     def _directions(self) -> Experiment:
@@ -250,6 +252,9 @@ class Experiment(Spec):
 
     @model_validator(mode="after")
     def _formats(self) -> Experiment:
+        if self.exchange_dtype is not None and self.dtype in ("float64", self.exchange_dtype):
+            why = "for exact checks" if self.dtype == "float64" else "and so are its rows"
+            raise ValueError(f"exchange_dtype = {self.exchange_dtype}: dtype is {self.dtype} {why}; leave one out")
         scale = self.loss_scale
         if scale == "dynamic":
             return self
@@ -274,6 +279,11 @@ class Experiment(Spec):
     def groups(self) -> Groups | None:
         """Its expert-parallel groups; None where all ranks are one."""
         return self.layout.groups(Topology(self.cluster.shape))
+
+    @property
+    def formats(self) -> str:
+        """In words: of what is computed, and of rows that travel where that is another."""
+        return self.dtype if self.exchange_dtype is None else f"{self.dtype}, rows {self.exchange_dtype}"
 
     @property
     def lacks(self) -> str | None:
@@ -305,6 +315,6 @@ def with_levels(name: str, levels: Iterable[dict[str, Any]], **fields: Any) -> C
 
 
 __all__ = [
-    "DTYPE_BYTES", "EXPERTS_CHOOSE", "GEMMS", "SERVING", "Cluster", "Collective", "Dtype", "Experiment", "Gemm",
-    "Level", "Model", "Phase", "Spec", "UserError", "Workload", "with_levels",
+    "DTYPE_BYTES", "EXPERTS_CHOOSE", "GEMMS", "SERVING", "Cluster", "Collective", "Dtype", "ExchangeDtype",
+    "Experiment", "Gemm", "Level", "Model", "Phase", "Spec", "UserError", "Workload", "with_levels",
 ]  # fmt: skip

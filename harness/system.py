@@ -21,7 +21,7 @@ from harness.groups import Groups
 from harness.placement import Placement
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
-from harness.specs import Cluster, Dtype, Gemm, Model
+from harness.specs import Cluster, Dtype, ExchangeDtype, Gemm, Model
 from harness.topology import Topology
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Case:
     options: dict[str, bool | int | float | str] = dataclasses.field(default_factory=dict)
     cluster: Cluster | None = None  # for systems that plan by its costs; None: there is no timing to plan for
     stand_in: bool = False  # computation is a timed wait, as long as the cluster's gemm costs say
+    exchange_dtype: ExchangeDtype | None = None  # of rows that travel; None: the case's own
     room_bytes: float | None = None  # of a device, beside a training step's state and activations; None: not known
     groups: Groups | None = None  # expert-parallel ones, where there are several: a system is given ``parts``
     whole: Routing | None = None  # of a part: the routing of all groups

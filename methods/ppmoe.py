@@ -34,10 +34,9 @@ from harness.plan.copied import CopiedSystem
 from harness.plan.cost import Cost, Transfer
 from harness.plan.following import Planner
 from harness.plan.native import NativeSystem
-from harness.plan.slots import ExchangeSlot, FlatFares
+from harness.plan.slots import ExchangeSlot, FlatFares, in_bytes
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
-from harness.specs import DTYPE_BYTES
 from harness.system import Case
 from methods.hiermoe.hierd import HierExchange, index_inside
 from methods.hiermoe.plan import Hop
@@ -78,9 +77,14 @@ class NodeSlot(ExchangeSlot):
     name = "ppmoe"
     title = "every rank gets all tokens of its node"
     source = "arXiv 2304.11414"
+    packs = True
 
     def refuse(self, case: Case) -> str | None:
-        return None if case.topology.num_levels > 1 else "a cluster of one link level has no nodes; take another"
+        if case.topology.num_levels == 1:
+            return "a cluster of one link level has no nodes; take another"
+        if case.exchange_dtype is not None and case.topology.num_ranks == case.topology.shape[0]:
+            return f"a rank alone in its node sends no rows, as {case.exchange_dtype} or otherwise"
+        return None
 
     def unreached(self, case: Case, hosts: Callable[[Case], np.ndarray]) -> str | None:
         member = case.topology.unit_of(0)[:, None] == np.arange(case.topology.shape[0])
@@ -103,10 +107,10 @@ class NodeSlot(ExchangeSlot):
         weight_bytes = 8.0 if case.dtype == "float64" else 4.0
         index_bytes = np.where(hosts.sum(0) <= 256, 1.0, 2.0)  # of an expert among those of the receiving rank
         metadata = together * (4.0 * (cut.pieces + 1) + tokens) + entries * (index_bytes + weight_bytes)
-        rows = together * tokens * case.model.hidden * DTYPE_BYTES[case.dtype]
+        rows = together * tokens
         for matrix in (metadata, rows, entries):
             np.fill_diagonal(matrix, 0)
-        parts = there_and_back(metadata, rows)
+        parts = in_bytes(case, there_and_back(metadata, rows))
         if case.model.gate != "softmoe":  # its slots weigh 1
             parts["metadata_grad"] = entries.T * weight_bytes
         return NodeFares(parts)

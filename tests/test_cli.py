@@ -83,6 +83,11 @@ def test_list_everything_as_tables(moebench):
             ["check", "flat", "--dtype", "float8"],
             "--dtype: 'float8': must be one of float64, float32, bfloat16, float16",
         ),
+        (["check", "flat", "--exchange-dtype", "fp8"], "--exchange-dtype: 'fp8': must be one of float8_e4m3, bfloat16"),
+        (
+            ["check", "flat", "--exchange-dtype", "float8_e4m3", "--dtype", "float64"],
+            "--dtype: 'float64': its rows do not travel as float8_e4m3; leave one out",
+        ),
         (["check", "flat", "--cluster", "emulated-2x5"], "did you mean 'emulated-2x4'?"),
         (["check", "flat", "--cluster", "fsmoe-a"], "fsmoe-a"),
         (["record", "--out", "x.parquet", "--model", "record-e16k3"], "did you mean 'record-e16k2'?"),

@@ -21,7 +21,7 @@ from harness.bench.wording import Worst, allowed, reason, worst, worst_of
 from harness.case import no_layout, system_of
 from harness.comm.agree import attempt, failed, first_said, of_all, status_of
 from harness.comm.job import Job
-from harness.dtypes import TORCH_DTYPE
+from harness.dtypes import TORCH_DTYPE, UNROUNDED, roughest
 from harness.layer.gates import steer
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
@@ -30,7 +30,7 @@ from harness.placement import Placement
 from harness.plan.slots import OVERLAP
 from harness.routing import planned_routing
 from harness.routing.types import Routing
-from harness.specs import EXPERTS_CHOOSE, Cluster, Dtype, Experiment, Model, Workload, with_levels
+from harness.specs import EXPERTS_CHOOSE, Cluster, Dtype, ExchangeDtype, Experiment, Model, Workload, with_levels
 from harness.system import Case, System
 
 BASE = Model(name="conformance", num_layers=1, hidden=48, ffn=24, num_experts=16, top_k=2)
@@ -100,8 +100,8 @@ CHUNKED_TRIALS, SHARED_TRIALS = ("long", "long-drops"), ("shared", "shared-swigl
 
 
 def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
-    """Collective. ``payload``: ``systems`` (names), optionally ``trials``, ``dtypes`` and ``layout`` -> one row per
-    system x trial x dtype: system, trial, dtype, ranks, status (ok, nonconforming, refused, failed, oom), errors,
+    """Collective. ``payload``: ``systems`` (names), optionally ``trials``, ``dtypes``, ``exchange_dtype`` and ``layout``
+    -> one row per system x trial x dtype: system, trial, dtype, ranks, status (ok, nonconforming, refused, failed, oom), errors,
     tolerance, reason. Each is told as ``progress`` when it is there."""
     rows: list[dict[str, Any]] = []
     layout = Layout.parse(payload.get("layout") or {}, "layout").on(job.topology)
@@ -111,18 +111,13 @@ def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
         if job.rank == 0:
             job.progress({"did": "check", "row": row})
 
+    sent, exact = payload.get("exchange_dtype"), exact_dtype(payload.get("exchange_dtype"))
     for name in payload["systems"]:
         for trial in payload.get("trials") or TRIALS:
             for dtype in payload.get("dtypes") or TRIALS[trial].dtypes:
                 job.phase(f"check {name} {trial} {dtype}")
-                keep(
-                    {
-                        "system": name,
-                        "trial": trial,
-                        "dtype": dtype,
-                        **check_one(job, name, trial, dtype, layout=layout),
-                    }
-                )
+                found = check_one(job, name, trial, dtype, layout=layout, exchange_dtype=sent)
+                keep({"system": name, "trial": trial, "dtype": dtype, **found})
         system = registry.system(name)
         several = {"several chunks": (system.chunked, CHUNKED_TRIALS)} if system.chunked else {}
         if OVERLAP in system.options:
@@ -130,21 +125,31 @@ def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
         variants = {variant: (options, (*VARIANT_TRIALS, TRAINING)) for variant, options in system.variants.items()}
         for variant, (options, trials) in (several | variants).items():
             for trial in trials:
-                if trial in (payload.get("trials") or [trial]) and "float64" in (payload.get("dtypes") or ["float64"]):
+                if trial in (payload.get("trials") or [trial]) and exact in (payload.get("dtypes") or [exact]):
                     job.phase(f"check {name} {trial}, {variant}")
                     found = (
-                        check_training(job, name, options, layout=layout)
+                        check_training(job, name, options, layout=layout, exchange_dtype=sent)
                         if trial == TRAINING
-                        else check_one(job, name, trial, "float64", options, layout)
+                        else check_one(job, name, trial, exact, options, layout, sent)
                     )
-                    keep({"system": name, "trial": f"{trial}, {variant}", "dtype": "float64", **found})
+                    keep({"system": name, "trial": f"{trial}, {variant}", "dtype": exact, **found})
     return rows
 
 
+def exact_dtype(exchange_dtype: ExchangeDtype | None) -> Dtype:
+    """In which variants are checked: rows of float64 do not travel in another format."""
+    return "float64" if exchange_dtype is None else "float32"
+
+
 def check_training(
-    job: Job, name: str, options: dict[str, Any], num_steps: int = 8, layout: Layout = WHOLE
+    job: Job,
+    name: str,
+    options: dict[str, Any],
+    num_steps: int = 8,
+    layout: Layout = WHOLE,
+    exchange_dtype: ExchangeDtype | None = None,
 ) -> dict[str, Any]:
-    """A few AdamW steps in float64, whose losses must be the oracle's."""
+    """A few AdamW steps, whose losses must be the oracle's."""
     from harness.bench import training_check
 
     model = BASE.model_copy(update={"name": "training", "num_layers": 2, "num_heads": 4, "seq": 8, "vocab": 64})
@@ -155,7 +160,8 @@ def check_training(
         workload=Workload(name="training", tokens_per_rank=16, generator="natural"),
         system=name,
         phase="train_step",
-        dtype="float64",
+        dtype=exact_dtype(exchange_dtype),
+        exchange_dtype=exchange_dtype,
         layout=layout,
         options=options,
     )
@@ -176,6 +182,7 @@ def check_one(
     dtype: Dtype,
     options: dict[str, Any] | None = None,
     layout: Layout = WHOLE,
+    exchange_dtype: ExchangeDtype | None = None,
 ) -> dict[str, Any]:
     """One system on one trial and dtype."""
     spec = TRIALS[trial]
@@ -194,6 +201,7 @@ def check_one(
         identity_experts=spec.identity_experts,
         options=options,
         layout=layout,
+        exchange_dtype=exchange_dtype,
     )
 
 
@@ -215,6 +223,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment) -> dict[st
         prescribed=small.takes_routing,
         options=dict(experiment.options),
         layout=experiment.layout,
+        exchange_dtype=experiment.exchange_dtype,
     )
 
 
@@ -230,11 +239,14 @@ def compare(
     options: dict[str, Any] | None = None,
     cluster: Cluster | None = None,
     layout: Layout = WHOLE,
+    exchange_dtype: ExchangeDtype | None = None,
 ) -> dict[str, Any]:
     """Collective: forward and backward of ``system`` against the oracle -> status, errors, tolerance, reason. An
     expert-parallel group of ``layout`` is compared as if it were alone.
 
-    ``prescribed``: tokens are steered to take ``routing``; else the gate chooses."""
+    ``prescribed``: tokens are steered to take ``routing``; else the gate chooses. Rows that travel in another format
+    are compared with the oracle of rows rounded so, and what comes out, by a tolerance of that format, with that of
+    rows as they were (gradients of a gate may cancel)."""
     groups, system = layout.groups(job.topology), system.alone()
     whole, job = job, job.part(groups)
     if groups is not None:
@@ -251,6 +263,7 @@ def compare(
         identity_experts,
         options or {},
         cluster,
+        exchange_dtype=exchange_dtype,
     )
     refusal = layout.refused or system.missing() or system.refuse(case)
     if refusal := refusal if groups is None else first_said(whole, refusal):  # groups are asked of tokens of their own
@@ -261,13 +274,20 @@ def compare(
     if said := failed(whole, error):
         return _row(status_of(said), said)
     assert found is not None
-    expected = _oracle(system, case, weights, xs, dys, constant_gate=identity_experts and not found["gate_in_exchange"])
-    errors = _errors(job, found, expected, routing, prescribed)
-    of_groups = of_all(whole, errors)
-    errors = {name: worst(each[name] for each in of_groups) for name in errors}
-    tolerance = allowed(system, dtype)
+    constant_gate = identity_experts and not found["gate_in_exchange"]
+
+    def errors_of(case: Case) -> dict[str, Worst]:
+        expected = _oracle(system, case, weights, xs, dys, constant_gate)
+        of_groups = of_all(whole, _errors(job, found, expected, routing, prescribed))
+        return {name: worst(each[name] for each in of_groups) for name in of_groups[0]}
+
+    errors, tolerance = errors_of(case), allowed(system, roughest(dtype, exchange_dtype))
     wrong = reason(errors, tolerance)
     values = {name: each.error for name, each in errors.items()}
+    if exchange_dtype is not None:
+        output = errors_of(dataclasses.replace(case, exchange_dtype=None))["output"]
+        told = reason({"output": output}, UNROUNDED[exchange_dtype])
+        wrong = wrong or (told and f"against rows as they were {told}")
     return _row("nonconforming" if wrong else "ok", wrong, values, tolerance)
 
 
@@ -322,7 +342,7 @@ def _oracle(
     constant_gate: bool,
 ) -> dict[str, Any]:
     """The same step of the whole job, dense, in float64, on this rank alone."""
-    oracle = _cached_oracle(weights, case.identity_experts, case.routing.tokens)
+    oracle = _cached_oracle(weights, case.identity_experts, case.routing.tokens, case.exchange_dtype)
     oracle.zero_grad()
     x = torch.cat(xs).double().requires_grad_()
     kept = None
@@ -337,8 +357,10 @@ def _oracle(
 
 
 @functools.lru_cache(maxsize=4)
-def _cached_oracle(weights: Weights, identity_experts: bool, tokens: tuple[int, ...]) -> Oracle:
-    return Oracle(weights, identity_experts, tokens)
+def _cached_oracle(
+    weights: Weights, identity_experts: bool, tokens: tuple[int, ...], exchange_dtype: ExchangeDtype | None
+) -> Oracle:
+    return Oracle(weights, identity_experts, tokens, exchange_dtype)
 
 
 def _errors(

@@ -19,8 +19,9 @@ from harness.bench.timing import Sample
 from harness.bench.witness import Verdict, settled
 from harness.comm.arrivals import least_rows
 from harness.comm.job import Job
+from harness.dtypes import row_bytes
 from harness.routing import Routing
-from harness.specs import DTYPE_BYTES, Experiment
+from harness.specs import Experiment
 from harness.system import Case, System
 from harness.traffic import direction_bytes
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 #: of the plan; what is counted is payload, without headers
 SLACK, SLACK_BYTES = 0.01, 4096
 STEPS = 3  # of a training that are compared: the first, one in the middle, the last
-_DIRECTIONS = {"forward": 1, "backward": 1, "total": 2}  # ways there and back
+#: parts of an exchange that bring to a rank what it cannot do without
+_ARRIVING = {"forward": ("dispatch",), "backward": ("combine_grad",), "total": ("dispatch", "combine_grad")}
 Bounds = dict[str, tuple[np.ndarray | None, np.ndarray | None]]
 
 
@@ -98,9 +100,8 @@ def _told(system: type[System], experiment: Experiment, contender: Contender, re
                 known[key] = _bounds(system, experiment, cases)
             found[rep] = known[key]
         elif (rows := contender.least_rows(rep)) is not None:
-            model = experiment.model
-            least = rows * model.hidden * DTYPE_BYTES[experiment.dtype]
-            found[rep] = {"total": (least * (2 if experiment.backward else 1), None)}
+            way = "total" if experiment.backward else "forward"
+            found[rep] = {"total": (rows * _least_bytes(experiment, way), None)}
     return found
 
 
@@ -122,15 +123,18 @@ def _bounds(system: type[System], experiment: Experiment, cases: Sequence[Case])
             plan = {name: of for name, of in plan.items() if name != "regather"}  # its copies are still there
         # Gradients of dense parts are all-reduced, and sums are not counted.
         parts.append(None if plan is None else {name: of for name, of in plan.items() if name != "gradients"})
-    row_bytes = cases[0].model.hidden * DTYPE_BYTES[cases[0].dtype]
     found: Bounds = {}
-    for direction, ways in _DIRECTIONS.items():
-        forward_only = direction == "total" and not experiment.backward
+    for direction in _ARRIVING:
+        way = "forward" if direction == "total" and not experiment.backward else direction
         least = planned = None
         if all(each is not None for each in rows):
-            least = np.sum(rows, axis=0) * row_bytes * (1 if forward_only else ways)
+            least = np.sum(rows, axis=0) * _least_bytes(experiment, way)
         if all(each is not None for each in parts):
-            way = "forward" if forward_only else direction
             planned = np.sum([direction_bytes(each, way).sum(0) for each in parts], axis=0)
         found[direction] = least, planned
     return found
+
+
+def _least_bytes(experiment: Experiment, way: str) -> int:
+    """Of a row that must arrive, there and back."""
+    return sum(row_bytes(experiment, part) for part in _ARRIVING[way])

@@ -22,8 +22,9 @@ from harness.bench.wording import allowed
 from harness.comm.agree import of_all
 from harness.comm.handover import Held
 from harness.comm.job import Job
-from harness.dtypes import SHORT
+from harness.dtypes import SHORT, roughest
 from harness.layer.grouped import Lens, Matrices, identities, look, look_shared
+from harness.layer.rounding import rounded
 from harness.layer.weights import Weights, shared_names
 from harness.layer.work import expert_parameters
 from harness.system import Case, Gradients, MoELayer, System
@@ -134,7 +135,7 @@ class LayerWitness:
             self.gates,
             self.lens,
             [(seen, lambda: given)],
-            allowed(self.system, self.case.dtype),
+            allowed(self.system, roughest(self.case.dtype, self.case.exchange_dtype)),
             natural=self.natural,
             identity=self.identity,
             where=f", layer {self.layer}",
@@ -158,11 +159,12 @@ class LayerWitness:
             chosen &= wanted
         token, expert = chosen.nonzero(as_tuple=True)
         dy = None if dy is None else dy.detach()
+        sent = rounded(x, self.case.exchange_dtype)
         if self.identity:
-            pairs = identities(token, expert, x, dy, self.lens)
+            pairs = identities(token, expert, sent, dy, self.lens)
         else:
             model, drawn = self.case.model, self.weights
-            pairs = look(self.job, model, token, expert, x, dy, known.owner, known.matrices, self.lens)
+            pairs = look(self.job, model, token, expert, sent, dy, known.owner, known.matrices, self.lens)
             if model.num_shared_experts:
                 names = shared_names(model)
                 told = {of: known.gate[name] for name, of in names.items() if name in known.gate}

@@ -16,10 +16,11 @@ from harness.bench.untimed import Untimed, marks
 from harness.bench.witness import Given, Seen, Verdict, compare, first_of, over_groups, see
 from harness.bench.wording import allowed
 from harness.comm.job import Job
-from harness.dtypes import SHORT
+from harness.dtypes import SHORT, roughest
 from harness.layer import gates
 from harness.layer.grouped import Lens, Pairs, identities, look, look_shared
 from harness.layer.oracle import Oracle
+from harness.layer.rounding import rounded
 from harness.layer.weights import Weights
 from harness.plan.graph import Timeline
 from harness.routing import Routing
@@ -88,11 +89,12 @@ class Truth:
             x = self.x.to(job.device)
             chosen = Gates(job, None, self.case, self.weights).chosen(x.double())
             token, expert = chosen.nonzero(as_tuple=True)
+            sent = rounded(x, self.case.exchange_dtype)
             if self.identity:
-                self._pairs = identities(token, expert, x, dy, self.lens)
+                self._pairs = identities(token, expert, sent, dy, self.lens)
             else:
                 owner = self.case.placement.owner
-                found = look(job, model, token, expert, x, dy, owner, self.weights.expert, self.lens)
+                found = look(job, model, token, expert, sent, dy, owner, self.weights.expert, self.lens)
                 known = self.weights.expert(model.num_experts) if model.num_shared_experts else {}
                 self._pairs = dataclasses.replace(found, shared=look_shared(model, x, dy, known, self.lens))
         return self._pairs
@@ -226,7 +228,7 @@ class LayerContender:
             Gates(self.job.part(groups), self.system.alone(), own, self.truth.weights),
             self.truth.lens,
             calls,
-            allowed(self.system, self.experiment.dtype),
+            allowed(self.system, roughest(self.case.dtype, self.case.exchange_dtype)),
             constant_gate=self.experiment.phase == "exchange" and not self.layer.gate_in_exchange,
             natural=not self.truth.prescribed,
             identity=self.truth.identity,

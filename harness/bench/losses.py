@@ -14,7 +14,7 @@ from harness.bench import train, training_check
 from harness.bench.witness import Verdict
 from harness.case import system_of
 from harness.comm.job import Job
-from harness.dtypes import SHORT
+from harness.dtypes import SHORT, roughest
 from harness.layer.work import parameters
 from harness.specs import Experiment
 
@@ -54,9 +54,10 @@ def allowed(experiment: Experiment, step: int) -> float:
     """Relative difference of two right losses of a step: steps build on each other's rounding, and on each other's
     choices where rounding decides some."""
     num_tokens = sum(experiment.workload.tokens(experiment.cluster.num_ranks))
-    limit = training_check.LOSS_TOLERANCE[experiment.dtype] * max(1.0, (MEASURED_TOKENS / num_tokens) ** 0.5)
+    dtype = roughest(experiment.dtype, experiment.exchange_dtype)
+    limit = training_check.LOSS_TOLERANCE[dtype] * max(1.0, (MEASURED_TOKENS / num_tokens) ** 0.5)
     if experiment.workload.generator == "natural":
-        if experiment.dtype in SHORT and step >= TOGETHER:
+        if dtype in SHORT and step >= TOGETHER:
             return LATER
         limit = NATURAL * limit + OF_A_TOKEN / num_tokens
     return limit * (1 + step / GROWS_EVERY)

@@ -287,7 +287,7 @@ def conforms(job: Job, system: type[System], experiment: Experiment) -> dict[str
     )
     tokens = tuple(min(count, 16) for count in experiment.workload.tokens(job.num_ranks))
     options, seed = sorted(experiment.options.items()), experiment.workload.seed
-    key = repr((system.name, model, experiment.dtype, options, tokens, seed, experiment.groups))
+    key = repr((system.name, model, experiment.formats, options, tokens, seed, experiment.groups))
     if key not in _conforming:
         found = conformance.gate_case(job, system, experiment)
         if found["status"] != "ok":

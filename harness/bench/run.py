@@ -356,7 +356,8 @@ def put_aside(run_dir: Path) -> None:
 
 def describe(race: Race) -> str:
     first = race.first
-    return f"{first.phase} of {first.model.name}, {first.workload.name}, on {first.cluster.name}"
+    sent = f", rows {first.exchange_dtype}" if first.exchange_dtype else ""
+    return f"{first.phase} of {first.model.name}, {first.workload.name}, on {first.cluster.name}{sent}"
 
 
 def summary(store: Store, suite: Suite) -> dict[str, int]:

@@ -54,7 +54,7 @@ def gate_case(job: Job, system: type[System], experiment: Experiment, found: dic
 
 
 def reduced(experiment: Experiment) -> Experiment:
-    """The same in float64 and small enough for the oracle."""
+    """The same in float64, of rows that travel as they are, and small enough for the oracle."""
     small = training_check.reduced(experiment)
     natural = experiment.phase == "decode" or experiment.workload.generator == "natural"
     update: dict[str, Any] = {"tokens_per_rank": 4 if experiment.phase == "decode" else 16, "params": {}}
@@ -64,7 +64,8 @@ def reduced(experiment: Experiment) -> Experiment:
     if experiment.model_parallel:
         num_heads = max(small.model.num_heads, math.prod(experiment.cluster.shape[1:]))
         small = small.model_copy(update={"model": small.model.model_copy(update={"num_heads": num_heads})})
-    return small.model_copy(update={"workload": workload, "dtype": "float64", "compute": "real", "options": options})
+    exact = {"dtype": "float64", "exchange_dtype": None, "compute": "real", "options": options}
+    return small.model_copy(update={"workload": workload, **exact})
 
 
 def unequal(experiment: Experiment) -> tuple[Placement, ...]:

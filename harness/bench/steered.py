@@ -47,7 +47,8 @@ class OracleLayer(nn.Module):
 
     def __init__(self, weights: Weights, system: type[System], case: Case):
         super().__init__()
-        self.oracle, self.system, self.case = Oracle(weights, tokens=case.routing.tokens), system, case
+        self.oracle = Oracle(weights, tokens=case.routing.tokens, exchange_dtype=case.exchange_dtype)
+        self.system, self.case = system, case
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kept = None

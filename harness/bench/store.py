@@ -292,7 +292,7 @@ def identity(experiment: Experiment) -> dict[str, Any]:
         "model": experiment.model.name + (" (model-parallel)" if experiment.model_parallel else ""),
         "cluster": experiment.cluster.name,
         "workload": experiment.workload.name,
-        "dtype": experiment.dtype,
+        "dtype": experiment.formats,
         "wire": experiment.wire,
         "compute": experiment.compute,
     }

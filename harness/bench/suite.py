@@ -41,6 +41,7 @@ _DEFAULTS: dict[str, Any] = {
     "backward": True,
     "wire": "recv_first",
     "compute": "real",
+    "exchange_dtype": None,
     "loss_scale": "dynamic",
     "model_parallel": False,
     "layout": {},
@@ -244,9 +245,8 @@ def _experiment(choice: dict[str, Any], here: str, folder: Path | None, small: b
     for key, values in (("phase", get_args(Phase)), ("dtype", get_args(Dtype))):
         if choice[key] not in values:
             raise bad(f"{here}.{key}", choice[key], f"must be one of {', '.join(values)}")
-    fields |= {
-        key: choice[key] for key in ("phase", "dtype", "backward", "wire", "compute", "loss_scale", "model_parallel")
-    }
+    same = ("phase", "dtype", "backward", "wire", "compute", "exchange_dtype", "loss_scale", "model_parallel")
+    fields |= {key: choice[key] for key in same}
     if choice["phase"] in SERVING:
         fields["backward"] = False
     experiment: Experiment = Experiment.parse({**fields, "system": system, "options": dict(options)}, here)

@@ -17,7 +17,7 @@ from harness.bench.witness import first_of
 from harness.case import case_of
 from harness.comm.job import Job
 from harness.comm.rows import accumulator
-from harness.dtypes import TORCH_DTYPE
+from harness.dtypes import TORCH_DTYPE, roughest
 from harness.layer.weights import Weights
 from harness.specs import Dtype, Experiment
 from harness.system import System
@@ -48,7 +48,7 @@ def gate_case(
     wanted = expected[0].cpu().numpy()
     error = float(np.nan_to_num(np.abs(np.array(losses) - wanted) / np.abs(wanted), nan=np.inf).max())
     row = {**found, "errors": {**found["errors"], "loss": error}}
-    tolerance = LOSS_TOLERANCE[experiment.dtype]
+    tolerance = LOSS_TOLERANCE[roughest(experiment.dtype, experiment.exchange_dtype)]
     if error > tolerance:
         reason = f"loss of {num_steps} steps off by {error:.1e} of the oracle's, allowed {tolerance:.0e}"
     else:

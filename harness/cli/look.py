@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from harness import console
 from harness.cli.options import Json, Layout, fields_of
 from harness.errors import bad, unknown
-from harness.specs import DTYPE_BYTES
+from harness.specs import DTYPE_BYTES, ExchangeDtype
 
 commands = typer.Typer()
 STATUS_COLOURS = {"refused": "yellow", "cpu_bound": "yellow"} | dict.fromkeys(
@@ -86,6 +86,9 @@ def check(
     cluster: Annotated[str, typer.Option(help="A local or emulated cluster, preset or file, instead of --ranks.")] = "",
     dtype: Annotated[list[str] | None, typer.Option(help="Only these number formats; may be repeated.")] = None,
     layout: Layout = "",
+    exchange_dtype: Annotated[
+        str, typer.Option(help="Rows travel as float8_e4m3 or bfloat16 (float32 and bfloat16 are checked so).")
+    ] = "",
     strict: Annotated[bool, typer.Option("--strict", help="Exit status 1 for anything refused, too.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -101,6 +104,7 @@ def check(
     moebench check fsmoe+hiermoe-hd2 hiermoe-hd2+fsmoe+hecate --ranks 8
     moebench check hiermoe-hd2 --cluster emulated-2x4 --strict
     moebench check flat hiermoe-hd2 --ranks 8 --layout expert_parallel=4
+    moebench check flat --exchange-dtype float8_e4m3
     ```
     """
     from harness import checks, presets, registry
@@ -110,6 +114,12 @@ def check(
     if every == bool(systems):
         raise bad("systems", systems or [], "name systems, or give --all, and not both (moebench list systems)")
     _check_words("--dtype", dtype or [], DTYPE_BYTES)
+    if exchange_dtype:
+        _check_words("--exchange-dtype", [exchange_dtype], get_args(ExchangeDtype))
+        dtype = dtype or [each for each in ("float32", "bfloat16") if each != exchange_dtype]
+        if exact := {"float64", exchange_dtype} & set(dtype):
+            remedy = f"its rows do not travel as {exchange_dtype}; leave one out"
+            raise bad("--dtype", exact.pop(), remedy)
     names = list(registry.systems()) if every else [registry.system(name).name for name in systems or []]
     where = presets.cluster(cluster) if cluster else checks.local_cluster(4 if ranks is None else ranks)
     if ranks not in (None, where.num_ranks):
@@ -121,15 +131,15 @@ def check(
     if refused := checked.refused:
         raise bad("--layout", layout, refused)
     with console.progress("check") as bar:
-        payload: dict[str, Any] = {"dtypes": dtype} if dtype else {}
-        payload["layout"] = checked.model_dump(mode="json")
+        payload = {"dtypes": dtype, "exchange_dtype": exchange_dtype or None, "layout": checked.model_dump(mode="json")}
         rows = checks.check_systems(names, where, payload, lambda text: console.say(bar, text))
     if as_json:
         console.print_json(rows)
     else:
         console.show(
             [_exactly(line) for line in checks.summary(rows)],
-            f"largest relative errors over all trials and {where.num_ranks} ranks",
+            f"largest relative errors over all trials and {where.num_ranks} ranks"
+            + (f", rows {exchange_dtype}" if exchange_dtype else ""),
         )
         if notes := checks.setbacks(rows):
             console.show(notes, "not ok", STATUS_COLOURS)

@@ -145,7 +145,8 @@ def _by_race(found: list[dict[str, Any]], labels: Mapping[str, str]) -> Iterator
     for _, group in itertools.groupby(found, key=lambda row: row["race"]):
         rows = list(group)
         first = rows[0]
-        title = "{phase} of {model}, {workload}, on {cluster}: simulated, {basis}".format(**first)
+        sent = "".join(first["dtype"].partition(", ")[1:])  # the format of rows, where it is another
+        title = "{phase} of {model}, {workload}, on {cluster}{sent}: simulated, {basis}".format(**first, sent=sent)
         yield (
             title,
             [

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from harness.comm.handover import Handover, Held
 from harness.comm.rows import Spread, stable_order
+from harness.specs import ExchangeDtype
 
 Direction = Literal["forward", "backward"]
 
@@ -194,6 +195,7 @@ class Journey(Handover, abc.ABC):
     travelling: torch.Tensor | None = None
     dweight: torch.Tensor | None = None  # gradients of the weights, by pair or by row
     staying: torch.Tensor | None = None
+    exchange_dtype: ExchangeDtype | None = None  # in which its rows travel
     one_each = False  # whether every row that arrives has one expert
 
     def __init__(self, cut: Cut, learns: bool):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from harness.comm.handover import Handover, Held
-from harness.comm.journey import Direction, Journey, Landed
+from harness.comm.journey import Direction, Journey, Landed, Leg
+from harness.comm.packing import pack, restore
 from harness.comm.rows import Spread, dot_rows, scale_rows
 
 
@@ -41,9 +42,19 @@ class Trip(Handover):
                 rows = scale_rows(part, sent.spread.item, journey.staying[sent.row])
             else:
                 rows = sent.spread.spread(part)
-            self.parts[chunk] = leg.exchange(rows, sent.send, sent.receive, self.degree, chunk)
+            part_of = "combine_grad" if self.back else "dispatch"
+            self.parts[chunk] = self._sent(leg, rows, sent.send, sent.receive, chunk, part_of)
         if hop == journey.num_hops - 1:
             self._land(chunk)
+
+    def _sent(
+        self, leg: Leg, rows: torch.Tensor, send: list[int], receive: list[int], chunk: int, part: str
+    ) -> torch.Tensor:
+        """Collective: over one hop, in the format in which rows travel. ``part``: of the exchange."""
+        if (exchange_dtype := self.journey.exchange_dtype) is None:
+            return leg.exchange(rows, send, receive, self.degree, chunk)
+        came = leg.exchange(pack(rows, exchange_dtype, part), send, receive, self.degree, chunk)
+        return restore(came, rows.shape[1], rows.dtype)
 
     def _land(self, chunk: int) -> None:
         journey, part, apart = self.journey, self.parts.pop(chunk), self.cut.whole and self.cut.pieces > 1
@@ -101,7 +112,8 @@ class Trip(Handover):
         rows = self._depart(chunk) if hop == journey.num_hops - 1 else self._settle(hop + 1, chunk)
         if leg is not None:
             sent = journey.sent(hop, self.degree)[chunk]
-            rows = leg.exchange(rows, sent.receive, sent.send, self.degree, chunk)
+            part_of = "dispatch_grad" if self.back else "combine"
+            rows = self._sent(leg, rows, sent.receive, sent.send, chunk, part_of)
         self.parts[chunk] = rows
 
     def settle(self, chunk: int) -> None:

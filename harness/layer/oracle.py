@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from harness.layer.rounding import rounded
 from harness.layer.weights import Weights, shared_names
-from harness.specs import Model
+from harness.specs import ExchangeDtype, Model
 
 
 class Oracle(nn.Module):
@@ -20,12 +21,20 @@ class Oracle(nn.Module):
     what ``Weights.gate`` has beside the router, and the shared experts' (``shared_names``).
 
     ``tokens``: of each rank, summing to T. They matter where experts choose (each rank by itself) and for noise
-    (another at every ``step``); None: all tokens are one rank's."""
+    (another at every ``step``); None: all tokens are one rank's.
 
-    def __init__(self, weights: Weights, identity_experts: bool = False, tokens: tuple[int, ...] | None = None):
+    ``exchange_dtype``: in which rows have travelled to the routed experts; the gate sees them as they were."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        identity_experts: bool = False,
+        tokens: tuple[int, ...] | None = None,
+        exchange_dtype: ExchangeDtype | None = None,
+    ):
         super().__init__()
         self.weights, self.model, self.tokens = weights, weights.model, tokens
-        self.identity_experts = identity_experts
+        self.identity_experts, self.exchange_dtype = identity_experts, exchange_dtype
         self.step = 0
         self.bias: torch.Tensor
         self.router: torch.Tensor
@@ -67,9 +76,10 @@ class Oracle(nn.Module):
             sizes = self._tokens_of_ranks(x)
             return torch.cat([self._soft(*part) for part in zip(x.split(sizes), seen.split(sizes), strict=True)])
         gates = self.gates(self.logits(seen), kept)  # [T, E]
+        rows = rounded(x, self.exchange_dtype)
         if self.identity_experts:
-            return gates.sum(-1, keepdim=True) * x
-        return torch.einsum("te,etm->tm", gates, self._experts(x))
+            return gates.sum(-1, keepdim=True) * rows
+        return torch.einsum("te,etm->tm", gates, self._experts(rows))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """What the gate compares tokens and experts by, [T, E]."""

@@ -41,7 +41,7 @@ class NativeLayer(PlannedLayer):
     def __init__(self, system: type[NativeSystem], case: Case, job: Job, weights: Weights):
         super().__init__(case, job, weights)
         self.exchange_: Exchange = system.exchange.make(case, job)
-        self.schedule, self.cut = system.schedule, system.cut(case)
+        self.schedule, self.cut, self.exchange_dtype = system.schedule, system.cut(case), case.exchange_dtype
         self.num_hops = system.exchange.num_hops(case)
         self.experts = IdentityExperts() if case.identity_experts else system.experts(case, job, weights)
         self.routed: tuple[torch.Tensor, torch.Tensor | None] | None = (
@@ -119,6 +119,7 @@ class NativePassage(NativeTasks, PlannedPassage):
             self.layer.routed = (self.ids, self.kept)
             self.weights_dtype = self.weights.dtype
             self.journey = self.start()
+            self.journey.exchange_dtype = self.layer.exchange_dtype
         self.journey.tell(hop)
         if not hop:
             rows = pop(self, "rows")
@@ -192,6 +193,8 @@ class NativeSystem(UnifiedSystem):
 
     @classmethod
     def refuse(cls, case: Case) -> str | None:
+        if (unpacked := cls.exchange.unpacked(case)) is not None:
+            return unpacked
         refused = cls.exchange.refuse(case) or cls.schedule.refuse(case, cls.exchange) or super().refuse(case)
         return refused or cls.exchange.unreached(case, cls.hosts)
 

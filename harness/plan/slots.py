@@ -16,11 +16,11 @@ from harness.comm.exchange import Exchange, FlatExchange, flat_bytes
 from harness.comm.job import Job
 from harness.comm.journey import Cut
 from harness.comm.replicas import bytes_of_rows, replica_bytes, travel
+from harness.dtypes import row_bytes
 from harness.plan.cost import Cost, Transfer
 from harness.plan.schedule import Chunks, Schedule
 from harness.routing.certificate import expert_counts
 from harness.routing.types import Routing
-from harness.specs import DTYPE_BYTES
 from harness.system import Case, GradientSlices
 
 #: option -> one-line meaning with its default
@@ -70,10 +70,21 @@ class ExchangeSlot(abc.ABC):
     options: ClassVar[Options] = {}
     stages: ClassVar[tuple[str, ...]] = ("flat",)
     reaches: ClassVar[Reach] = "rank"
+    packs: ClassVar[bool] = False  # whether its rows may travel in another format (harness.comm.packing)
 
     def refuse(self, case: Case) -> str | None:
         """Why it cannot carry this case, as data."""
         return None
+
+    def unpacked(self, case: Case) -> str | None:
+        """Why its rows cannot travel in the case's ``exchange_dtype``, as data."""
+        if (sent := case.exchange_dtype) is None:
+            return None
+        if not self.packs:
+            return f"exchange {self.name} sends rows in the format that is computed in, not as {sent}"
+        if case.topology.num_ranks == 1:
+            return f"one rank sends no rows, as {sent} or otherwise"
+        return f"gate softmoe sends mixtures of tokens, not rows as {sent}" if case.model.gate == "softmoe" else None
 
     def unreached(self, case: Case, hosts: Callable[[Case], np.ndarray]) -> str | None:
         """Why it cannot bring rows to ``hosts``, bool [E, num_ranks] of a case, as data."""
@@ -94,6 +105,11 @@ class ExchangeSlot(abc.ABC):
     def chunks(self, case: Case) -> int:
         """Into how many a schedule cuts it that leaves that to the exchange."""
         return 1
+
+
+def in_bytes(case: Case, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """``parts`` of an exchange, [num_ranks, num_ranks], that count rows; those of metadata are bytes already."""
+    return {part: of if part.startswith("metadata") else of * row_bytes(case, part) for part, of in parts.items()}
 
 
 class FlatFares(Fares):
@@ -119,6 +135,7 @@ class FlatSlot(ExchangeSlot):
     name = "flat"
     title = "one all-to-all-v over all ranks, exact sizes"
     source = "expert parallelism of GShard (arXiv 2006.16668)"
+    packs = True
 
     def num_hops(self, case: Case) -> int:
         return 1
@@ -127,17 +144,17 @@ class FlatSlot(ExchangeSlot):
         return FlatExchange(job, case.placement)
 
     def fares(self, case: Case, routing: Routing, hosts: np.ndarray, cut: Cut, counted: bool = False) -> Fares:
-        row_bytes = case.model.hidden * DTYPE_BYTES[case.dtype]
         if counted or (hosts.sum(1) > 1).any():
-            parts = replica_bytes(routing, hosts, case.topology, row_bytes)
+            parts = replica_bytes(routing, hosts, case.topology, 1)
         else:
-            parts = flat_bytes(routing, case.placement, row_bytes)
+            parts = flat_bytes(routing, case.placement, 1)
         pieces: list[dict[str, np.ndarray]] = []
         if cut.by == "experts":
             piece, counts = expert_pieces(case.placement.owner, cut.pieces), expert_counts(routing)
             for each in range(cut.pieces):
                 rows = travel(np.where(piece == each, counts, 0), hosts, case.topology).rows
-                pieces.append(bytes_of_rows(rows, len(hosts), row_bytes))
+                pieces.append(in_bytes(case, bytes_of_rows(rows, len(hosts), 1)))
+        parts = in_bytes(case, parts)
         return FlatFares({**parts, "metadata": parts["metadata"] * cut.tables}, pieces)
 
 
@@ -195,4 +212,4 @@ class Pipelined(Chunks, ScheduleSlot):
         return Cut(chunks, chunks)
 
 
-__all__ = ["ExchangeSlot", "Fares", "FlatFares", "FlatSlot", "Pipelined", "ScheduleSlot", "Serial"]
+__all__ = ["ExchangeSlot", "Fares", "FlatFares", "FlatSlot", "Pipelined", "ScheduleSlot", "Serial", "in_bytes"]

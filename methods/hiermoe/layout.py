@@ -18,6 +18,7 @@ import numpy as np
 from harness import ledger
 from harness.comm.job import Job
 from harness.comm.journey import Cut
+from harness.dtypes import row_bytes
 from harness.options import whole, yes
 from harness.plan.cost import Cost, InTurn, Transfer
 from harness.plan.slots import ExchangeSlot, Fares, Options
@@ -83,6 +84,7 @@ class Hier(ExchangeSlot):
 
     name: str  # type: ignore[misc]
     fixed: int | None = None
+    packs: ClassVar[bool] = True
     title: ClassVar[str] = "HierMoE's deduplicated all-to-all of the dimension that pays"
     source: ClassVar[str] = "arXiv 2508.09591, section III (HierD-AlltoAll)"
     options: ClassVar[Options] = {  # type: ignore[misc]
@@ -152,7 +154,8 @@ class Hier(ExchangeSlot):
         """How it sends."""
         deduplicate, padded = (yes(case, key, default) for key, default in (("deduplicate", True), ("padded", False)))
         return Wire(
-            row_bytes=case.model.hidden * DTYPE_BYTES[case.dtype],
+            row_bytes=row_bytes(case, "combine"),
+            dispatch_bytes=row_bytes(case, "dispatch"),
             weight_bytes=8 if case.dtype == "float64" else 4,
             num_chunks=self.chunks(case) if cut is None else cut.pieces,
             deduplicate=deduplicate,

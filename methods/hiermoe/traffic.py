@@ -21,8 +21,9 @@ AWAY = ("metadata", "dispatch", "combine_grad")
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """How an exchange sends. ``row_bytes``: of a token; ``weight_bytes``: of a gate weight; ``weights_learn``: whether
-    their gradients return."""
+    """How an exchange sends. ``row_bytes``: of a token, and ``dispatch_bytes`` on its way to the experts in the
+    forward where that is another number; ``weight_bytes``: of a gate weight; ``weights_learn``: whether their gradients
+    return."""
 
     row_bytes: float
     weight_bytes: int
@@ -30,6 +31,7 @@ class Wire:
     deduplicate: bool = True
     padded: bool = False
     weights_learn: bool = True
+    dispatch_bytes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,7 +89,8 @@ class HierTravel:
             return self._metadata(stage)
         if part == "metadata_grad":
             return self._entries(stage).T * float(self.wire.weight_bytes)
-        rows = self._rows(stage) * self.wire.row_bytes
+        apart = self.wire.dispatch_bytes if part == "dispatch" else None
+        rows = self._rows(stage) * (self.wire.row_bytes if apart is None else apart)
         return rows if part in AWAY else rows.T
 
     def choice_bytes(self) -> Array:
