@@ -122,7 +122,9 @@ def _models(names: Names) -> list[dict[str, Any]]:
 def _clusters(names: Names) -> list[dict[str, Any]]:
     rows = []
     for c in _specs("clusters", names):
-        shape = " x ".join(f"{level.size} {level.name}" for level in c.levels)
+        shape = " x ".join(
+            f"{level.size} {level.name}" + (f" ({level.ports} ports)" if level.ports > 1 else "") for level in c.levels
+        )
         rows.append(
             {
                 "name": c.name,

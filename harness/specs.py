@@ -42,8 +42,10 @@ class Level(Spec):
     latency_s: Annotated[float, Field(ge=0)] = 0.0
     burst_bytes: Count | None = None  # token bucket of an emulated link; None: chosen from the rate
     ports: Count = 1  # of a unit (NICs of a node), each of as many neighbouring ranks, which use no other
+    #: where nodes have unequal numbers of ranks, as the one level of a cluster: ranks behind each node's port
+    ranks_per_port: tuple[Count, ...] = ()
 
-    LATER: ClassVar[tuple[str, ...]] = ("ports",)
+    LATER: ClassVar[tuple[str, ...]] = ("ports", "ranks_per_port")
 
     @property
     def unit_bytes_per_s(self) -> float | None:
@@ -96,11 +98,30 @@ class Cluster(Named):
                 raise ValueError(
                     f"level {link.name} has {link.ports} ports for {size} ranks of a unit; share them evenly"
                 )
-            if link.ports > 1 and self.kind != "physical":
-                raise ValueError(
-                    f"level {link.name} has {link.ports} ports, and a unit of this machine has one; leave it out"
-                )
+            if link.ranks_per_port:
+                self._check_unequal(link)
+            if link.ports > 1 and (why := self._no_ports(level)):
+                raise ValueError(f"level {link.name} has {link.ports} ports, {why}")
         return self
+
+    def _no_ports(self, level: int) -> str:
+        """Why a unit of ``level`` has one port only; empty if it may have several."""
+        if self.kind == "local":
+            return "and a unit of this machine has one; leave it out, or make it kind: emulated"
+        if self.kind == "emulated" and level != len(self.levels) - 2:
+            return "and only nodes, the level above the ranks, are emulated with several; leave it out"
+        if self.kind == "emulated" and self.loopback_bytes_per_s is not None:
+            return "and loopback_bytes_per_s is for ranks of a node behind one; leave one of them out"
+        return ""
+
+    def _check_unequal(self, link: Level) -> None:
+        unequal = f"level {link.name} has ranks_per_port = {list(link.ranks_per_port)}"
+        if sum(link.ranks_per_port) != link.size:
+            raise ValueError(f"{unequal}, together {sum(link.ranks_per_port)}, and size = {link.size}")
+        if len(self.levels) > 1 or link.ports > 1:
+            raise ValueError(f"{unequal}; such nodes, with one port each, are the one level of a cluster")
+        if self.kind == "local" or link.latency_s:
+            raise ValueError(f"{unequal}, which kind: local and latency_s do not know; leave one of them out")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,7 +179,7 @@ class Cluster(Named):
     @property
     def num_nodes(self) -> int:
         """Units of the outermost levels that own a network port: all but the innermost level."""
-        return math.prod(self.shape[:-1])
+        return len(self.levels[0].ranks_per_port) or math.prod(self.shape[:-1])
 
 
 class Ragged(Spec):

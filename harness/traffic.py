@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from harness.topology import Topology
@@ -39,6 +41,14 @@ def port_load(matrix: np.ndarray, topology: Topology, level: int, ports: int = 1
     out = between.sum(-1) - own.sum(-1).reshape(between.shape[:-1])
     into = between.sum(-2) - own.sum(-2).reshape(between.shape[:-1])
     return np.maximum(out, into)
+
+
+def unequal_load(matrix: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The same where ``sizes[p]`` neighbouring ranks are behind port p, [.., ports]."""
+    first = (np.cumsum(sizes) - sizes).tolist()
+    between = np.add.reduceat(np.add.reduceat(matrix, first, -1), first, -2)
+    kept = np.diagonal(between, axis1=-2, axis2=-1)
+    return np.maximum(between.sum(-1) - kept, between.sum(-2) - kept)
 
 
 def inside_load(matrix: np.ndarray, topology: Topology, level: int = 0) -> np.ndarray:

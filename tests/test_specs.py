@@ -54,9 +54,38 @@ def with_ports(given, ports):
 
 @pytest.mark.parametrize(
     ("kind", "ports", "why"),
-    [("physical", 3, "3 ports for 4 ranks of a unit"), ("emulated", 4, "a unit of this machine has one")],
+    [("physical", 3, "3 ports for 4 ranks of a unit"), ("local", 4, "a unit of this machine has one")],
 )
 def test_ports_that_cannot_be_are_one_line(kind, ports, why):
     levels = [{"name": "node", "size": 2, "bandwidth_bytes_per_s": 1e9, "ports": ports}, {"name": "rank", "size": 4}]
     with pytest.raises(UserError, match=why):
         Cluster.parse({"name": "c", "kind": kind, "levels": levels}, "cluster c")
+
+
+def test_an_emulated_cluster_has_several_ports_at_its_nodes_alone():
+    given = presets.cluster("emulated-2x2x2-rails").model_dump()
+    assert Cluster.parse(given, "c").levels[1].ports == 2
+    rack, *inner = given["levels"]
+    with pytest.raises(UserError, match="level rack has 2 ports, and only nodes, the level above the ranks"):
+        Cluster.parse({**given, "levels": [{**rack, "ports": 2}, *inner]}, "c")
+    with pytest.raises(UserError, match="level node has 2 ports, and loopback_bytes_per_s is for ranks"):
+        Cluster.parse({**given, "loopback_bytes_per_s": 1e9}, "c")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ([{"size": 9}], r"ranks_per_port = \[4, 2, 2\], together 8, and size = 9"),
+        (
+            [{}, {"name": "core", "size": 1, "ranks_per_port": ()}],
+            "such nodes, with one port each, are the one level of a cluster",
+        ),
+        ([{"latency_s": 1e-3}], "which kind: local and latency_s do not know"),
+    ],
+)
+def test_unequal_nodes_that_cannot_be_are_one_line(changes, why):
+    given = presets.cluster("emulated-4-2-2").model_dump()
+    assert Cluster.parse(given, "c").num_nodes == 3
+    (level,) = given["levels"]
+    with pytest.raises(UserError, match=why):
+        Cluster.parse({**given, "levels": [level | each for each in changes]}, "c")

@@ -16,7 +16,7 @@ from harness.routing.certificate import expert_counts
 from harness.specs import EXPERTS_CHOOSE, SERVING, Cluster, Experiment
 from harness.system import Case, System
 from harness.topology import Topology
-from harness.traffic import crossing, direction_bytes, port_load
+from harness.traffic import crossing, direction_bytes, port_load, unequal_load
 
 #: counters of real interfaces count headers too, so they lie above the plan; this much below is still rounding
 MIN_COUNTED = 0.98
@@ -72,10 +72,17 @@ def _budget(
     if len(known) == len(plans):
         matrix = sum((direction_bytes(plan, direction) for plan in known), np.zeros((topology.num_ranks,) * 2))
         by_level = crossing(matrix, topology)
-        ports = np.array([port_load(matrix, topology, level).max() for level in levels])
+        ports = np.array([_busiest(cluster, matrix, level) for level in levels])
         if lines := lines_of(cluster, pooled=True):  # however a unit's ports share its traffic
             limits.append(float(Ports(topology, lines).of(matrix)))
     return Budget(by_level, ports, flops, max(limits) if limits else None)
+
+
+def _busiest(cluster: Cluster, matrix: np.ndarray, level: int) -> float:
+    """Bytes through the busiest unit's ports."""
+    if sizes := cluster.levels[level].ranks_per_port:
+        return float(unequal_load(matrix, sizes).max())
+    return float(port_load(matrix, Topology(cluster.shape), level).max())
 
 
 def expert_flops(system: type[System], case: Case, direction: str) -> float:
@@ -114,8 +121,10 @@ def violations(
     names = [level.name for level in cluster.levels]
     topology = Topology(cluster.shape)
     limits = bandwidth_of(cluster) if network.get("network") != "unshaped" else np.full(len(names), math.inf)
-    buckets = [2 * (level.get("burst_bytes") or 0) for level in network.get("levels", [])] or [0] * len(names)
+    shaped = network.get("levels", [])
+    buckets = [2 * (level.get("burst_bytes") or 0) * level.get("ports", 1) for level in shaped] or [0] * len(names)
     for i, name in enumerate(names):
+        unequal = cluster.levels[i].ranks_per_port  # whose level counts what stays in a node, too
         may_pass = (limits[i] * time_s + buckets[i]) / CLOCK_SLACK
         if exact and budget is not None and budget.port_bytes is not None and budget.port_bytes[i] > may_pass:
             sent = budget.port_bytes[i]
@@ -125,7 +134,7 @@ def violations(
         if counted is None:
             continue
         all_ports = may_pass * topology.num_units(i)
-        if counted[i] > all_ports:
+        if counted[i] > all_ports and not unequal:
             found.append(f"{counted[i]:.3g} bytes counted over all {name} ports, at most {all_ports:.3g} pass")
         if exact and budget is not None and budget.bytes_by_level is not None:
             planned = budget.bytes_by_level[i]

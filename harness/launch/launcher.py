@@ -90,7 +90,7 @@ def _fork(setup: Setup, rank: int, network: Network | None, close: list[int]) ->
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for fd in close:
             os.close(fd)
-        namespace = network.node_namespaces[rank // setup.ranks_per_node] if network else None
+        namespace = network.of_ranks[rank] if network else None
         rank_module.main(setup, rank, namespace, network.counters if network else None)
         code = 0
     finally:

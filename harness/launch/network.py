@@ -4,6 +4,9 @@ Runs inside a user, network, mount and pid namespace of its own (``launcher`` is
 the kernel removes all of it with that process. A unit of every level but the innermost owns a port at that level's
 bandwidth, full duplex; units above the nodes are switches. Ranks of one node talk over its loopback, one bus that they
 share: unshaped, or at the cluster's ``loopback_bytes_per_s``.
+
+Where a node has several ports (``Level.ports``: NICs), each is a namespace of its own, with the neighbouring ranks that
+go by it and no other; from one to the other they reach each other by a cable that is not shaped (``BUS``).
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from harness.topology import Topology
 log = logging.getLogger(__name__)
 
 INTERFACE = "eth0"
+BUS = "bus0"  # between the ports of a node
 QUEUE_BYTES = 64 << 20  # lossless: more than all TCP windows that can meet at one port
 SLOW_BITS_PER_S = 1e9
 #: the kernel hands over packets of 64 KiB data, 68 KB with the headers of their segments; a smaller bucket makes tbf
@@ -35,6 +39,7 @@ SLOW_BITS_PER_S = 1e9
 BURST_BYTES = {"slow": 72 << 10, "fast": 128 << 10}
 LOOPBACK_BURST_BYTES = 140 << 10  # its packets are whole 64 KiB, so two fit
 BACK_PRESSURE = 1.025  # a tbf this much above the switch's rate keeps each socket from filling the switch's queue
+_BUS_MACS = 1 << 16  # of the buses; those of the links are below
 
 
 class NoNetwork(RuntimeError):
@@ -63,9 +68,9 @@ class Unit:
 
 @dataclasses.dataclass
 class Network:
-    """A network that stands: each node's namespace, counters, the switch process if there is one, provenance."""
+    """A network that stands: each rank's namespace, counters, the switch process if there is one, provenance."""
 
-    node_namespaces: list[str]
+    of_ranks: list[str]
     counters: Counters
     switch_pid: int | None
     facts: dict[str, Any]
@@ -82,18 +87,38 @@ class Counters:
     def add(self, level: int, fd: int, interface: str) -> None:
         self._files.append((level, fd, interface.encode() + b":"))
 
+    def by_port(self, level: int, interface: str = "") -> list[int]:
+        """Cumulative bytes that each port of the level's units has sent, unit by unit, by all interfaces or one.
+        Ports of a switch process are not told apart."""
+        wanted = interface.encode() + b":" if interface else b""
+        files = [(fd, name) for at, fd, name in self._files if at == level and name.endswith(wanted)]
+        texts = [(os.pread(fd, 1 << 14, 0), name) for fd, name in files]
+        return [int(text[text.index(name) + len(name) :].split(None, 9)[8]) for text, name in texts]
+
     def __call__(self) -> list[int]:
         """Cumulative bytes on the wire between ranks whose first differing coordinate is the entry's index.
 
         What passes a port of level i is everything that leaves that unit, so a level's own traffic is its ports'
         load less the load of the level above; loopback carries only its node's.
         """
-        load = [*self.switched.tolist(), 0]
-        for level, fd, interface in self._files:
-            text = os.pread(fd, 1 << 14, 0)
-            load[level] += int(text[text.index(interface) + len(interface) :].split(None, 9)[8])
+        load = [sum(self.by_port(level)) for level in range(len(self.switched) + 1)]
+        load[:-1] = np.add(load[:-1], self.switched).tolist()
         nic = load[:-1]
         return [bytes_ - (nic[i - 1] if i else 0) for i, bytes_ in enumerate(nic)] + load[-1:]
+
+
+def ports_as_nodes(cluster: Cluster) -> Cluster:
+    """What the links join: ``cluster`` with a node for each port of its nodes."""
+    if sizes := cluster.levels[0].ranks_per_port:  # as many ranks in each node for want of a better number
+        (level,) = cluster.levels
+        node = level.model_copy(update={"size": len(sizes), "ranks_per_port": ()})
+        return cluster.model_copy(update={"levels": (node, Level(name="rank", size=1))})
+    if cluster.num_nodes == 1 or (ports := cluster.levels[-2].ports) == 1:
+        return cluster
+    *outer, node, rank = cluster.levels
+    node = node.model_copy(update={"size": node.size * ports, "ports": 1})
+    rank = rank.model_copy(update={"size": rank.size // ports})
+    return cluster.model_copy(update={"levels": (*outer, node, rank)})
 
 
 def build(cluster: Cluster) -> Network:
@@ -109,6 +134,9 @@ def build(cluster: Cluster) -> Network:
 
 
 def _build(cluster: Cluster) -> Network:
+    cluster, whole = ports_as_nodes(cluster), cluster
+    ports = 1 if whole.levels[0].ranks_per_port else whole.shape[-1] // cluster.shape[-1]  # of a node
+    last = len(whole.levels) - 1
     levels = cluster.levels[:-1]
     delayed = any(level.latency_s for level in levels)
     for level in levels:
@@ -119,15 +147,18 @@ def _build(cluster: Cluster) -> Network:
     nodes = [unit for unit in units if unit.level == topology.num_levels - 1]
 
     Path("/run/netns").mkdir(parents=True, exist_ok=True)
-    spaces = [unit.namespace for unit in ([*nodes] if delayed else [Unit(-1, 0), *units])]
+    buses = [f"bus{index}" for index in range(len(nodes) // ports)] if ports > 1 else []
+    spaces = [*buses, *(unit.namespace for unit in (nodes if delayed else [Unit(-1, 0), *units]))]
     _batch("ip", [], [f"netns add {name}" for name in spaces])
     settings = _prepare_namespaces(spaces)
-    counters, switch_pid, shaper = Counters(len(cluster.levels)), None, "delay line and tbf"
+    counters, switch_pid, shaper = Counters(last + 1), None, "delay line and tbf"
     if delayed:
         switch_pid = _join_by_switch(nodes, cluster, counters.switched)
     elif levels:
         shaper = _join_by_veth(units, nodes, cluster)
-    _address(nodes)
+    for index, bus in enumerate(buses):
+        _join_by_bus(bus, nodes[index * ports : (index + 1) * ports])
+    _address(nodes, ports)
     if cluster.loopback_bytes_per_s is not None:
         for node in nodes:
             _batch("tc", ["-n", node.namespace], [_tbf("lo", cluster.loopback_bytes_per_s, LOOPBACK_BURST_BYTES)])
@@ -139,7 +170,9 @@ def _build(cluster: Cluster) -> Network:
         if levels and not delayed:
             counters.add(unit.level, fd, INTERFACE)
         if unit in nodes:
-            counters.add(len(cluster.levels) - 1, fd, "lo")
+            counters.add(last, fd, "lo")
+            if buses:
+                counters.add(last, fd, BUS)
     facts = {
         **settings,
         "gso_max_bytes": _gso_max_bytes(nodes[0]) if levels else None,
@@ -147,17 +180,23 @@ def _build(cluster: Cluster) -> Network:
         "mtu": switch.MTU if delayed else 1500,
         "loopback_bytes_per_s": cluster.loopback_bytes_per_s,
         "levels": [
-            {
-                "name": level.name,
-                "bandwidth_bytes_per_s": level.bandwidth_bytes_per_s,
-                "latency_s": level.latency_s,
-                "burst_bytes": burst_bytes(level) if level.bandwidth_bytes_per_s else None,
-            }
-            for level in levels
-        ]
-        + [{"name": cluster.levels[-1].name, "bandwidth_bytes_per_s": None, "latency_s": 0.0, "burst_bytes": None}],
+            _facts_of(level, shaped=level.ranks_per_port or level is not whole.levels[-1]) for level in whole.levels
+        ],
     }
-    return Network([unit.namespace for unit in nodes], counters, switch_pid, facts)
+    behind = whole.levels[0].ranks_per_port or [whole.num_ranks // len(nodes)] * len(nodes)
+    of_ranks = [node.namespace for node, count in zip(nodes, behind, strict=True) for _ in range(count)]
+    return Network(of_ranks, counters, switch_pid, facts)
+
+
+def _facts_of(level: Level, *, shaped: object) -> dict[str, Any]:
+    rate = level.bandwidth_bytes_per_s if shaped else None
+    return {
+        "name": level.name,
+        "bandwidth_bytes_per_s": rate,
+        "latency_s": level.latency_s if shaped else 0.0,
+        "burst_bytes": burst_bytes(level) if rate else None,
+        "ports": level.ports,
+    }
 
 
 def _parent(unit: Unit, shape: tuple[int, ...]) -> Unit:
@@ -259,21 +298,33 @@ def _fair(interface: str, rate_bytes_per_s: float, burst: int, nodes: list[int])
     return found
 
 
-def _address(nodes: list[Unit]) -> None:
-    """Addresses, loopback, and every neighbour by heart, so that no address query runs through the links."""
-    macs = {node: switch.mac(node.index).hex(":") for node in nodes}
+def _join_by_bus(bus: str, ports: list[Unit]) -> None:
+    """A cable from every port of a node to the bridge in ``bus``."""
+    links = [(each.namespace, f"type veth peer name {each.namespace} netns {bus}") for each in ports]
+    _batch("ip", [], [f"link add name {BUS} netns {name} {peer}" for name, peer in links])
+    inside = ["link add name bridge type bridge", "link set dev bridge up"]
+    for each in ports:
+        inside += [f"link set dev {each.namespace} master bridge", f"link set dev {each.namespace} up"]
+        mac = switch.mac(_BUS_MACS + each.index).hex(":")
+        _batch("ip", ["-n", each.namespace], [f"link set dev {BUS} address {mac}", f"link set dev {BUS} up"])
+    _batch("ip", ["-n", bus], inside)
+
+
+def _address(nodes: list[Unit], ports: int) -> None:
+    """Addresses, loopback, and every neighbour by heart, so that no address query runs through the links. Of the
+    ``ports`` of a node one reaches the other by the bus."""
     for node in nodes:
         commands = ["link set lo up"]
         if len(nodes) > 1:
             commands += [
-                f"link set dev {INTERFACE} address {macs[node]}",
+                f"link set dev {INTERFACE} address {switch.mac(node.index).hex(':')}",
                 f"addr add {address(node.index)}/16 dev {INTERFACE}",
             ]
-            commands += [
-                f"neigh replace {address(other.index)} lladdr {macs[other]} nud permanent dev {INTERFACE}"
-                for other in nodes
-                if other != node
-            ]
+            for other in (each for each in nodes if each != node):
+                beside, there = other.index // ports == node.index // ports, address(other.index)
+                device, mac = (BUS, _BUS_MACS + other.index) if beside else (INTERFACE, other.index)
+                commands.append(f"neigh replace {there} lladdr {switch.mac(mac).hex(':')} nud permanent dev {device}")
+                commands += [f"route add {there}/32 dev {BUS} src {address(node.index)}"] if beside else []
         _batch("ip", ["-n", node.namespace], commands)
 
 

@@ -153,6 +153,8 @@ def up(cluster: Cluster | str = CLUSTER, *, max_jobs: int = 10000, bound: bool =
     spec = presets.cluster(cluster) if isinstance(cluster, str) else cluster
     if spec.kind != "emulated":
         raise NoSlurm(f"cluster {spec.name} is {spec.kind}: virtual nodes need an emulated one, as {CLUSTER}")
+    if any(level.ports > 1 or level.ranks_per_port for level in spec.levels):
+        raise NoSlurm(f"cluster {spec.name}: virtual nodes are alike and have one port, as those of {CLUSTER}")
     scratch.sweep("/tmp")
     state = Path(tempfile.mkdtemp(prefix="moebench-slurm-", dir="/tmp"))  # short: a socket's path has 108 characters
     state.chmod(0o755)
@@ -204,7 +206,8 @@ def keep(state: Path) -> None:
     cluster = Cluster.model_validate(wanted["cluster"])
     facts = {"scheduler": use_batch_scheduling()}
     built = network.build(cluster)
-    addresses = _join_management(built.node_namespaces)
+    namespaces = built.of_ranks[:: cluster.shape[-1]]  # of nodes
+    addresses = _join_management(namespaces)
     for folder in ("ctld", "bin", *(f"spool-n{i}" for i in range(cluster.num_nodes))):
         (state / folder).mkdir()
     (state / "slurm.conf").write_text(_configuration(state, cluster, addresses, wanted["max_jobs"]))
@@ -218,7 +221,7 @@ def keep(state: Path) -> None:
     _start_munged(state)
     _start(["slurmctld", "-D"], state)
     daemons = []
-    for index, name in enumerate(built.node_namespaces):
+    for index, name in enumerate(namespaces):
         inside = f"hostname n{index}; mount --bind {state}/hosts /etc/hosts; exec slurmd -D -N n{index}"
         daemons.append(
             _start(["nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount", "sh", "-c", inside], state)

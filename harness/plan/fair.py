@@ -73,23 +73,26 @@ def last(order, first, num, begins, amounts, each_s):  # type: ignore[no-untyped
 
 
 @compiled()
-def pairwise(matrix, begins, units, shared, each_s, free, done):  # type: ignore[no-untyped-def]
+def pairwise(matrix, begins, units, ports, shared, each_s, free, done):  # type: ignore[no-untyped-def]
     """``done`` [W] of each rank is raised to when its flows, out and in, are done: of ``matrix`` [W, W], each from when
-    both its ranks begin, ``begins`` [W], and its port is free. ``units`` [L, W]: whose port of each line a rank goes
-    by, units of equal size; where ``shared`` [L], ranks of a unit reach each other by it, else others, out and in.
-    ``free`` [L, 2, W]: when each port is, out and in, by unit; raised too."""
+    both its ranks begin, ``begins`` [W], and its port is free. ``units`` [L, W]: in which unit of each line a
+    rank is, and ``ports`` [L, W] by which port it goes, one after another; where ``shared`` [L], ranks of
+    a unit reach each other by it, else others, out and in. ``free`` [L, 2, W]: when each port is, out and in; raised
+    too."""
     num_ranks = len(begins)
     ready, amounts, ends = np.empty(num_ranks**2), np.empty(num_ranks**2), np.empty(num_ranks**2)
     source, target = np.empty(num_ranks**2, dtype=np.int64), np.empty(num_ranks**2, dtype=np.int64)
     for line in range(len(units)):
-        size = num_ranks // (units[line, num_ranks - 1] + 1)
         for side in range(1 if shared[line] else 2):
-            for first in range(0, num_ranks, size):
-                port, count = units[line, first], 0
-                for here in range(first, first + size):
+            end = 0
+            for port in range(ports[line, num_ranks - 1] + 1):
+                first, count = end, 0
+                while end < num_ranks and ports[line, end] == port:
+                    end += 1
+                for here in range(first, end):
                     for other in range(num_ranks):
                         i, j = (here, other) if side == 0 else (other, here)
-                        inside = first <= other < first + size
+                        inside = units[line, other] == units[line, here]
                         if matrix[i, j] > 0 and i != j and inside == shared[line]:
                             ready[count] = max(begins[i], begins[j], free[line, side, port])
                             amounts[count], source[count], target[count] = matrix[i, j], i, j

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +24,7 @@ from harness.errors import bad
 from harness.plan.cost import Even, OnLinks, Transfer, meeting, span
 from harness.specs import Cluster
 from harness.topology import Topology
-from harness.traffic import blocks_of, inside_load, port_load
+from harness.traffic import blocks_of, inside_load, port_load, unequal_load
 
 Array = np.ndarray
 #: what a link model remembers of its ports between the transfers of a plan, for which it is asked in turn
@@ -114,12 +115,28 @@ def balanced_bytes(matrix: Array, topology: Topology, scope: str) -> Array:
 @dataclasses.dataclass(frozen=True)
 class Line:
     """Bytes per second of a port of a unit of link level ``level``, one direction. ``ports``: of a unit, each of as
-    many neighbouring ranks. ``shared``: no port, but what all ranks of a unit one level up send each other."""
+    many neighbouring ranks; ``sizes``: of ranks behind each port, where they are unequal numbers. ``shared``: no port,
+    but what all ranks of a unit one level up send each other."""
 
     level: int
     bytes_per_s: float
     ports: int = 1
     shared: bool = False
+    sizes: tuple[int, ...] = ()
+
+    def units(self, topology: Topology) -> Array:
+        """Whose traffic with others goes by its ports, of every rank, int [W]."""
+        if self.sizes:
+            return self.port_of(topology)
+        return topology.unit_of(self.level - 1 if self.shared else self.level)
+
+    def port_of(self, topology: Topology) -> Array:
+        """By which of all its ports a rank goes, int [W]."""
+        if self.shared:
+            return self.units(topology)
+        if self.sizes:
+            return np.repeat(np.arange(len(self.sizes)), self.sizes)
+        return np.arange(topology.num_ranks) * topology.num_units(self.level) * self.ports // topology.num_ranks
 
 
 def lines_of(cluster: Cluster, *, pooled: bool = False) -> tuple[Line, ...]:
@@ -129,8 +146,15 @@ def lines_of(cluster: Cluster, *, pooled: bool = False) -> tuple[Line, ...]:
     for level, link in enumerate(cluster.levels):
         if link.bandwidth_bytes_per_s is not None:
             ports = 1 if pooled else link.ports
-            found.append(Line(level, link.bandwidth_bytes_per_s * link.ports / ports, ports))
+            rate = link.bandwidth_bytes_per_s * link.ports / ports
+            found.append(Line(level, rate, ports, sizes=link.ranks_per_port))
     return tuple(found)
+
+
+def most_through(sizes: Sequence[int]) -> float:
+    """Of a rank's buffer in a balanced all-to-all how many go by the busiest port of ``sizes`` ranks each."""
+    total = sum(sizes)
+    return max(size * (total - size) for size in sizes) / total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,21 +183,23 @@ class Ports(LinkModel):
 
     def by_rank(self, matrix: Array) -> Array:
         """Seconds [.., W] until the ports of each rank have."""
-        every = self.topology.num_ranks
-        ports = [self._on(line, matrix) for line in self.lines]
-        lasts = [each.repeat(every // each.shape[-1], -1) for each in ports]
+        lasts = [self._on(line, matrix)[..., line.port_of(self.topology)] for line in self.lines]
         return functools.reduce(np.maximum, lasts or [np.zeros(matrix.shape[:-1])])
 
     def _on(self, line: Line, matrix: Array) -> Array:
         """Seconds of each port of ``line``, [.., units x ports]; of each unit above, where it is shared."""
         if line.shared:
             return inside_load(matrix, self.topology, line.level - 1) / line.bytes_per_s
+        if line.sizes:
+            return unequal_load(matrix, line.sizes) / line.bytes_per_s
         return port_load(matrix, self.topology, line.level, line.ports) / line.bytes_per_s
 
     def _even(self, cost: Even, line: Line) -> Any:
         """Bytes through one port: of an all-to-all what its ranks send out of the unit; of a ring (two for ``ar``) what
         the unit's part of each group gets from others, once."""
         assert not line.shared
+        if line.sizes and cost.operation == "a2a":
+            return most_through(line.sizes) * np.asarray(cost.num_bytes, dtype=np.float64)
         shape = self.topology.shape
         members, apart = meeting(cost.scope, shape)
         ranks = math.prod(shape[line.level + 1 :])  # of a unit
@@ -205,11 +231,11 @@ class SharedPorts(Ports):
         amounts = np.broadcast_to(matrix, shape).astype(np.float64).reshape(start.shape)
         ends = start.copy()
         for line in self.lines:
-            unit = self.topology.unit_of(line.level)
+            unit, port = line.units(self.topology), line.port_of(self.topology)
             crossing = np.where(unit[:, None] != unit, amounts, 0)
-            size = num_ranks // (self.topology.num_units(line.level) * line.ports)  # neighbours at one port
-            for first, item in itertools.product(range(0, num_ranks, size), range(len(ends))):
-                here = slice(first, first + size)
+            edges = [*np.flatnonzero(np.diff(port, prepend=-1)), num_ranks]
+            for (first, end), item in itertools.product(itertools.pairwise(edges), range(len(ends))):
+                here = slice(first, end)  # neighbours at one port
                 for side in [(item, here)] * out + [(item, slice(None), here)] * into:
                     _share(ends[side], start[side], crossing[side], 1 / line.bytes_per_s)
         return ends.reshape(shape)

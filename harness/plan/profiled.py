@@ -20,7 +20,7 @@ import numpy as np
 from harness.comm.fits import Fit
 from harness.ledger import Calibration
 from harness.plan.cost import Even, OnLinks, Transfer
-from harness.plan.links import Busy, Line, LinkModel, Ports, names
+from harness.plan.links import Busy, Line, LinkModel, Ports, most_through, names
 from harness.topology import Topology
 
 
@@ -48,7 +48,7 @@ class Profiled(LinkModel):
         from harness.plan.fair import pairwise  # numba takes its time to import
 
         alpha, _ = self._fit(f"a2a.{cost.scope}")
-        units, shared, each_s = self._lines
+        units, ports, shared, each_s = self._lines
         num_ranks = units.shape[1]
         shape = np.broadcast_shapes(cost.matrix.shape[:-1], begins.shape)
         done = np.array(np.broadcast_to(begins, shape)).reshape(-1, num_ranks)
@@ -58,18 +58,20 @@ class Profiled(LinkModel):
         free = busy.setdefault("free", np.zeros((len(done), len(units), 2, num_ranks)))
         for item in range(len(done)):
             matrix = np.ascontiguousarray(matrices[item], dtype=np.float64)
-            pairwise(matrix, np.ascontiguousarray(starts[item]), units, shared, each_s, free[item], done[item])
+            pairwise(matrix, np.ascontiguousarray(starts[item]), units, ports, shared, each_s, free[item], done[item])
         return done.reshape(shape)
 
     @functools.cached_property
-    def _lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each line of ``ports``: whose port a rank goes by, int64 [L, W]; whether it is shared, [L]; and seconds a
-        byte, [L]."""
+    def _lines(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of each line of ``ports``: in which unit a rank is and by which port it goes, int64 [L, W] each; whether it
+        is shared, [L]; and seconds a byte, [L]."""
         topology, lines = self.ports.topology, self.ports.lines
-        units = [topology.unit_of(line.level - 1 if line.shared else line.level) for line in lines]
+        of_ranks = ([line.units(topology) for line in lines], [line.port_of(topology) for line in lines])
         shared, each_s = ([getattr(line, name) for line in lines] for name in ("shared", "bytes_per_s"))
+        units, ports = (np.array(each, dtype=np.int64).reshape(len(lines), topology.num_ranks) for each in of_ranks)
         return (
-            np.array(units, dtype=np.int64).reshape(len(lines), topology.num_ranks),
+            units,
+            ports,
             np.array(shared, dtype=bool),
             1 / np.array(each_s, dtype=np.float64),
         )
@@ -82,10 +84,12 @@ class Profiled(LinkModel):
             if link.size == 1:
                 continue
             _, beta = self._fit(f"a2a.{link.name}")
-            below = topology.num_ranks // topology.num_units(level)  # ranks behind one port
+            below = topology.num_ranks // (topology.num_units(level) * link.ports)  # ranks behind one port
             shared = cluster.kind != "physical" and 0 < level == topology.num_levels - 1
             through = (link.size if shared else below) * (link.size - 1) / link.size
-            lines.append(Line(level, through / beta, shared=shared))
+            if sizes := link.ranks_per_port:
+                through = most_through(sizes)
+            lines.append(Line(level, through / beta, 1 if shared else link.ports, shared, sizes))
         return Ports(topology, tuple(lines))
 
     def _fit(self, key: str) -> tuple[float, float]:

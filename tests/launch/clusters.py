@@ -13,6 +13,7 @@ def node(size: int = 2, **fields):
 
 LOCAL = with_levels("local-test", [{"name": "node", "size": 2}, {"name": "rank", "size": 2}], kind="local")
 EMULATED = with_levels("emulated-test", [node(), {"name": "rank", "size": 2}], kind="emulated")
+RAILS = with_levels("rails-test", [node(ports=2), {"name": "rank", "size": 4}], kind="emulated")  # two ranks a NIC
 NESTED = with_levels(
     "nested-test",
     [

@@ -6,13 +6,19 @@ import os
 import shutil
 import tempfile
 
+import numpy as np
 import pytest
 
+from harness import presets, registry
 from harness.launch import network, switch
 from harness.launch import session as session_module
 from harness.launch.session import open_session
+from harness.plan.links import lines_of
 from harness.specs import with_levels
-from tests.launch.clusters import BYTES_PER_S, DELAYED, EMULATED, LOCAL, NESTED, NESTED_DELAYED
+from harness.topology import Topology
+from harness.traffic import direction_bytes
+from tests.baselines.recorded import make_case
+from tests.launch.clusters import BYTES_PER_S, DELAYED, EMULATED, LOCAL, NESTED, NESTED_DELAYED, RAILS
 
 WORK = "tests.launch.work:"
 MIB = 1 << 20
@@ -72,6 +78,7 @@ def test_each_level_of_a_nested_network_has_its_rate(shaped):
     ("cluster", "target", "level"),
     [
         *[(EMULATED, 2, 0), (EMULATED, 1, 1), (NESTED, 6, 0), (NESTED, 2, 1), (NESTED, 1, 2)],
+        *[(RAILS, 6, 0), (RAILS, 1, 1), (RAILS, 2, 1)],
         *[(DELAYED, 2, 0), (NESTED_DELAYED, 2, 0), (NESTED_DELAYED, 1, 1)],
     ],
     ids=lambda value: getattr(value, "name", value),
@@ -82,6 +89,49 @@ def test_counters_know_the_level(shaped, cluster, target, level):
     for index, num_bytes in enumerate(counted):
         expected = 8 * MIB if index == level else 0
         assert expected <= num_bytes <= expected + 0.02 * 8 * MIB
+
+
+@pytest.mark.timed
+def test_each_port_of_a_node_has_its_rate(shaped):
+    """Ranks 0 and 1 share a port out, ranks 6 and 7 one in; the bus between ports is not shaped."""
+    ranks, size = shaped(RAILS), 2 * MIB
+
+    def seconds(*flows):
+        return min(ranks.call(WORK + "send_together", {"flows": flows, "bytes": size, "reps": 3})[0])
+
+    ideal = size * WIRE_PER_PAYLOAD / BYTES_PER_S
+    assert seconds((0, 4), (2, 6)) == pytest.approx(ideal, rel=0.12)
+    assert seconds((0, 4), (1, 6)) == pytest.approx(2 * ideal, rel=0.12)
+    assert seconds((0, 6), (2, 7)) == pytest.approx(2 * ideal, rel=0.12)
+    assert seconds((0, 2), (1, 3)) < ideal / 4
+
+
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [("emulated-2x2x2-rails", "flat"), ("emulated-2x2x2-rails", "hiermoe-hd2"), ("emulated-4-2-2", "flat")],
+)
+def test_each_port_sends_what_is_planned_of_its_ranks(shaped, name, system):
+    cluster = presets.cluster(name)
+    topology = Topology(cluster.shape)
+    case = {"model": {"hidden": 2048}, "generator": "zipf", "params": {"target": 2.0}}
+    case["tokens"] = (64, 32, 96, 0, 8, 48, 24, 40)
+    sent = shaped(cluster).call(WORK + "exchange", {"system": system, "case": case}, timeout_s=60)[0]
+    matrix = direction_bytes(registry.system(system).planned_bytes(make_case(topology, **case)), "forward")
+    for line in lines_of(cluster):
+        unit = line.units(topology)
+        planned = np.bincount(line.port_of(topology), np.where(unit[:, None] == unit, 0, matrix).sum(1))
+        assert len(planned) == 2 or len(set(planned)) > 1  # what goes there comes back
+        for counted, wanted in zip(sent[line.level], planned, strict=True):
+            assert 0.99 * wanted <= counted <= 1.06 * wanted + 32 * 1024
+
+
+def test_ranks_of_unequal_nodes_reach_each_other_inside(shaped):
+    """Ranks 0 to 3, 4 and 5, 6 and 7."""
+    ranks = shaped(presets.cluster("emulated-4-2-2"))
+    for source, target, out in ((0, 3, [0, 0, 0]), (4, 5, [0, 0, 0]), (3, 4, [1, 0, 0]), (6, 0, [0, 0, 1])):
+        payload = {"flows": [(source, target)], "bytes": 8 * MIB}
+        for counted, wanted in zip(ranks.call(WORK + "sent_together", payload)[0], out, strict=True):
+            assert wanted * 8 * MIB <= counted <= wanted * 8 * MIB + 0.02 * 8 * MIB
 
 
 @pytest.mark.timed

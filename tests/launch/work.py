@@ -11,11 +11,15 @@ import time
 import torch
 import torch.distributed as dist
 
+from harness import registry
+from harness.bench import conformance
 from harness.comm.agree import attempt, failed, first_said
 from harness.errors import UserError
-from harness.launch.network import address
+from harness.launch.network import INTERFACE, address
+from harness.layer.weights import Weights
 from harness.plan.graph import COMPUTE, INTER, Plan
 from harness.plan.lanes import executor_of
+from tests.baselines.recorded import make_case
 from tests.launch.jobs import fail_with
 
 MIB = 1 << 20
@@ -128,6 +132,55 @@ def send(job, payload):
         counted = before and [now - then for now, then in zip(job.counters(), before, strict=True)]
         seen.append((start, end, counted))
     return seen
+
+
+def send_together(job, payload):
+    """Flows (source, target) of ``payload["bytes"]`` each at once, a few times: seconds until all are done."""
+    data, times = torch.ones(payload["bytes"], dtype=torch.uint8), []
+    for _ in range(payload["reps"]):
+        dist.barrier()
+        time.sleep(0.05)  # the buckets fill
+        dist.barrier()
+        start = time.perf_counter()
+        for source, target in payload["flows"]:
+            if job.rank == source:
+                dist.send(data, target)
+            elif job.rank == target:
+                dist.recv(data, source)
+        dist.barrier()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def sent_together(job, payload):
+    """Bytes that each port of the outermost level has sent for ``send_together`` once."""
+    dist.barrier()
+    before = job.counters.by_port(0, INTERFACE)
+    send_together(job, payload | {"reps": 1})
+    after = job.counters.by_port(0, INTERFACE)
+    dist.barrier()
+    return [b - a for a, b in zip(before, after, strict=True)]
+
+
+def exchange(job, payload):
+    """Bytes that each port has sent, by level, in the forward of a layer of ``make_case(**payload["case"])``."""
+    system, case = registry.system(payload["system"]), make_case(job.topology, **payload["case"])
+    weights = Weights(case.model, case.dtype)
+    x = conformance.draw_tokens(weights, case.routing)[0][job.rank]
+    layer = system.build(case, job, weights)
+
+    def sent():
+        return [job.counters.by_port(level, INTERFACE) for level in range(job.topology.num_levels)]
+
+    layer(x)  # connections are there from now on
+    dist.barrier()
+    before = sent()
+    dist.barrier()
+    layer(x)
+    dist.barrier()
+    after = sent()
+    dist.barrier()
+    return [[b - a for a, b in zip(*ports, strict=True)] for ports in zip(before, after, strict=True)]
 
 
 def ping(job, payload):

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from harness import presets
 from harness.plan.cost import Compute, Even, Hold, Transfer
 from harness.plan.graph import COMPUTE, INTER, Plan
-from harness.plan.links import AlphaBeta, Line, Ports, SharedPorts, balanced_bytes
+from harness.plan.links import AlphaBeta, Line, Ports, SharedPorts, balanced_bytes, lines_of
 from harness.plan.machine import Machine
 from harness.plan.profiled import Profiled
 from harness.plan.simulate import simulate
@@ -235,7 +236,7 @@ def profiled(name: str = "emulated-2x4") -> Profiled:
     return Profiled(calibration(name))
 
 
-@given(st.integers(0, 10**6), st.sampled_from(["emulated-2x4", "emulated-2x2x2", "emulated-4x2"]))
+@given(st.integers(0, 10**6), st.sampled_from(["emulated-2x4", "emulated-2x2x2", "emulated-2x2x2-rails"]))
 @settings(max_examples=30, deadline=None)
 def test_profiled_ranks_that_begin_together_are_done_with_the_busiest_port(seed, name):
     links, rng = profiled(name), np.random.default_rng(seed)
@@ -254,6 +255,49 @@ def test_profiled_ranks_that_begin_together_are_done_with_the_busiest_port(seed,
         np.testing.assert_allclose(found, back)
         assert found[(late + 5) % 8] == found[late] > 1.0
         assert sorted(found)[:6] == [0.0] * 6
+
+
+def test_a_port_is_that_of_its_ranks_alone():
+    """By the rates stated, and as profiled: two ranks of a node send by two NICs, and reach each other by none."""
+    cluster = presets.cluster("emulated-2x2x2-rails")
+    stated, found = Ports(Topology(cluster.shape), lines_of(cluster)), profiled(cluster.name)
+    flows = {"one": [(0, 2), (0, 3)], "two": [(0, 2), (1, 3)], "in": [(0, 2), (1, 2)]}
+    flows["racks"] = [(0, 4), (1, 5), (2, 6)]
+    matrices = {"none": np.zeros((8, 8))} | {name: np.zeros((8, 8)) for name in flows}
+    for name, pairs in flows.items():
+        for source, target in pairs:
+            matrices[name][source, target] = 1e6
+    seconds = {name: float(stated.of(matrix)) for name, matrix in matrices.items()}
+    assert seconds == pytest.approx({"none": 0, "one": 0.08, "two": 0.04, "in": 0.08, "racks": 0.06})
+    node = next(line for line in found.ports.lines if line.level == 1)
+    assert node.ports == 2
+    ends = {name: found.finish(Transfer("a2a", "flat", matrix), np.zeros(8)).max() for name, matrix in matrices.items()}
+    alpha = found.finish(Transfer("a2a", "flat", matrices["two"]), np.zeros(8)).max() - 1e6 / node.bytes_per_s
+    assert ends["one"] - alpha == pytest.approx(2e6 / node.bytes_per_s) == ends["in"] - alpha
+
+
+def test_unequal_nodes_share_their_ports():
+    """Port by port, and flows that begin together; four ranks share a port out, two of another node one in."""
+    cluster = presets.cluster("emulated-4-2-2")
+    topology, rng = Topology(cluster.shape), np.random.default_rng(5)
+    (line,) = lines_of(cluster)
+    node = line.port_of(topology)
+    assert node.tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    matrix = rng.integers(0, 10**6, (8, 8)).astype(float)
+    crossing = np.where(node[:, None] == node, 0, matrix)
+    wanted = max(np.bincount(node, crossing.sum(axis)).max() for axis in (0, 1)) / 50e6
+    assert float(Ports(topology, (line,)).of(matrix)) == pytest.approx(wanted)
+    shared = SharedPorts(topology, (line,)).finish(Transfer("a2a", "flat", matrix), np.zeros(8))
+    assert shared.max() == pytest.approx(wanted)
+    even = float(Ports(topology, (line,)).seconds(Even("a2a", "flat", 8e6)))
+    full = np.full((8, 8), 1e6)
+    assert even == pytest.approx(float(Ports(topology, (line,)).of(full))) == 16e6 / 50e6
+    found = profiled(cluster.name)
+    cost = Transfer("a2a", "flat", matrix)
+    assert found.finish(cost, np.zeros(8)).max() == pytest.approx(float(np.max(found.seconds(cost))))
+    (_, beta) = found._fit("a2a.rank")
+    alpha, _ = found._fit("a2a.flat")
+    assert float(np.max(found.seconds(Transfer("a2a", "flat", full)))) == pytest.approx(alpha + 8e6 * beta)
 
 
 def test_a_lane_s_next_transfer_waits_for_the_ports_and_other_lanes_do_not():
