@@ -94,7 +94,12 @@ def test_list_everything_as_tables(moebench):
         (["record", "--out", "x.parquet", "--tokens", "7"], "--tokens: 7: "),
         (["record", "--out", "x.parquet", "--text", "t.txt"], "--text: 't.txt': is for --checkpoint"),
         (["record", "--out", "x.parquet", "--no-by-layer"], "--by-layer: False: is for --checkpoint"),
-        (["record", "--out", "x.parquet", "--checkpoint", "c", "--at", "3"], "--at: [3]: is for a training"),
+        (["record", "--out", "x.parquet", "--checkpoint", "c", "--at", "3"], "--at: ['3']: is for a training"),
+        (
+            ["record", "--out", "x.parquet", "--steps", "9", "--at", "2-10"],
+            "--at: '2-10': must be a step of 0 to 9, or a span",
+        ),
+        (["record", "--out", "x.parquet", "--at", "3-"], "--at: '3-': must be a step of 0 to 600"),
         (["run"], "give one YAML file, or --suite NAME"),
         (["run", "--suite", "quik"], "did you mean 'quick'?"),
         (["run", "absent.yaml"], "absent.yaml"),

@@ -14,6 +14,7 @@ from harness.layer.gpt import GPT
 from harness.layer.work import parameters
 from harness.routing import make_routing
 from harness.routing.record import LocalMoE
+from harness.routing.trace import find_trace, read_trace
 from harness.specs import Cluster, Experiment, Model, Workload
 from harness.topology import Topology
 
@@ -264,7 +265,9 @@ def test_fsmoe_models_have_one_expert_for_every_node():
 @pytest.mark.parametrize("name", presets.names("workloads"))
 def test_every_workload_can_be_routed(name):
     workload = presets.workload(name)
-    model = Model(name="m", num_layers=1, hidden=8, ffn=8, num_experts=64, top_k=8)
+    trace = workload.params.get("path") or workload.params.get("like")
+    top_k = min(8, read_trace(find_trace(str(trace))).header.top_k) if trace else 8
+    model = Model(name="m", num_layers=1, hidden=8, ffn=8, num_experts=64, top_k=top_k)
     routing = make_routing(workload, model, Topology((2, 4)))
     assert (routing is None) == (workload.generator == "natural")
 

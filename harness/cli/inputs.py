@@ -28,9 +28,13 @@ def record_(
         str, typer.Option(help="Model to train: a preset (moebench list models) or a YAML file.")
     ] = "record-e16k2",
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
-    at: Annotated[list[int] | None, typer.Option(help="Record after this many steps; may be repeated.")] = None,
+    at: Annotated[
+        list[str] | None, typer.Option(help="Record after this many steps, or each of a span (20-83); may be repeated.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to record at each step.")] = 16384,
     seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
+    balance: Annotated[float | None, typer.Option(min=0, help="Weight of the load-balancing loss (0.003).")] = None,
+    gate_weights: Annotated[bool, typer.Option(help="Keep the weight of each choice: over half of the file.")] = True,
     weights: Annotated[Path | None, typer.Option(help="Keep the trained model too, for serving (.npz).")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of a Hugging Face MoE model to record from.")] = None,
     text: Annotated[Path | None, typer.Option(help="Of a checkpoint: text to run it over (UTF-8).")] = None,
@@ -51,6 +55,7 @@ def record_(
 
     ```
     moebench record --model record-e64k8 --out my-trace.parquet
+    moebench record --model record-e64k2 --at 20-83 --no-gate-weights --out drifts.parquet
     moebench record --checkpoint ~/models/OLMoE-1B-7B --out olmoe.parquet
     moebench record --checkpoint ~/models/Qwen3-30B-A3B --text mine.txt --seq 2048 --passes 8 --out qwen.parquet
     ```
@@ -60,7 +65,7 @@ def record_(
 
     command = shlex.join(["moebench", *sys.argv[1:]])
     of_checkpoint: dict[str, Any] = {"text": text, "token_ids": token_ids, "seq": seq, "batch": batch, "passes": passes}
-    of_training: dict[str, Any] = {"at": at, "weights": weights}
+    of_training: dict[str, Any] = {"at": at, "balance": balance, "weights": weights}
     for name, value in (of_training if checkpoint else of_checkpoint | {"by_layer": by_layer}).items():
         if value is not None and value != []:
             where = "is for a training, without --checkpoint" if checkpoint else "is for --checkpoint"
@@ -73,14 +78,15 @@ def record_(
             if bar.console.is_terminal or now.step % max(1, now.num_steps // 20) == 0:
                 console.say(bar, f"step {now.step} of {now.num_steps}, loss {now.loss:.3f}")
 
-        common: dict[str, Any] = {"num_tokens": tokens, "command": command, "progress": heard}
+        common: dict[str, Any] = {"num_tokens": tokens, "gate_weights": gate_weights}
+        common |= {"command": command, "progress": heard}
         if checkpoint:
             given: dict[str, Any] = {name: value for name, value in of_checkpoint.items() if value is not None}
             made = huggingface.record_checkpoint(checkpoint, out, **given, layerwise=by_layer, **common)
         else:
-            made = record.record(
-                presets.model(model), out, num_steps=steps, steps=at or None, seed=seed, weights=weights, **common
-            )
+            given = {} if balance is None else {"balance": balance}
+            given |= {"steps": record.steps_of(at, steps) if at else None, "seed": seed, "weights": weights}
+            made = record.record(presets.model(model), out, num_steps=steps, **given, **common)
     _show_recording(made, as_json)
 
 

@@ -18,7 +18,7 @@ from harness.routing import by_layer
 from harness.routing import checkpoint as checkpoints
 from harness.routing.calls import Calls, Chosen, Unread
 from harness.routing.corpus import Corpus
-from harness.routing.record import Progress, Summary, summarise
+from harness.routing.record import Progress, Summary, summarise, without_weights
 from harness.routing.tokens import tokens_of
 from harness.routing.trace import Header, Recorded, check_writable, write_trace
 
@@ -36,6 +36,7 @@ def record_checkpoint(
     text: Path | None = None,
     token_ids: Path | None = None,
     layerwise: bool | None = None,
+    gate_weights: bool = True,
     command: str = "",
     corpus: Corpus | None = None,
     device: str | None = None,
@@ -47,7 +48,8 @@ def record_checkpoint(
     ``seq``: tokens of a sequence, by default 1024 or what the model allows; ``batch``: sequences that run together.
     ``text`` or ``token_ids``: a file to read instead of ``corpus``. ``layerwise``: only one layer's weights are in
     memory at a time, with the same result (by default where the whole model has no room). Layers are counted in the
-    order in which a pass calls them. ``progress`` hears of forward passes as steps.
+    order in which a pass calls them. Without ``gate_weights``
+    only choices are kept. ``progress`` hears of forward passes as steps.
 
     Errors (``UserError``, nothing is written): transformers missing, a folder that holds no whole MoE model, a class
     whose experts cannot be read for certain, tokens that do not fill sequences, too little text, no numbers.
@@ -92,7 +94,7 @@ def record_checkpoint(
             **{"transformers": library.__version__, "torch": torch.__version__, "device": device},
         },
     )
-    write_trace(out, header, rows)
+    write_trace(out, header, rows if gate_weights else without_weights(rows))
     return summarise(out, rows, first.num_experts, time.perf_counter() - started)
 
 
@@ -116,7 +118,7 @@ def _run(
     progress: Callable[[Progress], None],
 ) -> list[tuple[float, list[Chosen]]]:
     """Of every batch its loss and what each layer chose, on the CPU."""
-    name = type(model).__name__
+    name = f"{type(model).__name__} of transformers {checkpoints.transformers().__version__}"
 
     def forward(index: int) -> tuple[float, list[Chosen]]:
         ids = batches[index].to(device)
@@ -141,8 +143,7 @@ def _run(
                 return by_layer.run(model, len(batches), forward, checkpoint)
             return [forward(index) for index in range(len(batches))]
         except Unread as error:
-            version = checkpoints.transformers().__version__
-            remedy = f"{name} of transformers {version} is not recorded: {error}"
+            remedy = f"{name} is not recorded: {error}"
             raise bad("checkpoint", str(checkpoint), f"{remedy}; try another version, or another checkpoint") from None
         except UserError:
             raise

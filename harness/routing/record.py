@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -91,6 +92,22 @@ def default_steps(num_steps: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, num_steps * percent // 100) for percent in (2, 10, 40, 100)}))
 
 
+def steps_of(words: Sequence[str], num_steps: int) -> tuple[int, ...]:
+    """Steps by their numbers, and by spans of them. ``UserError`` for what is neither, or beyond ``num_steps``.
+
+    >>> steps_of(["12", "20-23"], 600)
+    (12, 20, 21, 22, 23)
+    """
+    found: set[int] = set()
+    for word in words:
+        span = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word, re.ASCII)
+        first, last = (int(span[1]), int(span[2] or span[1])) if span else (1, 0)
+        if not first <= last <= num_steps:
+            raise bad("--at", word, f"must be a step of 0 to {num_steps}, or a span of them such as 20-83")
+        found |= set(range(first, last + 1))
+    return tuple(sorted(found))
+
+
 def record(
     model: Model,
     out: Path,
@@ -105,6 +122,7 @@ def record(
     num_threads: int = 1,
     command: str = "",
     corpus: Corpus | None = None,
+    gate_weights: bool = True,
     weights: Path | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary:
@@ -114,7 +132,8 @@ def record(
     each records every layer over the same ``num_tokens`` held-out tokens. ``balance``: weight of the Switch
     load-balancing loss, by default 0.003: milder than the 0.01 of Switch Transformer and OLMoE; with the
     0.001 of Mixtral's configuration a trial had every token on the same experts after 40 steps. The same seed, number
-    of threads, machine type and Python give the same trace.
+    of threads, machine type and Python give the same trace. Without
+    ``gate_weights``, more than half of a file, it holds the choices alone, which are all that a workload takes.
 
     Errors (``UserError``): steps out of range, a vocabulary below 256, tokens that do not fill whole sequences,
     a file that cannot be written.
@@ -122,6 +141,8 @@ def record(
     steps = tuple(default_steps(num_steps)) if steps is None else tuple(sorted(set(steps)))
     if not steps or steps[0] < 0 or steps[-1] > num_steps:
         raise bad("record.steps", list(steps), f"must lie in 0..{num_steps} and not be empty")
+    if not 0 <= balance < float("inf"):
+        raise bad("--balance", balance, "must be a number from 0 on")
     if model.gate in EXPERTS_CHOOSE:
         raise bad("model.gate", model.gate, "has no k experts per token to record; use a gate in which tokens choose")
     if model.gate_noise:
@@ -176,7 +197,7 @@ def record(
             "model": model.model_dump_json(exclude={"source", "interpretation"}),
         },
     )
-    write_trace(out, header, rows)
+    write_trace(out, header, rows if gate_weights else without_weights(rows))
     return summarise(out, rows, model.num_experts, time.perf_counter() - started)
 
 
@@ -201,6 +222,10 @@ def _routing_of(gpt: GPT, held: torch.Tensor, step: int) -> list[Recorded]:
     loss = sum(losses) / len(held)
     pairs = zip(torch.cat(ids, 1).numpy(), torch.cat(weights, 1).numpy(), strict=True)
     return [Recorded(step, layer, i.astype(np.int32), w, loss) for layer, (i, w) in enumerate(pairs)]
+
+
+def without_weights(rows: Sequence[Recorded]) -> list[Recorded]:
+    return [dataclasses.replace(row, weights=row.weights[:0]) for row in rows]
 
 
 def summarise(path: Path, rows: list[Recorded], num_experts: int, time_s: float) -> Summary:

@@ -42,6 +42,10 @@ CLASSES = {
 }
 
 
+def _model(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 @pytest.fixture
 def checkpoint(request, tmp_path):
     name = request.param
@@ -67,7 +71,7 @@ def test_records_what_the_model_chose(checkpoint, tmp_path):
     assert len(set(summary.digests[0])) == num_layers
 
     # the first MoE layer's choice, from the router's input and weight and no code of the model's router
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = _model(folder)
     seen = {}
     gate = next(module for path, module in model.named_modules() if path.endswith((".gate", ".router")))
     gate.register_forward_pre_hook(lambda _, inputs: seen.setdefault("x", inputs[0]))
@@ -93,6 +97,25 @@ def test_records_what_the_model_chose(checkpoint, tmp_path):
     assert np.array_equal(row.ids[:64], ids.numpy())
     assert np.abs(row.weights[:64] - weights.numpy()).max() <= trace.header.weight_scale / 255
     assert (row.weights[:, 0] >= row.weights[:, 1]).all()
+
+
+@pytest.mark.parametrize("checkpoint", ["DeepseekV2"], indirect=True)
+def test_a_class_whose_own_code_fails_is_refused_with_the_reason(checkpoint, tmp_path, monkeypatch):
+    """As DeepSeek-V2 of transformers 5.0 does."""
+    name, folder = checkpoint
+
+    def fail(*args, **kwargs):
+        raise AttributeError("'DeepseekV2Moe' object has no attribute 'num_group'")
+
+    (moe,) = {type(m) for m in _model(folder).modules() if type(m).__name__ == "DeepseekV2Moe"}
+    monkeypatch.setattr(moe, "forward", fail)
+    said = (
+        rf"{name}ForCausalLM of transformers {transformers.__version__} cannot be run \(.* no attribute 'num_group'\)"
+    )
+    with pytest.raises(UserError, match=f"{said}; try another version of transformers") as error:
+        record_checkpoint(folder, tmp_path / "t.parquet", num_tokens=64, corpus=CORPUS, device="cpu")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "t.parquet").exists()
 
 
 @pytest.mark.parametrize("checkpoint", ["Mixtral"], indirect=True)

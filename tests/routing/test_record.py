@@ -8,7 +8,7 @@ from harness.errors import UserError
 from harness.layer.oracle import Oracle
 from harness.layer.weights import Weights
 from harness.routing.corpus import Corpus, python_corpus
-from harness.routing.record import LocalMoE, record
+from harness.routing.record import LocalMoE, record, steps_of
 from harness.routing.trace import read_trace
 from harness.specs import Model
 
@@ -54,6 +54,16 @@ def test_loss_falls_and_the_seed_makes_the_trace(tmp_path):
     assert first.max_over_mean[20][1] == pytest.approx(load.max() / load.mean())
 
 
+def test_choices_alone_of_a_span_of_steps(tmp_path):
+    whole, alone = (tmp_path / name for name in ("a.parquet", "b.parquet"))
+    steps = steps_of(["1", "3-5"], 20)
+    assert made(whole, steps=steps).digests == made(alone, steps=steps, gate_weights=False).digests
+    trace = read_trace(alone)
+    assert trace.steps == [1, 3, 4, 5]
+    assert (trace[4, 1].ids.shape, trace[4, 1].weights.shape) == ((128, 2), (0, 2))
+    assert alone.stat().st_size < whole.stat().st_size
+
+
 def test_the_balance_loss_balances(tmp_path):
     free = made(tmp_path / "a.parquet", balance=0.0)
     held = made(tmp_path / "b.parquet", balance=1.0)
@@ -76,6 +86,8 @@ def test_its_moe_layer_is_the_oracles(fields):
         ({"steps": [21]}, r"record\.steps: \[21\]: must lie in 0\.\.20"),
         ({"steps": []}, r"record\.steps"),
         ({"num_tokens": 100}, r"--tokens: 100.*seq = 16"),
+        ({"balance": -0.1}, r"--balance: -0\.1: must be a number from 0 on"),
+        ({"balance": float("nan")}, r"--balance: nan"),
     ],
 )
 def test_bad_requests_are_named(tmp_path, fields, text):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import simulating
+from harness import presets, simulating
 from harness.bench import inputs, suite
 from harness.case import cases_of, profile_of
 from harness.errors import UserError
@@ -17,7 +17,8 @@ from harness.routing import counts_of, make_routing
 from harness.routing.importing import Wanted as WantedImport
 from harness.routing.importing import import_trace
 from harness.routing.looking import look, table
-from harness.routing.trace import Header, Recorded, Writer, read_trace
+from harness.routing.trace import Header, Recorded, Writer, find_trace, read_trace
+from harness.routing.walk import told
 from harness.simulation import simulate
 from harness.specs import Model, Workload, with_levels
 from harness.topology import Topology
@@ -186,3 +187,26 @@ def test_the_page_tells_how_to_write_one(tmp_path, monkeypatch):
     assert found[9, 2].ids.shape == (1024, 2)
     experiments = text.split("```yaml\n")[1].split("```")[0]
     assert len(inputs.sift(suite.parse(experiments, "mine.yaml")).experiments) == 2
+
+
+def test_the_shipped_trace_that_drifts():
+    """Choices behind many steps in a row, early and late, heavy early on. The tokens are the same ones at every step:
+    all drift is of the routers. Presets replay it, and walk as it does."""
+    replayed, late = presets.workload("replayed"), presets.workload("replayed-late")
+    trace = read_trace(find_trace(str(replayed.params["path"])))
+    assert trace.path.stat().st_size <= 5e6
+    first = trace.steps.index(late.params["step"])
+    assert trace.steps[:first] == list(range(trace.steps[0], trace.steps[0] + first))
+    assert trace.steps[first:] == list(range(trace.steps[first], trace.steps[-1] + 1))
+    assert min(first, len(trace.steps) - first) >= 64
+    for layer in look(trace)["layers"]:
+        skew, drift = np.array(layer["skew"]), np.array(layer["drift"])
+        assert skew[:first].mean() > 4
+        assert drift[1:first].mean() > 2 * drift[first + 1 :].mean() > 0.002
+    model, topology = MODEL.model_copy(update={"num_experts": 64, "top_k": 2}), Topology((2, 4))
+    found = [make_routing(each, model, topology, step=1) for each in (replayed, late)]
+    for routing, at in zip(found, (1, first + 1), strict=True):
+        assert routing is not None
+        assert np.array_equal(routing.ids, trace[trace.steps[at], 0].ids)
+    (walks,) = {each.num_steps for each in told(presets.workload("walk-recorded"))}
+    assert walks == len(trace.steps)
