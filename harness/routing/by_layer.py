@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,10 @@ from harness.errors import bad, first_line
 from harness.routing import checkpoint as checkpoints
 
 AT_ONCE = 32  # batches for which a layer is read once; each is a thread, with its own workers for matrix products
+#: oneDNN keeps code for each shape of a product: the process for 1,024, and each thread that PyTorch has for as many
+#: again. The rows of experts have ever other shapes; in bfloat16 that grew by a layer at each layer. Read at the first
+#: product
+FEW_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
 
 
 def load(checkpoint: Path, folder: Path, device: str) -> Any:
@@ -32,6 +37,8 @@ def load(checkpoint: Path, folder: Path, device: str) -> Any:
     except ImportError:
         remedy = "needs accelerate, which is not installed: pip install 'accelerate>=1.1'"
         raise bad("--by-layer", True, remedy) from None
+    for name, value in FEW_SHAPES.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # that weights are on disk is meant
     library = checkpoints.transformers()
     try:

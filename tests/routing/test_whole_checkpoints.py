@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,3 +184,37 @@ def test_an_error_of_one_batch_ends_all(mixtral, tmp_path, monkeypatch):
 
     monkeypatch.setattr(calls.Calls, "taken", lambda self: 1 / 0)
     refused(mixtral, tmp_path, r"cannot be run \(division by zero\)", layerwise=True)
+
+
+GROWTH = """
+import contextlib, sys
+from pathlib import Path
+import psutil
+from harness.routing import by_layer
+from harness.routing.huggingface import record_checkpoint
+
+held, sizes = by_layer._held, []
+
+@contextlib.contextmanager
+def seen(layer):
+    sizes.append(psutil.Process().memory_full_info().uss >> 20)
+    with held(layer):
+        yield
+
+by_layer._held = seen
+folder, ids, out = map(Path, sys.argv[1:])
+record_checkpoint(folder, out, num_tokens=8 * 512, seq=512, token_ids=ids, layerwise=True, device="cpu")
+print(*sizes)
+"""
+
+
+@pytest.mark.long
+def test_memory_does_not_grow_with_layers_in_bfloat16(tmp_path):
+    shape = {"hidden_size": 256, "moe_intermediate_size": 128, "num_hidden_layers": 8, "max_position_embeddings": 512}
+    made = checkpoints.model(checkpoints.config("qwen3_moe", 32, 4, **shape))
+    made.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(2, 250, 8 * 512))
+    words = [sys.executable, "-c", GROWTH, *(str(tmp_path / name) for name in ("model", "ids.npy", "t.parquet"))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    sizes = list(map(int, done.stdout.split()[-8:]))  # MiB, ahead of each layer
+    assert sizes[-1] - sizes[1] < 32, sizes
