@@ -352,7 +352,7 @@ def _ratio(estimate: dict[str, float]) -> str:
 
 
 def _listed_steps(behind: list[int]) -> str:
-    return ", ".join(map(str, behind)) if len(behind) <= 12 else f"{len(behind)} of the steps" if behind else "–"
+    return (", ".join(map(str, behind)) or "–") if len(behind) <= 12 else f"{len(behind)} of the steps"
 
 
 def _bytes(value: float) -> str:

@@ -138,10 +138,10 @@ def _parts(path: Path, wanted: Wanted, read_as: list[str], hints: dict[str, int]
             parts, words = dumps.of_torch(path, kind, wanted.num_ranks, hints)
         else:
             if chosen == "parquet":
-                parts = tables.of_parquet(path, wanted.top_k, wanted.num_experts)
+                rows = tables.of_parquet(path, wanted.top_k, wanted.num_experts)
             else:
-                parts = tables.of_jsonl(path) if chosen == "jsonl" else tables.of_csv(path)
-            words = chosen
+                rows = tables.of_jsonl(path) if chosen == "jsonl" else tables.of_csv(path)
+            parts, words = tables.parts_of(rows), chosen
     read_as.append(words if wanted.format in (None, chosen) else f"{words}, {wanted.format}")
     if wanted.format == "loads":
         if wanted.num_tokens is None or wanted.top_k is None:

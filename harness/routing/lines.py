@@ -49,7 +49,7 @@ def read(
     return given, LISTS[which], values[:num_values], [lengths[at, : sizes[at]] for at in range(depth)]
 
 
-@compiled()
+@compiled(nogil=True)
 def _read(buffer, names, name_sizes, fields, scalars, values, lengths, sizes):  # type: ignore[no-untyped-def]
     """Number of lines (-1: given up), number of values, depth of the lists, which of ``LISTS``."""
     quote, backslash, comma, colon = 34, 92, 44, 58

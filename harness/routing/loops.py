@@ -17,7 +17,7 @@ RULE = (
 )
 
 
-@compiled()
+@compiled(nogil=True)
 def has_wrong(ids, num_experts):  # type: ignore[no-untyped-def]
     """Whether ids [T, k] hold one that is out of range, or twice in a token."""
     last = np.full(num_experts, -1, np.int64)  # token that had the expert last
@@ -30,7 +30,7 @@ def has_wrong(ids, num_experts):  # type: ignore[no-untyped-def]
     return False
 
 
-@compiled()
+@compiled(nogil=True)
 def count(ids, tokens, num_experts):  # type: ignore[no-untyped-def]
     """ids [T, k], ``tokens`` int64 [R] -> int64 [R, E]."""
     found = np.zeros((len(tokens), num_experts), np.int64)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +25,7 @@ import pyarrow.parquet as pq
 
 from harness.errors import bad, first_line
 from harness.routing import lines
+from harness.routing.ahead import ahead
 from harness.routing.arrays import Part
 from harness.routing.recorded import HEADER_KEY
 
@@ -48,7 +51,7 @@ WIDE = {"ids": r"(?:id|expert)_?(\d+)", "weights": r"weight_?(\d+)", "counts": r
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def of_parquet(path: Path, top_k: int | None, num_experts: int | None) -> Iterator[Part]:
+def of_parquet(path: Path, top_k: int | None, num_experts: int | None) -> Iterator[Rows | None]:
     """``top_k`` and ``num_experts`` are needed where ids are bytes."""
     file = pq.ParquetFile(pa.OSFile(str(path)))
     if HEADER_KEY in (file.metadata.metadata or {}):
@@ -57,7 +60,7 @@ def of_parquet(path: Path, top_k: int | None, num_experts: int | None) -> Iterat
     batch = max(1, min(1 << 18, MOST_BYTES * max(1, file.metadata.num_rows) // max(1, 8 * num_bytes)))
     row = 0
     for each in file.iter_batches(batch_size=batch):
-        yield from parts_of(_of_bytes(_nested(pa.table(each), path), path, top_k, num_experts), path.name, "row", row)
+        yield _rows_of(_of_bytes(_nested(pa.table(each), path), path, top_k, num_experts), path.name, "row", row)
         row += len(each)
 
 
@@ -84,16 +87,24 @@ def _of_bytes(table: pa.Table, path: Path, top_k: int | None, num_experts: int |
     return table.set_column(table.column_names.index("ids"), "ids", found)
 
 
-def of_jsonl(path: Path) -> Iterator[Part]:
-    line = 1
-    with path.open("rb") as file:
+def of_jsonl(path: Path) -> Iterator[Rows | None]:
+    """Two pieces are parsed at a time."""
+    line, coming = 1, deque[Future[Rows | None]]()
+    with path.open("rb") as file, ThreadPoolExecutor(2) as threads:
         for piece in _pieces(file, path):
-            fast = lines.read(piece, CALLED, NOT_FAST) if len(piece) >= FAST_BYTES else None
-            if fast is not None:
-                yield from _parts(_Rows(fast[0], *fast[1:]), path.name, "line", line)
-            else:
-                yield from parts_of(_parsed(piece, f"{path.name}: from line {line} on"), path.name, "line", line)
+            coming.append(threads.submit(_of_lines, piece, path, line))
             line += piece.count(b"\n")
+            if len(coming) > 2:
+                yield coming.popleft().result()
+        for each in coming:
+            yield each.result()
+
+
+def _of_lines(piece: bytes, path: Path, line: int) -> Rows | None:
+    fast = lines.read(piece, CALLED, NOT_FAST) if len(piece) >= FAST_BYTES else None
+    if fast is not None:
+        return Rows(path.name, "line", line, *fast)
+    return _rows_of(_parsed(piece, f"{path.name}: from line {line} on"), path.name, "line", line)
 
 
 def _parsed(piece: bytes, where: str) -> pa.Table:
@@ -119,12 +130,12 @@ def _pieces(file: IO[bytes], path: Path) -> Iterator[bytes]:
         yield last
 
 
-def of_csv(path: Path) -> Iterator[Part]:
+def of_csv(path: Path) -> Iterator[Rows | None]:
     row = 2
     options = pa.csv.ReadOptions(use_threads=False, block_size=PIECE_BYTES)
     with pa.csv.open_csv(path, read_options=options) as reader:
         for batch in reader:
-            yield from parts_of(_nested(pa.table(batch), path), path.name, "line", row)
+            yield _rows_of(_nested(pa.table(batch), path), path.name, "line", row)
             row += len(batch)
 
 
@@ -150,10 +161,14 @@ def _nested(table: pa.Table, path: Path) -> pa.Table:
 
 
 @dataclasses.dataclass
-class _Rows:
-    """``keys``: step, layer and rank of each row, as far as they are known; ``heavy``: ids or counts, ``values`` all
-    its numbers, ``lengths`` how long the lists are, outermost first; ``weights`` as flat as ids."""
+class Rows:
+    """``first``: the number of the first row in ``where``, in words a ``unit``. ``keys``: step, layer and rank of each
+    row, as far as they are known; ``heavy``: ids or counts, ``values`` all its numbers, ``lengths`` how long the lists
+    are, outermost first; ``weights`` as flat as ids."""
 
+    where: str
+    unit: str
+    first: int
     keys: dict[str, np.ndarray]
     heavy: str
     values: np.ndarray
@@ -162,10 +177,9 @@ class _Rows:
     loss: np.ndarray | None = None
 
 
-def parts_of(table: pa.Table, where: str, unit: str, first: int) -> Iterator[Part]:
-    """``first``: the number of the first row, in words a ``unit``."""
+def _rows_of(table: pa.Table, where: str, unit: str, first: int) -> Rows | None:
     if not len(table):
-        return
+        return None
     columns = {}
     for name, names in CALLED.items():
         there = [each for each in names if each in table.column_names]
@@ -184,16 +198,24 @@ def parts_of(table: pa.Table, where: str, unit: str, first: int) -> Iterator[Par
     }
     heavy = "ids" if "ids" in columns else "counts"
     values, lengths = _flat(columns[heavy], f"{where}: {heavy}", unit, first)
-    rows = _Rows(keys, heavy, values, lengths)
+    rows = Rows(where, unit, first, keys, heavy, values, lengths)
     rows.loss = _numbers(columns["loss"]) if "loss" in columns else None
     if "weights" in columns:
         rows.weights, of_weights = _flat(columns["weights"], f"{where}: weights", unit, first)
         if len(of_weights) != len(lengths) or not all(map(np.array_equal, of_weights, lengths)):
             raise bad(f"{where}: weights", f"{unit} {first} on", "must be as many as ids")
-    yield from _parts(rows, where, unit, first)
+    return rows
 
 
-def _parts(rows: _Rows, where: str, unit: str, first: int) -> Iterator[Part]:
+def parts_of(pieces: Iterator[Rows | None]) -> Iterator[Part]:
+    """Of one of the readers above, which reads the next piece while one is in use."""
+    for rows in ahead(pieces):
+        if rows is not None and len(rows.lengths[0]):
+            yield from _parts_of(rows)
+
+
+def _parts_of(rows: Rows) -> Iterator[Part]:
+    where, unit, first = rows.where, rows.unit, rows.first
     num, keys, lengths, by_number = len(rows.lengths[0]), rows.keys, rows.lengths, "layer" not in rows.keys
     step, layer = (keys.get(name, np.zeros(num, np.int64)) for name in ("step", "layer"))
     rank = keys.get("rank")

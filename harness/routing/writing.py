@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Writer:
         self._seen: set[tuple[int, int]] = set()
         self._data: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         self._before, self._num_bytes, self._stack = digest_of(self.text), 0, contextlib.ExitStack()
+        self._written: Future[None] | None = None  # the last group
 
     def __enter__(self) -> Writer:
         with contextlib.ExitStack() as stack:
@@ -49,13 +51,14 @@ class Writer:
                     write_page_checksum=True,
                 )
             )
+            self._thread = stack.enter_context(ThreadPoolExecutor(1))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
         if error[0] is None:
             try:
-                self._flush()
+                self._flush().result()
             except BaseException as fault:
                 if not self._stack.__exit__(type(fault), fault, fault.__traceback__):
                     raise
@@ -97,9 +100,14 @@ class Writer:
             return weights.astype("<f4").tobytes()
         return np.rint(weights / self.header.weight_scale * 255).clip(0, 255).astype("u1").tobytes()
 
-    def _flush(self) -> None:
-        self._file.write_table(pa.table(self._data, schema=pa.schema(COLUMNS)))
+    def _flush(self) -> Future[None]:
+        """Rows are compressed and written while the next ones are checked; one group waits at most."""
+        table = pa.table(self._data, schema=pa.schema(COLUMNS))
+        if self._written is not None:
+            self._written.result()
+        self._written = self._thread.submit(self._file.write_table, table)
         self._data, self._num_bytes = {name: [] for name in COLUMNS}, 0
+        return self._written
 
 
 def check_writable(path: Path) -> None:

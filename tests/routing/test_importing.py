@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from harness.errors import UserError
+from harness.routing.ahead import ahead
 from harness.routing.exporting import FORMATS, export_trace
 from harness.routing.importing import Imported, Wanted, import_trace
 from harness.routing.trace import Trace, read_trace
@@ -174,6 +175,17 @@ def test_ids_as_bytes(num_experts, tmp_path):
     refused(tmp_path, "a.parquet", {"num_experts": num_experts, "top_k": 5}, ["a.parquet: ids", "k = 5"])
 
 
+def test_what_is_read_ahead_comes_in_order_and_so_does_its_error():
+    def items():
+        yield from (1, None)
+        raise KeyError("third")
+
+    found = ahead(items())
+    assert [next(found), next(found)] == [1, None]
+    with pytest.raises(KeyError, match="third"):
+        next(found)
+
+
 def test_pieces_of_a_long_file(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.routing.tables.PIECE_BYTES", 64)
     test_a_row_for_each_token(tmp_path)
@@ -188,7 +200,7 @@ def test_the_compiled_reader_of_lines_sees_what_the_general_one_does(rows, tmp_p
     wanted = {"top_k": 2, "num_experts": 13 if "ids" in rows[0] else None}
     _, slow = imported(lines(tmp_path / "a.jsonl", rows), tmp_path / "t.parquet", **wanted)
     monkeypatch.setattr("harness.routing.tables.FAST_BYTES", 0)
-    monkeypatch.setattr("harness.routing.tables.parts_of", None)
+    monkeypatch.setattr("harness.routing.tables._rows_of", None)
     same(slow, imported(tmp_path / "a.jsonl", tmp_path / "u.parquet", **wanted)[1])
 
 

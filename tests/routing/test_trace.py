@@ -71,8 +71,10 @@ def test_what_is_written_is_read(tmp_path, num_experts):
     assert [file.name for file in path.parent.iterdir()] == ["t.parquet"]
 
 
-def test_a_failed_write_leaves_the_old_file_alone(trace, monkeypatch):
+@pytest.mark.parametrize("group_bytes", [1, 1 << 20])  # a group before the last one, and the last, are written aside
+def test_a_failed_write_leaves_the_old_file_alone(trace, monkeypatch, group_bytes):
     before = trace.read_bytes()
+    monkeypatch.setattr("harness.routing.writing.GROUP_BYTES", group_bytes)
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
