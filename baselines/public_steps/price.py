@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class Row:
     def of(cls, fields: dict[str, Any]) -> Row:
         """Of a row of the table; ``UserError`` names a field that cannot be."""
         row = cls(**{each.name: fields[each.name] for each in dataclasses.fields(cls)})
-        known = {
+        known: dict[str, Iterable[str]] = {
             "dispatcher": SYSTEMS, "precision": FORMATS, "graph": HOST_S, "overlap": ("yes", "no"),
             "recompute": ("none", "activation"),
         }  # fmt: skip
@@ -118,8 +119,10 @@ def parts(row: Row) -> Parts:
     assert cluster.device_bytes_per_s is not None
     memory_s = _passed_bytes(model, row) * tokens / (MEMORY_SHARE * cluster.device_bytes_per_s)
     host_s = HOST_S[row.graph] * model.num_layers
-    stage = [each / row.pp for each in (products_s, memory_s, exchange_s, host_s)]
-    return Parts(*stage, row.micro_batches + (row.pp - 1) / row.vp, row.overlap == "yes")
+    rounds = row.micro_batches + (row.pp - 1) / row.vp
+    return Parts(
+        products_s / row.pp, memory_s / row.pp, exchange_s / row.pp, host_s / row.pp, rounds, row.overlap == "yes"
+    )
 
 
 @functools.cache

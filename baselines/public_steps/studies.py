@@ -42,7 +42,7 @@ def steps(progress: Progress) -> Findings:
     for fields in table.to_dict("records"):
         progress(f"{fields['release']}: {fields['model']} on {fields['cluster']}")
         try:
-            row = Row.of(fields)
+            row = Row.of({str(name): value for name, value in fields.items()})
             parts(row)
         except UserError as error:
             unpriced.append(f"{fields['model']} on {fields['cluster']}, {fields['release']}: {error}")

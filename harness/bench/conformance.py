@@ -100,9 +100,9 @@ CHUNKED_TRIALS, SHARED_TRIALS = ("long", "long-drops"), ("shared", "shared-swigl
 
 
 def check(job: Job, payload: dict[str, Any]) -> list[dict[str, Any]]:
-    """Collective. ``payload``: ``systems`` (names), optionally ``trials``, ``dtypes``, ``exchange_dtype``, ``layout`` ->
-    one row per system x trial x dtype: system, trial, dtype, ranks, status (ok, nonconforming, refused, failed, oom),
-    errors, tolerance, reason. Each is told as ``progress`` when it is there."""
+    """Collective. ``payload``: ``systems`` (names), optionally ``trials``, ``dtypes``, ``exchange_dtype``, ``layout``
+    -> one row per system x trial x dtype: system, trial, dtype, ranks, status (ok, nonconforming, refused,
+    failed, oom), errors, tolerance, reason. Each is told as ``progress`` when it is there."""
     rows: list[dict[str, Any]] = []
     layout = Layout.parse(payload.get("layout") or {}, "layout").on(job.topology)
 
