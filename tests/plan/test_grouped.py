@@ -47,8 +47,12 @@ def seconds(each: Experiment) -> float:
 @pytest.mark.parametrize("system", ["flat", "megatron"])
 def test_all_groups_go_through_a_nodes_port_at_once(system, layout):
     each = experiment(system, "exchange", layout)
-    parts = system_of(each).planned_bytes(case_of(each))
-    there = sum(port_load(parts[name], Topology(SHAPE), 0).max() for name in ("metadata", "dispatch", "combine"))
+    case, alone, there = case_of(each), system_of(each).alone(), 0.0
+    for name in ("metadata", "dispatch", "combine"):
+        matrix = np.zeros((8, 8))
+        for ranks, part in zip(each.groups or [np.arange(8)], case.parts, strict=True):
+            matrix[np.ix_(ranks, ranks)] += alone.planned_bytes(part)[name]
+        there += port_load(matrix, Topology(SHAPE), 0).max()
     assert seconds(each) == pytest.approx(there / NODE_RATE, rel=1e-6)
 
 
@@ -109,3 +113,10 @@ def test_a_group_has_its_share_of_ports_and_the_costs_of_its_scopes():
     assert [level.bandwidth_bytes_per_s for level in across.levels] == [NODE_RATE / 2, 1e15]
     assert inside.collectives["a2a.flat"].alpha_s == 2e-6
     assert "a2a.flat" not in across.collectives
+
+
+def test_replicas_are_summed_when_a_groups_copies_are():
+    tasks = {task.name: task for task in training_plan(experiment("eplb", "train_step", INSIDE)).tasks}
+    awaited = {name for name in tasks["optimizer"].after if name != "gradients-tail"}
+    assert awaited
+    assert awaited <= set(tasks["gradients-tail"].after)
