@@ -53,7 +53,7 @@ WIDE = {"ids": r"(?:id|expert)_?(\d+)", "weights": r"weight_?(\d+)", "counts": r
 
 def of_parquet(path: Path, top_k: int | None, num_experts: int | None) -> Iterator[Rows | None]:
     """``top_k`` and ``num_experts`` are needed where ids are bytes."""
-    file = pq.ParquetFile(pa.OSFile(str(path)))
+    file = pq.ParquetFile(pa.OSFile(str(path)), pre_buffer=False)  # which would keep all that was read
     if HEADER_KEY in (file.metadata.metadata or {}):
         raise bad("source", str(path), "is a moebench trace already; use it as it is")
     num_bytes = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
