@@ -82,7 +82,7 @@ class TrainingTasks(StepTasks):
     stream: GradientBytes
     slices: Sequence[GradientSlices]
     moves: bool
-    sums_replicas: bool
+    sums_replicas: bool = False
 
     @abc.abstractmethod
     def tail(self, of_stream: Work | None) -> Work:
