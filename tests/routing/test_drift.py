@@ -113,8 +113,8 @@ def test_a_fit_gives_back_what_a_walk_was_made_with(rho, shape, seed):
     loads = np.stack([counts("walk", step=step, **given).sum(0) for step in range(120)])
     found_rho, found_target = fit(loads)
     assert found_target == pytest.approx(target, rel=1e-3)
-    # what chance has it: 5 standard errors of a correlation over all pairs of steps, and what scarce experts lose
-    assert found_rho == pytest.approx(rho, abs=5 * (1 - rho**2) / (119 * num_experts) ** 0.5 + 0.01)
+    # what chance has it: 5 standard errors of a walk's autocorrelation (Bartlett), and what scarce experts lose
+    assert found_rho == pytest.approx(rho, abs=5 * ((1 - rho**2) / (119 * num_experts)) ** 0.5 + 0.01)
 
 
 @pytest.mark.parametrize(
