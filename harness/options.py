@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from harness.errors import bad
 
 if TYPE_CHECKING:
+    from harness.specs import Experiment
     from harness.system import Case
 
 
@@ -38,3 +39,9 @@ def label(
     extras += [f"{key}={value}" for key, value in sorted((layout or {}).items())]
     extras += [f"capacity {capacity_factor:g}"] if capacity_factor else []
     return f"{system} ({', '.join(extras)})" if extras else system
+
+
+def label_of(experiment: Experiment) -> str:
+    """The same of an experiment."""
+    of = experiment
+    return label(of.system, of.options, of.model.capacity_factor, of.layout.model_dump())

@@ -21,7 +21,7 @@ import numpy as np
 
 from harness import presets
 from harness.errors import bad
-from harness.plan.cost import Compute, Cost, InTurn, OnLinks
+from harness.plan.cost import Compute, OnLinks, leaves
 from harness.plan.machine import Machine
 from harness.simulation import Training
 from harness.specs import Cluster, Experiment, Model, Workload
@@ -33,7 +33,7 @@ FORMATS = {"BF16": 1, "FP8": 2, "MXFP8": 2}  # rate of products over that of bfl
 #: the products or in kernels of their own. A backward makes twice as many.
 HIDDEN_PASSES, ROUTED_PASSES = 20.0, 16 / 3
 FFN_PASSES = {"full": 32 / 3, "partial": 100 / 3, "none": 100 / 3}
-RECOMPUTED_PASSES = 3.0  # of [k T, H], where the activation is computed again
+RECOMPUTED_PASSES = 3.0  # of [k T, H] in all, where the activation is computed again
 #: of a layer's forward and backward, what the device waits for the host, by what of an iteration graphs capture
 HOST_S = {"full": 0.0, "partial": 2e-3, "none": 3e-3}
 MEMORY_SHARE, LINK_SHARE = 0.85, 0.8  # of the data sheet's rate, that copies and exchanges reach
@@ -111,6 +111,7 @@ def tokens_per_s(row: Row, efficiency: float) -> float:
     return row.gbs * row.seq / row.gpus / parts(row).step_s(efficiency)
 
 
+@functools.cache
 def parts(row: Row) -> Parts:
     model = presets.model(row.model).model_copy(update={"seq": row.seq})
     cluster = _group(presets.cluster(row.cluster), row)
@@ -135,7 +136,7 @@ def _asked(model: Model, cluster: Cluster, system: str, tokens: int) -> tuple[fl
     products_s = exchange_s = 0.0
     for task in Training(experiment).lay_out().tasks:
         times = _times(task.name, moe, dense)
-        for cost in _leaves(task.cost) if times else ():
+        for cost in leaves(task.cost) if times else ():
             seconds = times * float(np.max(machine.seconds(cost)))
             if isinstance(cost, OnLinks):
                 exchange_s += seconds / LINK_SHARE
@@ -163,12 +164,6 @@ def _times(task: str, moe: float, dense: float) -> float:
     return float(task in ("embedding", "embedding.backward", "head"))
 
 
-def _leaves(cost: Cost | None) -> list[Cost]:
-    if isinstance(cost, InTurn):
-        return [leaf for part in cost.parts for leaf in _leaves(part)]
-    return [] if cost is None else [cost]
-
-
 def _group(cluster: Cluster, row: Row) -> Cluster:
     """An expert-parallel group on ``cluster``, in as few nodes as hold it, with products in the row's format."""
     outer, inner = cluster.levels
@@ -184,11 +179,9 @@ def _group(cluster: Cluster, row: Row) -> Cluster:
 
 def _passed_bytes(model: Model, row: Row) -> float:
     """Of one token through the whole model, forward and backward."""
-    hidden, ffn, width = model.hidden, model.ffn, 2
-    again = RECOMPUTED_PASSES if row.recompute == "activation" else 0.0
-    of_dense = (model.dense_ffn or 0) * (FFN_PASSES[row.graph] + again / 3)
-    of_moe = model.top_k * (hidden * ROUTED_PASSES + ffn * (FFN_PASSES[row.graph] + again / 3))
-    of_shared = model.shared_size * (FFN_PASSES[row.graph] + again / 3)
+    width, there_and_back = 2, 3
+    of_ffn = there_and_back * FFN_PASSES[row.graph] + (RECOMPUTED_PASSES if row.recompute == "activation" else 0.0)
     num_dense = model.num_layers - model.num_moe_layers
-    forward = model.num_layers * hidden * HIDDEN_PASSES + model.num_moe_layers * (of_moe + of_shared)
-    return 3 * width * (forward + num_dense * of_dense)
+    columns = num_dense * (model.dense_ffn or 0) + model.num_moe_layers * (model.top_k * model.ffn + model.shared_size)
+    rows = model.num_layers * HIDDEN_PASSES + model.num_moe_layers * model.top_k * ROUTED_PASSES
+    return width * (of_ffn * columns + there_and_back * model.hidden * rows)

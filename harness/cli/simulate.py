@@ -114,7 +114,7 @@ def simulate(
     from harness import simulating
 
     counts = simulating.simulate_suite(chosen, run_dir, wanted, steps=steps, warm=warm, fresh=fresh)
-    from harness.options import label
+    from harness.options import label_of
     from harness.report import ending
 
     cells = [*chosen.experiments, *(each.experiment for each in chosen.bad)]
@@ -124,10 +124,7 @@ def simulate(
     if as_json:
         console.print_json({"run": str(run_dir), "cells": counts, "times": found, "not_ok": not_ok, "page": page})
     else:
-        labels = {
-            each.digest: label(each.system, each.options, each.model.capacity_factor, each.layout.model_dump())
-            for each in cells
-        }
+        labels = {each.digest: label_of(each) for each in cells}
         for title, rows in _by_race(found, labels):
             console.show(rows, title)
         typer.echo(f"{run_dir}: " + ", ".join(f"{count} {status}" for status, count in counts.items()))

@@ -118,13 +118,18 @@ class InTurn(Cost):
     parts: tuple[Cost, ...]
 
 
+def leaves(*costs: Cost | None) -> Iterator[Cost]:
+    """What they are made of, none of it a compound."""
+    for cost in costs:
+        if isinstance(cost, InTurn):
+            yield from leaves(*cost.parts)
+        elif cost is not None:
+            yield cost
+
+
 def transfers(costs: Iterable[Cost | None]) -> Iterator[Transfer]:
     """All of them, whatever they are parts of."""
-    for cost in costs:
-        if isinstance(cost, Transfer):
-            yield cost
-        elif isinstance(cost, InTurn):
-            yield from transfers(cost.parts)
+    return (cost for cost in leaves(*costs) if isinstance(cost, Transfer))
 
 
 def span(scope: str, num_levels: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks
+from harness.plan.cost import Compute, Cost, Hold, OnLinks, leaves
 from harness.plan.graph import COMPUTE, Task, Timeline
 
 #: by task, without its layer: "embedding", "forward.gate", "backward.attention"; of what only moves bytes, of each
@@ -57,9 +57,7 @@ def amount(cost: Cost | None) -> Any:
 
 def summed(cost: Cost | None) -> Any:
     """Bytes that ranks add up in what goes over links."""
-    if isinstance(cost, InTurn):
-        return sum(np.asarray(summed(part)) for part in cost.parts)
-    return cost.summed_bytes if isinstance(cost, OnLinks) else 0.0
+    return sum(np.asarray(each.summed_bytes) for each in leaves(cost) if isinstance(each, OnLinks))
 
 
 def of_task(host: Seconds, task: Task) -> float:

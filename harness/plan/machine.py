@@ -16,7 +16,7 @@ import numpy as np
 
 from harness.errors import bad
 from harness.ledger import Calibration
-from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Timed, Transfer
+from harness.plan.cost import Compute, Cost, Hold, InTurn, OnLinks, Timed, Transfer, leaves
 from harness.plan.device import CURVE, Device, Fitted, Roofline, Shared, Tiled
 from harness.plan.graph import Plan
 from harness.plan.host import LINKS, SUMS, amount, of_task, summed
@@ -132,9 +132,7 @@ class Machine:
 
     def _on_links(self, cost: Cost | None) -> Any:
         """Seconds of what of a task goes over links."""
-        if isinstance(cost, InTurn):
-            return sum(np.asarray(self._on_links(part)) for part in cost.parts)
-        return self.seconds(cost) if isinstance(cost, OnLinks) else 0.0
+        return sum(np.asarray(self.seconds(each)) for each in leaves(cost) if isinstance(each, OnLinks))
 
     def durations(self, plan: Plan) -> np.ndarray:
         """Seconds of every task alone on its lane, the processor's part with it, float64 [num_tasks, ...] broadcast

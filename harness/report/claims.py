@@ -19,7 +19,7 @@ import pandas as pd
 from harness import ledger
 from harness.bench import suite
 from harness.errors import bad
-from harness.options import label
+from harness.options import label_of
 from harness.report import compare
 from harness.report.claim import Claim, Experiments, Reported, Value, Where, read
 from harness.report.run import load as load_run
@@ -245,9 +245,7 @@ def _cells(run: str) -> list[tuple[str, Experiment]]:
     if run not in suite.names():
         return []
     found = suite.load(run, physical=True, strict=False).experiments
-    return [
-        (label(each.system, each.options, each.model.capacity_factor, each.layout.model_dump()), each) for each in found
-    ]
+    return [(label_of(each), each) for each in found]
 
 
 def calibrations(folder: Path) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from baselines.megatron import Megatron
 from baselines.megatron_dispatchers import MegatronAllGather, MegatronDeepEP, MegatronHybridEP, two_hops
 from baselines.tutel import Tutel, Tutel2DH
 from harness import registry
-from harness.bench.conformance import TRIALS
+from harness.bench.trials import TRIALS
 from harness.errors import UserError
 from harness.launch.session import Session
 from harness.placement import Placement

@@ -12,6 +12,7 @@ import torch
 from baselines.flat import Flat
 from harness import presets, registry
 from harness.bench import conformance
+from harness.bench.trials import BASE
 from harness.case import case_of
 from harness.comm.job import Job
 from harness.plan.native import NativeLayer
@@ -90,7 +91,7 @@ def test_experts_that_do_not_divide_are_refused(session, monkeypatch: pytest.Mon
 
 
 def odd_experts(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
-    model = conformance.BASE.model_copy(update={"num_experts": 15})
+    model = BASE.model_copy(update={"num_experts": 15})
     routing = Routing(np.arange(16, dtype=np.int32).reshape(8, 2) % 15, (4, 4), 15)
     return conformance.compare(job, Flat, model, "float64", routing)
 
@@ -99,7 +100,7 @@ def odd_experts(job: Job, payload: dict[str, Any]) -> dict[str, Any]:
 def test_a_gate_whose_experts_choose_races_whole_layers(session, gate: str) -> None:
     experiment = Experiment.parse(
         {
-            "model": conformance.BASE.model_dump() | {"gate": gate},
+            "model": BASE.model_dump() | {"gate": gate},
             "cluster": presets.cluster("local-2"),
             "workload": {"name": "natural", "tokens_per_rank": 40, "generator": "natural"},
             "system": "flat",

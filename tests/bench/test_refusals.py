@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from harness import checks, cli, registry
-from harness.bench.conformance import BASE, TRIALS
+from harness.bench.trials import BASE, TRIALS
 from harness.placement import Placement
 from harness.routing import planned_routing
 from harness.specs import Workload

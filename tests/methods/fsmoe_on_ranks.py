@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from harness.bench import conformance, train, training_check
+from harness.bench.trials import BASE, TRIALS
 from harness.comm.job import Job
 from harness.layer.weights import Weights
 from harness.registry import system
@@ -15,16 +16,16 @@ from harness.specs import Experiment, Workload
 from methods.fsmoe.hooks import Hooks
 from tests.baselines import recorded
 
-GATES = {name: trial for name, trial in conformance.TRIALS.items() if "gate" in trial.model}
+GATES = {name: trial for name, trial in TRIALS.items() if "gate" in trial.model}
 
 
 def every_cut(job: Job, payload: dict[str, Any]) -> list[str]:
     """All pairs of ``degrees`` in float64 with gradients in flight; returns what does not equal the oracle."""
     wrong = []
     chosen = system(payload["system"])
-    trials = GATES if payload.get("gates") else {"uniform": conformance.TRIALS["uniform"]}
+    trials = GATES if payload.get("gates") else {"uniform": TRIALS["uniform"]}
     for name, trial in trials.items():
-        model = conformance.BASE.model_copy(update=trial.model)
+        model = BASE.model_copy(update=trial.model)
         tokens = (11, 16, 5, 9, 16, 0, 13, 2)[: job.num_ranks]
         workload = Workload(name=name, tokens_per_rank=tokens, generator=trial.generator, params=trial.params)
         routing = planned_routing(workload, model, job.topology)

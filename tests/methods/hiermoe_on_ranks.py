@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from harness.bench import conformance, train
+from harness.bench.trials import BASE, TRIALS
 from harness.comm.job import Job
 from harness.placement import Placement
 from harness.plan.moving import Move, move
@@ -81,8 +82,8 @@ def every_way(job: Job, payload: dict[str, Any]) -> list[str]:
     """All ``ways`` (options) of a system in float64 on ``trials``; returns what does not equal the oracle."""
     wrong = []
     for name in payload["trials"]:
-        trial = conformance.TRIALS[name]
-        model = conformance.BASE.model_copy(update=trial.model)
+        trial = TRIALS[name]
+        model = BASE.model_copy(update=trial.model)
         tokens = (11, 16, 5, 9, 16, 0, 13, 2)[: job.num_ranks]
         workload = Workload(name=name, tokens_per_rank=tokens, generator=trial.generator, params=trial.params)
         routing = planned_routing(workload, model, job.topology)

@@ -9,6 +9,7 @@ import torch
 
 from harness.bench import conformance
 from harness.bench.timing import Stopwatch
+from harness.bench.trials import BASE, TRIALS
 from harness.comm.job import Job
 from harness.comm.sparse import Chunks, Transfer, plan_sparse
 from harness.plan.replicated import Policy, ReplicatedSystem
@@ -51,8 +52,8 @@ def compared(job: Job, payload: dict[str, Any]) -> list[str]:
     """Ways (options) of a replicated layer on conformance trials; returns what does not equal the oracle."""
     wrong = []
     for name in payload["trials"]:
-        trial = conformance.TRIALS[name]
-        model = conformance.BASE.model_copy(update=trial.model)
+        trial = TRIALS[name]
+        model = BASE.model_copy(update=trial.model)
         tokens = tuple(np.resize(payload["tokens"], job.num_ranks).tolist())
         workload = Workload(name=name, tokens_per_rank=tokens, generator=trial.generator, params=trial.params)
         routing = planned_routing(workload, model, job.topology)
